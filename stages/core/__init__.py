@@ -1,0 +1,1 @@
+"""Small modules, one subject each: the file is what DVC invalidates."""

@@ -1,0 +1,89 @@
+"""The command line that all stages share: options, reading the settings, errors, and the metrics file.
+
+Purpose: a stage script is a straight line from `Run` to its outputs. Nothing heavy is imported here, so that `--help`
+and a wrong setting answer at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from stages.core.errors import ParamsError, StageError
+from stages.core.files import write_json
+from stages.core.params import Params, read_params
+from stages.core.paths import Paths, metrics
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a stage works with: the checked settings and where things lie."""
+
+    params: Params
+    paths: Paths
+    verbose: bool
+
+    def say(self, text: str) -> None:
+        """Print one line for the person, on standard error: standard output is for tables one may pipe."""
+        click.echo(text, err=True)
+
+    def write_metrics(self, name: str, values: dict[str, Any]) -> None:
+        """Write `data/metrics/<name>.json`."""
+        write_json(self.paths.write(metrics(name)), values)
+
+
+def stage(function: Callable[..., None]) -> click.Command:
+    """Turn `main(run, ...)` into a click command with the options every stage has.
+
+    Exit codes: 0 done, 1 the task failed, 2 a wrong setting or call, 130 interrupted.
+    """
+
+    @click.option(
+        "--set",
+        "overrides",
+        multiple=True,
+        metavar="SECTION.KEY=VALUE",
+        help="Override one setting for this run; may be repeated.",
+    )
+    @click.option(
+        "--out-root",
+        type=click.Path(file_okay=False, path_type=Path),
+        help="Write outputs below this folder, and read from it what is there: a trial that leaves DVC's state alone.",
+    )
+    @click.option("-v", "--verbose", is_flag=True, help="Show the traceback of an error.")
+    @functools.wraps(function)
+    def command(overrides: tuple[str, ...], out_root: Path | None, verbose: bool, **options: Any) -> None:
+        root = Path.cwd()
+        try:
+            params = read_params(root / "params.yaml", overrides)
+            if overrides and out_root is None and not os.environ.get("DVC_STAGE"):
+                click.echo(
+                    "Note: --set without --out-root writes into the pipeline's own outputs; `dvc repro` will redo them.",
+                    err=True,
+                )
+            run = Run(params, Paths(root, (out_root or root).resolve()), verbose)
+            function(run, **options)
+        except StageError as error:
+            fail(error, verbose)
+        except KeyboardInterrupt:
+            click.echo("Interrupted.", err=True)
+            sys.exit(130)
+
+    return click.command(help=function.__doc__)(command)
+
+
+def fail(error: StageError, verbose: bool) -> None:
+    """Show a person's mistake and exit with its code."""
+    if verbose:
+        traceback.print_exception(error)
+    prefix = "Wrong setting" if isinstance(error, ParamsError) else "Error"
+    click.echo(f"{prefix}: {error}", err=True)
+    sys.exit(error.exit_code)

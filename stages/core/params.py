@@ -1,0 +1,299 @@
+"""The settings: what each section of `params.yaml` may hold, and reading it with errors that name the line.
+
+Purpose: stop before any work on a wrong key, type or range. The schema has no defaults: every key stands in
+`params.yaml`, so what DVC tracks is all there is.
+Reads: `params.yaml`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from stages.core.errors import ParamsError
+
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A section: no unknown key, no silent conversion, no change after reading."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class Fetch(Section):
+    """Where the preset comes from."""
+
+    source: Literal["pypi", "kaggle", "path"]
+    preset: Annotated[str, Field(min_length=1)]
+    path: str | None
+
+    @model_validator(mode="after")
+    def _path_goes_with_its_source(self) -> Fetch:
+        if (self.source == "path") != (self.path is not None):
+            raise ValueError("path must be given with source: path and be null otherwise")
+        if self.source == "pypi" and self.preset != "gemma3_270m":
+            raise ValueError("preset must be gemma3_270m with source: pypi (other presets: source kaggle or path)")
+        return self
+
+
+class Prepare(Section):
+    """Which reviews, and how they are cleaned and split."""
+
+    source: Literal["imdb_sample", "imdb_reviews", "files"]
+    validation: Positive
+    take: Positive | None
+    shuffle: bool
+    seed: Seed
+    html_breaks: Literal["newline", "space", "keep"]
+    min_characters: Positive
+    data_dir: str | None
+    train_file: str | None
+    validation_file: str | None
+    text_column: Annotated[str, Field(min_length=1)]
+    label_column: str | None
+
+    @model_validator(mode="after")
+    def _train_file_goes_with_files(self) -> Prepare:
+        if (self.source == "files") != (self.train_file is not None):
+            raise ValueError("train_file must be given with source: files and be null otherwise")
+        if self.source != "files" and self.validation_file is not None:
+            raise ValueError("validation_file must be null unless source is files")
+        if self.source != "imdb_reviews" and self.data_dir is not None:
+            raise ValueError("data_dir must be null unless source is imdb_reviews")
+        return self
+
+
+class Tokenize(Section):
+    """How reviews become windows of tokens."""
+
+    length: Annotated[int, Field(ge=8, le=8192)]
+    packing: bool
+    eos: bool
+
+
+class Mesh(Section):
+    """The device mesh: axes batch and model."""
+
+    shape: Annotated[list[Positive], Field(min_length=2, max_length=2)]
+    devices: Literal["auto", "simulated", "real"]
+
+    @model_validator(mode="after")
+    def _at_most_4096_devices(self) -> Mesh:
+        if self.shape[0] * self.shape[1] > 4096:
+            raise ValueError("shape must multiply to at most 4096 devices")
+        return self
+
+
+class Rule(Section):
+    """A layout rule: a pattern over weight paths, and an axis (or several, or null) for each dimension."""
+
+    pattern: Annotated[str, Field(min_length=1)]
+    spec: list[str | list[str] | None]
+
+
+class Layout(Section):
+    """How weights are laid over the mesh."""
+
+    name: Literal["auto", "tutorial", "rules"]
+    rules: Annotated[list[Rule], Field(min_length=1)] | None
+    max_replicated_fraction: Annotated[float, Field(ge=0.0, le=1.0)]
+
+    @model_validator(mode="after")
+    def _rules_go_with_their_name(self) -> Layout:
+        if (self.name == "rules") != (self.rules is not None):
+            raise ValueError("rules must be given with name: rules and be null otherwise")
+        return self
+
+
+class Load(Section):
+    """The dtype the model is held and run in."""
+
+    dtype: Literal["float32", "bfloat16", "mixed_bfloat16"]
+
+
+Target = Literal["query", "key", "value", "attention_output", "ffw_gating", "ffw_gating_2", "ffw_linear"]
+
+
+class Finetune(Section):
+    """The training run."""
+
+    rank: Annotated[int, Field(ge=0, le=512)]
+    alpha: Annotated[float, Field(gt=0)] | None
+    targets: Annotated[list[Target], Field(min_length=1)]
+    epochs: Positive
+    steps: Positive | None
+    batch_size: Positive
+    learning_rate: Annotated[float, Field(gt=0, le=1)]
+    weight_decay: Annotated[float, Field(ge=0, le=1)]
+    seed: Seed
+
+    @model_validator(mode="after")
+    def _targets_stand_once(self) -> Finetune:
+        if len(set(self.targets)) != len(self.targets):
+            raise ValueError("targets must name each layer once")
+        return self
+
+
+class Generate(Section):
+    """The prompts and how they are continued."""
+
+    prompts: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1, le=8192)]
+    temperature: Annotated[float, Field(ge=0, le=10)]
+    top_k: Positive | None
+    seed: Seed
+
+
+class Evaluate(Section):
+    """How the held-out loss is measured."""
+
+    batch_size: Positive
+
+
+class Params(Section):
+    """All sections of `params.yaml`."""
+
+    fetch: Fetch
+    prepare: Prepare
+    tokenize: Tokenize
+    mesh: Mesh
+    layout: Layout
+    load: Load
+    finetune: Finetune
+    generate: Generate
+    evaluate: Evaluate
+
+
+def read_params(path: Path, overrides: tuple[str, ...] = ()) -> Params:
+    """Read and check the whole of `params.yaml`.
+
+    Args:
+        path: the YAML file.
+        overrides: `section.key=value` strings, the value in YAML; they win over the file.
+
+    Raises:
+        ParamsError: one line for each mistake: key, what is allowed, the value received, and the line in the file.
+    """
+    from ruamel.yaml import YAML, YAMLError
+
+    if not path.is_file():
+        raise ParamsError(
+            f"The settings file does not exist. Received: path={path}. Run this in the repository's folder."
+        )
+    yaml = YAML()
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"))
+    except YAMLError as error:
+        raise ParamsError(f"{path.name} is not valid YAML: {' '.join(str(error).split())}") from error
+    except UnicodeDecodeError as error:
+        raise ParamsError(f"{path.name} must be UTF-8 text: {error}") from error
+    if not isinstance(content, dict):
+        raise ParamsError(f"{path.name} must hold sections such as `finetune:`. Received: {type(content).__name__}")
+    overridden = set()
+    for override in overrides:
+        overridden.add(_apply(content, override))
+    try:
+        return Params.model_validate(_plain(content))
+    except ValidationError as error:
+        lines = [_describe(problem, content, path.name, overridden) for problem in error.errors()]
+        raise ParamsError("\n".join(dict.fromkeys(lines))) from error
+
+
+def _apply(content: dict, override: str) -> tuple[str, ...]:
+    """Set one `section.key=value` in place and return its key as a tuple."""
+    from ruamel.yaml import YAML, YAMLError
+
+    name, equals, text = override.partition("=")
+    keys = tuple(name.split("."))
+    if not equals or not all(keys):
+        raise ParamsError(f"--set takes section.key=value. Received: --set {override}")
+    try:
+        value = YAML(typ="safe", pure=True).load(text)
+    except YAMLError as error:
+        raise ParamsError(f"--set takes a YAML value. Received: --set {override}") from error
+    target = content
+    for depth, key in enumerate(keys[:-1]):
+        if not isinstance(target.get(key) if isinstance(target, dict) else None, dict):
+            raise ParamsError(
+                f"--set: {'.'.join(keys[: depth + 1])} is not a section of the settings.{_nearest(key, target)}"
+            )
+        target = target[key]
+    if keys[-1] not in target:
+        raise ParamsError(f"--set: {name} is not a key of the settings.{_nearest(keys[-1], target)}")
+    target[keys[-1]] = value
+    return keys
+
+
+def _plain(node: Any) -> Any:
+    """Return ruamel's round-trip containers and scalars as plain Python ones."""
+    if isinstance(node, dict):
+        return {str(key): _plain(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_plain(value) for value in node]
+    for kind in (bool, int, float, str):
+        if isinstance(node, kind):
+            return kind(node)
+    return node
+
+
+def _nearest(key: str, choices: Any) -> str:
+    """Return ` Did you mean X?` for the nearest of some keys, or nothing."""
+    matches = difflib.get_close_matches(str(key), [str(choice) for choice in choices], n=1)
+    return f" Did you mean {matches[0]}?" if matches else ""
+
+
+def _describe(problem: Any, content: dict, file_name: str, overridden: set[tuple[str, ...]]) -> str:
+    """Return one line for one pydantic problem: the place, the key, what is allowed, what was received."""
+    # A union's branches appear in the location by their type's name; the file knows only keys and indices.
+    node: Any = content
+    location: list[str | int] = []
+    for part in problem["loc"]:
+        if (isinstance(node, dict) and part in node) or (isinstance(node, list) and isinstance(part, int)):
+            node = node[part]
+            location.append(part)
+        elif problem["type"] in ("missing", "extra_forbidden"):
+            location.append(part)
+    name = ".".join(str(part) for part in location)
+    if tuple(location) in overridden:
+        place = "--set"
+    else:
+        place = f"{file_name}:{_line(content, location)}"
+    if problem["type"] == "extra_forbidden":
+        parent: Any = Params
+        for part in location[:-1]:
+            parent = parent.model_fields[part].annotation if hasattr(parent, "model_fields") else parent
+        known = list(parent.model_fields) if hasattr(parent, "model_fields") else []
+        return f"{place}: {name} is not a setting.{_nearest(location[-1], known)} Allowed here: {', '.join(known)}."
+    if problem["type"] == "missing":
+        return f"{place}: {name} is missing; every setting must be written out (git shows the default)."
+    message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    if problem["type"] == "value_error":
+        message = message if not name else f"{name}.{message}"
+        return f"{place}: {message}. Received: {_flat(_plain(node))}"
+    return f"{place}: {name} {message[0].lower() + message[1:]}. Received: {name}={_plain(node)!r}"
+
+
+def _flat(values: Any) -> str:
+    """Return a section's values on one line, those that are set."""
+    if isinstance(values, dict):
+        return ", ".join(f"{key}={value!r}" for key, value in values.items())
+    return repr(values)
+
+
+def _line(content: Any, location: list[str | int]) -> int:
+    """Return the line (from 1) of a key, or of the nearest section around it."""
+    line, node = 1, content
+    for part in location:
+        position = getattr(node, "lc", None)
+        if position is None or not isinstance(node, dict | list) or (isinstance(node, dict) and part not in node):
+            break
+        found = position.data.get(part) if position.data else None
+        if found:
+            line = found[0] + 1
+        node = node[part]
+    return line

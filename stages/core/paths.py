@@ -1,0 +1,99 @@
+"""Where every input and output of the pipeline lies.
+
+Purpose: the contract of `dvc.yaml` in one place, and `--out-root`: a trial writes below another folder and reads
+from there what an earlier trial left, else from the repository.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from stages.core.errors import StageError
+
+MANIFEST = "models/preset/manifest.json"
+REVIEWS = {"train": "data/imdb/train.parquet", "validation": "data/imdb/validation.parquet"}
+TOKENS = {"train": "data/tokens/train.npz", "validation": "data/tokens/validation.npz"}
+SHARDING = {"baseline": "data/sharding/base.json", "tuned": "data/sharding/tuned.json"}
+CURVE = "data/plots/finetune.csv"
+REPORT = "data/report/index.html"
+
+
+def variant_folder(variant: str) -> str:
+    """Return the folder of a variant (`baseline` or `tuned`), relative to the root."""
+    return f"models/{variant}"
+
+
+def generated(variant: str) -> str:
+    """Return the generations of a variant, relative to the root."""
+    return f"data/generated/{variant}.jsonl"
+
+
+def metrics(name: str) -> str:
+    """Return a metrics file, relative to the root."""
+    return f"data/metrics/{name}.json"
+
+
+def cache_folder() -> Path:
+    """Return the folder for downloads and compiled programs: outside the repository, shared by all clones.
+
+    `GEMMA_TUNING_CACHE` names it; else `$XDG_CACHE_HOME/gemma-tuning`, else `~/.cache/gemma-tuning`.
+    """
+    if named := os.environ.get("GEMMA_TUNING_CACHE"):
+        return Path(named).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "gemma-tuning"
+
+
+@dataclass(frozen=True)
+class Paths:
+    """The repository's folder, and the folder that outputs go to (the same unless `--out-root` is given)."""
+
+    root: Path
+    out_root: Path
+
+    def read(self, relative: str) -> Path:
+        """Return where an input lies: below `out_root` if it is there, else below `root`.
+
+        Raises:
+            StageError: it is in neither; the message names the stage that makes it.
+        """
+        for base in (self.out_root, self.root):
+            if (base / relative).exists():
+                return base / relative
+        raise StageError(
+            f"The input {relative} does not exist. Run `dvc repro` (or the stage that writes it: {maker_of(relative)}) first."
+        )
+
+    def write(self, relative: str) -> Path:
+        """Return where an output goes, its folder made."""
+        path = self.out_root / relative
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+
+def maker_of(relative: str) -> str:
+    """Return the command of the stage that writes a path."""
+    makers = {
+        "models/preset": "fetch",
+        "data/imdb": "prepare",
+        "data/tokens": "tokenize",
+        "models/baseline": "load",
+        "data/sharding/base": "load",
+        "models/tuned": "finetune",
+        "data/sharding/tuned": "finetune",
+        "data/plots": "finetune",
+        "data/generated/baseline": "generate --variant baseline",
+        "data/generated/tuned": "generate --variant tuned",
+        "data/metrics/evaluate-baseline": "evaluate --variant baseline",
+        "data/metrics/evaluate-tuned": "evaluate --variant tuned",
+        "data/metrics/generate-baseline": "generate --variant baseline",
+        "data/metrics/generate-tuned": "generate --variant tuned",
+        "data/metrics/": "<the name of the metrics file>",
+        "data/report": "report",
+    }
+    for prefix, stage in makers.items():
+        if relative.startswith(prefix):
+            return f"python -m stages.{stage}"
+    return "dvc repro"
