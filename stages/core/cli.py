@@ -66,13 +66,19 @@ def stage(function: Callable[..., None]) -> click.Command:
             params = read_params(root / "params.yaml", overrides)
             if overrides and out_root is None and not os.environ.get("DVC_STAGE"):
                 click.echo(
-                    "Note: --set without --out-root writes into the pipeline's own outputs; `dvc repro` will redo them.",
+                    "Note: --set without --out-root writes into the pipeline's own outputs; dvc repro will redo them.",
                     err=True,
                 )
             run = Run(params, Paths(root, (out_root or root).resolve()), verbose)
             function(run, **options)
         except StageError as error:
             fail(error, verbose)
+        except ModuleNotFoundError as error:
+            missing = StageError(
+                f"The package {error.name} is not installed for {sys.executable}. Run `make venv`, then "
+                "`. .venv/bin/activate`."
+            )
+            fail(missing.with_traceback(error.__traceback__), verbose)
         except KeyboardInterrupt:
             click.echo("Interrupted.", err=True)
             sys.exit(130)

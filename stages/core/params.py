@@ -259,10 +259,7 @@ def _describe(problem: Any, content: dict, file_name: str, overridden: set[tuple
         elif problem["type"] in ("missing", "extra_forbidden"):
             location.append(part)
     name = ".".join(str(part) for part in location)
-    if tuple(location) in overridden:
-        place = "--set"
-    else:
-        place = f"{file_name}:{_line(content, location)}"
+    place = "--set" if tuple(location) in overridden else f"{file_name}:{_line(content, location)}"
     if problem["type"] == "extra_forbidden":
         parent: Any = Params
         for part in location[:-1]:

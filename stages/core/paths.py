@@ -63,7 +63,7 @@ class Paths:
             if (base / relative).exists():
                 return base / relative
         raise StageError(
-            f"The input {relative} does not exist. Run `dvc repro` (or the stage that writes it: {maker_of(relative)}) first."
+            f"The input {relative} does not exist. Run `dvc repro`, or the stage that writes it: {maker_of(relative)}."
         )
 
     def write(self, relative: str) -> Path:
@@ -90,10 +90,11 @@ def maker_of(relative: str) -> str:
         "data/metrics/evaluate-tuned": "evaluate --variant tuned",
         "data/metrics/generate-baseline": "generate --variant baseline",
         "data/metrics/generate-tuned": "generate --variant tuned",
-        "data/metrics/": "<the name of the metrics file>",
         "data/report": "report",
     }
     for prefix, stage in makers.items():
         if relative.startswith(prefix):
             return f"python -m stages.{stage}"
+    if relative.startswith("data/metrics/"):
+        return f"python -m stages.{Path(relative).stem}"
     return "dvc repro"

@@ -1,0 +1,211 @@
+"""Gemma's forward pass over keras-hub's own layers and weights.
+
+Purpose: keras-hub's backbones take no attention mask, so reviews packed into one window would see each other; they
+form the full kernel W + AB for LoRA; and the sampler needs a cache with a position a row. This module calls the same
+layers in the same order with the three added. It is the only place that knows keras-hub's attribute names inside a
+block, and `tests/test_decoder.py` holds it to the backbones' own output for every family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import keras
+
+from stages.core.lora import project
+
+Cache = tuple[jax.Array, jax.Array]
+# Puts an activation where the mesh wants it, by its role (see causal.activation_layout).
+Constrain = Callable[[jax.Array, str], jax.Array]
+
+
+def unconstrained(array: jax.Array, role: str) -> jax.Array:
+    """Leave an activation where the compiler puts it."""
+    return array
+
+
+def causal_mask(segment_ids: jax.Array) -> jax.Array:
+    """Return which positions each position may attend to: those up to itself within its own segment.
+
+    Args:
+        segment_ids: int32 (batch, length); padding has a number of its own (0) and sees only itself.
+
+    Returns:
+        bool (batch, length, length), true where the query (second axis) may attend to the key (third).
+    """
+    length = segment_ids.shape[1]
+    same = segment_ids[:, :, None] == segment_ids[:, None, :]
+    return same & jnp.tril(jnp.ones((length, length), bool))
+
+
+def hidden_states(
+    backbone: keras.Model,
+    token_embeddings: jax.Array,
+    mask: jax.Array,
+    *,
+    constrain: Constrain = unconstrained,
+    dropout: Callable[[jax.Array], jax.Array] | None = None,
+    rematerialize: bool = False,
+) -> jax.Array:
+    """Return the final normalised hidden states.
+
+    Args:
+        backbone: a GemmaBackbone or Gemma3Backbone.
+        token_embeddings: (batch, length, hidden), rows of the embedding table, not yet scaled.
+        mask: bool (batch, length, length), see `causal_mask`. Rotary embeddings only see differences of positions
+            within a segment, so packed segments need no positions of their own.
+        constrain: where activations go on the mesh.
+        dropout: applied to what goes into an adapter.
+        rematerialize: recompute each block in the backward pass instead of keeping its activations.
+
+    Returns:
+        (batch, length, hidden) in the compute dtype.
+    """
+    positions = jnp.broadcast_to(jnp.arange(mask.shape[1], dtype=jnp.int32), mask.shape[:2])
+    x = _scale(backbone, token_embeddings)
+    for layer in backbone.transformer_layers:
+
+        def run(x: jax.Array, layer: Any = layer) -> jax.Array:
+            window = _window(layer, positions, positions)
+            allowed = mask if window is None else mask & window
+            return _block(backbone, layer, x, positions, allowed, None, constrain, dropout)[0]
+
+        x = jax.checkpoint(run)(x) if rematerialize else run(x)
+    return backbone.layer_norm(x)
+
+
+def hidden_states_cached(
+    backbone: keras.Model,
+    token_embeddings: jax.Array,
+    positions: jax.Array,
+    caches: tuple[Cache, ...],
+    *,
+    constrain: Constrain = unconstrained,
+) -> tuple[jax.Array, tuple[Cache, ...]]:
+    """Return the hidden states of new tokens, and the caches with them in.
+
+    Args:
+        backbone: a GemmaBackbone or Gemma3Backbone.
+        token_embeddings: (batch, new, hidden), not yet scaled.
+        positions: int32 (batch, new), where each new token stands in its row; a row attends to all cache entries up
+            to its own position, so what a row has beyond that (padding of a shorter prompt) is never seen.
+        caches: keys and values (batch, capacity, key/value heads, head) a block.
+        constrain: where activations go on the mesh.
+    """
+    keys_at = jnp.broadcast_to(
+        jnp.arange(caches[0][0].shape[1], dtype=jnp.int32), (positions.shape[0], caches[0][0].shape[1])
+    )
+    causal = keys_at[:, None, :] <= positions[:, :, None]
+    x = _scale(backbone, token_embeddings)
+    updated = []
+    for layer, cache in zip(backbone.transformer_layers, caches, strict=True):
+        window = _window(layer, positions, keys_at)
+        allowed = causal if window is None else causal & window
+        x, new_cache = _block(backbone, layer, x, positions, allowed, cache, constrain, None)
+        updated.append(new_cache)
+    return backbone.layer_norm(x), tuple(updated)
+
+
+def empty_caches(backbone: keras.Model, batch: int, capacity: int) -> tuple[Cache, ...]:
+    """Return zeroed caches for `batch` rows of `capacity` tokens, in the compute dtype."""
+    shape = (batch, capacity, backbone.num_key_value_heads, backbone.head_dim)
+    dtype = backbone.token_embedding.compute_dtype
+    return tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in backbone.transformer_layers)
+
+
+def _scale(backbone: keras.Model, token_embeddings: jax.Array) -> jax.Array:
+    """Multiply by the square root of the hidden size, rounded to the compute dtype as keras-hub does."""
+    return token_embeddings * jnp.asarray(backbone.hidden_dim**0.5, token_embeddings.dtype)
+
+
+def _window(layer: Any, queries: jax.Array, keys: jax.Array) -> jax.Array | None:
+    """Return the sliding window (batch, queries, keys), or None for a block that sees everything."""
+    attention = layer.attention
+    if not attention.use_sliding_window_attention:
+        return None
+    return queries[:, :, None] - keys[:, None, :] < attention.sliding_window_size
+
+
+def _block(
+    backbone: keras.Model,
+    layer: Any,
+    x: jax.Array,
+    positions: jax.Array,
+    mask: jax.Array,
+    cache: Cache | None,
+    constrain: Constrain,
+    dropout: Callable[[jax.Array], jax.Array] | None,
+) -> tuple[jax.Array, Cache | None]:
+    """One decoder block: attention and feed-forward, each with its norms and residual."""
+    h = layer.pre_attention_norm(x)
+    h, cache = _attention(backbone, layer.attention, h, positions, mask, cache, constrain, dropout)
+    if layer.use_post_attention_norm:
+        h = layer.post_attention_norm(h)
+    x = x + h
+    h = layer.pre_ffw_norm(x)
+    gate = constrain(project(layer.gating_ffw, h, dropout), "ffw")
+    up = constrain(project(layer.gating_ffw_2, h, dropout), "ffw")
+    h = constrain(project(layer.ffw_linear, jax.nn.gelu(gate, approximate=True) * up, dropout), "hidden")
+    if layer.use_post_ffw_norm:
+        h = layer.post_ffw_norm(h)
+    return x + h, cache
+
+
+def _attention(
+    backbone: keras.Model,
+    attention: Any,
+    x: jax.Array,
+    positions: jax.Array,
+    mask: jax.Array,
+    cache: Cache | None,
+    constrain: Constrain,
+    dropout: Callable[[jax.Array], jax.Array] | None,
+) -> tuple[jax.Array, Cache | None]:
+    """Grouped-query attention: (batch, length, hidden) to the same."""
+    query = constrain(constrain(project(attention.query_dense, x, dropout), "query_projected"), "query")
+    key = constrain(constrain(project(attention.key_dense, x, dropout), "key_projected"), "key")
+    value = constrain(constrain(project(attention.value_dense, x, dropout), "key_projected"), "key")
+    if getattr(attention, "use_query_key_norm", False):
+        query = attention.query_norm(query)
+        key = attention.key_norm(key)
+    query = _rope(backbone, attention, query, positions)
+    key = _rope(backbone, attention, key, positions)
+    if cache is not None:
+        rows = jnp.arange(x.shape[0])[:, None]
+        key = cache[0].at[rows, positions].set(key)
+        value = cache[1].at[rows, positions].set(value)
+        cache = (key, value)
+    # keras-hub 0.32 builds every block with query_head_dim_normalize=True, whatever the backbone's argument says: the
+    # 27B models would be scaled by 1/sqrt(128) instead of 1/sqrt(144) (Gemma 2) and 1/sqrt(168) (Gemma 3).
+    per_head = backbone.head_dim if backbone.query_head_dim_normalize else backbone.hidden_dim // query.shape[2]
+    query = query * jnp.asarray(per_head**-0.5, query.dtype)
+    batch, length, heads, head = query.shape
+    groups = key.shape[2]
+    query = query.reshape(batch, length, groups, heads // groups, head)
+    logits = jnp.einsum("btkgh,bskh->bkgts", query, key).astype(jnp.float32)
+    if attention.logit_soft_cap is not None:
+        logits = attention.logit_soft_cap * jnp.tanh(logits / attention.logit_soft_cap)
+    logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
+    mixed = jnp.einsum("bkgts,bskh->btkgh", weights, value).reshape(batch, length, heads, head)
+    mixed = constrain(constrain(mixed, "query"), "mixed")
+    return constrain(project(attention.output_dense, mixed, dropout), "hidden"), cache
+
+
+def _rope(backbone: keras.Model, attention: Any, x: jax.Array, positions: jax.Array) -> jax.Array:
+    """Rotate queries or keys (batch, length, heads, head) by their positions (batch, length)."""
+    rope = attention.rope_layer
+    half = x.shape[-1] // 2
+    # https://arxiv.org/abs/2104.09864, with keras-hub's linear scaling of positions.
+    frequencies = rope.max_wavelength ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = (positions.astype(jnp.float32) / rope.scaling_factor)[:, :, None, None] * frequencies
+    cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
+    first, second = x[..., :half], x[..., half:]
+    rotated = (first * cos - second * sin, second * cos + first * sin)
+    if type(backbone).__name__ == "GemmaBackbone":
+        # keras-hub interleaves the halves for Gemma and Gemma 2, as the original checkpoints' heads are.
+        return jnp.stack(rotated, axis=-1).reshape(x.shape)
+    return jnp.concatenate(rotated, axis=-1)

@@ -1,0 +1,97 @@
+"""Choosing the devices before JAX starts: simulated ones on the CPU, or the TPU or GPU that is there.
+
+Purpose: JAX reads its platform and device count once, when it is first used; TensorFlow, which keras-hub imports, must
+not take an accelerator away. Everything that needs either goes through `configure` first.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from stages.core.errors import StageError
+from stages.core.paths import cache_folder
+
+# The platform this process was set up for; JAX cannot be set up twice.
+_started: str | None = None
+
+
+def accelerator() -> str | None:
+    """Return `tpu` or `gpu` if this machine has one, else None, without starting JAX.
+
+    With libtpu installed, asking JAX itself would try to open a TPU and complain where there is none.
+    """
+    if list(Path("/dev").glob("accel[0-9]*")) or (list(Path("/dev/vfio").glob("[0-9]*")) and "TPU_NAME" in os.environ):
+        return "tpu"
+    if Path("/dev/nvidia0").exists():
+        return "gpu"
+    return None
+
+
+def configure(kind: str, count: int) -> str:
+    """Set up JAX, Keras and TensorFlow for a run; to be called before any of them is imported.
+
+    Args:
+        kind: `simulated` (CPU devices of this process), `real`, or `auto` (real where there is an accelerator).
+        count: number of devices the mesh needs.
+
+    Returns:
+        The platform: `cpu`, `tpu` or `gpu`.
+
+    Raises:
+        StageError: fewer real devices than the mesh needs, or `real` on a machine without an accelerator.
+    """
+    found = accelerator()
+    if kind == "real" and found is None:
+        raise StageError(
+            "mesh.devices: real needs a TPU or GPU and none was found here. Received: mesh.devices=real. "
+            "Set it to auto or simulated to run on CPU devices."
+        )
+    platform = found if kind != "simulated" and found is not None else "cpu"
+    global _started
+    if _started is None:
+        _start(platform, count)
+        _started = platform
+    elif _started != platform:
+        raise RuntimeError(f"this process already runs on {_started}; JAX cannot change to {platform}")
+    import jax
+
+    available = len(jax.devices(platform if platform != "gpu" else "cuda"))
+    if available < count:
+        raise StageError(
+            f"The mesh needs {count} devices and this machine has {available} ({platform}). Received: "
+            f"mesh.shape with {count} devices. Make the mesh smaller, or set mesh.devices=simulated."
+        )
+    return platform
+
+
+def _start(platform: str, count: int) -> None:
+    """Set what JAX, Keras and TensorFlow read once."""
+    if "keras" in sys.modules:
+        raise RuntimeError("devices.configure must be called before Keras is imported: it chooses Keras' backend")
+    os.environ["KERAS_BACKEND"] = "jax"
+    os.environ["JAX_PLATFORMS"] = {"cpu": "cpu", "tpu": "tpu,cpu", "gpu": "cuda,cpu"}[platform]
+    # TensorFlow and its libraries print start-up notes that are of no use to the person.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    import jax
+
+    if platform == "cpu":
+        jax.config.update("jax_num_cpu_devices", count)
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def import_keras_hub() -> ModuleType:
+    """Import keras-hub, with TensorFlow (which it needs for its tokenizers) kept off every accelerator and silent."""
+    from stages.core.quiet import quiet_standard_error
+
+    with quiet_standard_error():
+        import tensorflow as tf
+
+        for kind in ("GPU", "TPU"):
+            tf.config.set_visible_devices([], kind)
+        import keras_hub
+    return keras_hub

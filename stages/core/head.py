@@ -1,0 +1,258 @@
+"""The output head: per-token loss and accuracy from hidden states, without ever storing the logits.
+
+Purpose: Gemma's vocabulary has 256,000 words and more; the logits of one batch of 2 x 128 tokens take 268 MB in
+float32, and Keras' loss builds them, their softmax, a one-hot of the same size and their gradients. Here the vocabulary
+is walked in blocks with a running maximum and sum of exponentials, and where a gradient will be needed the same pass
+accumulates softmax x embedding, as flash attention does with values (https://arxiv.org/abs/2205.14135): loss and
+gradient at once, two matrix products in all instead of three.
+
+With a mesh every device walks its own rows of the table and the parts are combined, so the table is never gathered.
+
+Formulas, for a token with hidden state h, rows e_v and target t (c is the final-logit soft cap, or none):
+    z_v = c tanh(h.e_v / c)        loss = log sum_v exp(z_v) - z_t
+    dloss/dh = sum_v p_v z'_v e_v - z'_t e_t      with p = softmax(z), z'_v = 1 - (z_v / c)^2
+    dloss/de_v = (p_v - [v = t]) z'_v h
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+# Rows of the table in one matrix product: large enough for full speed on a CPU core's share, small enough that a
+# block's logits (tokens x 4096) stay in the cache hierarchy. Measured by tests/benchmarks.
+BLOCK_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class HeadPlan:
+    """How the head runs. Hashable: it is a static argument of the compiled function.
+
+    `mesh` None: one device. Else tokens are split over `batch_axis` and table rows over `vocabulary_axis`.
+    """
+
+    soft_cap: float | None
+    mesh: Mesh | None = None
+    batch_axis: str = "batch"
+    vocabulary_axis: str = "model"
+    table_is_trained: bool = False
+    block_rows: int = BLOCK_ROWS
+
+
+def embed(table: jax.Array, token_ids: jax.Array, plan: HeadPlan) -> jax.Array:
+    """Look up rows of the table: (vocabulary, hidden), int32 (batch, length) to (batch, length, hidden).
+
+    Each device looks up the rows it holds and the parts are summed; left to itself XLA may gather the whole table.
+    """
+    if plan.mesh is None:
+        return jnp.take(table, token_ids, axis=0)
+
+    def local(table: jax.Array, ids: jax.Array) -> jax.Array:
+        rows = _lookup(table, ids - _offset(table, plan))
+        return jax.lax.psum(rows, plan.vocabulary_axis)
+
+    return jax.shard_map(
+        local,
+        mesh=plan.mesh,
+        in_specs=(P(plan.vocabulary_axis, None), P(plan.batch_axis, None)),
+        out_specs=P(plan.batch_axis, None, None),
+    )(table, token_ids)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def token_losses(
+    hidden: jax.Array, table: jax.Array, target_ids: jax.Array, plan: HeadPlan
+) -> tuple[jax.Array, jax.Array]:
+    """Return the loss of each token, and whether the target was the likeliest word.
+
+    Args:
+        hidden: (batch, length, hidden), the final normalised hidden states.
+        table: (vocabulary, hidden), the embedding table that is also the output head.
+        target_ids: int32 (batch, length).
+        plan: soft cap, mesh and blocks.
+
+    Returns:
+        float32 (batch, length) in nats, and bool (batch, length). The first is differentiable in `hidden`, and in
+        `table` if `plan.table_is_trained`.
+    """
+    loss, correct, _, _ = _forward(hidden, table, target_ids, plan, with_gradient=False)
+    return loss, correct
+
+
+def _token_losses_forward(
+    hidden: jax.Array, table: jax.Array, target_ids: jax.Array, plan: HeadPlan
+) -> tuple[tuple[jax.Array, jax.Array], Any]:
+    loss, correct, log_sum, unit = _forward(hidden, table, target_ids, plan, with_gradient=True)
+    # A frozen table needs nothing but each token's own gradient for a loss of one.
+    rest = (hidden, table, target_ids, log_sum) if plan.table_is_trained else None
+    return (loss, correct), (unit, rest)
+
+
+def _token_losses_backward(plan: HeadPlan, residuals: Any, cotangents: Any) -> tuple[Any, Any, None]:
+    unit, rest = residuals
+    weights = cotangents[0]
+    hidden_gradient = (unit.astype(jnp.float32) * weights[..., None]).astype(unit.dtype)
+    if not plan.table_is_trained:
+        return hidden_gradient, None, None
+    hidden, table, target_ids, log_sum = rest
+    return hidden_gradient, _table_gradient(hidden, table, target_ids, log_sum, weights, plan), None
+
+
+token_losses.defvjp(_token_losses_forward, _token_losses_backward)
+
+
+def _forward(
+    hidden: jax.Array, table: jax.Array, target_ids: jax.Array, plan: HeadPlan, with_gradient: bool
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+    """Loss, hit, log-sum-exp (batch, length) and the gradient of each token's loss in its hidden state."""
+
+    def local(hidden: jax.Array, table: jax.Array, target_ids: jax.Array) -> Any:
+        shape = target_ids.shape
+        h = hidden.reshape(-1, hidden.shape[-1])
+        offset = _offset(table, plan)
+        targets = target_ids.reshape(-1) - offset
+        maximum, total, best, mixed = _walk(h, table, plan, with_gradient)
+        # The target's own logit comes from its row, which one device holds.
+        target_rows = _lookup(table, targets)
+        target_logit = _cap(jnp.sum(h.astype(jnp.float32) * target_rows.astype(jnp.float32), axis=-1), plan.soft_cap)
+        if plan.mesh is not None:
+            axis = plan.vocabulary_axis
+            target_logit = jax.lax.psum(target_logit, axis)
+            overall = jax.lax.pmax(maximum, axis)
+            # The first of equal maxima, as argmax would take.
+            best = jax.lax.pmin(jnp.where(maximum == overall, best + offset, jnp.iinfo(jnp.int32).max), axis)
+            share = jnp.exp(maximum - overall)
+            total = jax.lax.psum(total * share, axis)
+            maximum = overall
+        else:
+            share = jnp.ones_like(maximum)
+        log_sum = maximum + jnp.log(total)
+        results = [log_sum - target_logit, best == target_ids.reshape(-1), log_sum]
+        results = [each.reshape(shape) for each in results]
+        if with_gradient:
+            slope = _slope(target_logit, plan.soft_cap)
+            unit = mixed * (share / total)[:, None] - slope[:, None] * target_rows.astype(jnp.float32)
+            if plan.mesh is not None:
+                unit = jax.lax.psum(unit, plan.vocabulary_axis)
+            results.append(unit.astype(hidden.dtype).reshape(hidden.shape))
+        return tuple(results)
+
+    if plan.mesh is not None:
+        tokens, states = P(plan.batch_axis, None), P(plan.batch_axis, None, None)
+        local = jax.shard_map(
+            local,
+            mesh=plan.mesh,
+            in_specs=(states, P(plan.vocabulary_axis, None), tokens),
+            out_specs=(tokens, tokens, tokens) + ((states,) if with_gradient else ()),
+            # JAX has nothing to derive here: equal results on the vocabulary axis come from the sums inside.
+            check_vma=False,
+        )
+    results = local(hidden, table, target_ids)
+    return results if with_gradient else (*results, None)
+
+
+def _walk(
+    h: jax.Array, table: jax.Array, plan: HeadPlan, with_gradient: bool
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+    """Walk the device's rows: maximum, sum of exponentials, index of the maximum (tokens,), and the weighted rows."""
+    tokens = h.shape[0]
+
+    def step(carry: Any, rows: jax.Array, start: jax.Array | int) -> Any:
+        maximum, total, best, mixed = carry
+        z = _cap(jnp.einsum("nd,vd->nv", h, rows, preferred_element_type=jnp.float32), plan.soft_cap)
+        block_best = jnp.argmax(z, axis=-1).astype(jnp.int32)
+        block_maximum = jnp.max(z, axis=-1)
+        best = jnp.where(block_maximum > maximum, block_best + start, best)
+        new_maximum = jnp.maximum(maximum, block_maximum)
+        kept = jnp.exp(maximum - new_maximum)
+        p = jnp.exp(z - new_maximum[:, None])
+        total = total * kept + jnp.sum(p, axis=-1)
+        if with_gradient:
+            p = (p * _slope(z, plan.soft_cap)).astype(rows.dtype)
+            mixed = mixed * kept[:, None] + jnp.einsum("nv,vd->nd", p, rows, preferred_element_type=jnp.float32)
+        return new_maximum, total, best, mixed
+
+    carry = (
+        jnp.full((tokens,), -jnp.inf, jnp.float32),
+        jnp.zeros((tokens,), jnp.float32),
+        jnp.zeros((tokens,), jnp.int32),
+        jnp.zeros((tokens, h.shape[1]), jnp.float32) if with_gradient else None,
+    )
+    return _over_blocks(step, carry, table, plan.block_rows)
+
+
+def _over_blocks(step: Any, carry: Any, table: jax.Array, block_rows: int) -> Any:
+    """Run `step(carry, rows, start)` over the table's rows, block after block, the last one shorter if need be."""
+    full = table.shape[0] // block_rows
+
+    def body(index: jax.Array, carry: Any) -> Any:
+        start = index * block_rows
+        return step(carry, jax.lax.dynamic_slice_in_dim(table, start, block_rows), start)
+
+    if full:
+        carry = jax.lax.fori_loop(0, full, body, carry)
+    if table.shape[0] % block_rows:
+        carry = step(carry, table[full * block_rows :], full * block_rows)
+    return carry
+
+
+def _table_gradient(
+    hidden: jax.Array, table: jax.Array, target_ids: jax.Array, log_sum: jax.Array, weights: jax.Array, plan: HeadPlan
+) -> jax.Array:
+    """The gradient in the table, block by block: the logits are computed again rather than stored."""
+
+    def local(
+        hidden: jax.Array, table: jax.Array, target_ids: jax.Array, log_sum: jax.Array, weights: jax.Array
+    ) -> Any:
+        h = hidden.reshape(-1, hidden.shape[-1])
+        targets = target_ids.reshape(-1) - _offset(table, plan)
+        log_sum, weights = log_sum.reshape(-1), weights.reshape(-1)
+
+        def step(gradient: jax.Array, rows: jax.Array, start: jax.Array | int) -> jax.Array:
+            z = _cap(jnp.einsum("nd,vd->nv", h, rows, preferred_element_type=jnp.float32), plan.soft_cap)
+            hit = targets[:, None] == start + jnp.arange(rows.shape[0])[None, :]
+            p = (jnp.exp(z - log_sum[:, None]) - hit) * _slope(z, plan.soft_cap) * weights[:, None]
+            block = jnp.einsum("nv,nd->vd", p.astype(h.dtype), h, preferred_element_type=jnp.float32)
+            return jax.lax.dynamic_update_slice_in_dim(gradient, block.astype(gradient.dtype), start, axis=0)
+
+        gradient = _over_blocks(step, jnp.zeros_like(table), table, plan.block_rows)
+        return gradient if plan.mesh is None else jax.lax.psum(gradient, plan.batch_axis)
+
+    if plan.mesh is not None:
+        tokens = P(plan.batch_axis, None)
+        local = jax.shard_map(
+            local,
+            mesh=plan.mesh,
+            in_specs=(P(plan.batch_axis, None, None), P(plan.vocabulary_axis, None), tokens, tokens, tokens),
+            out_specs=P(plan.vocabulary_axis, None),
+            check_vma=False,
+        )
+    return local(hidden, table, target_ids, log_sum, weights)
+
+
+def _offset(table: jax.Array, plan: HeadPlan) -> jax.Array | int:
+    """The number of the first row that this device holds."""
+    return 0 if plan.mesh is None else jax.lax.axis_index(plan.vocabulary_axis) * table.shape[0]
+
+
+def _lookup(table: jax.Array, rows: jax.Array) -> jax.Array:
+    """Rows of the local table; zeros for numbers outside of it."""
+    inside = (rows >= 0) & (rows < table.shape[0])
+    found = jnp.take(table, jnp.clip(rows, 0, table.shape[0] - 1), axis=0)
+    return jnp.where(inside[..., None], found, jnp.zeros((), table.dtype))
+
+
+def _cap(z: jax.Array, soft_cap: float | None) -> jax.Array:
+    """Gemma 2's final-logit soft cap."""
+    return z if soft_cap is None else soft_cap * jnp.tanh(z / soft_cap)
+
+
+def _slope(z: jax.Array, soft_cap: float | None) -> jax.Array:
+    """The derivative of the capped logit in the raw one, from the capped one."""
+    return jnp.ones_like(z) if soft_cap is None else 1.0 - jnp.square(z / soft_cap)

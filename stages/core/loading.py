@@ -1,0 +1,156 @@
+"""From weight files straight into shards: no random values first, no whole copy of the model on the host.
+
+Purpose: each device's slice is read (or dequantized) and put on that device, one weight at a time.
+Reads: the preset's files, and an adapter or full weights of a tuned variant.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from stages.core.errors import StageError
+from stages.core.layout import Placement, Weight
+
+if TYPE_CHECKING:
+    import keras
+    import numpy as np
+
+    from stages.core.gguf import GgufWeights
+
+
+class WeightSource(Protocol):
+    """Anything that hands out slices of weights by path."""
+
+    def read(self, path: str, index: tuple[slice, ...]) -> np.ndarray:
+        """Return a slice of a weight."""
+
+    def shape(self, path: str) -> tuple[int, ...]:
+        """Return the shape of the whole weight."""
+
+
+def weights_of(backbone: keras.Model) -> list[Weight]:
+    """Return the declared weights, LoRA kernels included, for the layout engine."""
+    return [
+        Weight(
+            variable.path,
+            tuple(variable.shape),
+            str(variable.dtype),
+            "lora" if "lora_kernel" in variable.path else "weight",
+        )
+        for variable in backbone.weights
+    ]
+
+
+@contextlib.contextmanager
+def open_source(folder: Path, file_format: str, backbone: keras.Model) -> Iterator[WeightSource]:
+    """Open a preset's weights."""
+    if file_format == "gguf":
+        from stages.core.gguf import GgufWeights
+
+        yield GgufSource(GgufWeights(next(folder.glob("*.gguf"))))
+    else:
+        from stages.core.keras_weights import KerasWeights
+
+        with KerasWeights(folder, backbone) as source:
+            yield source
+
+
+def fill(
+    backbone: keras.Model,
+    placements: Sequence[Placement],
+    mesh: keras.distribution.DeviceMesh,
+    source: Callable[[str], WeightSource],
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Give every declared weight its value, split over the mesh as placed.
+
+    Args:
+        backbone: from `build_backbone`, its variables without values.
+        placements: one for each of its weights.
+        mesh: the Keras device mesh.
+        source: tells which source holds a weight path.
+        progress: called with the bytes in place so far, after each weight.
+
+    Raises:
+        StageError: a weight in the file has another shape than the architecture says.
+    """
+    import jax
+    import keras
+    import numpy as np
+
+    done = 0
+    by_path = {placement.weight.path: placement for placement in placements}
+    for variable in backbone.weights:
+        placement = by_path[variable.path]
+        origin = source(variable.path)
+        if origin.shape(variable.path) != tuple(variable.shape):
+            raise StageError(
+                f"A weight must have the shape that the preset's architecture gives it: {variable.path} "
+                f"{tuple(variable.shape)}. Received: shape={origin.shape(variable.path)} in the file."
+            )
+        layout = keras.distribution.TensorLayout(placement.spec, mesh)
+        # Several devices hold the same slice when an axis does not split it: it is read once.
+        read: dict[str, np.ndarray] = {}
+
+        def slice_for(
+            index: tuple[slice, ...],
+            origin: WeightSource = origin,
+            variable: keras.Variable = variable,
+            read: dict[str, np.ndarray] = read,
+        ) -> np.ndarray:
+            key = repr(index)
+            if key not in read:
+                values = np.asarray(origin.read(variable.path, index))
+                read[key] = np.ascontiguousarray(values.astype(variable.dtype, copy=False))
+            return read[key]
+
+        value = jax.make_array_from_callback(tuple(variable.shape), layout.backend_layout, slice_for)
+        # The layout is what Keras consults when it derives others from it: optimizer slots get their weight's.
+        variable._layout = layout
+        variable._value = value
+        variable._initializer = None
+        if progress:
+            done += placement.weight.bytes
+            progress(done)
+
+
+class ArraySource:
+    """A source over arrays in memory: first values of an adapter, or values read from safetensors."""
+
+    def __init__(self, arrays: dict[str, np.ndarray]) -> None:
+        """Keep the arrays by weight path."""
+        self._arrays = arrays
+
+    def read(self, path: str, index: tuple[slice, ...]) -> np.ndarray:
+        """Return a slice of a weight."""
+        return self._arrays[path][index]
+
+    def shape(self, path: str) -> tuple[int, ...]:
+        """Return the shape of the whole weight."""
+        return self._arrays[path].shape
+
+
+class GgufSource:
+    """Slices of a GGUF file's weights: quantized rows are read alone, other slices are cut from the whole weight."""
+
+    def __init__(self, weights: GgufWeights) -> None:
+        """Keep at most one whole weight at a time."""
+        self._weights = weights
+        self._whole: tuple[str, np.ndarray] | None = None
+
+    def read(self, path: str, index: tuple[slice, ...]) -> np.ndarray:
+        """Return a slice of a weight as float32."""
+        shape = self.shape(path)
+        if all(cut.indices(size) == (0, size, 1) for cut, size in zip(index[1:], shape[1:], strict=True)):
+            return self._weights.read(path, index[0])
+        # A weight split over another axis is cut several times in a row: dequantize it once.
+        if self._whole is None or self._whole[0] != path:
+            self._whole = (path, self._weights.read(path))
+        return self._whole[1][index]
+
+    def shape(self, path: str) -> tuple[int, ...]:
+        """Return the shape of the whole weight."""
+        return self._weights.shape(path)

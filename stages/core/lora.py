@@ -1,0 +1,92 @@
+"""LoRA on keras-hub's layers: declaring the kernels, applying them as x A B, and their first values.
+
+Purpose: Keras' own `EinsumDense` forms W + AB in full, forward and backward, for every layer and step; x A B costs
+rank / output of that. Source of the method: https://arxiv.org/abs/2106.09685.
+
+On an `EinsumDense` kernel A has the kernel's shape with the last dimension replaced by the rank, and B is
+(rank, last dimension): on Gemma's query one A a head and one B for all heads.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import jax
+    import keras
+
+KERNELS = ("lora_kernel_a", "lora_kernel_b")
+
+
+def target_layers(backbone: keras.Model, targets: Sequence[str]) -> list[Any]:
+    """Return the layers of every block whose name is in `targets`, in the model's order."""
+    return [layer for layer in backbone._flatten_layers(include_self=False) if layer.name in targets and layer.weights]
+
+
+def declare(backbone: keras.Model, rank: int, alpha: float | None, targets: Sequence[str]) -> None:
+    """Freeze the backbone and declare LoRA kernels on its target layers; rank 0 leaves every weight trainable.
+
+    The kernels have shapes and paths but no values, as the backbone's own weights after `build_backbone`.
+    """
+    from stages.core.architecture import declared_only
+
+    backbone.trainable = True
+    if rank == 0:
+        return
+    chosen = target_layers(backbone, targets)
+    for layer in backbone._flatten_layers(include_self=False):
+        layer.trainable = False
+    with declared_only():
+        for layer in chosen:
+            layer.trainable = True
+            layer.enable_lora(rank, lora_alpha=alpha if alpha is not None else rank)
+
+
+def first_value(path: str, shape: tuple[int, ...], seed: int) -> Any:
+    """Return the value a LoRA kernel starts from, as a NumPy float32 array.
+
+    A is He-uniform and B zero, as in Keras' `enable_lora`, so that the tuned model starts as the base. Each A has its
+    own stream, named by its path: adding a target changes no other layer's start.
+    """
+    import numpy as np
+
+    if path.endswith("lora_kernel_b"):
+        return np.zeros(shape, np.float32)
+    # Keras' fan-in of a kernel with more than two dimensions: all but the last.
+    limit = (6.0 / np.prod(shape[:-1])) ** 0.5
+    stream = np.random.default_rng([seed, zlib.crc32(path.encode())])
+    return stream.uniform(-limit, limit, shape).astype(np.float32)
+
+
+def project(layer: Any, x: jax.Array, dropout: Callable[[jax.Array], jax.Array] | None = None) -> jax.Array:
+    """Apply an `EinsumDense` layer without bias, with its adapter if it has one.
+
+    Args:
+        layer: one of Gemma's projections; its equation is such as `btd,ndh->btnh`.
+        x: the activation, in the compute dtype.
+        dropout: applied to what goes into the adapter only.
+
+    Returns:
+        x W + (alpha / rank) x A B, in the compute dtype.
+    """
+    import jax.numpy as jnp
+
+    dtype = layer.compute_dtype
+    kernel = layer._kernel.value.astype(dtype)
+    y = jnp.einsum(layer.equation, x, kernel)
+    if not layer.lora_enabled:
+        return y
+    operands, result = layer.equation.split("->")
+    inputs, axes = operands.split(",")
+    # The kernel's last axis becomes the rank; `r` names it and is free in Gemma's equations.
+    last = axes[-1]
+    low = result.replace(last, "r")
+    a = layer.lora_kernel_a.value.astype(dtype)
+    b = layer.lora_kernel_b.value.astype(dtype)
+    into = x if dropout is None else dropout(x)
+    narrow = jnp.einsum(f"{inputs},{axes[:-1]}r->{low}", into, a)
+    return y + jnp.asarray(layer.lora_alpha / layer.lora_rank, dtype) * jnp.einsum(
+        f"{low},r{last}->{result}", narrow, b
+    )

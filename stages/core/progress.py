@@ -1,0 +1,36 @@
+"""A progress bar over bytes on standard error, silent when that is not a terminal.
+
+Purpose: downloads, joins and hashes of large files show how far they are, in one style.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+
+
+@contextlib.contextmanager
+def bytes_bar(label: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """Yield a function that sets how many bytes are done; the bar vanishes when the block ends.
+
+    Args:
+        label: what is being done, a few words.
+        total: bytes in all; None when not known.
+    """
+    if not sys.stderr.isatty():
+        yield lambda done: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(label, total=total)
+        yield lambda done: progress.update(task, completed=done)

@@ -1,0 +1,133 @@
+"""The reviews to train on and those held out, from whichever source the settings name.
+
+Purpose: read, clean, shuffle, split and take, in this order, the same bytes for the same settings.
+Reads: params `prepare`, and the source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import islice
+from pathlib import Path
+
+from stages.core.errors import ParamsError, StageError
+from stages.core.params import Prepare
+from stages.core.reviews import RawReview, Review, Tally, clean
+from stages.core.splitting import hold_out, shuffled
+
+
+def prepare_reviews(
+    settings: Prepare, root: Path, cache: Path, say: Callable[[str], None]
+) -> tuple[dict[str, list[Review]], Tally]:
+    """Return the reviews of `train` and `validation`, and what was read and left out.
+
+    A review that is in both parts of its source stays in `validation` and is left out of `train`.
+
+    Args:
+        settings: the section `prepare`.
+        root: the repository's folder, which relative paths start from.
+        cache: the cache folder.
+        say: prints one line for the person.
+
+    Raises:
+        ParamsError: a wrong path or column, or more reviews held out than there are.
+        StageError: the source cannot be had, or nothing is left to train on.
+    """
+    train, validation = _open(settings, root, cache, say)
+    tally, seen = Tally(), set()
+
+    def cleaned(raw: Iterable[RawReview], known: set[str]) -> Iterable[Review]:
+        return clean(raw, settings.html_breaks, settings.min_characters, known, tally)
+
+    if validation is None:
+        reviews = list(cleaned(train, seen))
+        held: list[Review] = []
+    else:
+        held = list(cleaned(validation, seen))
+        if settings.source == "imdb_reviews":
+            _check_enough(settings.validation, held)
+            held = hold_out(held, settings.validation, settings.seed)[1]
+        if not held:
+            raise StageError(f"No review is left to hold out: {_left_out(tally)}.\nSee prepare.min_characters.")
+        # What the held-out part does not use may be trained on.
+        reviews = list(
+            islice(
+                cleaned(train, {review.text for review in held}),
+                # Shuffling needs them all; else reading ends with the last that is taken.
+                None if settings.shuffle else settings.take,
+            )
+        )
+    if settings.shuffle:
+        reviews = shuffled(reviews, settings.seed)
+    if validation is None:
+        _check_enough(settings.validation, reviews)
+        reviews, held = hold_out(reviews, settings.validation, settings.seed)
+    if not reviews:
+        raise StageError(f"No review is left to train on: {_left_out(tally)}.\nSee prepare.min_characters.")
+    return {"train": reviews[: settings.take], "validation": held}, tally
+
+
+def describe(parts: dict[str, list[Review]], tally: Tally) -> dict[str, int | float]:
+    """Return the metrics: counts, the mean length in characters of all reviews kept, and the share of positive ones.
+
+    The share is there only where the labels are 0 and 1.
+    """
+    metrics: dict[str, int | float] = {
+        "reviews_read": tally.read,
+        "empty": tally.empty,
+        "too_short": tally.too_short,
+        "duplicates": tally.duplicates,
+    }
+    for part, reviews in parts.items():
+        metrics[f"{part}_reviews"] = len(reviews)
+    for part, reviews in parts.items():
+        if {review.label for review in reviews} <= {0, 1}:
+            metrics[f"{part}_positive_fraction"] = round(sum(review.label for review in reviews) / len(reviews), 4)
+    kept = [review for reviews in parts.values() for review in reviews]
+    metrics["characters_mean"] = round(sum(len(review.text) for review in kept) / len(kept), 1)
+    return metrics
+
+
+def summary(parts: dict[str, list[Review]], tally: Tally) -> str:
+    """Return one line for the person: how many reviews there are, and what was left out."""
+    return (
+        f"{len(parts['train']):,} reviews to train on and {len(parts['validation']):,} held out, "
+        f"of {tally.read:,} read. Left out: {_left_out(tally)}."
+    )
+
+
+def _open(
+    settings: Prepare, root: Path, cache: Path, say: Callable[[str], None]
+) -> tuple[Iterable[RawReview], Iterable[RawReview] | None]:
+    """Return the raw reviews to train on, and those to hold out where the source has a part of its own for that."""
+    if settings.source == "imdb_sample":
+        from stages.core.imdb import sample_reviews
+
+        return sample_reviews(cache, say), None
+    if settings.source == "imdb_reviews":
+        from stages.core.imdb import full_reviews
+
+        data_dir = None if settings.data_dir is None else root / Path(settings.data_dir).expanduser()
+        return full_reviews("train", data_dir, say), full_reviews("test", data_dir, say)
+    from stages.core.review_files import file_reviews
+
+    def read(name: str, value: str) -> list[RawReview]:
+        path = root / Path(value).expanduser()
+        return file_reviews(path, f"prepare.{name}", settings.text_column, settings.label_column)
+
+    held = None if settings.validation_file is None else read("validation_file", settings.validation_file)
+    return read("train_file", settings.train_file), held
+
+
+def _check_enough(count: int, reviews: list[Review]) -> None:
+    """Stop when as many reviews as there are, or more, are to be held out."""
+    if count >= len(reviews):
+        raise ParamsError(
+            f"prepare.validation must be less than the number of reviews left after cleaning, {len(reviews):,}. "
+            f"Received: prepare.validation={count}"
+        )
+
+
+def _left_out(tally: Tally) -> str:
+    """Return the counts of reviews left out, in words."""
+    return f"{tally.empty:,} empty, {tally.too_short:,} too short, {tally.duplicates:,} duplicates"

@@ -1,0 +1,131 @@
+"""Reviews, as token ids, into windows of a fixed length: packed without waste, or one a review as the tutorial does.
+
+Purpose: what the model learns from, laid out so that each target belongs to one review and can be traced to it.
+Writes: `data/tokens/*.npz` (through `write_windows`), whose arrays are, each (windows, length):
+    token_ids   int32    the model's input; pad where nothing is
+    target_ids  int32    the token that follows each input; pad where nothing is
+    weights     float32  1 where the target is to be learnt, else 0
+    review      int32    the review's row number in its parquet file; -1 where nothing is
+and with packing also
+    segment_ids int32    1, 2, 3, ... within a window, one for each piece of a review; 0 where nothing is
+    positions   int32    0, 1, 2, ... within each segment; 0 where nothing is
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from stages.core.files import atomic_path
+
+Windows = dict[str, np.ndarray]
+
+
+def pack(reviews: Sequence[Sequence[int]], length: int, *, bos: int, eos: int | None, pad: int) -> Windows:
+    """Lay reviews one after another into full windows, in order; only the last window may be partly empty.
+
+    Each piece of a review, also one that goes on in the next window, starts with BOS: without it Gemma falls apart.
+    A piece that has room for k targets is [BOS, t1 .. t(k-1)] with targets [t1 .. tk]: every token, and the EOS of
+    every review, is a target exactly once, and no target is predicted from another review.
+
+    Args:
+        reviews: token ids of each, without BOS and EOS.
+        length: tokens a window, at least 1.
+        bos: id put first in each piece.
+        eos: id that ends each review; None for no such token.
+        pad: id where nothing is.
+    """
+    ending = [] if eos is None else [eos]
+    targets = [np.array([*review, *ending], np.int32) for review in reviews]
+    total = sum(map(len, targets))
+    count = -(-total // length)
+    # Windows are full, so the targets of all reviews in a row are the targets of all windows in a row.
+    flat = {
+        "token_ids": np.full(count * length, pad, np.int32),
+        "target_ids": np.full(count * length, pad, np.int32),
+        "weights": np.zeros(count * length, np.float32),
+        "segment_ids": np.zeros(count * length, np.int32),
+        "positions": np.zeros(count * length, np.int32),
+        "review": np.full(count * length, -1, np.int32),
+    }
+    flat["weights"][:total] = 1
+    place = segment = 0
+    for row, review in enumerate(targets):
+        done = 0
+        while done < len(review):
+            segment = segment + 1 if place % length else 1
+            size = min(length - place % length, len(review) - done)
+            piece = slice(place, place + size)
+            flat["token_ids"][place] = bos
+            flat["token_ids"][place + 1 : place + size] = review[done : done + size - 1]
+            flat["target_ids"][piece] = review[done : done + size]
+            flat["segment_ids"][piece] = segment
+            flat["positions"][piece] = np.arange(size)
+            flat["review"][piece] = row
+            place += size
+            done += size
+    return {name: array.reshape(count, length) for name, array in flat.items()}
+
+
+def one_per_review(reviews: Sequence[Sequence[int]], length: int, *, bos: int, eos: int | None, pad: int) -> Windows:
+    """Lay each review into one window, cut and padded, exactly as keras-hub's `GemmaCausalLMPreprocessor` does.
+
+    Its rule: BOS, as many tokens as leave room, EOS (also after a cut review), padded to length + 1; inputs are all but
+    the last of these, targets all but the first, and a weight is 1 where the target is no padding.
+
+    Args: as for `pack`.
+    """
+    ending = [] if eos is None else [eos]
+    shape = (len(reviews), length + 1)
+    tokens = np.full(shape, pad, np.int32)
+    filled = np.zeros(shape, bool)
+    for row, review in enumerate(reviews):
+        line = [bos, *review[: length - len(ending)], *ending]
+        tokens[row, : len(line)] = line
+        filled[row, : len(line)] = True
+    rows = np.arange(len(reviews), dtype=np.int32)[:, None]
+    return {
+        "token_ids": tokens[:, :-1],
+        "target_ids": tokens[:, 1:],
+        "weights": filled[:, 1:].astype(np.float32),
+        "review": np.where(filled[:, :-1], rows, np.int32(-1)),
+    }
+
+
+def cut_by_truncation_fraction(reviews: Sequence[Sequence[int]], length: int, *, eos: bool) -> float:
+    """Return the share of all tokens (with each review's EOS if there is one) that `one_per_review` throws away."""
+    room = length - 1 if eos else length
+    cut = sum(max(0, len(review) - room) for review in reviews)
+    total = sum(map(len, reviews)) + len(reviews) * int(eos)
+    return round(cut / total, 6) if total else 0.0
+
+
+def window_metrics(windows: Windows, reviews: Sequence[Sequence[int]], *, eos: bool) -> dict[str, int | float]:
+    """Return what became of the reviews' tokens.
+
+    Returns:
+        reviews, windows; tokens_kept (targets learnt) and tokens_cut (thrown away), both with each review's EOS if
+        there is one; positions_padded (positions without a target) and filled_fraction (those with one, of all).
+    """
+    weights = windows["weights"]
+    kept = int(np.count_nonzero(weights))
+    return {
+        "reviews": len(reviews),
+        "windows": len(weights),
+        "tokens_kept": kept,
+        "tokens_cut": sum(map(len, reviews)) + len(reviews) * int(eos) - kept,
+        "positions_padded": int(weights.size) - kept,
+        "filled_fraction": round(kept / weights.size, 6) if weights.size else 0.0,
+    }
+
+
+def write_windows(path: Path, windows: Windows) -> None:
+    """Write the arrays as an .npz file, atomically.
+
+    The same arrays give the same bytes: numpy dates every entry 1980, and nothing is compressed, since the outcome of
+    that depends on the zlib of the machine.
+    """
+    with atomic_path(path) as temporary, temporary.open("wb") as stream:
+        np.savez(stream, **windows)

@@ -1,0 +1,55 @@
+"""Fine-tune with LoRA, or every weight with rank 0, by Keras' `fit` on the sharded model.
+
+Reads: `models/baseline/model.json` and the preset, `data/tokens/*.npz`; params `finetune`.
+Writes: `models/tuned/`, `data/sharding/tuned.json`, `data/plots/finetune.csv`, `data/metrics/finetune.json`.
+Command: `python -m stages.finetune`
+"""
+
+from __future__ import annotations
+
+from stages.core.cli import Run, stage
+
+
+@stage
+def main(run: Run) -> None:
+    """Fine-tune the sharded model."""
+    from stages.core import adapter, finetuning, sharding, variants
+    from stages.core.files import write_json
+    from stages.core.layout import Fallback
+    from stages.core.paths import CURVE, SHARDING
+
+    settings = run.params.finetune
+    preset = variants.open_preset(run.paths)
+    description = {**variants.read_description(run.paths, "baseline"), "variant": "tuned", "tuned": None}
+    model = finetuning.load_trainable(preset, description, settings)
+    # Keras chooses its backend when it is first imported, so what builds on it comes after the devices are set up.
+    from stages.core.batches import read_windows
+    from stages.core.curve import write_curve
+    from stages.core.optimizer import optimizer_placements
+
+    windows = {split: read_windows(run.paths, split) for split in ("train", "validation")}
+    result = finetuning.fit(model, windows, settings)
+
+    tuned = finetuning.describe(settings)
+    arrays = finetuning.trained_arrays(model)
+    base = {"base": preset.fingerprint, "preset": preset.manifest.preset}
+    adapter.save(run.paths.write(f"models/tuned/{tuned['file']}"), arrays, {**base, **tuned})
+    write_json(run.paths.write("models/tuned/model.json"), {**description, "tuned": tuned})
+    placements = [*model.placements, *optimizer_placements(model, result.optimizer)]
+    report = sharding.report(
+        placements,
+        model.mesh_shape,
+        [Fallback(**fallback) for fallback in description["layout"]["fallbacks"]],
+        preset=preset.manifest.preset,
+        layout=description["layout"]["name"],
+        dtype=description["dtype"],
+        platform=model.platform,
+        trainable_parameters=result.trainable_parameters,
+    )
+    write_json(run.paths.write(SHARDING["tuned"]), report)
+    write_curve(run.paths.write(CURVE), result.curve)
+    run.write_metrics("finetune", result.metrics())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""Continue the prompts with a variant of the model: before tuning (baseline) or after (tuned).
+
+Reads: `models/<variant>/`, the preset; params `generate`.
+Writes: `data/generated/<variant>.jsonl`, `data/metrics/generate-<variant>.json`.
+Command: `python -m stages.generate --variant tuned`
+"""
+
+from __future__ import annotations
+
+import json
+import time
+
+import click
+
+from stages.core.cli import Run, stage
+
+
+@stage
+@click.option("--variant", type=click.Choice(["baseline", "tuned"]), required=True, help="The model to prompt.")
+def main(run: Run, variant: str) -> None:
+    """Continue the prompts with a variant of the model."""
+    from stages.core import paths, variants
+    from stages.core.files import write_text
+    from stages.core.tokenizer import load_tokenizer
+
+    settings = run.params.generate
+    preset = variants.open_preset(run.paths)
+    tokenizer = load_tokenizer(preset.folder, preset.manifest.format)
+    model = variants.load_variant(run.paths, variant, preset, variants.read_description(run.paths, variant))
+    from stages.core import sampling
+    from stages.core.causal import make_model
+
+    causal = make_model(model.backbone, model.mesh, model.placements)
+    prompts = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in settings.prompts]
+    sampler = sampling.SamplerSettings(settings.max_tokens, settings.temperature, settings.top_k, tokenizer.eos)
+    run.say(f"Generating up to {settings.max_tokens} tokens for each of {len(prompts)} prompts with {variant} ...")
+    began = time.perf_counter()
+    continued = sampling.generate(causal, prompts, sampler, settings.seed)
+    seconds = time.perf_counter() - began
+
+    lines = []
+    for prompt, tokens in zip(settings.prompts, continued, strict=True):
+        text = tokenizer.decode(tokens)
+        click.echo(f"{prompt}{text}\n")
+        lines.append(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False))
+    write_text(run.paths.write(paths.generated(variant)), "\n".join(lines) + "\n")
+    count = sum(len(tokens) for tokens in continued)
+    run.write_metrics(
+        f"generate-{variant}",
+        {"prompts": len(prompts), "tokens": count, "tokens_per_second": round(count / seconds, 2)},
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""Shard and load: lay the model over the device mesh, load it straight into its shards, and write where everything is.
+
+Reads: `models/preset/manifest.json` and the preset's files; params `mesh`, `layout`, `load`.
+Writes: `models/baseline/model.json`, `data/sharding/base.json`, `data/metrics/load.json`; prints the tutorial's table.
+Command: `python -m stages.load`
+"""
+
+from __future__ import annotations
+
+import time
+
+import click
+
+from stages.core.cli import Run, stage
+
+
+@stage
+def main(run: Run) -> None:
+    """Lay the model over the device mesh and load it into its shards."""
+    from stages.core import measures, sharding, variants
+    from stages.core.files import write_json
+    from stages.core.layout import check_replication
+    from stages.core.layouts import make_layout
+    from stages.core.mesh import MeshShape
+    from stages.core.paths import SHARDING
+
+    began = time.perf_counter()
+    params = run.params
+    preset = variants.open_preset(run.paths)
+    mesh = MeshShape(tuple(params.mesh.shape))
+    layout = make_layout(params.layout, preset.architecture, mesh)
+    description = variants.model_description("baseline", preset, params.load.dtype, mesh, params.mesh.devices, layout)
+    model = variants.declare_model(description, preset.architecture, None)
+    fraction = check_replication(model.placements, mesh, params.layout.max_replicated_fraction)
+    variants.fill_model(model, preset, {})
+    variants.check_placed(model)
+    report = sharding.report(
+        model.placements,
+        mesh,
+        layout.fallbacks,
+        preset=preset.manifest.preset,
+        layout=layout.name,
+        dtype=params.load.dtype,
+        platform=model.platform,
+        trainable_parameters=0,
+    )
+
+    click.echo(sharding.block_table(model.placements))
+    for fallback in layout.fallbacks:
+        run.say(f"Layout: {fallback.pattern} split over {fallback.used}, since {fallback.reason}.")
+    write_json(run.paths.write("models/baseline/model.json"), description)
+    write_json(run.paths.write(SHARDING["baseline"]), report)
+    run.write_metrics(
+        "load",
+        {
+            "seconds": round(time.perf_counter() - began, 3),
+            "peak_host_bytes": measures.peak_host_bytes(),
+            "parameters": report["parameters"],
+            "devices": mesh.devices,
+            "bytes_per_device_max": report["bytes_per_device"],
+            "replicated_fraction": round(fraction, 6),
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

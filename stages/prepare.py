@@ -1,0 +1,28 @@
+"""Choose the reviews to train on and those held out, cleaned.
+
+Reads: params `prepare`; the IMDb sample's package, TensorFlow Datasets, or the person's own files.
+Writes: `data/imdb/train.parquet`, `data/imdb/validation.parquet`, `data/metrics/prepare.json`.
+Command: python -m stages.prepare
+"""
+
+from __future__ import annotations
+
+from stages.core.cli import Run, stage
+from stages.core.paths import REVIEWS, cache_folder
+
+
+@stage
+def main(run: Run) -> None:
+    """Choose, clean, split and store the reviews."""
+    from stages.core.review_sources import describe, prepare_reviews, summary
+    from stages.core.review_table import write_reviews
+
+    parts, tally = prepare_reviews(run.params.prepare, run.paths.root, cache_folder(), run.say)
+    for part, reviews in parts.items():
+        write_reviews(run.paths.write(REVIEWS[part]), reviews)
+    run.write_metrics("prepare", describe(parts, tally))
+    run.say(summary(parts, tally))
+
+
+if __name__ == "__main__":
+    main()

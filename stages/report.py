@@ -1,0 +1,29 @@
+"""Write one HTML page that shows what the pipeline did: results, training, text before and after, and the sharding.
+
+Reads: the preset's manifest, `data/sharding/`, and what is there of `data/metrics/`, `data/plots/` and
+`data/generated/`. Writes: `data/report/index.html`, which needs no network and no other file.
+Command: python -m stages.report
+"""
+
+from __future__ import annotations
+
+from stages.core.cli import Run, stage
+from stages.core.files import write_text
+from stages.core.paths import REPORT
+
+
+@stage
+def main(run: Run) -> None:
+    """Write one self-contained HTML page that shows what the pipeline did."""
+    from stages.core.report import read_inputs, render
+
+    inputs = read_inputs(run.paths)
+    page = render(inputs, run.params)
+    write_text(run.paths.write(REPORT), page)
+    for relative, command in inputs.missing.items():
+        run.say(f"Left out: {relative} does not exist; `{command}` writes it.")
+    run.say(f"Wrote {REPORT} ({len(page.encode()) / 1024:,.0f} KiB): open it in a browser.")
+
+
+if __name__ == "__main__":
+    main()

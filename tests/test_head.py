@@ -1,0 +1,124 @@
+"""The output head against the plain computation: full logits, log-softmax, automatic gradients."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+BATCH, LENGTH, HIDDEN, VOCABULARY = 4, 8, 16, 104
+
+
+@pytest.fixture(scope="module")
+def case(devices: int):
+    """Random hidden states, table, targets and token weights."""
+    random = np.random.default_rng(0)
+    return (
+        random.normal(size=(BATCH, LENGTH, HIDDEN)).astype("f4"),
+        random.normal(size=(VOCABULARY, HIDDEN)).astype("f4"),
+        random.integers(0, VOCABULARY, (BATCH, LENGTH)).astype("i4"),
+        random.uniform(size=(BATCH, LENGTH)).astype("f4"),
+    )
+
+
+def plain(hidden, table, targets, soft_cap):
+    """The losses and hits from full logits."""
+    import jax
+    import jax.numpy as jnp
+
+    logits = jnp.einsum("btd,vd->btv", hidden, table)
+    if soft_cap:
+        logits = soft_cap * jnp.tanh(logits / soft_cap)
+    loss = -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]
+    return loss, jnp.argmax(logits, -1) == targets
+
+
+def plan_for(shape, soft_cap, trained, block_rows):
+    """The head's plan on a mesh, or on one device."""
+    from stages.core import head
+    from stages.core.mesh import MeshShape, device_mesh, jax_mesh
+
+    mesh = None if shape is None else jax_mesh(device_mesh(MeshShape(shape)))
+    return head.HeadPlan(soft_cap, mesh, table_is_trained=trained, block_rows=block_rows)
+
+
+@pytest.mark.parametrize("shape", [None, (1, 8), (2, 4), (4, 2), (4, 1)], ids=str)
+@pytest.mark.parametrize("soft_cap", [None, 3.0])
+@pytest.mark.parametrize("block_rows", [5, 13, 1000])
+def test_loss_hits_and_gradients_equal_the_plain_computation(case, shape, soft_cap, block_rows):
+    import jax
+    import jax.numpy as jnp
+
+    from stages.core import head
+
+    hidden, table, targets, weights = case
+    # A target that is the likeliest word somewhere, so that a hit is seen too.
+    targets = targets.copy()
+    targets[0] = np.asarray(jnp.argmax(jnp.einsum("btd,vd->btv", hidden, table), -1))[0]
+
+    def ours(hidden, table):
+        loss, hit = head.token_losses(hidden, table, targets, plan_for(shape, soft_cap, True, block_rows))
+        return (loss * weights).sum(), (loss, hit)
+
+    def theirs(hidden, table):
+        loss, hit = plain(hidden, table, targets, soft_cap)
+        return (loss * weights).sum(), (loss, hit)
+
+    (_, (loss, hit)), gradients = jax.jit(jax.value_and_grad(ours, (0, 1), has_aux=True))(hidden, table)
+    (_, (wanted, wanted_hit)), wanted_gradients = jax.value_and_grad(theirs, (0, 1), has_aux=True)(hidden, table)
+    np.testing.assert_allclose(loss, wanted, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(hit, wanted_hit)
+    assert wanted_hit[0].all()
+    for ours_, theirs_ in zip(gradients, wanted_gradients, strict=True):
+        np.testing.assert_allclose(ours_, theirs_, rtol=1e-4, atol=1e-5)
+
+
+def test_a_frozen_table_costs_no_second_pass(case):
+    import jax
+
+    from stages.core import head
+
+    hidden, table, targets, weights = case
+
+    def loss(hidden, trained):
+        return (head.token_losses(hidden, table, targets, plan_for(None, None, trained, 13))[0] * weights).sum()
+
+    for trained in (False, True):
+        gradient = jax.grad(loss)(hidden, trained)
+        np.testing.assert_allclose(
+            gradient,
+            jax.grad(lambda h: (plain(h, table, targets, None)[0] * weights).sum())(hidden),
+            rtol=1e-4,
+            atol=1e-5,
+        )
+
+
+def test_no_array_of_tokens_by_vocabulary_is_ever_made(case):
+    import jax
+
+    from stages.core import head
+
+    hidden, table, targets, weights = case
+    plan = plan_for(None, None, True, 13)
+
+    def loss(hidden, table):
+        return (head.token_losses(hidden, table, targets, plan)[0] * weights).sum()
+
+    program = jax.jit(jax.grad(loss, (0, 1))).lower(hidden, table).compile().as_text()
+    tokens = BATCH * LENGTH
+    assert f"f32[{tokens},13]" in program
+    for forbidden in (f"[{tokens},{VOCABULARY}]", f"[{VOCABULARY},{tokens}]", f"[{BATCH},{LENGTH},{VOCABULARY}]"):
+        assert forbidden not in program
+
+
+@pytest.mark.parametrize("shape", [None, (1, 8), (2, 4)], ids=str)
+def test_the_embedding_and_its_gradient_are_the_plain_lookup(case, shape):
+    import jax
+
+    from stages.core import head
+
+    _, table, ids, _ = case
+    plan = plan_for(shape, None, True, 13)
+    np.testing.assert_array_equal(head.embed(table, ids, plan), table[ids])
+    ours = jax.grad(lambda table: (head.embed(table, ids, plan) ** 2).sum())(table)
+    theirs = jax.grad(lambda table: (table[ids] ** 2).sum())(table)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6)

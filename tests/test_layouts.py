@@ -1,0 +1,95 @@
+"""The named layouts, for every Gemma of the facts table and every mesh, without a byte of weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from stages.core.layout import format_spec, replicated_fraction, resolve
+from stages.core.layouts import auto, make_layout, tutorial
+from stages.core.mesh import MeshShape
+from stages.core.params import Layout
+from tests.gemmas import GEMMAS, architecture, declared_weights
+
+MESHES = [(batch, total // batch) for total in (1, 2, 4, 8, 16, 32) for batch in (1, 2, 4, 8, 16, 32) if batch <= total]
+
+
+@pytest.mark.parametrize("preset", GEMMAS)
+def test_the_parameter_count_of_every_preset_is_the_registrys(devices: int, preset: str):
+    total = 0
+    for weight in declared_weights(preset):
+        size = 1
+        for dimension in weight.shape:
+            size *= dimension
+        total += size
+    assert total == GEMMAS[preset]["params"]
+
+
+@pytest.mark.parametrize("preset", GEMMAS)
+def test_auto_splits_nearly_everything_of_every_gemma_on_every_mesh(devices: int, preset: str):
+    weights = declared_weights(preset, rank=4)
+    for shape in MESHES:
+        mesh = MeshShape(shape)
+        layout = auto(architecture(preset), mesh)
+        placements = resolve(layout.rules, weights, mesh)
+        assert replicated_fraction(placements, mesh) < 0.005, (shape, layout.fallbacks)
+        for fallback in layout.fallbacks:
+            assert fallback.used == "head_dim", (shape, fallback)
+            assert f"{shape[1]} devices do not divide" in fallback.reason
+        if shape[1] > 1:
+            kernels = [each for each in placements if each.weight.path.endswith("/kernel")]
+            assert all(each.splits("model") for each in kernels)
+
+
+def test_auto_splits_heads_where_they_divide():
+    layout = auto(architecture("gemma_7b_en"), MeshShape((1, 8)))
+    assert layout.fallbacks == ()
+    query = next(rule for rule in layout.rules if rule.pattern.endswith("query/kernel"))
+    assert query.spec == ("model", None, None)
+
+
+def test_the_tutorials_layout_places_gemma_7b_as_its_code_asks(devices: int):
+    mesh = MeshShape((1, 8))
+    placements = resolve(tutorial().rules, declared_weights("gemma_7b_en"), mesh)
+    specs = {each.weight.path: format_spec(each.spec) for each in placements}
+    block = "decoder_block_1/"
+    assert specs["token_embedding/embeddings"] == "PartitionSpec('model', None)"
+    for layer in ("query", "key", "value", "attention_output"):
+        assert specs[f"{block}attention/{layer}/kernel"] == "PartitionSpec('model', None, None)"
+    for layer in ("ffw_gating", "ffw_gating_2"):
+        assert specs[f"{block}{layer}/kernel"] == "PartitionSpec(None, 'model')"
+    assert specs[f"{block}ffw_linear/kernel"] == "PartitionSpec('model', None)"
+    assert specs[f"{block}pre_attention_norm/scale"] == "PartitionSpec(None)"
+
+
+def test_lora_rank_4_on_gemma_7b_has_the_tutorials_parameter_count(devices: int):
+    weights = declared_weights("gemma_7b_en", rank=4)
+    counts = {"weight": 0, "lora": 0}
+    for weight in weights:
+        counts[weight.kind] += weight.bytes // 4
+    assert counts["lora"] == 11_067_392
+    assert counts["weight"] + counts["lora"] == 8_548_748_288
+
+
+def test_rules_of_ones_own_are_taken_as_written():
+    settings = Layout.model_validate(
+        {
+            "name": "rules",
+            "rules": [{"pattern": ".*embeddings", "spec": [["batch", "model"], None]}],
+            "max_replicated_fraction": 1.0,
+        }
+    )
+    layout = make_layout(settings, architecture("gemma3_270m"), MeshShape((2, 4)))
+    assert layout.rules[0].spec == (("batch", "model"), None)
+    assert not layout.rules[0].optional
+
+
+def test_the_facts_table_is_the_one_beside_the_project_if_there_is_one():
+    facts = Path(__file__).parents[2] / "shared" / "facts" / "gemma_architectures.yaml"
+    if not facts.exists():
+        pytest.skip("the table that these figures were taken from is not part of a clone")
+    from ruamel.yaml import YAML
+
+    table = YAML(typ="safe").load(facts.read_text())
+    assert {name: row["params"] for name, row in table.items()} == {name: row["params"] for name, row in GEMMAS.items()}

@@ -1,0 +1,166 @@
+"""Tiny random Gemma presets and made-up reviews, so that tests run the real code in seconds.
+
+Purpose: a preset folder as keras-hub's own `save_to_preset` writes it, with every feature of its family switched on
+and every weight away from its initial value, so that a wrong transpose, norm or mask changes the numbers.
+Nothing heavy is imported at the top: a test that needs only `tiny_reviews` stays fast.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+VOCABULARY_SIZE = 512
+"""Byte fallback alone takes 256 pieces, so this is about the smallest vocabulary with some words in it."""
+
+_COMMON = {
+    "vocabulary_size": VOCABULARY_SIZE,
+    "num_layers": 2,
+    "num_query_heads": 4,
+    "hidden_dim": 64,
+    "intermediate_dim": 128,
+    "head_dim": 16,
+}
+_POST_NORMS = {"use_post_ffw_norm": True, "use_post_attention_norm": True}
+_SLIDING = {"use_sliding_window_attention": True, "sliding_window_size": 8}
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "gemma": {**_COMMON, "num_key_value_heads": 4},
+    "gemma2": {
+        **_COMMON,
+        **_POST_NORMS,
+        **_SLIDING,
+        "num_key_value_heads": 2,
+        "final_logit_soft_cap": 30,
+        "attention_logit_soft_cap": 50,
+    },
+    "gemma3": {
+        **_COMMON,
+        **_POST_NORMS,
+        **_SLIDING,
+        "num_key_value_heads": 1,
+        "image_size": 896,
+        "vision_encoder": None,
+        "use_query_key_norm": True,
+    },
+}
+"""Backbone arguments of each family. Of every six layers Gemma 3 makes five local: `num_layers=6` adds a global one."""
+
+_OPENINGS = [
+    "This was an absolutely terrible movie.",
+    "I went to see this film because my sister liked the book.",
+    "Best comedy movies in the 90s had better jokes than this one.",
+    "A quiet, beautiful picture about two brothers and their boat.",
+]
+_MIDDLES = [
+    "The acting was wooden and the story made no sense at all.",
+    "Every scene is lit like a painting, and the music never gets in the way.",
+    "I have been known to fall asleep during films, but this one kept me awake until 2 in the morning.",
+    "The director clearly loves his characters; the camera stays with them.",
+    "Nobody in the cinema laughed, not even once.",
+    "It's worth seeing for the last twenty minutes alone.",
+]
+_ENDINGS = [
+    "Avoid it.",
+    "See it twice!",
+    "4 out of 10.",
+    "A great parting role in a film I recommend to everyone.",
+]
+
+
+def tiny_reviews(count: int) -> list[str]:
+    """Return `count` made-up reviews: from 5 to some 100 words, some with line breaks, the same ones every time."""
+    reviews = []
+    for number in range(count):
+        middles = [_MIDDLES[(number * 5 + step * 7) % len(_MIDDLES)] for step in range(number * 3 % 8)]
+        sentences = [_OPENINGS[number % len(_OPENINGS)], *middles, _ENDINGS[number // 2 % len(_ENDINGS)]]
+        reviews.append(("\n\n" if number % 3 == 1 else " ").join(sentences))
+    return reviews
+
+
+def tiny_proto() -> bytes:
+    """Return a SentencePiece proto like Gemma's: BPE, byte fallback, no normalizing, line breaks as own pieces."""
+    import io
+
+    import sentencepiece
+
+    writer = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(_OPENINGS + _MIDDLES + _ENDINGS),
+        model_writer=writer,
+        model_type="bpe",
+        vocab_size=VOCABULARY_SIZE,
+        byte_fallback=True,
+        split_digits=True,
+        allow_whitespace_only_pieces=True,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        user_defined_symbols=["<start_of_turn>", "\n", "\n\n", "▁▁"],
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        pad_piece="<pad>",
+        eos_piece="<eos>",
+        bos_piece="<bos>",
+        unk_piece="<unk>",
+        num_threads=1,
+        minloglevel=2,
+    )
+    return writer.getvalue()
+
+
+def tiny_backbone(family: str, *, seed: int = 0, **overrides: Any) -> Any:
+    """Return a float32 keras-hub backbone of a family ("gemma", "gemma2", "gemma3") with random weights.
+
+    `overrides` replace arguments of the backbone, such as `num_key_value_heads=1`.
+    """
+    os.environ.setdefault("KERAS_BACKEND", "jax")
+    import keras_hub
+    import numpy as np
+
+    backbone_class = keras_hub.models.Gemma3Backbone if family == "gemma3" else keras_hub.models.GemmaBackbone
+    backbone = backbone_class(**{**CONFIGS[family], "dtype": "float32", **overrides})
+    random = np.random.default_rng(seed)
+    for weight in backbone.weights:
+        layer, name = weight.path.split("/")[-2:]
+        values = random.standard_normal(weight.shape).astype("float32")
+        # Sizes such that soft caps and softmaxes are well off their linear range, and that the blocks outweigh the
+        # embedding in the residual stream: else a tied head only repeats the last token.
+        if name in ("embeddings", "scale"):
+            values *= 0.3
+            values += 2.0 if layer.startswith("post_") else 0.0
+        else:
+            fan_in = values.shape[0] * values.shape[1] if layer == "attention_output" else values.shape[-2]
+            values *= {"query": 2.0, "key": 2.0, "attention_output": 4.0, "ffw_linear": 4.0}.get(layer, 1.0)
+            values /= fan_in**0.5
+        weight.assign(values)
+    return backbone
+
+
+def write_tiny_preset(folder: Path, family: str, *, seed: int = 0, **overrides: Any) -> Path:
+    """Write a keras-hub preset folder of a tiny random model and return it.
+
+    The files: config.json, metadata.json, model.weights.h5, tokenizer.json, preprocessor.json (without it keras-hub
+    takes Gemma 3 for a vision model), assets/tokenizer/vocabulary.spm.
+
+    Args:
+        folder: where to; made if it is not there.
+        family: "gemma", "gemma2" or "gemma3".
+        seed: of the weights.
+        overrides: arguments of the backbone instead of those in `CONFIGS`.
+    """
+    os.environ.setdefault("KERAS_BACKEND", "jax")
+    import keras_hub
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tiny_backbone(family, seed=seed, **overrides).save_to_preset(str(folder))
+    if family == "gemma3":
+        tokenizer = keras_hub.models.Gemma3Tokenizer(tiny_proto(), has_vision_tokens=False)
+        preprocessor = keras_hub.models.Gemma3CausalLMPreprocessor(tokenizer)
+    else:
+        preprocessor = keras_hub.models.GemmaCausalLMPreprocessor(keras_hub.models.GemmaTokenizer(tiny_proto()))
+    preprocessor.save_to_preset(str(folder))
+    return folder
