@@ -28,7 +28,7 @@ def main(run: Run, variant: str) -> None:
 
     windows = read_windows(run.paths, "validation")
     causal = make_model(model.backbone, model.mesh, model.placements)
-    causal.compile(loss=None, jit_compile=True)
+    causal.compile(optimizer=None, loss=None, jit_compile=True)
     batches = Batches(windows, run.params.evaluate.batch_size, model.mesh_shape)
     measured = causal.evaluate(batches, return_dict=True, verbose=1 if sys.stdout.isatty() else 2)
     run.write_metrics(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import os
 import threading
 import time
 import zipfile
@@ -105,7 +106,7 @@ def serving(index: PackageIndex) -> Iterator[PackageIndex]:
 def pip_environment(url: str) -> dict[str, str]:
     """Return the environment in which pip knows this index and nothing else, and gives up quickly."""
     return {
-        "PIP_CONFIG_FILE": "/dev/null",
+        "PIP_CONFIG_FILE": os.devnull,
         "PIP_INDEX_URL": url,
         "PIP_EXTRA_INDEX_URL": "",
         "PIP_FIND_LINKS": "",

@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from package_index import PackageIndex, make_wheel, pip_environment, serving
 
 from stages.core.downloads import (
     ATTEMPTS,
@@ -27,6 +26,7 @@ from stages.core.downloads import (
 )
 from stages.core.errors import StageError
 from stages.core.files import sha256
+from tests.package_index import PackageIndex, make_wheel, pip_environment, serving
 
 ROOT = Path(__file__).parents[1]
 CONTENT = os.urandom(20_000)
@@ -38,6 +38,15 @@ def index(monkeypatch):
         for key, value in pip_environment(running.url).items():
             monkeypatch.setenv(key, value)
         yield running
+
+
+def program(wheel):
+    """Return a program that downloads a wheel to the folder it is given, and heeds interrupts wherever it is run."""
+    return (
+        "import pathlib, signal, sys\nfrom stages.core.downloads import Wheel, download_wheel\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        f"download_wheel({wheel!r}, pathlib.Path(sys.argv[1]))"
+    )
 
 
 def names_in(folder):
@@ -132,13 +141,13 @@ def test_no_network_is_said_to_be_no_network(monkeypatch, tmp_path):
 
 def test_what_pip_warns_about_is_not_shown_when_all_went_well(index, tmp_path):
     wheel = index.add("some-data", "1.0", {"a.bin": CONTENT})
-    code = (
-        "import pathlib, sys\nfrom stages.core.downloads import Wheel, download_wheel\n"
-        f"download_wheel({wheel!r}, pathlib.Path(sys.argv[1]))"
-    )
     environment = os.environ | {"PIP_FIND_LINKS": str(tmp_path / "nowhere")}
     run = subprocess.run(
-        [sys.executable, "-c", code, tmp_path / "cache"], cwd=ROOT, env=environment, capture_output=True, text=True
+        [sys.executable, "-c", program(wheel), tmp_path / "cache"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
 
@@ -155,11 +164,7 @@ def test_several_runs_may_download_the_same_wheel_at_once(index, tmp_path):
 def test_a_run_that_is_killed_leaves_nothing_that_looks_whole(index, tmp_path):
     wheel = index.add("some-data", "1.0", {"a.bin": CONTENT})
     index.pause_seconds = 1.0
-    code = (
-        "import pathlib, sys\nfrom stages.core.downloads import Wheel, download_wheel\n"
-        f"download_wheel({wheel!r}, pathlib.Path(sys.argv[1]))"
-    )
-    run = subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT, start_new_session=True)
+    run = subprocess.Popen([sys.executable, "-c", program(wheel), tmp_path], cwd=ROOT, start_new_session=True)
     assert index.started.wait(20)
     os.killpg(run.pid, signal.SIGKILL)
     run.wait()
@@ -171,11 +176,7 @@ def test_a_run_that_is_killed_leaves_nothing_that_looks_whole(index, tmp_path):
 def test_an_interrupt_stops_pip_and_clears_up(index, tmp_path):
     wheel = index.add("some-data", "1.0", {"a.bin": CONTENT})
     index.pause_seconds = 3.0
-    code = (
-        "import pathlib, sys\nfrom stages.core.downloads import Wheel, download_wheel\n"
-        f"download_wheel({wheel!r}, pathlib.Path(sys.argv[1]))"
-    )
-    run = subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT, stderr=subprocess.PIPE)
+    run = subprocess.Popen([sys.executable, "-c", program(wheel), tmp_path], cwd=ROOT, stderr=subprocess.PIPE)
     assert index.started.wait(20)
     run.send_signal(signal.SIGINT)
     _, errors = run.communicate(timeout=20)

@@ -13,20 +13,9 @@ import pytest
 
 from stages.core.errors import StageError
 from stages.core.gguf import GgufWeights, read_architecture, tokenizer_proto
-from stages.core.paths import cache_folder
 from tests import tiny
 
 DATA = Path(__file__).parent / "data"
-EMBEDDED_SIZE = 253_113_024
-
-
-@functools.cache
-def embedded_model() -> Path:
-    """Return the embedded model in the cache folder, or skip the test."""
-    for path in sorted((cache_folder() / "presets").rglob("*.gguf")):
-        if path.stat().st_size == EMBEDDED_SIZE:
-            return path
-    pytest.skip("the embedded model is not in the cache: run python -m stages.fetch first")
 
 
 @functools.cache
@@ -220,10 +209,10 @@ def test_a_missing_tensor_is_named(tmp_path, tiny_backbone):
 # --- The embedded model ---
 
 
-def test_the_embedded_tokenizer_gives_hugging_face_s_ids():
+def test_the_embedded_tokenizer_gives_hugging_face_s_ids(real_gguf):
     import sentencepiece
 
-    tokenizer = sentencepiece.SentencePieceProcessor(model_proto=tokenizer_proto(embedded_model()))
+    tokenizer = sentencepiece.SentencePieceProcessor(model_proto=tokenizer_proto(real_gguf))
     for entry in [*reference()["texts"], {**reference()["first_review"], "first": True}]:
         ids = tokenizer.encode(entry["text"])
         if entry.get("first"):
@@ -231,10 +220,10 @@ def test_the_embedded_tokenizer_gives_hugging_face_s_ids():
         assert ids == entry["token_ids"], entry["text"]
 
 
-def test_reading_a_weight_takes_the_memory_of_that_weight_alone():
+def test_reading_a_weight_takes_the_memory_of_that_weight_alone(real_gguf):
     import tracemalloc
 
-    weights = GgufWeights(embedded_model())
+    weights = GgufWeights(real_gguf)
     tracemalloc.start()
     try:
         size = weights.read("token_embedding/embeddings").nbytes
@@ -252,13 +241,12 @@ def test_reading_a_weight_takes_the_memory_of_that_weight_alone():
 
 
 @pytest.fixture(scope="module")
-def embedded_backbone():
-    path = embedded_model()
+def embedded_backbone(real_gguf):
     os.environ.setdefault("KERAS_BACKEND", "jax")
     import keras_hub
 
-    backbone = keras_hub.models.Gemma3Backbone(**read_architecture(path)["config"], dtype="float32")
-    weights = GgufWeights(path)
+    backbone = keras_hub.models.Gemma3Backbone(**read_architecture(real_gguf)["config"], dtype="float32")
+    weights = GgufWeights(real_gguf)
     assert weights.paths() == [weight.path for weight in backbone.weights]
     for weight in backbone.weights:
         weight.assign(weights.read(weight.path))

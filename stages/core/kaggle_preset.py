@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from stages.core.downloads import check_room, one_at_a_time
@@ -62,7 +63,7 @@ def _restore(model: str, link: Path, record: Path, size: int, say: Callable[[str
         say: prints one line for the person.
     """
     if not link.exists():
-        check_room(_kagglehub_folder(), size, f"the weights of {model}")
+        check_room(Path(_kagglehub().config.get_cache_folder()), size, f"the weights of {model}")
     say(f"Downloading {model} from Kaggle, as far as it is not here.")
     folder = _download(model)
     files = _recorded(record)
@@ -131,11 +132,19 @@ def _point(link: Path, folder: Path) -> None:
     fresh.replace(link)
 
 
-def _kagglehub_folder() -> Path:
-    """Return the folder that kagglehub downloads to."""
-    from kagglehub.config import get_cache_folder
+def _kagglehub() -> ModuleType:
+    """Import kagglehub so that it keeps standard output clean, and its bars for a terminal.
 
-    return Path(get_cache_folder())
+    It and tqdm read both settings when they are first imported.
+    """
+    os.environ.setdefault("KAGGLEHUB_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    import kagglehub
+    import kagglehub.config
+    import kagglehub.exceptions
+
+    return kagglehub
 
 
 def _download(model: str, name: str | None = None) -> Path:
@@ -148,13 +157,8 @@ def _download(model: str, name: str | None = None) -> Path:
     Raises:
         StageError: as Kaggle or the network answered.
     """
-    # Its bars and notes are for a terminal; both are read from the environment when the packages are imported.
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("KAGGLEHUB_VERBOSITY", "error")
-    import kagglehub
+    kagglehub = _kagglehub()
     import requests
-    from kagglehub.exceptions import DataCorruptionError
 
     try:
         with contextlib.redirect_stdout(sys.stderr):
@@ -162,7 +166,7 @@ def _download(model: str, name: str | None = None) -> Path:
     except requests.HTTPError as error:
         status = error.response.status_code if error.response is not None else 0
         raise StageError(_explain_status(status, model)) from error
-    except (requests.RequestException, ConnectionError, DataCorruptionError) as error:
+    except (requests.RequestException, ConnectionError, kagglehub.exceptions.DataCorruptionError) as error:
         raise StageError(
             f"The download of {model} from Kaggle did not end well. Received: {_short(error)}\n"
             "Check the network and run `python -m stages.fetch` again; it goes on where it broke off."
@@ -181,10 +185,8 @@ def _download(model: str, name: str | None = None) -> Path:
 
 def _explain_status(status: int, model: str) -> str:
     """Return two lines for an HTTP status that Kaggle answered with."""
-    from kagglehub.config import get_kaggle_credentials
-
     page = "https://www.kaggle.com/models/" + "/".join(model.split("/")[:2])
-    if status in (401, 403) and get_kaggle_credentials() is None:
+    if status in (401, 403) and _kagglehub().config.get_kaggle_credentials() is None:
         return (
             f"Kaggle answered {status} for {model}: it wants an account that accepted the licence, and no credentials "
             f"were found.\nAccept it at {page}, make an API token in your Kaggle settings, and set KAGGLE_API_TOKEN."

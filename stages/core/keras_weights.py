@@ -38,9 +38,17 @@ def dataset_names(backbone: keras.Model) -> dict[str, str]:
         def make(self, path: str, metadata: dict | None = None) -> dict[str, Any]:
             return recorded.setdefault(path, {})
 
-    saving_lib._save_state(
-        backbone, weights_store=Recorder(), assets_store=None, inner_path="", visited_saveables=set()
-    )
+    # With an adapter on, Keras would merge it into what it saves; the preset's files know of none.
+    adapted = [layer for layer in backbone._flatten_layers() if getattr(layer, "lora_enabled", False)]
+    for layer in adapted:
+        layer.lora_enabled = False
+    try:
+        saving_lib._save_state(
+            backbone, weights_store=Recorder(), assets_store=None, inner_path="", visited_saveables=set()
+        )
+    finally:
+        for layer in adapted:
+            layer.lora_enabled = True
     return {
         variable.path: f"{path}/vars/{name}"
         for path, variables in recorded.items()

@@ -206,5 +206,6 @@ def check_replication(placements: Sequence[Placement], mesh: MeshShape, limit: f
     listed = "; ".join(f"{each.weight.path} {each.weight.shape} {each.weight.bytes:,} bytes" for each in replicated[:5])
     raise StageError(
         f"At most layout.max_replicated_fraction of the weights may be replicated over the free axis 'model'. "
-        f"Received: {fraction:.4f} > {limit} on mesh={mesh}. Largest: {listed}. Split them in the layout, or raise the limit."
+        f"Received: {fraction:.4f} > {limit} on mesh={mesh}. Largest: {listed}. Split them in the layout, or raise "
+        "the limit."
     )

@@ -23,13 +23,17 @@ def bytes_bar(label: str, total: int | None) -> Iterator[Callable[[int], None]]:
         return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.table import Column
+
+    def narrow() -> Column:
+        return Column(no_wrap=True, overflow="ellipsis")
 
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
+        TextColumn("{task.description}", table_column=narrow()),
+        BarColumn(bar_width=16),
+        DownloadColumn(table_column=narrow()),
+        TransferSpeedColumn(table_column=narrow()),
+        TimeRemainingColumn(table_column=narrow()),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(label, total=total)

@@ -1,0 +1,138 @@
+"""The training step against plain Keras: keras-hub's causal model, Keras' loss, Keras' LoRA, automatic gradients."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.conftest import FAMILIES
+from tests.models import load_tiny, windows
+
+
+def our_loss_and_gradients(model, batch, **options):
+    """Loss and gradients of the trainable weights, by path, from the model that `fit` trains."""
+    import jax
+
+    from stages.core.causal import make_model
+
+    causal = make_model(model.backbone, model.mesh, model.placements, **options)
+    causal.compile(optimizer=None, loss=None)
+
+    def loss(trainable, rest):
+        value, _ = causal.compute_loss_and_updates(
+            trainable, rest, [each.value for each in causal.metrics_variables], batch, None, None, training=True
+        )
+        return value
+
+    trainable = [variable.value for variable in causal.trainable_variables]
+    rest = [variable.value for variable in causal.non_trainable_variables]
+    value, gradients = jax.jit(jax.value_and_grad(loss))(trainable, rest)
+    paths = [variable.path for variable in causal.trainable_variables]
+    return float(value), {path: np.asarray(each) for path, each in zip(paths, gradients, strict=True)}
+
+
+def keras_loss_and_gradients(folder, batch, model, full):
+    """The same by keras-hub's layers and Keras' own loss; weights are copied from `model`."""
+    import jax
+    import keras
+    import keras_hub
+
+    keras.distribution.set_distribution(None)
+    backbone = keras_hub.models.Backbone.from_preset(str(folder), dtype="float32")
+    if not full:
+        backbone.enable_lora(2, target_layer_names=["query", "value", "ffw_gating", "attention_output"])
+        for layer in backbone._flatten_layers():
+            if getattr(layer, "lora_enabled", False):
+                layer.lora_alpha = 4.0
+    values = {variable.path: np.asarray(variable.value) for variable in model.backbone.weights}
+    for variable in backbone.weights:
+        variable.assign(values[variable.path])
+    crossentropy = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="mean_with_sample_weight")
+
+    def loss(trainable, rest):
+        mapping = [
+            *zip(backbone.trainable_variables, trainable, strict=True),
+            *zip(backbone.non_trainable_variables, rest, strict=True),
+        ]
+        with keras.StatelessScope(state_mapping=mapping):
+            hidden = backbone({"token_ids": batch["token_ids"], "padding_mask": np.ones_like(batch["token_ids"])})
+            logits = backbone.token_embedding(hidden, reverse=True)
+            return crossentropy(batch["target_ids"], logits, sample_weight=batch["weights"])
+
+    value, gradients = jax.value_and_grad(loss)(
+        [variable.value for variable in backbone.trainable_variables],
+        [variable.value for variable in backbone.non_trainable_variables],
+    )
+    paths = [variable.path for variable in backbone.trainable_variables]
+    return float(value), {path: np.asarray(each) for path, each in zip(paths, gradients, strict=True)}
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 8), (2, 4), (4, 1)], ids=str)
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients_are_plain_keras(presets, family, full, shape):
+    batch = windows(4)
+    batch["segment_ids"] = np.ones_like(batch["segment_ids"])
+    targets = ("query", "value", "ffw_gating", "attention_output")
+    model = load_tiny(presets[family], shape, rank=0 if full else 2, targets=targets)
+    loss, gradients = our_loss_and_gradients(model, batch)
+    wanted, wanted_gradients = keras_loss_and_gradients(presets[family], batch, model, full)
+    assert loss == pytest.approx(wanted, rel=2e-6)
+    assert gradients.keys() == wanted_gradients.keys()
+    for path, gradient in gradients.items():
+        scale = np.abs(wanted_gradients[path]).max()
+        np.testing.assert_allclose(gradient, wanted_gradients[path], rtol=1e-3, atol=3e-5 * scale, err_msg=path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_recomputing_blocks_changes_no_gradient(presets, family):
+    model = load_tiny(presets[family], (1, 4), rank=2)
+    loss, gradients = our_loss_and_gradients(model, windows(2))
+    again, recomputed = our_loss_and_gradients(model, windows(2), rematerialize=True)
+    assert loss == pytest.approx(again, rel=1e-6)
+    for path, gradient in gradients.items():
+        np.testing.assert_allclose(gradient, recomputed[path], rtol=1e-4, atol=1e-6)
+
+
+def test_padding_a_batch_changes_neither_loss_nor_accuracy(presets):
+    from stages.core.batches import Batches
+    from stages.core.causal import make_model
+
+    data = windows(5)
+    measured = []
+    for shape, size in (((1, 1), 5), ((4, 2), 2), ((8, 1), 3)):
+        model = load_tiny(presets["gemma3"], shape)
+        causal = make_model(model.backbone, model.mesh, model.placements)
+        causal.compile(optimizer=None, loss=None)
+        measured.append(causal.evaluate(Batches(data, size, model.mesh_shape), return_dict=True, verbose=0))
+    for other in measured[1:]:
+        assert other["loss"] == pytest.approx(measured[0]["loss"], rel=1e-5)
+        assert other["accuracy"] == pytest.approx(measured[0]["accuracy"])
+    assert {"loss", "accuracy"} <= set(measured[0])
+
+
+def test_no_weight_is_gathered_in_the_compiled_step(presets):
+    """On a mesh only activations and sums travel; a gathered kernel would cost its whole size each step."""
+    import re
+
+    import jax
+
+    from stages.core.causal import make_model
+
+    # A short window: kernels are larger than activations, which is when XLA is tempted.
+    model = load_tiny(presets["gemma3"], (1, 8), rank=2)
+    batch = windows(2, 16)
+    causal = make_model(model.backbone, model.mesh, model.placements)
+    causal.compile(optimizer=None, loss=None)
+
+    def loss(trainable, rest):
+        metrics = [each.value for each in causal.metrics_variables]
+        return causal.compute_loss_and_updates(trainable, rest, metrics, batch, None, None, training=True)[0]
+
+    trainable = [variable.value for variable in causal.trainable_variables]
+    rest = [variable.value for variable in causal.non_trainable_variables]
+    program = jax.jit(jax.grad(loss)).lower(trainable, rest).compile().as_text()
+    gathered = re.findall(r"= f32\[([\d,]+)\]\S* all-gather\(", program)
+    assert gathered, "the test looks for gathers and must see those of activations"
+    kernels = {",".join(map(str, variable.shape)) for variable in model.backbone.weights}
+    assert not kernels & set(gathered)

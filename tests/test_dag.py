@@ -1,0 +1,77 @@
+"""dvc.yaml says what the code does: code dependencies are the imports, params sections are those that are read."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from stages.core.params import Params
+from tests.closure import ROOT, code_dependencies
+
+DAG = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())
+STAGES = DAG["stages"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_code_dependencies_are_the_imports(stage: str):
+    listed = {path for path in STAGES[stage]["deps"] if path.startswith("stages/") and path.endswith(".py")}
+    assert listed == code_dependencies(f"stages/{stage}.py")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_params_sections_are_those_that_the_script_reads(stage: str):
+    tree = ast.parse((ROOT / "stages" / f"{stage}.py").read_text())
+    read = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and node.attr in Params.model_fields and "params" in ast.unparse(node.value)
+    }
+    passes_all = any(
+        isinstance(node, ast.Call) and any(ast.unparse(argument) == "run.params" for argument in node.args)
+        for node in ast.walk(tree)
+    )
+    assert set(STAGES[stage]["params"]) == (set(Params.model_fields) if passes_all else read)
+
+
+def test_every_stage_says_what_it_does_and_has_a_script():
+    scripts = {path.stem for path in (ROOT / "stages").glob("[a-z]*.py")}
+    assert set(STAGES) == scripts
+    for name, stage in STAGES.items():
+        assert len(stage["desc"]) > 20, name
+        assert stage["cmd"].startswith(f"python -m stages.{name}")
+
+
+def test_no_output_has_two_owners_and_none_is_always_stale():
+    outputs = [path for stage in STAGES.values() for path in stage.get("outs", [])]
+    assert len(outputs) == len(set(outputs))
+    for stage in STAGES.values():
+        assert not {"always_changed", "frozen"} & set(stage)
+
+
+def test_what_a_stage_reads_of_the_pipeline_is_what_another_writes():
+    written = set()
+    for stage in STAGES.values():
+        paths = [*stage.get("outs", []), *(name for entry in stage.get("metrics", []) for name in entry)]
+        for path in paths:
+            written |= {path.replace("${item.variant}", variant) for variant in ("baseline", "tuned")}
+    for name, stage in STAGES.items():
+        for path in stage["deps"]:
+            if path.startswith(("data/", "models/")):
+                for variant in ("baseline", "tuned"):
+                    assert path.replace("${item.variant}", variant) in written, (name, path)
+
+
+def test_stage_scripts_are_short_and_straight():
+    for path in (ROOT / "stages").glob("[a-z]*.py"):
+        assert len(path.read_text().splitlines()) <= 85, path.name
+
+
+def test_no_stage_imports_dvc():
+    for path in [*Path(ROOT / "stages").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not any(name.split(".")[0] == "dvc" for name in names), path

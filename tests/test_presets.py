@@ -1,0 +1,197 @@
+"""The preset manifest, and the check of the files that it names."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from stages.core.errors import ParamsError, StageError
+from stages.core.keras_folder import check_keras_folder, fetch_local, list_files
+from stages.core.presets import (
+    LICENCE,
+    Manifest,
+    fault,
+    read_manifest,
+    sha256_with_progress,
+    verified_folder,
+    write_manifest,
+)
+from tests.preset_folder import make_preset
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def preset(tmp_path):
+    return make_preset(tmp_path / "preset")
+
+
+def manifest_of(folder):
+    return Manifest("tiny", "path", "keras", None, str(folder), LICENCE, list_files(folder))
+
+
+def test_a_manifest_is_read_as_it_was_written(preset, tmp_path):
+    manifest = manifest_of(preset)
+    write_manifest(tmp_path / "manifest.json", manifest)
+    assert read_manifest(tmp_path / "manifest.json") == manifest
+
+
+def test_the_same_files_give_the_same_manifest_bytes(preset, tmp_path):
+    for name in ("first", "second"):
+        write_manifest(tmp_path / name, manifest_of(preset))
+    assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
+
+
+def test_a_manifest_has_the_keys_that_other_stages_and_people_read(preset, tmp_path):
+    write_manifest(tmp_path / "manifest.json", manifest_of(preset))
+    content = json.loads((tmp_path / "manifest.json").read_text())
+    assert list(content) == ["preset", "source", "format", "handle", "folder", "licence", "files"]
+    assert content["licence"] == {"name": "Gemma Terms of Use", "url": "https://ai.google.dev/gemma/terms"}
+    names = [file["name"] for file in content["files"]]
+    assert names == ["assets/tokenizer/vocabulary.spm", "config.json", "model.weights.h5", "tokenizer.json"]
+    assert set(content["files"][0]) == {"name", "size", "sha256"}
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "{}", '{"files": [{"name": "a"}]}', '{"files": [], "preset": "tiny", "unknown": 1}']
+)
+def test_something_else_than_a_manifest_is_refused_with_the_repair(tmp_path, content):
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(StageError, match=r"(?s)manifest.*was expected.*dvc repro --force --single-item fetch"):
+        read_manifest(tmp_path / "manifest.json")
+
+
+def test_unaltered_files_are_verified(preset, tmp_path):
+    assert verified_folder(manifest_of(preset), tmp_path) == preset
+
+
+def test_a_relative_path_starts_from_the_repository_wherever_the_process_is(preset, tmp_path, monkeypatch):
+    manifest = dataclasses.replace(manifest_of(preset), folder="preset")
+    monkeypatch.chdir(ROOT)
+    assert verified_folder(manifest, tmp_path) == tmp_path / "preset"
+
+
+def test_a_downloaded_preset_lies_below_the_cache_folder(preset, tmp_path, monkeypatch):
+    monkeypatch.setenv("GEMMA_TUNING_CACHE", str(tmp_path))
+    manifest = dataclasses.replace(manifest_of(preset), source="pypi", folder="preset")
+    assert verified_folder(manifest, ROOT) == tmp_path / "preset"
+
+
+def test_an_altered_file_of_the_same_size_is_named_with_both_hashes(preset, tmp_path):
+    manifest = manifest_of(preset)
+    path = preset / "config.json"
+    path.write_text(path.read_text().replace("Gemma", "gemma"))
+    expected = next(file.sha256 for file in manifest.files if file.name == "config.json")
+    with pytest.raises(StageError) as caught:
+        verified_folder(manifest, tmp_path)
+    first, second = str(caught.value).splitlines()
+    assert str(path) in first
+    assert f"expected sha256 {expected}. Received: sha256={sha256_with_progress(path)}" in first
+    assert "dvc repro --force --single-item fetch" in second
+
+
+def test_a_cut_file_is_told_by_its_size_without_reading_it(preset):
+    file = next(file for file in list_files(preset) if file.name == "model.weights.h5")
+    (preset / file.name).write_bytes(b"short")
+    assert fault(preset, file) == "expected 1,600 bytes. Received: size=5"
+
+
+def test_a_missing_file_of_a_downloaded_preset_can_be_restored_by_fetch_alone(preset, tmp_path, monkeypatch):
+    monkeypatch.setenv("GEMMA_TUNING_CACHE", str(tmp_path))
+    manifest = dataclasses.replace(manifest_of(preset), source="kaggle", folder="preset")
+    (preset / "model.weights.h5").unlink()
+    with pytest.raises(StageError, match=r"(?s)model\.weights\.h5 .*no such file\n.*`python -m stages\.fetch`"):
+        verified_folder(manifest, tmp_path)
+
+
+def test_only_the_files_asked_for_are_checked(preset, tmp_path):
+    manifest = manifest_of(preset)
+    (preset / "model.weights.h5").unlink()
+    names = ["assets/tokenizer/vocabulary.spm", "tokenizer.json"]
+    assert verified_folder(manifest, tmp_path, only=names) == preset
+    with pytest.raises(ValueError, match=r"only=\['other\.json'\]"):
+        verified_folder(manifest, tmp_path, only=["other.json"])
+
+
+def test_the_module_that_all_stages_need_brings_no_downloader_with_it():
+    code = "import stages.core.presets, sys; print([name for name in sys.modules if name.startswith('stages.core.')])"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not {"downloads", "pypi_preset", "kaggle_preset"} & {
+        name.rpartition(".")[2] for name in json.loads(run.stdout.replace("'", '"'))
+    }
+
+
+def test_a_local_preset_is_described_with_the_path_as_it_was_written(preset, tmp_path):
+    manifest = fetch_local("tiny", "preset", tmp_path)
+    assert (manifest.folder, manifest.source, manifest.format, manifest.handle) == ("preset", "path", "keras", None)
+    assert manifest.files == list_files(preset)
+
+
+def test_hidden_files_do_not_belong_to_a_preset(preset):
+    before = list_files(preset)
+    (preset / ".DS_Store").write_text("x")
+    (preset / ".cache").mkdir()
+    (preset / ".cache" / "lock").write_text("x")
+    assert list_files(preset) == before
+
+
+def test_a_folder_that_does_not_exist_is_a_wrong_setting(tmp_path):
+    with pytest.raises(
+        ParamsError, match=r"fetch\.path must name a folder that exists\. Received: fetch\.path=nowhere"
+    ):
+        fetch_local("tiny", "nowhere", tmp_path)
+
+
+def test_a_folder_without_configuration_is_told_by_what_it_holds(tmp_path):
+    (tmp_path / "holiday.jpg").write_bytes(b"x")
+    with pytest.raises(ParamsError, match=r"with a config\.json\. Received: .* holds holiday\.jpg"):
+        check_keras_folder(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "\xff"])
+def test_a_configuration_that_is_no_json_object_is_refused(preset, content):
+    (preset / "config.json").write_text(content, encoding="latin-1")
+    with pytest.raises(ParamsError, match=r"config\.json must be"):
+        check_keras_folder(preset)
+
+
+def test_a_folder_without_weights_is_refused(preset):
+    (preset / "model.weights.h5").unlink()
+    with pytest.raises(ParamsError, match=r"with model\.weights\.h5, model\.weights\.json and its shards"):
+        check_keras_folder(preset)
+
+
+def test_a_folder_without_vocabulary_is_refused(preset):
+    (preset / "assets" / "tokenizer" / "vocabulary.spm").unlink()
+    with pytest.raises(ParamsError, match=r"vocabulary\.spm"):
+        check_keras_folder(preset)
+
+
+def test_weights_in_safetensors_are_a_preset_too(tmp_path):
+    check_keras_folder(make_preset(tmp_path / "preset", ["model-00001-of-00001.safetensors"]))
+
+
+def test_every_shard_that_the_index_names_must_be_there(tmp_path):
+    shards = ["model_00000.weights.h5", "model_00001.weights.h5", "model_00002.weights.h5"]
+    folder = make_preset(tmp_path / "preset", shards)
+    # Keras writes a name for a layer in one shard, a list for a layer over several.
+    index = {"metadata": {}, "weight_map": {"/layers/a/vars": shards[0], "/layers/b/vars": shards[1:]}}
+    (folder / "model.weights.json").write_text(json.dumps(index))
+    check_keras_folder(folder)
+    (folder / shards[2]).unlink()
+    with pytest.raises(
+        ParamsError, match=r"every shard that model\.weights\.json names\. Missing: model_00002\.weights\.h5"
+    ):
+        check_keras_folder(folder)
+
+
+def test_an_index_without_a_map_is_refused(tmp_path):
+    folder = make_preset(tmp_path / "preset", [])
+    (folder / "model.weights.json").write_text("{}")
+    with pytest.raises(ParamsError, match=r"model\.weights\.json must be the index that Keras writes"):
+        check_keras_folder(folder)
