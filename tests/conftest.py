@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -17,23 +18,23 @@ ROOT = Path(__file__).parent.parent
 FAMILIES = ("gemma", "gemma2", "gemma3")
 DEVICES = 8
 
-# The real weights may be there already; tests on tiny models must not write beside them.
-REAL_CACHE = cache_folder()
+# The real weights may be there already; tests on tiny models must not write beside them. Workers of pytest-xdist
+# inherit the environment of the process that starts them, the session's own cache included.
+REAL_CACHE = Path(os.environ.setdefault("GEMMA_TUNING_TESTS_REAL_CACHE", str(cache_folder())))
+_IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+_CACHE = pytest.StashKey[str]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Give the session a cache folder of its own, compiled programs included."""
-    folder = tempfile.mkdtemp(prefix="gemma-tuning-tests-")
-    config.stash[_CACHE] = folder
-    os.environ["GEMMA_TUNING_CACHE"] = folder
+    """Give the session a cache folder of its own, compiled programs included; workers share it."""
+    if not _IS_WORKER:
+        config.stash[_CACHE] = os.environ["GEMMA_TUNING_CACHE"] = tempfile.mkdtemp(prefix="gemma-tuning-tests-")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Leave nothing behind."""
-    shutil.rmtree(config.stash[_CACHE], ignore_errors=True)
-
-
-_CACHE = pytest.StashKey[str]()
+    if not _IS_WORKER:
+        shutil.rmtree(config.stash[_CACHE], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
@@ -42,6 +43,9 @@ def devices() -> int:
     from stages.core.devices import configure
 
     configure("simulated", DEVICES)
+    # The stages import it without TensorFlow; tests compare with keras-hub's own tokenizers, which need that.
+    import keras_hub  # noqa: F401
+
     return DEVICES
 
 
@@ -63,9 +67,11 @@ def no_distribution_left() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def real_gguf() -> Path:
-    """The embedded model's file, if the person has fetched it."""
-    found = sorted(REAL_CACHE.glob("presets/*/gemma-3-270m-q4_k_m.gguf"))
-    if not found:
-        pytest.skip("needs the real weights: run `python -m stages.fetch` first")
-    return found[0]
+def real_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model's file, fetched as a person would where it is not there yet."""
+    environment = {**os.environ, "GEMMA_TUNING_CACHE": str(REAL_CACHE)}
+    command = [sys.executable, "-m", "stages.fetch", "--out-root", str(tmp_path_factory.mktemp("fetched"))]
+    fetched = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if fetched.returncode:
+        pytest.skip(f"needs the real weights, and they cannot be fetched here: {fetched.stderr[-300:]}")
+    return next(REAL_CACHE.glob("presets/*/gemma-3-270m-q4_k_m.gguf"))

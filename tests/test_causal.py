@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from stages.core.params import Layout
 from tests.conftest import FAMILIES
-from tests.models import load_tiny, windows
+from tests.models import AUTO, load_tiny, windows
 
 
 def our_loss_and_gradients(model, batch, **options):
@@ -84,6 +85,46 @@ def test_loss_and_gradients_are_plain_keras(presets, family, full, shape):
         np.testing.assert_allclose(gradient, wanted_gradients[path], rtol=1e-3, atol=3e-5 * scale, err_msg=path)
 
 
+TUTORIAL = AUTO.model_copy(update={"name": "tutorial"})
+# Every kernel split over the dimension that auto would not choose, some over the batch axis, adapters replicated.
+CONTRARY = Layout.model_validate(
+    {
+        "name": "rules",
+        "rules": [
+            {"pattern": "token_embedding/embeddings", "spec": [None, "model"]},
+            {"pattern": r"decoder_block_\d+/attention/(query|key|value)/kernel", "spec": [None, "model", None]},
+            {"pattern": r"decoder_block_\d+/attention/attention_output/kernel", "spec": [None, "batch", "model"]},
+            {"pattern": r"decoder_block_\d+/ffw_gating(_2)?/kernel", "spec": ["model", "batch"]},
+            {"pattern": r"decoder_block_\d+/ffw_linear/kernel", "spec": [None, "model"]},
+        ],
+        "max_replicated_fraction": 1.0,
+    }
+)
+
+
+@pytest.mark.parametrize(
+    ("family", "layout", "shape"),
+    [
+        ("gemma", TUTORIAL, (2, 2)),
+        ("gemma2", TUTORIAL, (2, 2)),
+        ("gemma2", CONTRARY, (2, 4)),
+        ("gemma3", CONTRARY, (1, 8)),
+    ],
+    ids=["tutorial gemma", "tutorial gemma2", "contrary gemma2", "contrary gemma3"],
+)
+def test_layouts_that_replicate_adapters_or_split_oddly_give_the_same_gradients(presets, family, layout, shape):
+    batch = windows(4)
+    batch["segment_ids"] = np.ones_like(batch["segment_ids"])
+    targets = ("query", "value", "ffw_gating", "attention_output")
+    model = load_tiny(presets[family], shape, rank=2, targets=targets, layout=layout)
+    loss, gradients = our_loss_and_gradients(model, batch)
+    wanted, wanted_gradients = keras_loss_and_gradients(presets[family], batch, model, False)
+    assert loss == pytest.approx(wanted, rel=2e-6)
+    for path, gradient in gradients.items():
+        scale = np.abs(wanted_gradients[path]).max()
+        np.testing.assert_allclose(gradient, wanted_gradients[path], rtol=1e-3, atol=3e-5 * scale, err_msg=path)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_recomputing_blocks_changes_no_gradient(presets, family):
     model = load_tiny(presets[family], (1, 4), rank=2)
@@ -96,7 +137,7 @@ def test_recomputing_blocks_changes_no_gradient(presets, family):
 
 def test_padding_a_batch_changes_neither_loss_nor_accuracy(presets):
     from stages.core.batches import Batches
-    from stages.core.causal import make_model
+    from stages.core.causal import make_model, pin_to_mesh
 
     data = windows(5)
     measured = []
@@ -104,6 +145,7 @@ def test_padding_a_batch_changes_neither_loss_nor_accuracy(presets):
         model = load_tiny(presets["gemma3"], shape)
         causal = make_model(model.backbone, model.mesh, model.placements)
         causal.compile(optimizer=None, loss=None)
+        pin_to_mesh(causal, model.mesh)
         measured.append(causal.evaluate(Batches(data, size, model.mesh_shape), return_dict=True, verbose=0))
     for other in measured[1:]:
         assert other["loss"] == pytest.approx(measured[0]["loss"], rel=1e-5)

@@ -61,6 +61,7 @@ def test_the_embedded_ids_are_those_of_keras_hub(real_gguf):
         ids = [int(number) for number in theirs(text)]
         assert ours.encode(text) == ids, text
         assert ours.decode(ids) == theirs.detokenize(ids)
+        assert ours.decode([ours.bos, *ids, ours.eos, ours.pad]) == ours.decode(ids)
 
 
 def test_many_texts_at_once_give_the_ids_of_each_alone():

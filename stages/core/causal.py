@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 from stages.core import decoder, head
 from stages.core.layout import Placement, axes_of
 from stages.core.mesh import jax_mesh
+from stages.core.projection import Projections
 
 
 class CausalModel(keras.Model):
@@ -35,6 +36,7 @@ class CausalModel(keras.Model):
         backbone: keras.Model,
         plan: head.HeadPlan,
         constrain: decoder.Constrain = decoder.unconstrained,
+        projections: Projections = decoder.SINGLE,
         rematerialize: bool = False,
     ) -> None:
         """Wrap a loaded backbone; nothing is copied."""
@@ -42,6 +44,7 @@ class CausalModel(keras.Model):
         self.backbone = backbone
         self._plan = plan
         self._constrain = constrain
+        self._projections = projections
         self._rematerialize = rematerialize
         self._token_loss = keras.metrics.Mean(name="token_loss")
         self._token_accuracy = keras.metrics.Mean(name="token_accuracy")
@@ -51,9 +54,13 @@ class CausalModel(keras.Model):
         """Return each token's loss in nats and whether its target was the likeliest word."""
         table = self.backbone.token_embedding._embeddings.value.astype(self.backbone.token_embedding.compute_dtype)
         embedded = self._constrain(head.embed(table, inputs["token_ids"], self._plan), "hidden")
-        mask = decoder.causal_mask(inputs["segment_ids"])
         hidden = decoder.hidden_states(
-            self.backbone, embedded, mask, constrain=self._constrain, rematerialize=self._rematerialize and training
+            self.backbone,
+            embedded,
+            decoder.causal_mask(inputs["segment_ids"]),
+            constrain=self._constrain,
+            projections=self._projections,
+            rematerialize=self._rematerialize and training,
         )
         loss, correct = head.token_losses(hidden, table, inputs["target_ids"], self._plan)
         return {"loss": loss, "correct": correct}
@@ -100,15 +107,21 @@ def make_model(
         mesh=jax_mesh(mesh),
         table_is_trained=backbone.token_embedding.trainable,
     )
-    return CausalModel(backbone, plan, activation_layout(mesh, placements), rematerialize)
+    projections = Projections(jax_mesh(mesh), placements)
+    return CausalModel(backbone, plan, activation_layout(mesh, placements), projections, rematerialize)
 
 
 def activation_layout(mesh: keras.distribution.DeviceMesh, placements: list[Placement]) -> decoder.Constrain:
     """Return where activations go, from how the weights are split.
 
-    Left to itself XLA sometimes gathers a kernel, which is larger than the activation. So each projection's output is
-    first held as its kernel is split, and then as the next operation needs it: hidden states whole on every device of
-    the model axis; queries, keys and values by whole heads, since norms and rotary embeddings need those.
+    - Between blocks hidden states are split over time, so that norms and residuals are computed once, not on every
+      device; `stages.core.projection` gathers and sums them.
+    - Queries, keys and values are held by whole heads, since norms and rotary embeddings need those. Where heads do not
+      divide, every device would compute all of the attention; each takes its share of the query positions instead. On
+      eight simulated devices the two took the step of Gemma 3 270M from 3.7 to 2.6 s.
+    - What enters the output projection is split as its kernel's input is.
+
+    Time is split only where the axis divides it: not for the single tokens of a sampler.
     """
     specs = {
         re.sub(r".*decoder_block_\d+/", "", placement.weight.path): placement.spec
@@ -116,24 +129,24 @@ def activation_layout(mesh: keras.distribution.DeviceMesh, placements: list[Plac
         if placement.weight.path.endswith("/kernel")
     }
     query, key = specs["attention/query/kernel"], specs["attention/key/kernel"]
-    output, gating = specs["attention/attention_output/kernel"], specs["ffw_gating/kernel"]
-    roles = {
-        "hidden": P("batch", None, None),
-        "query_projected": P("batch", None, query[0], query[2]),
-        "query": P("batch", None, query[0], None),
-        "key_projected": P("batch", None, key[0], key[2]),
-        "key": P("batch", None, key[0], None),
-        "mixed": P("batch", None, output[0], output[1]),
-        "ffw": P("batch", None, gating[1]),
+    output = specs["attention/attention_output/kernel"]
+    roles: dict[str, tuple[Any, ...]] = {
+        "hidden": ("model", None),
+        "query": ("model" if query[0] is None else None, query[0], None),
+        "key": (None, key[0], None),
+        "mixed": (None, output[0], output[1]),
     }
-    # A rule of the person's own may split weights over the batch axis too, which activations have already spent.
-    shardings = {
-        role: NamedSharding(
-            jax_mesh(mesh), P("batch", *(None if "batch" in axes_of(axis) else axis for axis in spec[1:]))
-        )
-        for role, spec in roles.items()
-    }
-    return lambda array, role: jax.lax.with_sharding_constraint(array, shardings[role])
+    backend = jax_mesh(mesh)
+
+    def constrain(array: jax.Array, role: str) -> jax.Array:
+        time, *rest = roles[role]
+        if array.shape[1] % backend.shape["model"]:
+            time = None
+        # A rule of the person's own may split a weight over the batch axis too, which activations have spent already.
+        axes = [None if "batch" in axes_of(axis) else axis for axis in (time, *rest)]
+        return jax.lax.with_sharding_constraint(array, NamedSharding(backend, P("batch", *axes)))
+
+    return constrain
 
 
 def pin_to_mesh(model: CausalModel, mesh: keras.distribution.DeviceMesh) -> None:

@@ -14,12 +14,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import keras
+import numpy as np
 
-from stages.core.lora import project
+from stages.core.projection import Projections
 
 Cache = tuple[jax.Array, jax.Array]
 # Puts an activation where the mesh wants it, by its role (see causal.activation_layout).
 Constrain = Callable[[jax.Array, str], jax.Array]
+
+
+SINGLE = Projections()
 
 
 def unconstrained(array: jax.Array, role: str) -> jax.Array:
@@ -47,6 +51,7 @@ def hidden_states(
     mask: jax.Array,
     *,
     constrain: Constrain = unconstrained,
+    projections: Projections = SINGLE,
     dropout: Callable[[jax.Array], jax.Array] | None = None,
     rematerialize: bool = False,
 ) -> jax.Array:
@@ -64,14 +69,15 @@ def hidden_states(
     Returns:
         (batch, length, hidden) in the compute dtype.
     """
-    positions = jnp.broadcast_to(jnp.arange(mask.shape[1], dtype=jnp.int32), mask.shape[:2])
+    # A constant with one row for the whole batch: angles and windows are worked out by the compiler, once.
+    positions = np.arange(mask.shape[1], dtype=np.int32)[None, :]
     x = _scale(backbone, token_embeddings)
     for layer in backbone.transformer_layers:
 
         def run(x: jax.Array, layer: Any = layer) -> jax.Array:
             window = _window(layer, positions, positions)
             allowed = mask if window is None else mask & window
-            return _block(backbone, layer, x, positions, allowed, None, constrain, dropout)[0]
+            return _block(backbone, layer, x, positions, allowed, None, constrain, projections, dropout)[0]
 
         x = jax.checkpoint(run)(x) if rematerialize else run(x)
     return backbone.layer_norm(x)
@@ -84,6 +90,7 @@ def hidden_states_cached(
     caches: tuple[Cache, ...],
     *,
     constrain: Constrain = unconstrained,
+    projections: Projections = SINGLE,
 ) -> tuple[jax.Array, tuple[Cache, ...]]:
     """Return the hidden states of new tokens, and the caches with them in.
 
@@ -104,7 +111,7 @@ def hidden_states_cached(
     for layer, cache in zip(backbone.transformer_layers, caches, strict=True):
         window = _window(layer, positions, keys_at)
         allowed = causal if window is None else causal & window
-        x, new_cache = _block(backbone, layer, x, positions, allowed, cache, constrain, None)
+        x, new_cache = _block(backbone, layer, x, positions, allowed, cache, constrain, projections, None)
         updated.append(new_cache)
     return backbone.layer_norm(x), tuple(updated)
 
@@ -137,18 +144,18 @@ def _block(
     mask: jax.Array,
     cache: Cache | None,
     constrain: Constrain,
+    projections: Projections,
     dropout: Callable[[jax.Array], jax.Array] | None,
 ) -> tuple[jax.Array, Cache | None]:
     """One decoder block: attention and feed-forward, each with its norms and residual."""
     h = layer.pre_attention_norm(x)
-    h, cache = _attention(backbone, layer.attention, h, positions, mask, cache, constrain, dropout)
+    h, cache = _attention(backbone, layer.attention, h, positions, mask, cache, constrain, projections, dropout)
     if layer.use_post_attention_norm:
         h = layer.post_attention_norm(h)
     x = x + h
     h = layer.pre_ffw_norm(x)
-    gate = constrain(project(layer.gating_ffw, h, dropout), "ffw")
-    up = constrain(project(layer.gating_ffw_2, h, dropout), "ffw")
-    h = constrain(project(layer.ffw_linear, jax.nn.gelu(gate, approximate=True) * up, dropout), "hidden")
+    gate, up = projections.columns([layer.gating_ffw, layer.gating_ffw_2], h, dropout)
+    h = constrain(projections.rows(layer.ffw_linear, jax.nn.gelu(gate, approximate=True) * up, dropout), "hidden")
     if layer.use_post_ffw_norm:
         h = layer.post_ffw_norm(h)
     return x + h, cache
@@ -162,12 +169,13 @@ def _attention(
     mask: jax.Array,
     cache: Cache | None,
     constrain: Constrain,
+    projections: Projections,
     dropout: Callable[[jax.Array], jax.Array] | None,
 ) -> tuple[jax.Array, Cache | None]:
     """Grouped-query attention: (batch, length, hidden) to the same."""
-    query = constrain(constrain(project(attention.query_dense, x, dropout), "query_projected"), "query")
-    key = constrain(constrain(project(attention.key_dense, x, dropout), "key_projected"), "key")
-    value = constrain(constrain(project(attention.value_dense, x, dropout), "key_projected"), "key")
+    layers = [attention.query_dense, attention.key_dense, attention.value_dense]
+    query, key, value = projections.columns(layers, x, dropout)
+    query, key, value = constrain(query, "query"), constrain(key, "key"), constrain(value, "key")
     if getattr(attention, "use_query_key_norm", False):
         query = attention.query_norm(query)
         key = attention.key_norm(key)
@@ -192,7 +200,7 @@ def _attention(
     weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
     mixed = jnp.einsum("bkgts,bskh->btkgh", weights, value).reshape(batch, length, heads, head)
     mixed = constrain(constrain(mixed, "query"), "mixed")
-    return constrain(project(attention.output_dense, mixed, dropout), "hidden"), cache
+    return constrain(projections.rows(attention.output_dense, mixed, dropout), "hidden"), cache
 
 
 def _rope(backbone: keras.Model, attention: Any, x: jax.Array, positions: jax.Array) -> jax.Array:

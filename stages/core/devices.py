@@ -1,7 +1,7 @@
 """Choosing the devices before JAX starts: simulated ones on the CPU, or the TPU or GPU that is there.
 
-Purpose: JAX reads its platform and device count once, when it is first used; TensorFlow, which keras-hub imports, must
-not take an accelerator away. Everything that needs either goes through `configure` first.
+Purpose: JAX reads its platform and device count once, when it is first used; TensorFlow, which keras-hub would import,
+must not take an accelerator away. Everything that needs JAX, Keras or keras-hub goes through here first.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def accelerator() -> str | None:
 
 
 def configure(kind: str, count: int) -> str:
-    """Set up JAX, Keras and TensorFlow for a run; to be called before any of them is imported.
+    """Set up JAX and Keras for a run; to be called before Keras is imported.
 
     Args:
         kind: `simulated` (CPU devices of this process), `real`, or `auto` (real where there is an accelerator).
@@ -68,14 +68,11 @@ def configure(kind: str, count: int) -> str:
 
 
 def _start(platform: str, count: int) -> None:
-    """Set what JAX, Keras and TensorFlow read once."""
+    """Set what JAX and Keras read once."""
     if "keras" in sys.modules:
         raise RuntimeError("devices.configure must be called before Keras is imported: it chooses Keras' backend")
     os.environ["KERAS_BACKEND"] = "jax"
     os.environ["JAX_PLATFORMS"] = {"cpu": "cpu", "tpu": "tpu,cpu", "gpu": "cuda,cpu"}[platform]
-    # TensorFlow and its libraries print start-up notes that are of no use to the person.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     import jax
 
     if platform == "cpu":
@@ -85,13 +82,20 @@ def _start(platform: str, count: int) -> None:
 
 
 def import_keras_hub() -> ModuleType:
-    """Import keras-hub, with TensorFlow (which it needs for its tokenizers) kept off every accelerator and silent."""
-    from stages.core.quiet import quiet_standard_error
+    """Import keras-hub without TensorFlow, which it takes for optional and needs for its tokenizers only.
 
-    with quiet_standard_error():
-        import tensorflow as tf
+    It would cost four of six seconds at each start, print notes, and take an accelerator's memory away from JAX. Our
+    tokenizer is the sentencepiece library's.
+    """
+    if "keras_hub" not in sys.modules:
+        hidden = [name for name in ("tensorflow", "tensorflow_text") if name not in sys.modules]
+        # None makes Python raise ImportError, as if the package were not installed.
+        sys.modules.update(dict.fromkeys(hidden))
+        try:
+            import keras_hub
+        finally:
+            for name in hidden:
+                del sys.modules[name]
+    import keras_hub
 
-        for kind in ("GPU", "TPU"):
-            tf.config.set_visible_devices([], kind)
-        import keras_hub
     return keras_hub

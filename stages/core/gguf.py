@@ -322,7 +322,7 @@ def tokenizer_proto(path: Path) -> bytes:
         # GGUF writes runs of spaces as they are; SentencePiece looks for pieces in text whose spaces are escaped.
         piece.piece = token.replace(" ", "\N{LOWER ONE EIGHTH BLOCK}") if token_type == USER_DEFINED else token
         piece.score = score
-        # GGUF files say "control" of the unknown token; SentencePiece insists on exactly one of type "unknown".
+        # GGUF files say "control" of the unknown token; SentencePiece then knows none: a missing piece gets -1.
         piece.type = UNKNOWN if number == special["unknown"] else token_type
     trainer = proto.trainer_spec
     trainer.model_type = sentencepiece_model_pb2.TrainerSpec.BPE

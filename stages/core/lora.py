@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     import jax
     import keras
 
-KERNELS = ("lora_kernel_a", "lora_kernel_b")
+# Drops out part of what goes into an adapter.
+Dropout = Callable[["jax.Array"], "jax.Array"]
 
 
 def target_layers(backbone: keras.Model, targets: Sequence[str]) -> list[Any]:
@@ -60,7 +61,7 @@ def first_value(path: str, shape: tuple[int, ...], seed: int) -> Any:
     return stream.uniform(-limit, limit, shape).astype(np.float32)
 
 
-def project(layer: Any, x: jax.Array, dropout: Callable[[jax.Array], jax.Array] | None = None) -> jax.Array:
+def project(layer: Any, x: jax.Array, dropout: Dropout | None = None) -> jax.Array:
     """Apply an `EinsumDense` layer without bias, with its adapter if it has one.
 
     Args:
@@ -71,22 +72,30 @@ def project(layer: Any, x: jax.Array, dropout: Callable[[jax.Array], jax.Array] 
     Returns:
         x W + (alpha / rank) x A B, in the compute dtype.
     """
+    return apply(layer, x, arrays_of(layer), dropout)
+
+
+def arrays_of(layer: Any) -> dict[str, jax.Array]:
+    """Return the layer's kernel, and its LoRA kernels if it has them, in the compute dtype."""
+    arrays = {"kernel": layer._kernel}
+    if layer.lora_enabled:
+        arrays |= {"lora_kernel_a": layer.lora_kernel_a, "lora_kernel_b": layer.lora_kernel_b}
+    return {name: variable.value.astype(layer.compute_dtype) for name, variable in arrays.items()}
+
+
+def apply(layer: Any, x: jax.Array, arrays: dict[str, jax.Array], dropout: Dropout | None = None) -> jax.Array:
+    """Do what `project` does with the layer's arrays, or a device's parts of them, given."""
     import jax.numpy as jnp
 
-    dtype = layer.compute_dtype
-    kernel = layer._kernel.value.astype(dtype)
-    y = jnp.einsum(layer.equation, x, kernel)
-    if not layer.lora_enabled:
+    y = jnp.einsum(layer.equation, x, arrays["kernel"])
+    if "lora_kernel_a" not in arrays:
         return y
     operands, result = layer.equation.split("->")
     inputs, axes = operands.split(",")
     # The kernel's last axis becomes the rank; `r` names it and is free in Gemma's equations.
     last = axes[-1]
     low = result.replace(last, "r")
-    a = layer.lora_kernel_a.value.astype(dtype)
-    b = layer.lora_kernel_b.value.astype(dtype)
     into = x if dropout is None else dropout(x)
-    narrow = jnp.einsum(f"{inputs},{axes[:-1]}r->{low}", into, a)
-    return y + jnp.asarray(layer.lora_alpha / layer.lora_rank, dtype) * jnp.einsum(
-        f"{low},r{last}->{result}", narrow, b
-    )
+    narrow = jnp.einsum(f"{inputs},{axes[:-1]}r->{low}", into, arrays["lora_kernel_a"])
+    narrow = narrow * jnp.asarray(layer.lora_alpha / layer.lora_rank, narrow.dtype)
+    return y + jnp.einsum(f"{low},r{last}->{result}", narrow, arrays["lora_kernel_b"])

@@ -87,7 +87,9 @@ def _generate(
 
         def advance(caches: Any, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, Any]:
             embedded = constrain(head.embed(table, tokens, plan), "hidden")
-            return decoder.hidden_states_cached(backbone, embedded, positions, caches, constrain=constrain)
+            return decoder.hidden_states_cached(
+                backbone, embedded, positions, caches, constrain=constrain, projections=model._projections
+            )
 
         def choose(hidden: jax.Array, step: jax.Array) -> jax.Array:
             """Pick a token for each row from its hidden state (rows, hidden)."""

@@ -1,7 +1,7 @@
 """Text to token ids and back, by the SentencePiece library alone.
 
 Purpose: the same ids as keras-hub's tokenizers give, without importing TensorFlow (4 s) as those do.
-Reads: a preset folder: the .gguf file's tokenizer, or `assets/tokenizer/vocabulary.spm`.
+Reads: a preset folder: the .gguf file's tokenizer, `assets/tokenizer/vocabulary.spm`, or `tokenizer.model`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ from stages.core.errors import StageError
 KERAS_VOCABULARY = "assets/tokenizer/vocabulary.spm"
 """Where keras-hub's `save_to_preset` puts the SentencePiece model, below the preset's folder."""
 
+HUGGING_FACE_VOCABULARY = "tokenizer.model"
+"""Where Hugging Face folders of Gemma have it."""
+
 
 def holds_vocabulary(name: str) -> bool:
     """Return whether a preset's file, by its name below the preset's folder, is what `load_tokenizer` reads."""
-    return name == KERAS_VOCABULARY or name.endswith(".gguf")
+    return name in (KERAS_VOCABULARY, HUGGING_FACE_VOCABULARY) or name.endswith(".gguf")
 
 
 class Tokenizer:
@@ -77,9 +80,11 @@ class Tokenizer:
         return self._processor.encode(list(texts), num_threads=-1)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of token ids; pad, BOS and EOS are left out, bytes that are no UTF-8 become U+FFFD."""
-        special = {self.pad, self.eos, self.bos}
-        return self._processor.decode([int(number) for number in ids if int(number) not in special])
+        """Return the text of token ids; bytes that are no UTF-8 become U+FFFD.
+
+        Pad, BOS and EOS leave no trace: they are control pieces, which SentencePiece decodes to nothing.
+        """
+        return self._processor.decode([int(number) for number in ids])
 
 
 def load_tokenizer(folder: Path, format: str) -> Tokenizer:
@@ -87,7 +92,8 @@ def load_tokenizer(folder: Path, format: str) -> Tokenizer:
 
     Args:
         folder: the verified preset folder.
-        format: the manifest's: "gguf" (one .gguf file in the folder) or "keras" (a keras-hub preset).
+        format: the manifest's: "gguf" (one .gguf file in the folder), "keras" (a keras-hub preset) or "safetensors" (a
+            Hugging Face folder).
 
     Raises:
         StageError: the folder has no vocabulary, or more than one .gguf file.
@@ -99,8 +105,11 @@ def load_tokenizer(folder: Path, format: str) -> Tokenizer:
         if len(files) != 1:
             raise StageError(f"The preset folder must hold one .gguf file. Received: {len(files)} in {folder}")
         return Tokenizer.from_proto(tokenizer_proto(files[0]))
-    path = folder / KERAS_VOCABULARY
+    name, kind = {
+        "keras": (KERAS_VOCABULARY, "A keras-hub preset"),
+        "safetensors": (HUGGING_FACE_VOCABULARY, "A Hugging Face folder"),
+    }[format]
     try:
-        return Tokenizer.from_proto(path.read_bytes())
+        return Tokenizer.from_proto((folder / name).read_bytes())
     except FileNotFoundError as error:
-        raise StageError(f"A keras-hub preset must hold {KERAS_VOCABULARY}. Received: folder={folder}") from error
+        raise StageError(f"{kind} must hold {name}. Received: folder={folder}") from error

@@ -1,0 +1,96 @@
+"""The default pipeline for real: Gemma 3 270M, real reviews, eight simulated devices. Minutes, not seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.conftest import REAL_CACHE
+from tests.copies import copy_repository, dvc, ran
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("default run")]
+
+DATA = Path(__file__).parent / "data"
+
+
+@pytest.fixture(scope="module")
+def repository(real_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the repository in which `dvc repro` was run with the settings as they are."""
+    folder = copy_repository(tmp_path_factory.mktemp("default"))
+    dvc(folder, "repro", GEMMA_TUNING_CACHE=str(REAL_CACHE))
+    return folder
+
+
+def read(repository: Path, name: str) -> dict:
+    """A metrics file."""
+    return json.loads((repository / f"data/metrics/{name}.json").read_text())
+
+
+def test_the_tuned_model_is_less_surprised_by_reviews_it_has_not_seen(repository: Path):
+    before, after = read(repository, "evaluate-baseline"), read(repository, "evaluate-tuned")
+    assert before["tokens"] == after["tokens"] > 10_000
+    assert after["perplexity"] < 0.88 * before["perplexity"]
+    assert after["token_accuracy"] > before["token_accuracy"]
+
+
+def test_the_model_is_really_sharded(repository: Path):
+    load = read(repository, "load")
+    assert load["devices"] == 8
+    assert load["parameters"] == 268_098_176
+    assert load["replicated_fraction"] < 0.001
+    assert load["bytes_per_device_max"] < 1.01 * 4 * 268_098_176 / 8
+
+
+def test_the_adapter_is_the_size_that_rank_and_targets_give(repository: Path):
+    finetune = read(repository, "finetune")
+    # A: heads x 640 x 4, B: 4 x 256, on the query (4 heads) and the value (1) of 18 blocks.
+    assert finetune["trainable_parameters"] == 18 * ((4 + 1) * 640 * 4 + 2 * 4 * 256)
+    assert finetune["loss_last"] < finetune["loss_first"]
+    rows = (repository / "data/plots/finetune.csv").read_text().splitlines()
+    assert len(rows) == 1 + finetune["steps"]
+    assert rows[-1].split(",")[-1], "the validation loss stands beside the last step"
+
+
+def test_the_prompts_are_continued_differently_after_tuning(repository: Path):
+    texts = {}
+    for variant in ("baseline", "tuned"):
+        lines = (repository / f"data/generated/{variant}.jsonl").read_text().splitlines()
+        texts[variant] = [json.loads(line) for line in lines]
+    assert texts["tuned"][0]["prompt"] == "Best comedy movies in the 90s "
+    assert all(b["text"] != t["text"] for b, t in zip(texts["baseline"], texts["tuned"], strict=True))
+
+
+def test_a_second_repro_runs_nothing(repository: Path):
+    assert ran(dvc(repository, "repro", GEMMA_TUNING_CACHE=str(REAL_CACHE))) == set()
+
+
+def test_the_baseline_loss_on_the_200_reviews_is_hugging_faces(repository: Path):
+    """Recorded by tests/record_reference.py with the same file in PyTorch: BOS and the first 127 tokens of each."""
+    recorded = np.load(DATA / "reference_token_ids.npz")
+    token_ids, lengths = recorded["token_ids"], recorded["lengths"]
+    weights = (np.arange(token_ids.shape[1])[None] < lengths[:, None] - 1).astype(np.float32)
+    trial = repository / "scratch" / "reference"
+    (trial / "data/tokens").mkdir(parents=True)
+    np.savez(
+        trial / "data/tokens/validation.npz",
+        token_ids=token_ids,
+        target_ids=np.roll(token_ids, -1, axis=1),
+        weights=weights,
+    )
+    subprocess.run(
+        [sys.executable, "-m", "stages.evaluate", "--variant", "baseline", "--out-root", str(trial)],
+        cwd=repository,
+        env={**os.environ, "GEMMA_TUNING_CACHE": str(REAL_CACHE)},
+        check=True,
+        capture_output=True,
+    )
+    measured = json.loads((trial / "data/metrics/evaluate-baseline.json").read_text())
+    expected = json.loads((DATA / "reference_gemma3_270m.json").read_text())["sample"]
+    assert measured["tokens"] == expected["targets"]
+    assert measured["loss"] == pytest.approx(expected["loss"], abs=2e-5)
