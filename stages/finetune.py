@@ -1,34 +1,59 @@
 """Fine-tune with LoRA, or every weight with rank 0, by Keras' `fit` on the sharded model.
 
-Reads: `models/baseline/model.json` and the preset, `data/tokens/*.npz`; params `finetune`.
-Writes: `models/tuned/`, `data/sharding/tuned.json`, `data/plots/finetune.csv`, `data/metrics/finetune.json`.
+Reads: `models/baseline/model.json` and the preset, `data/tokens/*.npz`; params `finetune`. Where it was stopped before
+it goes on from its newest checkpoint, in the cache folder.
+Writes: `models/tuned/`, `data/sharding/tuned.json`, `data/plots/finetune.csv`, `data/plots/samples.jsonl`,
+`data/metrics/finetune.json`.
 Command: `python -m stages.finetune`
 """
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
+
+import click
+
 from stages.core.cli import Run, stage
 
 
 @stage
-def main(run: Run) -> None:
+@click.option(
+    "--profile",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Write a JAX profile of a few steps below this folder, for TensorBoard or Perfetto.",
+)
+def main(run: Run, profile: Path | None) -> None:
     """Fine-tune the sharded model."""
     from stages.core import adapter, finetuning, sharding, variants
     from stages.core.files import write_json
     from stages.core.layout import Fallback
-    from stages.core.paths import CURVE, SHARDING
+    from stages.core.paths import CURVE, SAMPLES, SHARDING
+    from stages.core.tokenizer import load_tokenizer
 
+    began = time.perf_counter()
     settings = run.params.finetune
     preset = variants.open_preset(run.paths)
+    tokenizer = load_tokenizer(preset.folder, preset.manifest.format)
     description = {**variants.read_description(run.paths, "baseline"), "variant": "tuned", "tuned": None}
     model = finetuning.load_trainable(preset, description, settings)
     # Keras chooses its backend when it is first imported, so what builds on it comes after the devices are set up.
     from stages.core.batches import read_windows
-    from stages.core.curve import write_curve
+    from stages.core.curve import write_curve, write_samples
     from stages.core.optimizer import optimizer_placements
 
     windows = {split: read_windows(run.paths, split) for split in ("train", "validation")}
-    result = finetuning.fit(model, windows, settings)
+    store = finetuning.checkpoints(run.paths, description, model.platform, settings)
+    result = finetuning.fit(
+        model,
+        windows,
+        settings,
+        store=store,
+        tokenizer=tokenizer,
+        profile=profile,
+        load_seconds=time.perf_counter() - began,
+        say=run.say,
+    )
 
     tuned = finetuning.describe(settings)
     arrays = finetuning.trained_arrays(model)
@@ -47,8 +72,11 @@ def main(run: Run) -> None:
         trainable_parameters=result.trainable_parameters,
     )
     write_json(run.paths.write(SHARDING["tuned"]), report)
-    write_curve(run.paths.write(CURVE), result.curve)
+    write_curve(run.paths.write(CURVE), result.history.rows)
+    write_samples(run.paths.write(SAMPLES), result.history.samples)
     run.write_metrics("finetune", result.metrics())
+    if store:
+        store.clear()
 
 
 if __name__ == "__main__":

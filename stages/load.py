@@ -2,7 +2,8 @@
 
 Reads: `models/preset/manifest.json` and the preset's files; params `mesh`, `layout`, `load`.
 Writes: `models/baseline/model.json`, `data/sharding/base.json`, `data/metrics/load.json`; prints the tutorial's table.
-Command: `python -m stages.load`
+Command: `python -m stages.load`. With `--dry-run` it reads no weights, takes no devices and writes nothing: it prints
+where every weight, LoRA kernel and optimizer slot would lie, of the fetched preset or of any public Gemma (`--preset`).
 """
 
 from __future__ import annotations
@@ -12,11 +13,26 @@ import time
 import click
 
 from stages.core.cli import Run, stage
+from stages.core.errors import ParamsError
 
 
 @stage
-def main(run: Run) -> None:
+@click.option("--dry-run", is_flag=True, help="Only print where everything would lie: no weights, no devices.")
+@click.option(
+    "--preset",
+    "public",
+    metavar="NAME",
+    help="With --dry-run: a public Gemma such as gemma_7b_en instead of the fetched preset.",
+)
+def main(run: Run, dry_run: bool, public: str | None) -> None:
     """Lay the model over the device mesh and load it into its shards."""
+    if public and not dry_run:
+        raise ParamsError(f"--preset goes with --dry-run; load takes the fetched preset. Received: --preset={public}")
+    if dry_run:
+        from stages.core import shapes
+
+        click.echo(shapes.dry_run(run, public))
+        return
     from stages.core import measures, sharding, variants
     from stages.core.files import write_json
     from stages.core.layout import check_replication

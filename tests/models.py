@@ -20,7 +20,8 @@ AUTO = Layout(name="auto", rules=None, max_replicated_fraction=1.0)
 
 def open_tiny(folder: Path) -> Preset:
     """A tiny preset folder as `open_preset` would give it."""
-    return Preset(fetch_local(folder.name, str(folder), folder), folder, read_architecture(folder, "keras"))
+    manifest = fetch_local(folder.name, str(folder), folder)
+    return Preset(manifest, folder, read_architecture(folder, manifest.format))
 
 
 def describe(preset: Preset, shape: tuple[int, int], layout: Layout = AUTO, dtype: str = "float32") -> dict[str, Any]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
+import weakref
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 
+from stages.core import loading, variants
+from stages.core.architecture import Architecture
 from stages.core.errors import StageError
 from tests.conftest import FAMILIES
-from tests.models import load_tiny, open_tiny
+from tests.models import describe, load_tiny, open_tiny
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 8), (2, 4)], ids=str)
@@ -67,6 +71,52 @@ def test_bfloat16_holds_the_rounded_values_and_lora_stays_float32(presets):
         assert str(variable.value.dtype) == str(variable.dtype)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_preset_kept_in_bfloat16_as_the_public_ones_are_is_read_exactly(presets, tmp_path, dtype):
+    import keras_hub
+
+    rounded = keras_hub.models.Backbone.from_preset(str(presets["gemma2"]), dtype="bfloat16")
+    folder = Path(shutil.copytree(presets["gemma2"], tmp_path / "p"))
+    rounded.save_to_preset(str(folder))
+    with h5py.File(folder / "model.weights.h5") as file:
+        assert file["layers/reversible_embedding/vars/0"].dtype.itemsize == 2
+    model = load_tiny(folder, (1, 4), dtype=dtype)
+    for ours, theirs in zip(model.backbone.weights, rounded.weights, strict=True):
+        assert str(ours.value.dtype) == dtype
+        np.testing.assert_array_equal(
+            np.asarray(ours.value).astype("f4"), np.asarray(theirs.value).astype("f4"), err_msg=ours.path
+        )
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (2, 4)], ids=str)
+def test_the_host_never_holds_a_whole_weight_and_reads_no_slice_twice(presets, shape):
+    preset = open_tiny(presets["gemma"])
+    wide = Architecture("GemmaBackbone", {**preset.architecture.config, "vocabulary_size": 65536})
+    model = variants.declare_model(describe(preset, shape), wide, None)
+    handed_out, most, asked = [], 0, []
+
+    class Source:
+        def read(self, path, index):
+            nonlocal most
+            asked.append((path, repr(index)))
+            sizes = [len(range(*cut.indices(size))) for cut, size in zip(index, self.shape(path), strict=True)]
+            values = np.zeros(sizes, "f4")
+            handed_out.append(weakref.ref(values))
+            most = max(most, sum(each().nbytes for each in handed_out if each() is not None))
+            return values
+
+        def shape(self, path):
+            return next(tuple(each.shape) for each in model.backbone.weights if each.path == path)
+
+    loading.fill(model.backbone, model.placements, model.mesh, lambda path: Source())
+    # JAX lets go of an array a little after its transfer is done, so of several small ones at a time.
+    largest = max(model.placements, key=lambda each: each.weight.bytes)
+    assert largest.bytes_per_device <= most < largest.weight.bytes
+    assert len(asked) == len(set(asked))
+    split = sum(shape[1] if each.splits("model") else 1 for each in model.placements)
+    assert len(asked) == split
+
+
 def test_nothing_random_is_made_on_the_way(presets):
     from stages.core.architecture import build_backbone
 
@@ -81,8 +131,6 @@ def test_nothing_random_is_made_on_the_way(presets):
 
 def damaged(folder: Path, target: Path, change) -> Path:
     """A copy of a preset whose weights file was changed."""
-    import shutil
-
     shutil.copytree(folder, target)
     change(target / "model.weights.h5")
     return target

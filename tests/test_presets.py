@@ -162,7 +162,7 @@ def test_a_configuration_that_is_no_json_object_is_refused(preset, content):
 
 def test_a_folder_without_weights_is_refused(preset):
     (preset / "model.weights.h5").unlink()
-    with pytest.raises(ParamsError, match=r"with model\.weights\.h5, model\.weights\.json and its shards"):
+    with pytest.raises(ParamsError, match=r"with model\.weights\.h5, or model\.weights\.json and its shards"):
         check_keras_folder(preset)
 
 
@@ -172,8 +172,9 @@ def test_a_folder_without_vocabulary_is_refused(preset):
         check_keras_folder(preset)
 
 
-def test_weights_in_safetensors_are_a_preset_too(tmp_path):
-    check_keras_folder(make_preset(tmp_path / "preset", ["model-00001-of-00001.safetensors"]))
+def test_a_keras_configuration_beside_safetensors_is_no_preset(tmp_path):
+    with pytest.raises(ParamsError, match=r"with model\.weights\.h5, or model\.weights\.json and its shards"):
+        check_keras_folder(make_preset(tmp_path / "preset", ["model-00001-of-00001.safetensors"]))
 
 
 def test_every_shard_that_the_index_names_must_be_there(tmp_path):

@@ -246,6 +246,12 @@ def write_generations(root: Path, variant: str, pairs) -> None:
     path.write_text("".join(json.dumps({"prompt": p, "text": t}) + "\n" for p, t in pairs), encoding="utf-8")
 
 
+def write_samples(root: Path, samples) -> None:
+    path = root / "data/plots/samples.jsonl"
+    lines = [json.dumps({"step": step, "prompt": prompt, "text": text}) for step, prompt, text in samples]
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+
 def write_outputs(root: Path) -> None:
     """Write every output of the default pipeline that the report reads."""
     shutil.copy(REPOSITORY / "params.yaml", root / "params.yaml")
@@ -255,6 +261,7 @@ def write_outputs(root: Path) -> None:
     for name, values in METRICS.items():
         write_json(root / f"data/metrics/{name}.json", values)
     write_curve(root, curve())
+    write_samples(root, [(60, PROMPTS[0], "are the ones"), (1200, PROMPTS[0], "are a\nwaste of time")])
     for variant, texts in GENERATIONS.items():
         write_generations(root, variant, zip(PROMPTS, texts, strict=True))
 
@@ -515,6 +522,21 @@ def test_each_prompt_stands_with_both_continuations_in_order(root):
     assert places == sorted(places)
 
 
+def test_samples_taken_while_training_stand_in_order_beside_their_steps(root):
+    page = rendered(root)
+    text = Reader(page).text
+    places = [text.index(part) for part in ("After step", "60are the ones", "1,200are a")]
+    assert places == sorted(places)
+    assert page.count(">are a\nwaste of time<") == 1, "line breaks are kept"
+
+
+def test_without_samples_the_page_has_no_table_for_them(root):
+    write_samples(root, [])
+    text = Reader(rendered(root)).text
+    assert "The style on its way" not in text
+    assert "samples.jsonl" not in text
+
+
 def test_a_prompt_given_twice_keeps_its_continuations_apart():
     def both(*texts):
         return [report.Generation(prompt="p", text=text) for text in texts]
@@ -557,6 +579,7 @@ def report_path() -> str:
     ("relative", "command"),
     [
         ("data/plots/finetune.csv", "python -m stages.finetune"),
+        ("data/plots/samples.jsonl", "python -m stages.finetune"),
         ("data/generated/tuned.jsonl", "python -m stages.generate --variant tuned"),
         ("data/sharding/tuned.json", "python -m stages.finetune"),
         *((f"data/metrics/{name}.json", f"python -m stages.{name.replace('-', ' --variant ')}") for name in METRICS),
@@ -597,6 +620,7 @@ def test_without_the_manifest_or_the_sharding_there_is_no_report(root, relative)
         ("data/metrics/load.json", "[1]", "object"),
         ("data/metrics/load.json", "{", "JSON"),
         ("data/generated/tuned.jsonl", '{"prompt": "p"}', "line 1"),
+        ("data/plots/samples.jsonl", '{"prompt": "p", "text": "t"}', "line 1"),
         ("data/plots/finetune.csv", "loss\n3\n", "columns step and loss"),
         ("data/plots/finetune.csv", "step,loss\n1,3\n2,much\n", "line 3"),
         ("data/plots/finetune.csv", "step,loss\n,3\n", "line 2"),
@@ -676,6 +700,7 @@ def attack_everywhere(root: Path) -> None:
     """Put the attack into every text that comes from a model, a review, a person or a server."""
     for variant in GENERATIONS:
         write_generations(root, variant, [(ATTACK + " prompt", ATTACK + variant)])
+    write_samples(root, [(1, ATTACK, ATTACK)])
     for name in ("base", "tuned"):
         content = sharding(tuned=name == "tuned")
         content |= {"layout": ATTACK, "dtype": ATTACK, "preset": ATTACK}

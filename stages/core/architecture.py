@@ -1,7 +1,7 @@
 """A Gemma's shape without its weights: the backbone's class and arguments, and a backbone that allocates nothing.
 
 Purpose: everything about a preset that layouts, loading and planning need before a byte of weights is read.
-Reads: `config.json` of a keras-hub preset, or the metadata of a GGUF file.
+Reads: `config.json` of a keras-hub preset or of a Hugging Face folder, or the metadata of a GGUF file.
 """
 
 from __future__ import annotations
@@ -44,15 +44,26 @@ def read_architecture(folder: Path, file_format: str) -> Architecture:
 
     Args:
         folder: the folder with the preset's files.
-        file_format: `keras` (has `config.json`) or `gguf` (has one `.gguf` file).
+        file_format: the manifest's: `keras`, `safetensors` (both have a `config.json`) or `gguf` (one `.gguf` file).
 
     Raises:
-        StageError: the preset is not a text Gemma.
+        StageError: the preset is not a text Gemma, or its file is not there.
     """
     if file_format == "gguf":
         from stages.core import gguf
 
-        found = gguf.read_architecture(next(folder.glob("*.gguf")))
+        files = sorted(folder.glob("*.gguf"))
+        if len(files) != 1:
+            raise StageError(
+                f"The preset folder must hold one .gguf file. Received: {len(files)} in {folder}. "
+                "Run `python -m stages.fetch`."
+            )
+        found = gguf.read_architecture(files[0])
+        return Architecture(found["class_name"], found["config"])
+    if file_format == "safetensors":
+        from stages.core import safetensors_weights
+
+        found = safetensors_weights.read_architecture(folder)
         return Architecture(found["class_name"], found["config"])
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     # Keras' own bookkeeping, none of the backbone's arguments; dtype is ours to choose.
@@ -63,7 +74,7 @@ def read_architecture(folder: Path, file_format: str) -> Architecture:
 def build_backbone(architecture: Architecture, dtype: str) -> keras.Model:
     """Return the keras-hub backbone with all its variables declared and none allocated.
 
-    Its variables have shapes, dtypes and paths, but no values and no layout: `loading.place` gives them both.
+    Its variables have shapes, dtypes and paths, but no values and no layout: `loading.fill` gives them both.
 
     Args:
         architecture: class and arguments.

@@ -42,6 +42,7 @@ class Batches(keras.utils.PyDataset):
         *,
         seed: int | None = None,
         epochs: int = 1,
+        first_step: int = 0,
     ) -> None:
         """Prepare the order of all epochs.
 
@@ -51,6 +52,7 @@ class Batches(keras.utils.PyDataset):
             mesh: the batch is padded to a multiple of its batch axis.
             seed: shuffle each epoch by (seed, epoch); None keeps the order.
             epochs: passes over the windows.
+            first_step: start each epoch at this step, for a run that goes on within one.
         """
         super().__init__()
         self._windows = {name: windows[name] for name in INPUTS if name in windows}
@@ -64,26 +66,29 @@ class Batches(keras.utils.PyDataset):
             np.arange(count) if seed is None else np.random.default_rng([seed, epoch]).permutation(count)
             for epoch in range(epochs)
         ]
+        self._first_step = first_step
+        # Set when an epoch begins, by who knows its number: Keras also calls `on_epoch_end` before the first.
         self.epoch = 0
 
-    def __len__(self) -> int:
-        """Steps an epoch."""
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of a whole epoch."""
         return math.ceil(len(self._orders[0]) / self._batch_size)
 
+    def __len__(self) -> int:
+        """Steps to do in this epoch."""
+        return self.steps_per_epoch - self._first_step
+
     def rows(self, epoch: int, step: int) -> np.ndarray:
-        """Return the numbers of the windows in a batch."""
+        """Return the numbers of the windows in a batch; steps count from the epoch's beginning."""
         return self._orders[epoch][step * self._batch_size : (step + 1) * self._batch_size]
 
     def __getitem__(self, step: int) -> tuple[dict[str, np.ndarray]]:
-        """Return a batch, padded to its full size."""
-        rows = self.rows(self.epoch, step)
+        """Return a batch, padded to its full size; steps count from `first_step`."""
+        rows = self.rows(self.epoch, self._first_step + step)
         missing = self._padded_size - len(rows)
         batch = {
             name: np.concatenate([values[rows], np.zeros((missing, *values.shape[1:]), values.dtype)])
             for name, values in self._windows.items()
         }
         return (batch,)
-
-    def on_epoch_end(self) -> None:
-        """Go on to the next epoch's order."""
-        self.epoch = min(self.epoch + 1, len(self._orders) - 1)

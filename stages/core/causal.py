@@ -8,6 +8,7 @@ what its rank says.
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from stages.core import decoder, head
 from stages.core.layout import Placement, axes_of
+from stages.core.lora import Dropout
 from stages.core.mesh import jax_mesh
 from stages.core.projection import Projections
 
@@ -38,14 +40,23 @@ class CausalModel(keras.Model):
         constrain: decoder.Constrain = decoder.unconstrained,
         projections: Projections = decoder.SINGLE,
         rematerialize: bool = False,
+        dropout: float = 0.0,
+        seed: int = 0,
     ) -> None:
-        """Wrap a loaded backbone; nothing is copied."""
+        """Wrap a loaded backbone; nothing is copied. The arguments are those of `make_model`."""
         super().__init__(name="causal_model")
         self.backbone = backbone
         self._plan = plan
         self._constrain = constrain
         self._projections = projections
         self._rematerialize = rematerialize
+        self._dropout, self._seed = dropout, seed
+        # What a step drops follows from its number alone, so that a run that goes on drops what it would have.
+        self.dropout_step = None
+        if dropout:
+            self.dropout_step = self.add_weight(
+                shape=(), dtype="int32", initializer="zeros", trainable=False, name="dropout_step"
+            )
         self._token_loss = keras.metrics.Mean(name="token_loss")
         self._token_accuracy = keras.metrics.Mean(name="token_accuracy")
         self.built = True
@@ -60,10 +71,24 @@ class CausalModel(keras.Model):
             decoder.causal_mask(inputs["segment_ids"]),
             constrain=self._constrain,
             projections=self._projections,
+            dropout=self._drop() if training and self.dropout_step is not None else None,
             rematerialize=self._rematerialize and training,
         )
         loss, correct = head.token_losses(hidden, table, inputs["target_ids"], self._plan)
         return {"loss": loss, "correct": correct}
+
+    def _drop(self) -> Dropout:
+        """Return this step's dropout, with a random stream for each (seed, step, layer path), and count the step."""
+        step = self.dropout_step.value
+        self.dropout_step.assign(step + 1)
+        of_step = jax.random.fold_in(jax.random.key(self._seed), step)
+        kept = 1.0 - self._dropout
+
+        def drop(x: jax.Array, path: str) -> jax.Array:
+            mask = jax.random.bernoulli(jax.random.fold_in(of_step, zlib.crc32(path.encode())), kept, x.shape)
+            return jnp.where(mask, x / jnp.asarray(kept, x.dtype), jnp.zeros((), x.dtype))
+
+        return drop
 
     def compute_loss(
         self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
@@ -89,6 +114,26 @@ class CausalModel(keras.Model):
         """Return loss and accuracy over all tokens seen since the last reset."""
         return {"loss": self._token_loss.result(), "accuracy": self._token_accuracy.result()}
 
+    def reset_metrics(self) -> None:
+        """Set the metrics to zero where they are."""
+        super().reset_metrics()
+        self._place_metrics()
+
+    def make_train_function(self, force: bool = False) -> None:
+        """Compile for metrics that lie on the mesh."""
+        self._place_metrics()
+        super().make_train_function(force)
+
+    def make_test_function(self, force: bool = False) -> None:
+        """Compile for metrics that lie on the mesh."""
+        self._place_metrics()
+        super().make_test_function(force)
+
+    def _place_metrics(self) -> None:
+        """Put the metrics on the mesh, whole: see `pin_to_mesh`."""
+        if self._plan.mesh is not None:
+            _pin(self.metrics_variables, self._plan.mesh)
+
     def get_config(self) -> dict[str, Any]:
         """Refuse: the model is a run's, and what is kept of it are the trained weights."""
         raise TypeError("CausalModel is not saved; save the trained weights (stages.core.adapter)")
@@ -100,15 +145,27 @@ def make_model(
     placements: list[Placement],
     *,
     rematerialize: bool = False,
+    dropout: float = 0.0,
+    seed: int = 0,
 ) -> CausalModel:
-    """Return the model to train or measure, with its head and activations laid out for the mesh."""
+    """Return the model to train or measure, with its head and activations laid out for the mesh.
+
+    Args:
+        backbone: loaded, with its adapter if it has one.
+        mesh: the Keras device mesh.
+        placements: where its weights lie.
+        rematerialize: in training keep only each block's input and compute the block again in the backward pass.
+        dropout: share of what goes into an adapter that is dropped in training (0.0 to below 1.0).
+        seed: of the dropout.
+    """
     plan = head.HeadPlan(
         soft_cap=backbone.token_embedding.logit_soft_cap,
         mesh=jax_mesh(mesh),
         table_is_trained=backbone.token_embedding.trainable,
     )
     projections = Projections(jax_mesh(mesh), placements)
-    return CausalModel(backbone, plan, activation_layout(mesh, placements), projections, rematerialize)
+    constrain = activation_layout(mesh, placements)
+    return CausalModel(backbone, plan, constrain, projections, rematerialize, dropout, seed)
 
 
 def activation_layout(mesh: keras.distribution.DeviceMesh, placements: list[Placement]) -> decoder.Constrain:
@@ -155,7 +212,11 @@ def pin_to_mesh(model: CausalModel, mesh: keras.distribution.DeviceMesh) -> None
     On a mesh of one device Keras takes a plain array for placed and leaves it; the step then returns it placed, and
     would be compiled a second time for that.
     """
-    whole = NamedSharding(jax_mesh(mesh), P())
-    for variable in [*model.variables, *model.optimizer.variables] if model.optimizer else model.variables:
+    _pin([*model.variables, *(model.optimizer.variables if model.optimizer else [])], jax_mesh(mesh))
+
+
+def _pin(variables: list[keras.Variable], mesh: jax.sharding.Mesh) -> None:
+    whole = NamedSharding(mesh, P())
+    for variable in variables:
         if not isinstance(variable.value.sharding, NamedSharding):
             variable._value = jax.device_put(variable.value, whole)

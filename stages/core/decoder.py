@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
+from stages.core.lora import Dropout
 from stages.core.projection import Projections
 
 Cache = tuple[jax.Array, jax.Array]
@@ -52,7 +53,7 @@ def hidden_states(
     *,
     constrain: Constrain = unconstrained,
     projections: Projections = SINGLE,
-    dropout: Callable[[jax.Array], jax.Array] | None = None,
+    dropout: Dropout | None = None,
     rematerialize: bool = False,
 ) -> jax.Array:
     """Return the final normalised hidden states.
@@ -145,7 +146,7 @@ def _block(
     cache: Cache | None,
     constrain: Constrain,
     projections: Projections,
-    dropout: Callable[[jax.Array], jax.Array] | None,
+    dropout: Dropout | None,
 ) -> tuple[jax.Array, Cache | None]:
     """One decoder block: attention and feed-forward, each with its norms and residual."""
     h = layer.pre_attention_norm(x)
@@ -170,7 +171,7 @@ def _attention(
     cache: Cache | None,
     constrain: Constrain,
     projections: Projections,
-    dropout: Callable[[jax.Array], jax.Array] | None,
+    dropout: Dropout | None,
 ) -> tuple[jax.Array, Cache | None]:
     """Grouped-query attention: (batch, length, hidden) to the same."""
     layers = [attention.query_dense, attention.key_dense, attention.value_dense]

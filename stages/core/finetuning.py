@@ -5,52 +5,81 @@ Purpose: what `stages/finetune.py` strings together.
 
 from __future__ import annotations
 
+import contextlib
+import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.core import adapter, loading, lora, measures
+from stages.core import adapter, flops, loading, lora, measures
+from stages.core.checkpoint import Store, fingerprint_of
 from stages.core.errors import StageError
+from stages.core.files import sha256
 from stages.core.params import Finetune
+from stages.core.paths import TOKENS, Paths
 from stages.core.variants import LoadedModel, Preset, declare_model, fill_model
 
 if TYPE_CHECKING:
     import keras
     import numpy as np
 
+    from stages.core.causal import CausalModel
+    from stages.core.tokenizer import Tokenizer
+    from stages.core.training import History
+
+# Settings that change when a checkpoint is written, and nothing of what the run ends in.
+NOT_IN_FINGERPRINT = {"checkpoint_every", "checkpoint_keep"}
+
 
 @dataclass(frozen=True)
 class Result:
     """What a run leaves beside its weights."""
 
-    curve: list[dict[str, Any]]
-    step_seconds: list[float]
+    history: History
     total_parameters: int
     trainable_parameters: int
     peak_host_bytes: int
+    peak_device_bytes: int | None
+    flops_per_step: int
+    matrix_product_rate: float
+    devices: int
     optimizer: keras.optimizers.Optimizer
 
     def metrics(self) -> dict[str, float | int]:
-        """Return `data/metrics/finetune.json`.
+        """Return `data/metrics/finetune.json`, over all the processes that the run took.
 
-        The first step holds the compilation; what it took beyond a usual step is `compile_seconds`. First and last
-        loss are means over up to 10 steps, since single batches scatter.
+        The first step of a process holds the compilation; what it took beyond a usual step is `compile_seconds`. First
+        and last loss are means over up to 10 steps, since single batches scatter. `validation_seconds` and
+        `sample_seconds` hold their own compilations. `peak_device_bytes` is there only if the backend tells.
+        `flops_share_of_peak` is the model flops a second of a usual step over what the devices' float32 matrix products
+        reach together, measured after the training.
         """
-        steady = self.step_seconds[1:] or self.step_seconds
-        median = statistics.median(steady)
-        losses = [row["loss"] for row in self.curve]
-        tokens = [row["tokens_per_second"] for row in self.curve[1:] or self.curve]
+        history = self.history
+        first = set(history.first_steps)
+        steady = [i for i in range(history.steps) if i not in first] or list(range(history.steps))
+        median = statistics.median(history.step_seconds[i] for i in steady)
+        losses = [row["loss"] for row in history.rows]
         return {
             "total_parameters": self.total_parameters,
             "trainable_parameters": self.trainable_parameters,
             "steps": len(losses),
             "loss_first": round(statistics.fmean(losses[:10]), 4),
             "loss_last": round(statistics.fmean(losses[-10:]), 4),
-            "tokens_per_second": round(statistics.median(tokens), 1),
+            "tokens_per_second": round(statistics.median(history.rows[i]["tokens_per_second"] for i in steady), 1),
             "step_seconds_median": round(median, 4),
-            "compile_seconds": round(max(self.step_seconds[0] - median, 0.0), 2),
+            "compile_seconds": round(sum(max(history.step_seconds[i] - median, 0.0) for i in first), 2),
+            "load_seconds": round(history.seconds["load"], 2),
+            "train_seconds": round(sum(history.step_seconds), 2),
+            "validation_seconds": round(history.seconds["validation"], 2),
+            "sample_seconds": round(history.seconds["sample"], 2),
+            "checkpoint_seconds": round(history.seconds["checkpoint"], 2),
             "peak_host_bytes": self.peak_host_bytes,
+            **({} if self.peak_device_bytes is None else {"peak_device_bytes": self.peak_device_bytes}),
+            "flops_per_step": self.flops_per_step,
+            "flops_per_second_of_matrix_product": round(self.matrix_product_rate),
+            "flops_share_of_peak": round(self.flops_per_step / median / (self.matrix_product_rate * self.devices), 4),
         }
 
 
@@ -79,43 +108,155 @@ def describe(settings: Finetune) -> dict[str, Any]:
     }
 
 
-def fit(model: LoadedModel, windows: Mapping[str, Mapping[str, np.ndarray]], settings: Finetune) -> Result:
-    """Train with Keras' `fit` and its progress bar."""
+def make_causal(model: LoadedModel, settings: Finetune) -> CausalModel:
+    """Return the model to train as the settings say, not yet compiled."""
+    from stages.core.causal import make_model
+
+    return make_model(
+        model.backbone,
+        model.mesh,
+        model.placements,
+        rematerialize=settings.rematerialize,
+        dropout=settings.lora_dropout,
+        seed=settings.seed,
+    )
+
+
+def checkpoints(paths: Paths, description: dict[str, Any], platform: str, settings: Finetune) -> Store | None:
+    """Return where this run's checkpoints lie, or None if it is to have none.
+
+    The run is told from others by all that it ends in: settings, tokens, base, dtype, mesh and layout.
+    """
+    if settings.checkpoint_every is None:
+        return None
+    parts = {
+        "settings": settings.model_dump(exclude=NOT_IN_FINGERPRINT),
+        "tokens": {split: sha256(paths.read(file)) for split, file in TOKENS.items()},
+        **{key: description[key] for key in ("base", "dtype", "mesh", "layout")},
+        "platform": platform,
+    }
+    return Store(fingerprint_of(parts), settings.checkpoint_keep)
+
+
+def fit(
+    model: LoadedModel,
+    windows: Mapping[str, Mapping[str, np.ndarray]],
+    settings: Finetune,
+    *,
+    store: Store | None = None,
+    tokenizer: Tokenizer | None = None,
+    profile: Path | None = None,
+    load_seconds: float = 0.0,
+    say: Callable[[str], None] = lambda text: None,
+) -> Result:
+    """Train with Keras' `fit` and its progress bar, from the newest checkpoint if there is one.
+
+    Args:
+        model: the baseline, with an adapter at its first values or all weights trainable.
+        windows: of `train` and `validation`.
+        settings: the training settings.
+        store: the run's checkpoints; None: none are read or written, and signals act as usual.
+        tokenizer: for samples; None: none are made.
+        profile: folder for a JAX profile of a few steps.
+        load_seconds: what loading the model took, for the metrics.
+        say: shows one line to the person.
+
+    Raises:
+        StageError: the numbers are no longer finite.
+        Stopped: the process was told to stop; the run's state is kept.
+    """
     import sys
 
     from stages.core.batches import Batches
-    from stages.core.causal import make_model, pin_to_mesh
-    from stages.core.curve import Curve
+    from stages.core.causal import pin_to_mesh
+    from stages.core.interruption import Interruption
     from stages.core.optimizer import make_optimizer
+    from stages.core.training import History, Plan, Watch
 
-    causal = make_model(model.backbone, model.mesh, model.placements)
-    optimizer = make_optimizer(settings)
+    causal = make_causal(model, settings)
+
+    def batches(first_step: int) -> Batches:
+        return Batches(
+            windows["train"],
+            settings.batch_size,
+            model.mesh_shape,
+            seed=settings.seed,
+            epochs=settings.epochs,
+            first_step=first_step,
+        )
+
+    length = windows["train"]["token_ids"].shape[1]
+    per_epoch = batches(0).steps_per_epoch
+    total = min(settings.epochs * per_epoch, settings.steps or settings.epochs * per_epoch)
+    optimizer = make_optimizer(settings, total)
     causal.compile(optimizer=optimizer, loss=None, jit_compile=True)
     optimizer.build(causal.trainable_variables)
     pin_to_mesh(causal, model.mesh)
-    batches = Batches(
-        windows["train"], settings.batch_size, model.mesh_shape, seed=settings.seed, epochs=settings.epochs
+    found = store.newest(say) if store else None
+    history = History(**found.state) if found else History()
+    history.seconds["load"] += load_seconds
+    plan = Plan(
+        settings,
+        steps=total,
+        steps_per_epoch=per_epoch,
+        tokens_per_step=settings.batch_size * length,
+        reviews=windows["train"].get("review"),
+        # Nothing is kept for a backward pass, so more fit at a time, and fewer calls cost less.
+        held_out=Batches(windows["validation"], 4 * settings.batch_size, model.mesh_shape),
+        store=store,
+        sample=_sampler(causal, tokenizer, settings) if tokenizer and settings.sample_every else None,
+        profile=profile,
+        say=say,
     )
-    held_out = Batches(windows["validation"], settings.batch_size, model.mesh_shape)
-    length = windows["train"]["token_ids"].shape[1]
-    curve = Curve(settings.batch_size * length, settings.steps)
-    causal.fit(
-        batches,
-        epochs=settings.epochs,
-        validation_data=held_out,
-        shuffle=False,
-        callbacks=[curve],
-        # A bar where someone looks, a line an epoch in a log.
-        verbose=1 if sys.stdout.isatty() else 2,
-    )
+    with Interruption() if store else contextlib.nullcontext() as interruption:
+        watch = Watch(plan, history, interruption or Interruption())
+        watch.set_model(causal)
+        if found:
+            watch.restore(found)
+            say(f"Going on from the checkpoint after step {found.step} of {total}.")
+        epoch, within = divmod(history.steps, per_epoch)
+        # Keras takes the first epoch's length for all: the rest of one that was begun before is a `fit` of its own.
+        parts = (
+            [(0, epoch, settings.epochs)]
+            if not within
+            else [(within, epoch, epoch + 1), (0, epoch + 1, settings.epochs)]
+        )
+        for first_step, first_epoch, end in parts:
+            if watch.finished or first_epoch == end:
+                break
+            watch.batches = batches(first_step)
+            causal.fit(
+                watch.batches,
+                initial_epoch=first_epoch,
+                epochs=end,
+                shuffle=False,
+                callbacks=[watch],
+                # A bar where someone looks, a line an epoch in a log.
+                verbose=1 if sys.stdout.isatty() else 2,
+            )
+    watch.restore_best()
+    watch.check_finite()
     return Result(
-        curve.rows,
-        curve.seconds,
-        sum(_count(variable.shape) for variable in model.backbone.variables),
-        sum(_count(variable.shape) for variable in causal.trainable_variables),
-        measures.peak_host_bytes(),
-        optimizer,
+        history,
+        total_parameters=sum(math.prod(variable.shape) for variable in model.backbone.variables),
+        trainable_parameters=sum(math.prod(variable.shape) for variable in causal.trainable_variables),
+        peak_host_bytes=measures.peak_host_bytes(),
+        peak_device_bytes=_peak_device_bytes(),
+        flops_per_step=flops.step_flops(model.backbone, settings.batch_size, length),
+        matrix_product_rate=flops.matrix_product_rate(),
+        # Simulated devices are the same cores.
+        devices=1 if model.platform == "cpu" else model.mesh_shape.devices,
+        optimizer=optimizer,
     )
+
+
+def _sampler(causal: CausalModel, tokenizer: Tokenizer, settings: Finetune) -> Callable[[], str]:
+    """Return a function that continues the sample prompt, compiled once."""
+    from stages.core.sampling import Sampler, SamplerSettings
+
+    sampler = Sampler(causal, SamplerSettings(settings.sample_tokens, 0.0, None, tokenizer.eos))
+    prompt = [tokenizer.bos, *tokenizer.encode(settings.sample_prompt)]
+    return lambda: tokenizer.decode(sampler([prompt], 0)[0])
 
 
 def trained_arrays(model: LoadedModel) -> dict[str, np.ndarray]:
@@ -125,8 +266,10 @@ def trained_arrays(model: LoadedModel) -> dict[str, np.ndarray]:
     return {variable.path: np.asarray(variable.value) for variable in model.backbone.trainable_variables}
 
 
-def _count(shape: tuple[int, ...]) -> int:
-    size = 1
-    for dimension in shape:
-        size *= dimension
-    return size
+def _peak_device_bytes() -> int | None:
+    """Return the largest memory that any device has held so far, in bytes, or None where the backend does not tell."""
+    import jax
+
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
+    known = [peak for peak in peaks if peak is not None]
+    return max(known) if known else None

@@ -1,4 +1,4 @@
-"""A keras-hub preset folder: the check that it is one, and the list of its files.
+"""A preset folder, keras-hub's or Hugging Face's: the check that it is one, and the list of its files.
 
 Purpose: stop before hours of work on a folder that no stage could load.
 Reads: the folder. Writes: nothing.
@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
-from stages.core.errors import ParamsError
+from stages.core.errors import ParamsError, StageError
 from stages.core.presets import LICENCE, Manifest, PresetFile, sha256_with_progress
 
-VOCABULARIES = ("assets/tokenizer/vocabulary.spm", "tokenizer.model")
+VOCABULARY = "assets/tokenizer/vocabulary.spm"
+HUGGING_FACE_VOCABULARY = "tokenizer.model"
+WANTED = "A preset folder as keras-hub's save_to_preset writes it was expected"
 
 
 def fetch_local(preset: str, path: str, root: Path) -> Manifest:
@@ -29,8 +32,44 @@ def fetch_local(preset: str, path: str, root: Path) -> Manifest:
     folder = root / Path(path).expanduser()
     if not folder.is_dir():
         raise ParamsError(f"fetch.path must name a folder that exists. Received: fetch.path={path}")
-    check_keras_folder(folder)
-    return Manifest(preset, "path", "keras", None, path, LICENCE, list_files(folder))
+    file_format = folder_format(folder)
+    return Manifest(preset, "path", file_format, None, path, LICENCE, list_files(folder))
+
+
+def folder_format(folder: Path) -> str:
+    """Check that a folder holds a preset, and return the manifest's format: `keras` or `safetensors`.
+
+    Raises:
+        ParamsError: it holds neither a keras-hub preset nor a Hugging Face checkpoint of a text Gemma, or half of one.
+    """
+    # What tells a Hugging Face configuration: Keras writes a class_name instead.
+    if "model_type" not in _config(folder):
+        check_keras_folder(folder)
+        return "keras"
+    check_safetensors_folder(folder)
+    return "safetensors"
+
+
+def check_safetensors_folder(folder: Path) -> None:
+    """Check that a folder holds a Hugging Face checkpoint of a text Gemma, each file of it, with its vocabulary.
+
+    Raises:
+        ParamsError: names what is missing.
+    """
+    from stages.core.safetensors_weights import INDEX, read_architecture, shard_files
+
+    try:
+        read_architecture(folder)
+        missing = [name for name in shard_files(folder) if not (folder / name).is_file()]
+    except StageError as error:
+        raise ParamsError(f"fetch.path: {error}") from error
+    if missing:
+        raise ParamsError(f"Every file that {INDEX} names must be in {folder}. Missing: {', '.join(missing)}")
+    if not (folder / HUGGING_FACE_VOCABULARY).is_file():
+        raise ParamsError(
+            f"A Hugging Face folder must hold {HUGGING_FACE_VOCABULARY}, the SentencePiece vocabulary. "
+            f"Received: {folder} holds {_listing(folder)}"
+        )
 
 
 def check_keras_folder(folder: Path) -> None:
@@ -39,28 +78,19 @@ def check_keras_folder(folder: Path) -> None:
     Raises:
         ParamsError: names what is missing.
     """
-    wanted = "A preset folder as keras-hub's save_to_preset writes it was expected"
-    config = folder / "config.json"
-    if not config.is_file():
-        raise ParamsError(f"{wanted}, with a config.json. Received: {folder} holds {_listing(folder)}")
-    try:
-        read = json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ParamsError(f"{config} must be JSON. Received: {error}") from error
-    if not isinstance(read, dict):
-        raise ParamsError(f"{config} must be a JSON object. Received: {type(read).__name__}")
+    _config(folder)
     index = folder / "model.weights.json"
     if index.is_file():
         missing = [name for name in _shards(index) if not (folder / name).is_file()]
         if missing:
-            raise ParamsError(f"{wanted}, with every shard that {index.name} names. Missing: {', '.join(missing)}")
-    elif not (folder / "model.weights.h5").is_file() and not list(folder.glob("*.safetensors")):
+            raise ParamsError(f"{WANTED}, with every shard that {index.name} names. Missing: {', '.join(missing)}")
+    elif not (folder / "model.weights.h5").is_file():
         raise ParamsError(
-            f"{wanted}, with model.weights.h5, model.weights.json and its shards, or *.safetensors. "
+            f"{WANTED}, with model.weights.h5, or model.weights.json and its shards. "
             f"Received: {folder} holds {_listing(folder)}"
         )
-    if not any((folder / name).is_file() for name in VOCABULARIES):
-        raise ParamsError(f"{wanted}, with {' or '.join(VOCABULARIES)}. Received: {folder} holds neither")
+    if not (folder / VOCABULARY).is_file():
+        raise ParamsError(f"{WANTED}, with {VOCABULARY}. Received: {folder} holds none")
 
 
 def list_files(folder: Path) -> tuple[PresetFile, ...]:
@@ -73,6 +103,22 @@ def list_files(folder: Path) -> tuple[PresetFile, ...]:
     return tuple(
         PresetFile(name, (folder / name).stat().st_size, sha256_with_progress(folder / name)) for name in names
     )
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """Return the folder's configuration, which both kinds of preset call config.json."""
+    config = folder / "config.json"
+    if not config.is_file():
+        raise ParamsError(
+            f"{WANTED}, or a Hugging Face folder, with a config.json. Received: {folder} holds {_listing(folder)}"
+        )
+    try:
+        read = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ParamsError(f"{config} must be JSON. Received: {error}") from error
+    if not isinstance(read, dict):
+        raise ParamsError(f"{config} must be a JSON object. Received: {type(read).__name__}")
+    return read
 
 
 def _shards(index: Path) -> list[str]:

@@ -73,6 +73,7 @@ class KerasWeights:
 
         self._names = dataset_names(backbone)
         self._files: dict[str, Any] = {}
+        self._found: dict[str, Any] = {}
         self._map: dict[str, list[str]] = {}
         index = folder / "model.weights.json"
         if index.exists():
@@ -106,15 +107,26 @@ class KerasWeights:
         Raises:
             StageError: the files do not hold the weight.
         """
-        return self._dataset(path)[index]
+        import ml_dtypes
+
+        dataset = self._dataset(path)
+        values = dataset[index]
+        # HDF5 has no bfloat16: Keras writes two opaque bytes a value and notes what they are, as most presets have it.
+        return values.view(ml_dtypes.bfloat16) if dataset.attrs.get("dtype") == "bfloat16" else values
 
     def shape(self, path: str) -> tuple[int, ...]:
         """Return the whole weight's shape in the file."""
         return tuple(self._dataset(path).shape)
 
     def _dataset(self, path: str) -> Any:
+        """Return a weight's dataset; finding it takes longer than reading a small one."""
+        if path not in self._found:
+            self._found[path] = self._find(path)
+        return self._found[path]
+
+    def _find(self, path: str) -> Any:
         name = self._names[path]
-        # Files written before Keras 3.? call the list of layers by an internal name.
+        # Files of keras-hub's first presets call the list of layers by an internal name.
         for candidate in (name, name.replace("layers/", "_layer_checkpoint_dependencies/", 1)):
             for file in self._files.values():
                 if candidate in file:

