@@ -27,9 +27,9 @@ def main(run: Run, variant: str) -> None:
     from stages.core.causal import make_model, pin_to_mesh
 
     windows = read_windows(run.paths, "validation")
-    causal = make_model(model.backbone, model.mesh, model.placements)
+    causal = make_model(model.backbone, model.jax_mesh, model.placements)
     causal.compile(optimizer=None, loss=None, jit_compile=True)
-    pin_to_mesh(causal, model.mesh)
+    pin_to_mesh(causal, model.jax_mesh)
     batches = Batches(windows, run.params.evaluate.batch_size, model.mesh_shape)
     measured = causal.evaluate(batches, return_dict=True, verbose=1 if sys.stdout.isatty() else 2)
     run.write_metrics(

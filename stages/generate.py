@@ -30,7 +30,7 @@ def main(run: Run, variant: str) -> None:
     from stages.core import sampling
     from stages.core.causal import make_model
 
-    causal = make_model(model.backbone, model.mesh, model.placements)
+    causal = make_model(model.backbone, model.jax_mesh, model.placements)
     prompts = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in settings.prompts]
     sampler = sampling.SamplerSettings(settings.max_tokens, settings.temperature, settings.top_k, tokenizer.eos)
     run.say(f"Generating up to {settings.max_tokens} tokens for each of {len(prompts)} prompts with {variant} ...")

@@ -16,7 +16,7 @@ def our_loss_and_gradients(model, batch, **options):
 
     from stages.core.causal import make_model
 
-    causal = make_model(model.backbone, model.mesh, model.placements, **options)
+    causal = make_model(model.backbone, model.jax_mesh, model.placements, **options)
     causal.compile(optimizer=None, loss=None)
 
     def loss(trainable, rest):
@@ -143,9 +143,9 @@ def test_padding_a_batch_changes_neither_loss_nor_accuracy(presets):
     measured = []
     for shape, size in (((1, 1), 5), ((4, 2), 2), ((8, 1), 3)):
         model = load_tiny(presets["gemma3"], shape)
-        causal = make_model(model.backbone, model.mesh, model.placements)
+        causal = make_model(model.backbone, model.jax_mesh, model.placements)
         causal.compile(optimizer=None, loss=None)
-        pin_to_mesh(causal, model.mesh)
+        pin_to_mesh(causal, model.jax_mesh)
         measured.append(causal.evaluate(Batches(data, size, model.mesh_shape), return_dict=True, verbose=0))
     for other in measured[1:]:
         assert other["loss"] == pytest.approx(measured[0]["loss"], rel=1e-5)
@@ -164,7 +164,7 @@ def test_no_weight_is_gathered_in_the_compiled_step(presets):
     # A short window: kernels are larger than activations, which is when XLA is tempted.
     model = load_tiny(presets["gemma3"], (1, 8), rank=2)
     batch = windows(2, 16)
-    causal = make_model(model.backbone, model.mesh, model.placements)
+    causal = make_model(model.backbone, model.jax_mesh, model.placements)
     causal.compile(optimizer=None, loss=None)
 
     def loss(trainable, rest):

@@ -37,7 +37,7 @@ def forward(model, batch):
     from stages.core import decoder, head
     from stages.core.causal import make_model
 
-    causal = make_model(model.backbone, model.mesh, model.placements)
+    causal = make_model(model.backbone, model.jax_mesh, model.placements)
     variables = model.backbone.variables
 
     def run(values, batch):
@@ -103,7 +103,7 @@ def test_one_token_at_a_time_with_a_cache_gives_the_same_hidden_states(presets, 
     from stages.core.causal import make_model
 
     model = load_tiny(presets[family], shape)
-    causal = make_model(model.backbone, model.mesh, model.placements)
+    causal = make_model(model.backbone, model.jax_mesh, model.placements)
     batch = windows(2, LENGTH)
     batch["segment_ids"] = np.ones_like(batch["segment_ids"])
     whole = forward(model, batch)

@@ -85,7 +85,7 @@ def test_what_is_dropped_differs_by_layer_step_and_seed_and_is_the_named_share(p
     ones = jnp.ones((64, 64))
     masks = {}
     for seed in (0, 1):
-        causal = make_model(model.backbone, model.mesh, model.placements, dropout=0.25, seed=seed)
+        causal = make_model(model.backbone, model.jax_mesh, model.placements, dropout=0.25, seed=seed)
         for step in (0, 1):
             drop = causal._drop()
             for path in ("decoder_block_0/attention/query", "decoder_block_0/attention/value"):
@@ -254,7 +254,7 @@ def test_sampling_again_compiles_nothing_and_sees_the_new_weights(presets):
     from stages.core.sampling import Sampler, SamplerSettings
 
     model = load_tiny(presets["gemma3"], (1, 2), rank=2)
-    causal = make_model(model.backbone, model.mesh, model.placements)
+    causal = make_model(model.backbone, model.jax_mesh, model.placements)
     sampler = Sampler(causal, SamplerSettings(8, 0.0, None, stop_id=1))
     first = sampler([[2, 100, 101]], 0)
     assert sampler([[2, 100, 101]], 0) == first

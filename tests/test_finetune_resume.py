@@ -224,7 +224,19 @@ def test_a_fingerprint_changes_with_every_part():
     assert fingerprint_of(parts) != fingerprint_of({**parts, "settings": {"rank": 8}})
 
 
-def test_a_first_signal_is_noted_and_a_second_acts():
+@pytest.fixture
+def usual_signals():
+    """What Python starts with; a shell's background jobs start with SIGINT ignored."""
+    kept = {
+        number: signal.signal(number, handler)
+        for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL))
+    }
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+def test_a_first_signal_is_noted_and_a_second_acts(usual_signals):
     with Interruption() as interruption:
         os.kill(os.getpid(), signal.SIGINT)
         assert interruption.received == signal.SIGINT

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 import weakref
 from pathlib import Path
 
@@ -90,18 +91,29 @@ def test_a_preset_kept_in_bfloat16_as_the_public_ones_are_is_read_exactly(preset
 
 @pytest.mark.parametrize("shape", [(1, 8), (2, 4)], ids=str)
 def test_the_host_never_holds_a_whole_weight_and_reads_no_slice_twice(presets, shape):
+    import jax
+
     preset = open_tiny(presets["gemma"])
     wide = Architecture("GemmaBackbone", {**preset.architecture.config, "vocabulary_size": 65536})
     model = variants.declare_model(describe(preset, shape), wide, None)
     handed_out, most, asked = [], 0, []
 
+    def let_go():
+        # JAX lets go of an array some calls after its transfer, so of the newest late; any other that is kept is waited
+        # for in vain. (It may keep small ones for long, which are not counted.)
+        deadline = time.monotonic() + 5
+        while sum(each() is not None for each in handed_out) > 1 and time.monotonic() < deadline:
+            jax.device_put(np.zeros(1)).block_until_ready()
+
     class Source:
         def read(self, path, index):
             nonlocal most
             asked.append((path, repr(index)))
+            let_go()
             sizes = [len(range(*cut.indices(size))) for cut, size in zip(index, self.shape(path), strict=True)]
             values = np.zeros(sizes, "f4")
-            handed_out.append(weakref.ref(values))
+            if values.nbytes >= 2**20:
+                handed_out.append(weakref.ref(values))
             most = max(most, sum(each().nbytes for each in handed_out if each() is not None))
             return values
 
@@ -109,9 +121,8 @@ def test_the_host_never_holds_a_whole_weight_and_reads_no_slice_twice(presets, s
             return next(tuple(each.shape) for each in model.backbone.weights if each.path == path)
 
     loading.fill(model.backbone, model.placements, model.mesh, lambda path: Source())
-    # JAX lets go of an array a little after its transfer is done, so of several small ones at a time.
     largest = max(model.placements, key=lambda each: each.weight.bytes)
-    assert largest.bytes_per_device <= most < largest.weight.bytes
+    assert largest.bytes_per_device <= most <= 2 * largest.bytes_per_device < largest.weight.bytes
     assert len(asked) == len(set(asked))
     split = sum(shape[1] if each.splits("model") else 1 for each in model.placements)
     assert len(asked) == split

@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import REAL_CACHE
+from tests.conftest import REAL_CACHE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -31,6 +31,11 @@ def read_windows(paths: Paths, split: str) -> dict[str, np.ndarray]:
     return windows
 
 
+def padded_size(batch_size: int, mesh: MeshShape) -> int:
+    """Return the windows of a batch once it is padded to what the mesh's batch axis divides."""
+    return math.ceil(batch_size / mesh.sizes["batch"]) * mesh.sizes["batch"]
+
+
 class Batches(keras.utils.PyDataset):
     """Windows in batches of one size: what is missing in the last is padded with weight zero, nothing is dropped."""
 
@@ -60,7 +65,7 @@ class Batches(keras.utils.PyDataset):
             # One segment; padding follows it and is never a target, so it needs no segment of its own.
             self._windows["segment_ids"] = np.ones_like(windows["token_ids"])
         self._batch_size = batch_size
-        self._padded_size = math.ceil(batch_size / mesh.sizes["batch"]) * mesh.sizes["batch"]
+        self._padded_size = padded_size(batch_size, mesh)
         count = len(self._windows["token_ids"])
         self._orders = [
             np.arange(count) if seed is None else np.random.default_rng([seed, epoch]).permutation(count)

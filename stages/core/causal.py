@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +21,6 @@ from jax.sharding import PartitionSpec as P
 from stages.core import decoder, head
 from stages.core.layout import Placement, axes_of
 from stages.core.lora import Dropout
-from stages.core.mesh import jax_mesh
 from stages.core.projection import Projections
 
 
@@ -141,8 +140,8 @@ class CausalModel(keras.Model):
 
 def make_model(
     backbone: keras.Model,
-    mesh: keras.distribution.DeviceMesh,
-    placements: list[Placement],
+    mesh: jax.sharding.Mesh,
+    placements: Sequence[Placement],
     *,
     rematerialize: bool = False,
     dropout: float = 0.0,
@@ -151,8 +150,8 @@ def make_model(
     """Return the model to train or measure, with its head and activations laid out for the mesh.
 
     Args:
-        backbone: loaded, with its adapter if it has one.
-        mesh: the Keras device mesh.
+        backbone: with its adapter if it has one; loaded, or declared only if nothing but its shapes is wanted.
+        mesh: the JAX mesh, of real, simulated or described devices.
         placements: where its weights lie.
         rematerialize: in training keep only each block's input and compute the block again in the backward pass.
         dropout: share of what goes into an adapter that is dropped in training (0.0 to below 1.0).
@@ -160,15 +159,15 @@ def make_model(
     """
     plan = head.HeadPlan(
         soft_cap=backbone.token_embedding.logit_soft_cap,
-        mesh=jax_mesh(mesh),
+        mesh=mesh,
         table_is_trained=backbone.token_embedding.trainable,
     )
-    projections = Projections(jax_mesh(mesh), placements)
+    projections = Projections(mesh, placements)
     constrain = activation_layout(mesh, placements)
     return CausalModel(backbone, plan, constrain, projections, rematerialize, dropout, seed)
 
 
-def activation_layout(mesh: keras.distribution.DeviceMesh, placements: list[Placement]) -> decoder.Constrain:
+def activation_layout(mesh: jax.sharding.Mesh, placements: Sequence[Placement]) -> decoder.Constrain:
     """Return where activations go, from how the weights are split.
 
     - Between blocks hidden states are split over time, so that norms and residuals are computed once, not on every
@@ -193,26 +192,25 @@ def activation_layout(mesh: keras.distribution.DeviceMesh, placements: list[Plac
         "key": (None, key[0], None),
         "mixed": (None, output[0], output[1]),
     }
-    backend = jax_mesh(mesh)
 
     def constrain(array: jax.Array, role: str) -> jax.Array:
         time, *rest = roles[role]
-        if array.shape[1] % backend.shape["model"]:
+        if array.shape[1] % mesh.shape["model"]:
             time = None
         # A rule of the person's own may split a weight over the batch axis too, which activations have spent already.
         axes = [None if "batch" in axes_of(axis) else axis for axis in (time, *rest)]
-        return jax.lax.with_sharding_constraint(array, NamedSharding(backend, P("batch", *axes)))
+        return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, P("batch", *axes)))
 
     return constrain
 
 
-def pin_to_mesh(model: CausalModel, mesh: keras.distribution.DeviceMesh) -> None:
+def pin_to_mesh(model: CausalModel, mesh: jax.sharding.Mesh) -> None:
     """Put every variable that Keras left on one device onto the mesh, whole.
 
     On a mesh of one device Keras takes a plain array for placed and leaves it; the step then returns it placed, and
     would be compiled a second time for that.
     """
-    _pin([*model.variables, *(model.optimizer.variables if model.optimizer else [])], jax_mesh(mesh))
+    _pin([*model.variables, *(model.optimizer.variables if model.optimizer else [])], mesh)
 
 
 def _pin(variables: list[keras.Variable], mesh: jax.sharding.Mesh) -> None:

@@ -9,6 +9,7 @@ block, and `tests/test_decoder.py` holds it to the backbones' own output for eve
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -22,14 +23,23 @@ from stages.core.projection import Projections
 Cache = tuple[jax.Array, jax.Array]
 # Puts an activation where the mesh wants it, by its role (see causal.activation_layout).
 Constrain = Callable[[jax.Array, str], jax.Array]
-
-
+# One device: nothing is split.
 SINGLE = Projections()
 
 
 def unconstrained(array: jax.Array, role: str) -> jax.Array:
     """Leave an activation where the compiler puts it."""
     return array
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """What all blocks of one forward pass share."""
+
+    backbone: keras.Model
+    constrain: Constrain
+    projections: Projections
+    dropout: Dropout | None
 
 
 def causal_mask(segment_ids: jax.Array) -> jax.Array:
@@ -72,15 +82,16 @@ def hidden_states(
     """
     # A constant with one row for the whole batch: angles and windows are worked out by the compiler, once.
     positions = np.arange(mask.shape[1], dtype=np.int32)[None, :]
+    run = _Pass(backbone, constrain, projections, dropout)
     x = _scale(backbone, token_embeddings)
     for layer in backbone.transformer_layers:
 
-        def run(x: jax.Array, layer: Any = layer) -> jax.Array:
+        def block(x: jax.Array, layer: Any = layer) -> jax.Array:
             window = _window(layer, positions, positions)
             allowed = mask if window is None else mask & window
-            return _block(backbone, layer, x, positions, allowed, None, constrain, projections, dropout)[0]
+            return _block(run, layer, x, positions, allowed, None)[0]
 
-        x = jax.checkpoint(run)(x) if rematerialize else run(x)
+        x = jax.checkpoint(block)(x) if rematerialize else block(x)
     return backbone.layer_norm(x)
 
 
@@ -107,12 +118,13 @@ def hidden_states_cached(
         jnp.arange(caches[0][0].shape[1], dtype=jnp.int32), (positions.shape[0], caches[0][0].shape[1])
     )
     causal = keys_at[:, None, :] <= positions[:, :, None]
+    run = _Pass(backbone, constrain, projections, None)
     x = _scale(backbone, token_embeddings)
     updated = []
     for layer, cache in zip(backbone.transformer_layers, caches, strict=True):
         window = _window(layer, positions, keys_at)
         allowed = causal if window is None else causal & window
-        x, new_cache = _block(backbone, layer, x, positions, allowed, cache, constrain, projections, None)
+        x, new_cache = _block(run, layer, x, positions, allowed, cache)
         updated.append(new_cache)
     return backbone.layer_norm(x), tuple(updated)
 
@@ -138,50 +150,36 @@ def _window(layer: Any, queries: jax.Array, keys: jax.Array) -> jax.Array | None
 
 
 def _block(
-    backbone: keras.Model,
-    layer: Any,
-    x: jax.Array,
-    positions: jax.Array,
-    mask: jax.Array,
-    cache: Cache | None,
-    constrain: Constrain,
-    projections: Projections,
-    dropout: Dropout | None,
+    run: _Pass, layer: Any, x: jax.Array, positions: jax.Array, mask: jax.Array, cache: Cache | None
 ) -> tuple[jax.Array, Cache | None]:
     """One decoder block: attention and feed-forward, each with its norms and residual."""
     h = layer.pre_attention_norm(x)
-    h, cache = _attention(backbone, layer.attention, h, positions, mask, cache, constrain, projections, dropout)
+    h, cache = _attention(run, layer.attention, h, positions, mask, cache)
     if layer.use_post_attention_norm:
         h = layer.post_attention_norm(h)
     x = x + h
     h = layer.pre_ffw_norm(x)
-    gate, up = projections.columns([layer.gating_ffw, layer.gating_ffw_2], h, dropout)
-    h = constrain(projections.rows(layer.ffw_linear, jax.nn.gelu(gate, approximate=True) * up, dropout), "hidden")
+    gate, up = run.projections.columns([layer.gating_ffw, layer.gating_ffw_2], h, run.dropout)
+    h = run.constrain(
+        run.projections.rows(layer.ffw_linear, jax.nn.gelu(gate, approximate=True) * up, run.dropout), "hidden"
+    )
     if layer.use_post_ffw_norm:
         h = layer.post_ffw_norm(h)
     return x + h, cache
 
 
 def _attention(
-    backbone: keras.Model,
-    attention: Any,
-    x: jax.Array,
-    positions: jax.Array,
-    mask: jax.Array,
-    cache: Cache | None,
-    constrain: Constrain,
-    projections: Projections,
-    dropout: Dropout | None,
+    run: _Pass, attention: Any, x: jax.Array, positions: jax.Array, mask: jax.Array, cache: Cache | None
 ) -> tuple[jax.Array, Cache | None]:
     """Grouped-query attention: (batch, length, hidden) to the same."""
     layers = [attention.query_dense, attention.key_dense, attention.value_dense]
-    query, key, value = projections.columns(layers, x, dropout)
-    query, key, value = constrain(query, "query"), constrain(key, "key"), constrain(value, "key")
+    query, key, value = run.projections.columns(layers, x, run.dropout)
+    query, key, value = run.constrain(query, "query"), run.constrain(key, "key"), run.constrain(value, "key")
     if getattr(attention, "use_query_key_norm", False):
         query = attention.query_norm(query)
         key = attention.key_norm(key)
-    query = _rope(backbone, attention, query, positions)
-    key = _rope(backbone, attention, key, positions)
+    query = _rope(run.backbone, attention, query, positions)
+    key = _rope(run.backbone, attention, key, positions)
     if cache is not None:
         rows = jnp.arange(x.shape[0])[:, None]
         key = cache[0].at[rows, positions].set(key)
@@ -189,7 +187,9 @@ def _attention(
         cache = (key, value)
     # keras-hub 0.32 builds every block with query_head_dim_normalize=True, whatever the backbone's argument says: the
     # 27B models would be scaled by 1/sqrt(128) instead of 1/sqrt(144) (Gemma 2) and 1/sqrt(168) (Gemma 3).
-    per_head = backbone.head_dim if backbone.query_head_dim_normalize else backbone.hidden_dim // query.shape[2]
+    per_head = (
+        run.backbone.head_dim if run.backbone.query_head_dim_normalize else run.backbone.hidden_dim // query.shape[2]
+    )
     query = query * jnp.asarray(per_head**-0.5, query.dtype)
     batch, length, heads, head = query.shape
     groups = key.shape[2]
@@ -200,8 +200,8 @@ def _attention(
     logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
     mixed = jnp.einsum("bkgts,bskh->btkgh", weights, value).reshape(batch, length, heads, head)
-    mixed = constrain(constrain(mixed, "query"), "mixed")
-    return constrain(projections.rows(attention.output_dense, mixed, dropout), "hidden"), cache
+    mixed = run.constrain(run.constrain(mixed, "query"), "mixed")
+    return run.constrain(run.projections.rows(attention.output_dense, mixed, run.dropout), "hidden"), cache
 
 
 def _rope(backbone: keras.Model, attention: Any, x: jax.Array, positions: jax.Array) -> jax.Array:

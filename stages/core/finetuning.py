@@ -114,7 +114,7 @@ def make_causal(model: LoadedModel, settings: Finetune) -> CausalModel:
 
     return make_model(
         model.backbone,
-        model.mesh,
+        model.jax_mesh,
         model.placements,
         rematerialize=settings.rematerialize,
         dropout=settings.lora_dropout,
@@ -191,7 +191,7 @@ def fit(
     optimizer = make_optimizer(settings, total)
     causal.compile(optimizer=optimizer, loss=None, jit_compile=True)
     optimizer.build(causal.trainable_variables)
-    pin_to_mesh(causal, model.mesh)
+    pin_to_mesh(causal, model.jax_mesh)
     found = store.newest(say) if store else None
     history = History(**found.state) if found else History()
     history.seconds["load"] += load_seconds

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import keras
 
 from stages.core.layout import Placement, Weight, place
+from stages.core.mesh import MeshShape
 from stages.core.params import Finetune
 from stages.core.variants import LoadedModel
 
@@ -76,27 +78,37 @@ def make_optimizer(settings: Finetune, steps: int) -> keras.optimizers.Optimizer
     return optimizer
 
 
+def slot_placements(
+    optimizer: keras.optimizers.Optimizer, placements: Sequence[Placement], mesh: MeshShape
+) -> dict[int, Placement]:
+    """Return where the optimizer's slots lie, by their number among its variables: each with the weight it belongs to.
+
+    Args:
+        optimizer: built; its variables need no values.
+        placements: of the model's weights.
+        mesh: axis names and sizes.
+    """
+    owners = {each.weight.path.replace("/", "_"): each for each in placements}
+    found = {}
+    for number, variable in enumerate(optimizer.variables):
+        owner = next((path for path in owners if variable.name.startswith(path)), None)
+        if owner is not None:
+            path = f"{owners[owner].weight.path}/{variable.name[len(owner) + 1 :]}"
+            slot = Weight(path, tuple(variable.shape), str(variable.dtype), "optimizer")
+            found[number] = place(slot, owners[owner].rule, mesh)
+    return found
+
+
 def optimizer_placements(model: LoadedModel, optimizer: keras.optimizers.Optimizer) -> list[Placement]:
-    """Return where the optimizer's slots lie: each with the weight it belongs to.
+    """Return where the optimizer's slots lie, compared with what the devices really hold.
 
     Raises:
         RuntimeError: a slot lies elsewhere on the devices, which would be a fault of ours.
     """
-    by_path = {placement.weight.path.replace("/", "_"): placement for placement in model.placements}
-    placements = []
-    for variable in optimizer.variables:
-        owner = next((path for path in by_path if variable.name.startswith(path)), None)
-        if owner is None:
-            continue
-        placement = by_path[owner]
-        slot = Weight(
-            f"{placement.weight.path}/{variable.name[len(owner) + 1 :]}",
-            tuple(variable.shape),
-            str(variable.dtype),
-            "optimizer",
-        )
-        placements.append(place(slot, placement.rule, model.mesh_shape))
+    found = slot_placements(optimizer, model.placements, model.mesh_shape)
+    for number, placement in found.items():
+        variable = optimizer.variables[number]
         held = variable.value.sharding.shard_shape(tuple(variable.shape))
-        if held != placements[-1].shard_shape:
-            raise RuntimeError(f"optimizer slot {slot.path} is held as {held}, not {placements[-1].shard_shape}")
-    return placements
+        if held != placement.shard_shape:
+            raise RuntimeError(f"optimizer slot {placement.weight.path} is held as {held}, not {placement.shard_shape}")
+    return list(found.values())

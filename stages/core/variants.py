@@ -22,6 +22,7 @@ from stages.core.presets import Manifest, read_manifest, verified_folder
 from stages.core.progress import bytes_bar
 
 if TYPE_CHECKING:
+    import jax
     import keras
 
 
@@ -49,6 +50,13 @@ class LoadedModel:
     mesh: keras.distribution.DeviceMesh
     placements: list[Placement]
     platform: str
+
+    @property
+    def jax_mesh(self) -> jax.sharding.Mesh:
+        """The JAX mesh behind the Keras one."""
+        from stages.core.mesh import jax_mesh
+
+        return jax_mesh(self.mesh)
 
 
 def open_preset(paths: Paths) -> Preset:

@@ -65,28 +65,32 @@ def our_side(shape: tuple[int, int], batch: int) -> Callable[[int], list[float]]
 
     from stages.core.causal import make_model, pin_to_mesh
 
-    causal = make_model(model.backbone, model.mesh, model.placements)
+    causal = make_model(model.backbone, model.jax_mesh, model.placements)
     import keras
 
     causal.compile(optimizer=keras.optimizers.AdamW(RATE, weight_decay=0.01), loss=None, jit_compile=True)
     causal.optimizer.build(causal.trainable_variables)
-    pin_to_mesh(causal, model.mesh)
+    pin_to_mesh(causal, model.jax_mesh)
     ones = np.ones((batch, LENGTH))
     data = [{**each, "weights": ones.astype("f4"), "segment_ids": ones.astype("i4")} for each in batches(batch)]
-    return fit_side(causal, [(each,) for each in data])
+
+    def feed(steps: int) -> dict:
+        return {"x": ((data[step % len(data)],) for step in range(steps)), "steps_per_epoch": steps}
+
+    return fit_side(causal, feed)
 
 
 def keras_side(batch: int) -> Callable[[int], list[float]]:
     """The tutorial's path: keras-hub's causal model, `enable_lora`, `compile`, `fit`."""
     os.environ["KERAS_BACKEND"] = "jax"
     from stages.core.architecture import Architecture
-    from stages.core.devices import configure, import_keras_hub
+    from stages.core.devices import configure
     from stages.core.gguf import GgufWeights, read_architecture
     from stages.core.paths import cache_folder
 
     configure("simulated", 1)
-    keras_hub = import_keras_hub()
     import keras
+    import keras_hub
     import numpy as np
 
     path = next(cache_folder().glob("presets/*/*.gguf"))
@@ -106,16 +110,19 @@ def keras_side(batch: int) -> Callable[[int], list[float]]:
         weighted_metrics=[keras.metrics.SparseCategoricalAccuracy()],
         sampler="greedy",
     )
-    ones = np.ones((batch, LENGTH), np.int32)
-    data = [
-        ({"token_ids": each["token_ids"], "padding_mask": ones}, each["target_ids"], ones.astype("f4"))
-        for each in batches(batch)
-    ]
-    return fit_side(causal, data)
+    data = batches(batch)
+
+    def feed(steps: int) -> dict:
+        chosen = [data[step % len(data)] for step in range(steps)]
+        ids, targets = (np.concatenate([each[name] for each in chosen]) for name in ("token_ids", "target_ids"))
+        x = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
+        return {"x": x, "y": targets, "sample_weight": np.ones(ids.shape, "f4"), "batch_size": batch, "shuffle": False}
+
+    return fit_side(causal, feed)
 
 
-def fit_side(model: object, data: list[tuple]) -> Callable[[int], list[float]]:
-    """Run Keras' `fit` for some steps and return the seconds of each."""
+def fit_side(model: object, feed: Callable[[int], dict]) -> Callable[[int], list[float]]:
+    """Run Keras' `fit` on what `feed` gives for some steps, and return the seconds of each."""
     import keras
 
     class Clock(keras.callbacks.Callback):
@@ -132,9 +139,7 @@ def fit_side(model: object, data: list[tuple]) -> Callable[[int], list[float]]:
 
     def turn(steps: int) -> list[float]:
         seconds.clear()
-        model.fit(
-            (data[step % len(data)] for step in range(steps)), steps_per_epoch=steps, verbose=0, callbacks=[Clock()]
-        )
+        model.fit(**feed(steps), verbose=0, callbacks=[Clock()])
         return list(seconds)
 
     return turn
