@@ -13,7 +13,6 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tests.conftest import REAL_CACHE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,6 +24,7 @@ from stages.core.review_sources import describe, prepare_reviews
 from stages.core.review_table import write_reviews
 from stages.core.reviews import RawReview, Review, Tally, clean, clean_text
 from stages.core.splitting import hold_out, shuffled
+from tests.conftest import REAL_CACHE
 
 ROOT = Path(__file__).parents[1]
 TFDS = ROOT.parent / "shared" / "tfds"
