@@ -26,9 +26,12 @@ ALL = {
     "generate@tuned",
     "evaluate@baseline",
     "evaluate@tuned",
+    "plan",
     "report",
 }
 TUNED = {"finetune", "generate@tuned", "evaluate@tuned", "report"}
+# A plan fills what its entries leave out from the sections that shape a step.
+PLANNED = {"plan"}
 
 
 def change(repository: Path, section: str, **values) -> None:
@@ -51,6 +54,7 @@ def repository(presets: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
     change(folder, "tokenize", length=32)
     change(folder, "finetune", batch_size=4, steps=3)
     change(folder, "generate", max_tokens=6)
+    change(folder, "plan", targets=[{"topology": "cpu:8"}])
     assert ran(dvc(folder, "repro")) == ALL
     return folder
 
@@ -66,10 +70,10 @@ CHANGES = {
         {"prompts": ["Best comedy movies in the 90s "]},
         {"generate@baseline", "generate@tuned", "report"},
     ),
-    "the learning rate": ("finetune", {"learning_rate": 0.002}, TUNED),
-    "the LoRA rank": ("finetune", {"rank": 2}, TUNED),
+    "the learning rate": ("finetune", {"learning_rate": 0.002}, TUNED | PLANNED),
+    "the LoRA rank": ("finetune", {"rank": 2}, TUNED | PLANNED),
     "the batch of evaluate": ("evaluate", {"batch_size": 3}, {"evaluate@baseline", "evaluate@tuned", "report"}),
-    "the validation size": ("prepare", {"validation": 5}, ALL - {"fetch", "load", "generate@baseline"}),
+    "the validation size": ("prepare", {"validation": 5}, ALL - {"fetch", "load", "generate@baseline", "plan"}),
     "packing": ("tokenize", {"packing": False}, ALL - {"fetch", "prepare", "load", "generate@baseline"}),
     "the mesh": ("mesh", {"shape": [2, 4]}, ALL - {"fetch", "prepare", "tokenize"}),
 }
@@ -90,7 +94,7 @@ def test_only_what_depends_on_a_changed_setting_runs_again(repository: Path, cas
 def test_rank_0_trains_every_weight_and_is_loaded_again(repository: Path):
     before = (repository / "params.yaml").read_text()
     change(repository, "finetune", rank=0)
-    assert ran(dvc(repository, "repro")) == TUNED
+    assert ran(dvc(repository, "repro")) == TUNED | PLANNED
     metrics = json.loads((repository / "data/metrics/finetune.json").read_text())
     assert metrics["trainable_parameters"] == metrics["total_parameters"]
     assert (repository / "models/tuned/weights.safetensors").exists()

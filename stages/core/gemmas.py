@@ -52,8 +52,12 @@ GEMMAS: dict[str, dict[str, Any]] = {
 checkpoint. GemmaBackbone counts both gate matrices in `intermediate_dim`, Gemma3Backbone counts one."""
 
 
-def architecture(name: str) -> Architecture:
+def architecture(name: str, asked_by: str = "--preset") -> Architecture:
     """Return a public checkpoint's class and arguments.
+
+    Args:
+        name: keras-hub's.
+        asked_by: the option or setting that named it, for the message.
 
     Raises:
         ParamsError: no such name in the table; names the nearest.
@@ -62,7 +66,7 @@ def architecture(name: str) -> Architecture:
         nearest = [each for each in GEMMAS if each.startswith(name)]
         nearest = nearest or difflib.get_close_matches(name, GEMMAS, n=3, cutoff=0.4)
         raise ParamsError(
-            f"--preset must be a public text Gemma by keras-hub's name. Received: --preset={name}. "
+            f"{asked_by} must be a public text Gemma by keras-hub's name. Received: {asked_by}={name}. "
             + (f"Did you mean {' or '.join(nearest)}?" if nearest else f"There are {', '.join(GEMMAS)}.")
         )
     arguments = {key: value for key, value in GEMMAS[name].items() if key != "params"}

@@ -173,6 +173,56 @@ class Evaluate(Section):
     batch_size: Positive
 
 
+MeshList = Annotated[list[Positive], Field(min_length=2, max_length=2)]
+TopologyName = Annotated[str, Field(pattern=r"^[a-z0-9]+:[0-9x]+$")]
+
+
+class PlanStep(Section):
+    """A train step to plan for; what it leaves out (null) is as in the other sections."""
+
+    preset: Annotated[str, Field(min_length=1)] | None = None
+    dtype: Literal["float32", "bfloat16", "mixed_bfloat16"] | None = None
+    length: Annotated[int, Field(ge=8, le=8192)] | None = None
+    rank: Annotated[int, Field(ge=0, le=512)] | None = None
+    rematerialize: bool | None = None
+
+
+class PlanTarget(PlanStep):
+    """A step on a mesh of a topology's devices."""
+
+    topology: TopologyName
+    mesh: MeshList | None = None
+    layout: Literal["auto", "tutorial"] | None = None
+    batch_size: Positive | None = None
+    step: Literal["ours", "tutorial"] = "ours"
+
+
+class PlanSearch(PlanStep):
+    """Meshes, layouts and batches to try on a topology."""
+
+    topology: TopologyName
+    meshes: Annotated[list[MeshList], Field(min_length=1)] | None = None
+    layouts: Annotated[list[Literal["auto", "tutorial"]], Field(min_length=1)] = ["auto"]
+    largest_batch: Positive = 512
+
+
+class PlanScaling(PlanStep):
+    """One step on more and more chips: the batch axis grows, and the batch with it."""
+
+    topologies: Annotated[list[TopologyName], Field(min_length=1)]
+    model_axis: Positive = 8
+    batch_per_row: Positive = 8
+    layout: Literal["auto", "tutorial"] | None = None
+
+
+class Plan(Section):
+    """What the TPU compiler is asked."""
+
+    targets: list[PlanTarget]
+    search: PlanSearch | None
+    scaling: PlanScaling | None
+
+
 class Params(Section):
     """All sections of `params.yaml`."""
 
@@ -185,6 +235,7 @@ class Params(Section):
     finetune: Finetune
     generate: Generate
     evaluate: Evaluate
+    plan: Plan
 
 
 def read_params(path: Path, overrides: tuple[str, ...] = ()) -> Params:

@@ -16,6 +16,7 @@ MANIFEST = "models/preset/manifest.json"
 REVIEWS = {"train": "data/imdb/train.parquet", "validation": "data/imdb/validation.parquet"}
 TOKENS = {"train": "data/tokens/train.npz", "validation": "data/tokens/validation.npz"}
 SHARDING = {"baseline": "data/sharding/base.json", "tuned": "data/sharding/tuned.json"}
+PLAN = "data/sharding/plan.json"
 CURVE = "data/plots/finetune.csv"
 SAMPLES = "data/plots/samples.jsonl"
 REPORT = "data/report/index.html"
@@ -84,6 +85,7 @@ def maker_of(relative: str) -> str:
         "data/sharding/base": "load",
         "models/tuned": "finetune",
         "data/sharding/tuned": "finetune",
+        "data/sharding/plan": "plan",
         "data/plots": "finetune",
         "data/generated/baseline": "generate --variant baseline",
         "data/generated/tuned": "generate --variant tuned",

@@ -1,0 +1,248 @@
+"""What a train step needs on devices that are not there, by compiling it for them.
+
+Purpose: from a request (preset, topology, mesh, layout, settings) to memory, collectives and the least step time; a
+program that does not fit is an answer. Results are kept by all that they follow from.
+Reads and writes: `<cache folder>/plans/<key>.json`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages.core import hlo, sharding
+from stages.core.errors import StageError
+from stages.core.files import read_json, write_json
+from stages.core.paths import cache_folder
+from stages.core.roofline import bound
+from stages.core.topology import describe, program_cache_off
+
+if TYPE_CHECKING:
+    from stages.core.step_program import StepRequest
+
+# What a program follows from beside its request: these packages, and the project's files that make it.
+PACKAGES = ("jax", "jaxlib", "libtpu", "keras", "keras-hub")
+CODE = [
+    "adapter",
+    "architecture",
+    "batches",
+    "causal",
+    "chips",
+    "decoder",
+    "devices",
+    "files",
+    "gguf",
+    "head",
+    "hlo",
+    "keras_weights",
+    "layout",
+    "loading",
+    "lora",
+    "mesh",
+    "optimizer",
+    "planning",
+    "presets",
+    "projection",
+    "roofline",
+    "safetensors_weights",
+    "sharding",
+    "step_program",
+    "topology",
+    "variants",
+]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A step for a topology; `blocks` None: all of the model's, else a program of so many."""
+
+    request: StepRequest
+    topology: str
+    blocks: int | None = None
+
+    def shortened(self) -> StepRequest:
+        """Return the request with the blocks that are asked for."""
+        if self.blocks is None:
+            return self.request
+        architecture = self.request.architecture
+        config = {**architecture.config, "num_layers": self.blocks}
+        return dataclasses.replace(self.request, architecture=dataclasses.replace(architecture, config=config))
+
+
+def key_of(question: Question) -> str:
+    """Return a digest of all that the answer follows from."""
+    request = question.shortened()
+    parts = {
+        "topology": question.topology,
+        "architecture": dataclasses.asdict(request.architecture),
+        "mesh": [request.mesh.shape, request.mesh.axis_names],
+        "rules": [[rule.pattern, rule.spec] for rule in request.layout.rules],
+        "dtype": request.dtype,
+        "settings": request.settings.model_dump(exclude=NOT_IN_PROGRAM),
+        "length": request.length,
+        "path": request.path,
+        "packages": {name: _version(name) for name in PACKAGES},
+        "code": _code_digest(),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+# Settings of the run around the step.
+NOT_IN_PROGRAM = {
+    "epochs",
+    "steps",
+    "validate_every",
+    "early_stopping",
+    "sample_every",
+    "sample_prompt",
+    "sample_tokens",
+    "checkpoint_every",
+    "checkpoint_keep",
+}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+def _code_digest() -> str:
+    digest = hashlib.sha256()
+    for name in sorted(CODE):
+        digest.update((Path(__file__).parent / f"{name}.py").read_bytes())
+    return digest.hexdigest()
+
+
+def answer(question: Question, say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+    """Compile a step and return what it needs, or what was found when it was compiled before.
+
+    Args:
+        question: the step.
+        say: shows one line to the person before a compilation.
+
+    Returns:
+        Per device, in bytes, flops and seconds: `fits`, `argument_bytes`, `temporary_bytes`, `output_bytes`,
+        `aliased_bytes`, `needed_bytes`, `memory_bytes` (the chip's), `by_kind` of the arguments, `flops` and
+        `moved_bytes` of the compiled program, `collectives`, `least_seconds` and `least` by cause; `compile_seconds`;
+        the weights' table. Where it does not fit: `fits` false, `asked_bytes` and the `largest` buffers, as far
+        as the compiler tells them.
+
+    Raises:
+        StageError: the layout does not fit, the topology has too few devices, or the compiler fails for another reason
+            than memory.
+    """
+    file = cache_folder() / "plans" / f"{key_of(question)}.json"
+    if file.is_file():
+        return read_json(file)
+    found = _compile(question, say)
+    write_json(file, found)
+    return found
+
+
+def _compile(question: Question, say: Callable[[str], None]) -> dict[str, Any]:
+    from stages.core.step_program import lower
+
+    request = question.shortened()
+    topology = describe(question.topology)
+    if len(topology.devices) < request.mesh.devices:
+        raise StageError(
+            f"The mesh needs {request.mesh.devices} devices and {question.topology} has {len(topology.devices)}. "
+            f"Received: mesh={list(request.mesh.shape)}, topology={question.topology}."
+        )
+    program = lower(request, topology.devices)
+    table = sharding.rows(program.placements, request.mesh)
+    kinds: dict[str, int] = {}
+    for each in program.placements:
+        kinds[each.weight.kind] = kinds.get(each.weight.kind, 0) + each.bytes_per_device
+    found: dict[str, Any] = {
+        "devices": request.mesh.devices,
+        "parameters": program.parameters,
+        "trainable_parameters": program.trainable_parameters,
+        "memory_bytes": None if topology.chip is None else topology.chip.memory_bytes // topology.devices_per_chip,
+        "by_kind": {**kinds, "batch": program.data_bytes},
+        "weights": table,
+    }
+    say(f"Compiling for {question.topology}, mesh {request.mesh} ...")
+    began = time.perf_counter()
+    try:
+        with contextlib.nullcontext() if topology.chip is None else program_cache_off():
+            compiled = program.lowered.compile()
+    except Exception as error:
+        # The compiler's errors have one type; what it ran out of stands in the text.
+        text = str(error)
+        if "RESOURCE_EXHAUSTED" not in text and "Ran out of memory" not in text:
+            raise StageError(f"The compiler failed: {text.splitlines()[0][:300]}") from error
+        return {**found, "fits": False, **_out_of_memory(text), "compile_seconds": _since(began)}
+    memory = compiled.memory_analysis()
+    costs = hlo.costs(compiled.as_text())
+    needed = (
+        memory.argument_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.generated_code_size_in_bytes
+    )
+    least = bound(topology, costs.matrix_flops, costs.memory_bytes, costs.wire_bytes)
+    return {
+        **found,
+        "fits": found["memory_bytes"] is None or needed <= found["memory_bytes"],
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "output_bytes": memory.output_size_in_bytes,
+        "aliased_bytes": memory.alias_size_in_bytes,
+        "code_bytes": memory.generated_code_size_in_bytes,
+        "needed_bytes": needed,
+        "flops": costs.matrix_flops,
+        "moved_bytes": costs.memory_bytes,
+        "wire_bytes": costs.wire_bytes,
+        "collectives": {kind: dataclasses.asdict(each) for kind, each in costs.collectives.items()},
+        "least_seconds": None if least is None else least.seconds,
+        "least": None if least is None else dataclasses.asdict(least),
+        "compile_seconds": _since(began),
+    }
+
+
+def _since(began: float) -> float:
+    return round(time.perf_counter() - began, 2)
+
+
+UNITS = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "": 1}
+
+
+def _size(text: str) -> int:
+    number, unit = re.fullmatch(r"([\d.]+)([BKMGT]?)i?B?", text).groups()
+    return round(float(number) * UNITS[unit])
+
+
+def _out_of_memory(text: str) -> dict[str, Any]:
+    """Take from the compiler's message what it asked for, what there was, and the largest buffers."""
+    asked = re.search(r"Used ([\d.]+[BKMGT]?) of ([\d.]+[BKMGT]?)", text)
+    # Where the temporaries alone are too much, the compiler stops earlier, says it so, and lists no buffers.
+    asked = asked or re.search(r"\(([\d.]+[BKMGT]?)\) exceeds available HBM \(([\d.]+[BKMGT]?)\)", text)
+    largest = []
+    for block in re.split(r"\n\s*\d+\. Size: ", text)[1:]:
+        operator = re.search(r'op_name="([^"]*)"', block)
+        shape = re.search(r"Shape: (\S+)", block)
+        largest.append(
+            {
+                "bytes": _size(block.split()[0]),
+                "shape": shape[1] if shape else "",
+                "operator": operator[1] if operator else "",
+            }
+        )
+    return {
+        "asked_bytes": _size(asked[1]) if asked else None,
+        "available_bytes": _size(asked[2]) if asked else None,
+        "largest": largest[:5],
+    }

@@ -1,0 +1,45 @@
+"""Plan: the real TPU compiler tells what a train step will need, with no TPU at hand.
+
+Reads: params `plan`, and `fetch`, `tokenize`, `mesh`, `layout`, `load` and `finetune` for what its entries leave out;
+no weights, no data.
+Writes: `data/metrics/plan.json`, `data/sharding/plan.json`; prints a table. Answers are kept in the cache folder.
+Command: `python -m stages.plan`
+"""
+
+from __future__ import annotations
+
+from stages.core.cli import Run, stage
+
+
+@stage
+def main(run: Run) -> None:
+    """Tell what train steps need on devices that are not at hand, by compiling them."""
+    from stages.core import devices, plan_targets
+    from stages.core.files import write_json
+    from stages.core.paths import PLAN
+
+    params = run.params
+    settings = plan_targets.Settings(
+        params.fetch, params.tokenize, params.mesh, params.layout, params.load, params.finetune, params.plan
+    )
+    # The compiler needs no device; Keras needs some JAX to declare weights with, and `cpu:N` as many as it says.
+    devices.configure("simulated", plan_targets.simulated_devices(settings))
+    from stages.core import plan_search, plan_table, planning
+
+    entries, details = {}, {}
+    for target in settings.plan.targets:
+        name, question = plan_targets.question_of(settings, target)
+        found = planning.answer(question, run.say)
+        label = plan_targets.label(name, question)
+        entries[label] = plan_targets.entry(name, question, found)
+        details[label] = plan_targets.details(name, question, found)
+    searched = plan_search.search(settings, settings.plan.search, run.say) if settings.plan.search else None
+    scaled = plan_search.scaling(settings, settings.plan.scaling, run.say) if settings.plan.scaling else None
+
+    plan_table.show(entries, searched, scaled)
+    write_json(run.paths.write(PLAN), {"targets": details, "search": searched, "scaling": scaled})
+    run.write_metrics("plan", entries)
+
+
+if __name__ == "__main__":
+    main()

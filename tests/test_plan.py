@@ -1,0 +1,251 @@
+"""The plan says what a compiled program really is: on CPU devices that are measured, on TPUs that are not there."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from stages.core import gemmas, hlo, planning, topology
+from stages.core.errors import ParamsError, StageError
+from stages.core.layouts import make_layout
+from stages.core.mesh import MeshShape
+from stages.core.params import PlanTarget, read_params
+from stages.core.planning import Question
+from tests.closure import code_dependencies
+from tests.conftest import FAMILIES, ROOT
+from tests.finetunes import settings
+from tests.models import AUTO, load_tiny, open_tiny
+
+has_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not made for this system")
+
+
+def question(preset: Path, name: str, shape=(2, 4), path="ours", dtype="float32", length=32, **changes) -> Question:
+    from stages.core.step_program import StepRequest
+
+    architecture = open_tiny(preset).architecture
+    mesh = MeshShape(shape)
+    layout = make_layout(AUTO, architecture, mesh)
+    return Question(StepRequest(architecture, mesh, layout, dtype, settings(**changes), length, path), name)
+
+
+# --- Reading programs. ---
+
+
+def test_products_in_a_loop_count_as_often_as_it_runs(devices):
+    import jax
+
+    def five(a, b):
+        return jax.lax.fori_loop(0, 5, lambda _, x: x @ b, a)
+
+    compiled = jax.jit(five).lower(np.ones((8, 16), "f4"), np.ones((16, 16), "f4")).compile()
+    assert hlo.costs(compiled.as_text()).matrix_flops == 5 * 2 * 8 * 16 * 16
+
+
+def test_collectives_are_counted_with_what_goes_over_the_wire(devices):
+    import jax
+    from jax.sharding import PartitionSpec as P
+
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:8]), ("model",))
+
+    def local(x):
+        total = jax.lax.psum(x, "model")
+        return total, jax.lax.all_gather(x * total, "model")
+
+    step = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=P("model"), out_specs=(P(), P("model"))))
+    found = hlo.costs(step.lower(np.ones((8, 64), "f4")).compile().as_text()).collectives
+    assert found["all-reduce"] == hlo.Collective(1, 256, 2 * 256 * 7 // 8)
+    assert found["all-gather"] == hlo.Collective(1, 8 * 256, 7 * 256)
+
+
+@has_libtpu
+def test_a_batch_of_products_that_the_tpu_compiler_writes_as_a_convolution_counts_right(devices):
+    import jax
+    from jax.sharding import SingleDeviceSharding
+
+    device = topology.describe("v5e:2x2").devices[0]
+    shapes = [
+        jax.ShapeDtypeStruct(shape, "float32", sharding=SingleDeviceSharding(device))
+        for shape in ((4, 64, 256), (4, 256, 128))
+    ]
+    compiled = jax.jit(lambda a, b: a @ b).lower(*shapes).compile()
+    assert hlo.costs(compiled.as_text()).matrix_flops == 4 * 2 * 64 * 256 * 128
+
+
+# --- The program is the one that finetune runs. ---
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_step_that_is_planned_is_the_step_that_runs(presets, family):
+    import jax
+
+    from stages.core import finetuning
+    from stages.core.batches import Batches
+    from stages.core.causal import pin_to_mesh
+    from stages.core.optimizer import make_optimizer
+    from stages.core.step_program import STEPS, lower
+    from tests.models import windows
+
+    asked = question(presets[family], "cpu:8", batch_size=4, alpha=4.0)
+    planned = lower(asked.request, topology.describe("cpu:8").devices)
+    tuned = asked.request.settings
+    model = load_tiny(presets[family], (2, 4), rank=tuned.rank)
+    causal = finetuning.make_causal(model, tuned)
+    causal.compile(optimizer=make_optimizer(tuned, STEPS), loss=None, jit_compile=True)
+    causal.optimizer.build(causal.trainable_variables)
+    pin_to_mesh(causal, model.jax_mesh)
+    (batch,) = Batches(windows(4), 4, model.mesh_shape)[0]
+    spread = jax.sharding.NamedSharding(model.jax_mesh, jax.sharding.PartitionSpec("batch", None))
+    batch = {name: jax.device_put(values, spread) for name, values in batch.items()}
+    state = tuple(
+        [variable.value for variable in group]
+        for group in (
+            causal.trainable_variables,
+            causal.non_trainable_variables,
+            causal.optimizer.variables,
+            causal.metrics_variables,
+        )
+    )
+    shardings = jax.tree.map(lambda each: each.sharding, state)
+    step = jax.jit(causal.train_step, donate_argnums=0, out_shardings=(None, shardings))
+    real = step.lower(state, (batch,)).compile()
+    found = planning.answer(asked)
+    assert hlo.costs(real.as_text()) == hlo.costs(planned.lowered.compile().as_text())
+    held = sum(
+        shard.data.nbytes
+        for array in jax.tree.leaves((state, batch))
+        for shard in array.addressable_shards
+        if shard.device == jax.devices()[0]
+    )
+    assert real.memory_analysis().argument_size_in_bytes == found["argument_bytes"] == held
+    assert found["trainable_parameters"] == sum(int(np.prod(v.shape)) for v in causal.trainable_variables)
+    assert found["by_kind"]["lora"] + found["by_kind"]["optimizer"] + found["by_kind"]["weight"] < held
+    assert found["least_seconds"] is None, "this machine's peaks are not in the table"
+
+
+def test_full_parameter_tuning_has_slots_for_every_weight(presets):
+    found = planning.answer(question(presets["gemma3"], "cpu:8", rank=0))
+    assert found["trainable_parameters"] == found["parameters"]
+    assert found["by_kind"]["optimizer"] == 2 * found["by_kind"]["weight"]
+    assert "lora" not in found["by_kind"]
+
+
+# --- TPUs that are not there. ---
+
+
+@has_libtpu
+@pytest.mark.parametrize("path", ["ours", "tutorial"])
+def test_a_step_is_compiled_for_a_tpu_that_is_not_there(presets, path):
+    found = planning.answer(question(presets["gemma"], "v5e:2x4", path=path, dtype="bfloat16", batch_size=2))
+    assert found["fits"]
+    assert found["memory_bytes"] == 16 * 2**30
+    assert 0 < found["least_seconds"] == max(found["least"].values())
+    assert sum(each["count"] for each in found["collectives"].values()) > 0
+
+
+@has_libtpu
+def test_what_does_not_fit_is_an_answer_with_what_was_asked_for(presets):
+    asked = question(presets["gemma"], "v5e:2x2", shape=(1, 4), batch_size=4096, length=4096)
+    found = planning.answer(asked)
+    assert not found["fits"]
+    assert found["asked_bytes"] > found["available_bytes"] > 15 * 2**30
+
+
+def test_the_largest_buffers_are_taken_from_the_compilers_message():
+    told = (
+        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 20.50G of "
+        "15.75G hbm. Exceeded hbm capacity by 4.75G.\n\nLargest program allocations in hbm:\n\n  1. Size: 2.00G\n"
+        '     Operator: op_name="jit(step)/dot"\n     Shape: f32[8,64]{1,0}\n     Unpadded size: 2.00G\n'
+        "\n  2. Size: 512.0M\n     Shape: bf16[4]{0}\n"
+    )
+    found = planning._out_of_memory(told)
+    assert (found["asked_bytes"], found["available_bytes"]) == (20.5 * 2**30, 15.75 * 2**30)
+    assert found["largest"] == [
+        {"bytes": 2**31, "shape": "f32[8,64]{1,0}", "operator": "jit(step)/dot"},
+        {"bytes": 2**29, "shape": "bf16[4]{0}", "operator": ""},
+    ]
+
+
+def test_an_answer_is_kept_and_asked_for_only_once(presets):
+    said: list[str] = []
+    asked = question(presets["gemma2"], "cpu:8", batch_size=2, learning_rate=0.011)
+    first = planning.answer(asked, said.append)
+    assert planning.answer(asked, said.append) == first
+    assert len(said) == 1
+    other = dataclasses.replace(asked.request, length=16)
+    assert planning.key_of(asked) != planning.key_of(dataclasses.replace(asked, request=other))
+
+
+def test_the_key_covers_all_the_code_that_an_answer_follows_from():
+    reached = code_dependencies("stages/core/planning.py")
+    assert {f"stages/core/{name}.py" for name in planning.CODE} == reached
+
+
+# --- Mistakes. ---
+
+
+@has_libtpu
+@pytest.mark.parametrize("name", ["v9:2x2", "v5e:3x5", "gpu:8", "cpu:0"])
+def test_an_unknown_topology_is_told_with_those_that_exist(devices, name):
+    with pytest.raises(StageError, match=re.escape(f"topology={name}")) as raised:
+        topology.describe(name)
+    assert "v5e:2x4" in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_mesh_larger_than_the_topology_is_told(presets):
+    with pytest.raises(StageError, match="has 4"):
+        planning.answer(question(presets["gemma"], "cpu:4", shape=(2, 4)))
+
+
+def test_an_unknown_preset_is_told_with_the_nearest(devices):
+    from stages.core import plan_targets
+
+    params = read_params(ROOT / "params.yaml")
+    with pytest.raises(ParamsError, match="gemma_7b_en"):
+        plan_targets.question_of(params, PlanTarget(topology="cpu:8", preset="gemma_7b"))
+    assert gemmas.architecture("gemma_7b_en").class_name == "GemmaBackbone"
+
+
+# --- The stage. ---
+
+
+def test_the_stage_writes_metrics_search_and_scaling_the_same_each_time(presets, tmp_path):
+    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    overrides = [
+        "fetch.source=path",
+        f"fetch.path={presets['gemma3']}",
+        "plan.targets=[{topology: 'cpu:8', mesh: [2, 4], rank: 2, batch_size: 4, length: 32}]",
+        "plan.search={topology: 'cpu:4', length: 32, largest_batch: 8}",
+        "plan.scaling={topologies: ['cpu:4', 'cpu:8'], model_axis: 4, batch_per_row: 2, length: 32}",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def run() -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "stages.plan"]
+        for override in overrides:
+            command += ["--set", override]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    first = run()
+    assert first.returncode == 0, first.stderr
+    entry = next(iter(json.loads((tmp_path / "data/metrics/plan.json").read_text()).values()))
+    assert entry["fits"] and entry["devices"] == 8 and entry["rank"] == 2
+    written = (tmp_path / "data/sharding/plan.json").read_bytes()
+    content = json.loads(written)
+    found = content["search"]["candidates"]
+    assert {tuple(each["mesh"]) for each in found} == {(1, 4), (2, 2), (4, 1)}
+    assert all(each["largest_batch"] == 8 for each in found), "a CPU device's memory is not bounded here"
+    assert [each["devices"] for each in content["scaling"]["rows"]] == [4, 8]
+    assert [each["batch_size"] for each in content["scaling"]["rows"]] == [2, 4]
+    again = run()
+    assert (tmp_path / "data/sharding/plan.json").read_bytes() == written
+    assert "Compiling" in first.stderr and "Compiling" not in again.stderr
+    assert "Traceback" not in first.stderr + again.stderr
