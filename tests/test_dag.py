@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,13 @@ def test_no_output_has_two_owners_and_none_is_always_stale():
     assert len(outputs) == len(set(outputs))
     for stage in STAGES.values():
         assert not {"always_changed", "frozen"} & set(stage)
+
+
+def test_no_output_that_dvc_keeps_is_in_git_too():
+    names = ["git", "ls-files", "--", *(path for stage in STAGES.values() for path in stage.get("outs", []))]
+    names += [path.replace("${item.variant}", variant) for path in names[3:] for variant in ("baseline", "tuned")]
+    listed = subprocess.run(names, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert listed.stdout.splitlines() == []
 
 
 def test_what_a_stage_reads_of_the_pipeline_is_what_another_writes():

@@ -97,6 +97,19 @@ def test_the_line_of_a_mistake_in_the_file_is_named(tmp_path: Path):
     assert "finetune.targets is missing" in message
 
 
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("plan.targets=[{topologi: 'cpu:8'}]", "plan.targets.0.topologi is not a setting. Did you mean topology?"),
+        ("plan.search={topology: 'cpu:8', mesh: [1, 8]}", "plan.search.mesh is not a setting. Did you mean meshes?"),
+        ("layout.rules=[{pattern: x, spek: []}]", "layout.rules.0.spek is not a setting. Did you mean spec?"),
+    ],
+)
+def test_a_wrong_key_within_a_list_is_told_with_those_allowed_there(override: str, hint: str):
+    with pytest.raises(ParamsError, match=re.escape(hint)):
+        read_params(DEFAULT, (override,))
+
+
 @pytest.mark.parametrize("text", ["", "- a\n- b\n", "finetune: [\n", "fetch: 3\n"])
 def test_a_file_that_holds_no_settings_is_told(tmp_path: Path, text: str):
     path = tmp_path / "params.yaml"

@@ -66,6 +66,45 @@ def test_collectives_are_counted_with_what_goes_over_the_wire(devices):
     assert found["all-gather"] == hlo.Collective(1, 8 * 256, 7 * 256)
 
 
+TRAFFIC = {
+    "a slice reads its part, into the chip's own memory": (
+        "%r = ((f32[64,32]{1,0:T(8,128)}), f32[16,32]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%p), slice={[0:16]}",
+        16 * 32 * 4,
+    ),
+    "a copy into the chip's own memory is read once": (
+        "%r = (f32[64,32]{1,0:T(8,128)S(1)}, f32[64,32]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%p)",
+        64 * 32 * 4,
+    ),
+    "an addition reads two and writes one": ("%r = f32[64,32]{1,0} add(%p, %p)", 3 * 64 * 32 * 4),
+    "a fusion that slices through a bitcast reads the slice": (
+        "%r = f32[8,32]{1,0} fusion(%p, %i), kind=kLoop, calls=%inner",
+        2 * 8 * 32 * 4,
+    ),
+    "a name moves nothing": ("%r = f32[2048]{0} bitcast(%p)", 0),
+}
+
+
+@pytest.mark.parametrize("case", TRAFFIC)
+def test_traffic_is_what_goes_to_and_from_the_devices_main_memory(case):
+    line, expected = TRAFFIC[case]
+    text = f"""HloModule m
+%inner (a: f32[64,32], b: s32[]) -> f32[8,32] {{
+  %a = f32[64,32]{{1,0}} parameter(0)
+  %b = s32[] parameter(1)
+  %c = f32[64,32]{{1,0}} bitcast(%a)
+  %z = s32[] constant(0)
+  ROOT %d = f32[8,32]{{1,0}} dynamic-slice(%c, %b, %z), dynamic_slice_sizes={{8,32}}
+}}
+
+ENTRY %main (p: f32[64,32]) -> f32[8,32] {{
+  %p = f32[64,32]{{1,0:T(8,128)}} parameter(0)
+  %i = s32[] constant(3)
+  ROOT {line}
+}}
+"""
+    assert hlo.costs(text).memory_bytes == expected
+
+
 @has_libtpu
 def test_a_batch_of_products_that_the_tpu_compiler_writes_as_a_convolution_counts_right(devices):
     import jax

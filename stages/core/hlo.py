@@ -81,8 +81,11 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Collective:
-    """Collectives of one kind. `count` as often as they run; `bytes` is what a device hands in or gets, the larger;
-    `wire_bytes` what it must send at the least (a ring's share, https://arxiv.org/abs/1802.05799)."""
+    """Collectives of one kind, as often as they run.
+
+    `bytes` is what a device hands in or gets, the larger; `wire_bytes` what it must send at the least: a ring's share
+    (https://arxiv.org/abs/1802.05799).
+    """
 
     count: int
     bytes: int
@@ -319,24 +322,24 @@ def _group_size(instruction: Instruction) -> int:
 
 def _traffic(instruction: Instruction, computation: _Computation, computations: dict[str, _Computation]) -> int:
     """Return the bytes that an instruction reads from and writes to the device's main memory."""
-    opcode = instruction.opcode
+    opcode = instruction.opcode.removesuffix("-start")
     if opcode in FREE or opcode.endswith("-done"):
         return 0
-    written = [each.bytes for each in instruction.arrays if each.in_memory]
-    if opcode.endswith("-start"):
-        # (operand, result, context...): the result is written; what is read is counted below.
-        written = [each.bytes for each in instruction.arrays[1:2] if each.in_memory]
+    results = instruction.arrays
+    if opcode != instruction.opcode:
+        # What begins an operation names its result beside its operand: copies first, all others second.
+        results = results[:1] if opcode == "copy" else results[1:2]
+    written = sum(each.bytes for each in results if each.in_memory)
     read = [_read_bytes(name, computation) for name in instruction.operands]
     if opcode in ("dynamic-slice", "slice", "gather"):
-        read[:1] = [sum(written)]
+        read[0] = min(read[0], sum(each.bytes for each in results))
     elif opcode == "dynamic-update-slice":
-        update = _read_bytes(instruction.operands[1], computation)
-        return 2 * update
+        return 2 * _read_bytes(instruction.operands[1], computation)
     elif opcode == "fusion":
         for name in instruction.called("calls"):
             if name in computations:
-                return _fusion_traffic(read, sum(written), computations[name], computations)
-    return sum(read) + sum(written)
+                return _fusion_traffic(read, written, computations[name], computations)
+    return sum(read) + written
 
 
 def _fusion_traffic(read: list[int], written: int, fused: _Computation, computations: dict[str, _Computation]) -> int:

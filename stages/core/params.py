@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -330,10 +330,11 @@ def _describe(problem: Any, content: dict, file_name: str, overridden: set[tuple
     name = ".".join(str(part) for part in location)
     place = "--set" if tuple(location) in overridden else f"{file_name}:{_line(content, location)}"
     if problem["type"] == "extra_forbidden":
-        parent: Any = Params
+        parent = Params
         for part in location[:-1]:
-            parent = parent.model_fields[part].annotation if hasattr(parent, "model_fields") else parent
-        known = list(parent.model_fields) if hasattr(parent, "model_fields") else []
+            if isinstance(part, str):
+                parent = _section_in(parent.model_fields[part].annotation) or parent
+        known = list(parent.model_fields)
         return f"{place}: {name} is not a setting.{_nearest(location[-1], known)} Allowed here: {', '.join(known)}."
     if problem["type"] == "missing":
         return f"{place}: {name} is missing; every setting must be written out (git shows the default)."
@@ -342,6 +343,13 @@ def _describe(problem: Any, content: dict, file_name: str, overridden: set[tuple
         message = message if not name else f"{name}.{message}"
         return f"{place}: {message}. Received: {_flat(_plain(node))}"
     return f"{place}: {name} {message[0].lower() + message[1:]}. Received: {name}={_plain(node)!r}"
+
+
+def _section_in(annotation: Any) -> type[Section] | None:
+    """Return the section type within `list[Rule] | None` and the like, or None where there is none."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next((found for each in get_args(annotation) if (found := _section_in(each))), None)
 
 
 def _flat(values: Any) -> str:

@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from stages.core.errors import StageError
-from stages.core.layouts import make_layout
 from stages.core.mesh import MeshShape
 from stages.core.params import PlanScaling, PlanSearch
-from stages.core.plan_targets import Settings, architecture_of, limit_of
+from stages.core.plan_targets import Settings, architecture_of, request_of
 from stages.core.planning import Question, answer
 from stages.core.roofline import bound
 from stages.core.topology import Topology, describe
@@ -30,25 +28,6 @@ CONFIRMED = 3
 EXTRAPOLATED = ("temporary_bytes", "code_bytes", "flops", "moved_bytes", "wire_bytes")
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A mesh and a layout, without a batch."""
-
-    question: Question
-
-    @property
-    def name(self) -> str:
-        """Mesh and layout as text."""
-        request = self.question.request
-        return f"({', '.join(str(size) for size in request.mesh.shape)}) {request.layout.name}"
-
-    def with_batch(self, batch: int) -> Question:
-        """Return the question for a batch size in windows."""
-        request = self.question.request
-        settings = request.settings.model_copy(update={"batch_size": batch})
-        return dataclasses.replace(self.question, request=dataclasses.replace(request, settings=settings))
 
 
 def search(params: Settings, wanted: PlanSearch, say: Say) -> dict[str, Any]:
@@ -67,14 +46,14 @@ def search(params: Settings, wanted: PlanSearch, say: Say) -> dict[str, Any]:
     name, found = _candidates(params, wanted, topology)
     points: list[dict[str, Any]] = []
     table: list[dict[str, Any]] = []
-    for number, candidate in enumerate(found, 1):
-        say(f"Search {number} of {len(found)}: {candidate.name}")
-        best = _largest_batch(candidate, topology, wanted.largest_batch, points, say)
-        table.append({**_identity(candidate), **(best or {"largest_batch": 0, "fits": False})})
+    for number, (candidate, question) in enumerate(found.items(), 1):
+        say(f"Search {number} of {len(found)}: {candidate}")
+        tried, best = _largest_batch(question, topology, wanted.largest_batch, say)
+        points += [{"name": candidate, **each} for each in tried]
+        table.append({"name": candidate, **best})
     table.sort(key=_tokens_bound, reverse=True)
-    by_name = {candidate.name: candidate for candidate in found}
     for row in [row for row in table if row["fits"]][:CONFIRMED]:
-        _confirm(row, by_name[row["name"]], topology, points, say)
+        points += [{"name": row["name"], **each} for each in _confirm(row, found[row["name"]], say)]
     table.sort(key=_tokens_bound, reverse=True)
     return {"preset": name, "topology": wanted.topology, "candidates": table, "points": points}
 
@@ -96,39 +75,21 @@ def scaling(params: Settings, wanted: PlanScaling, say: Say) -> dict[str, Any]:
                 f"model_axis={wanted.model_axis}, topology={topology_name} with {devices}."
             )
         mesh = MeshShape((devices // wanted.model_axis, wanted.model_axis))
-        named = (
-            params.layout
-            if wanted.layout is None
-            else params.layout.model_copy(update={"name": wanted.layout, "rules": None})
-        )
-        candidate = Candidate(Question(_request(params, wanted, architecture, mesh, named), topology_name))
         batch = wanted.batch_per_row * mesh.sizes["batch"]
         say(f"Scaling: {name} on {topology_name}, {devices} devices, batch {batch}")
-        rows.append(
-            _figures(candidate.with_batch(batch), topology, batch, say)
-            | {"topology": topology_name, "devices": devices}
-        )
+        request = request_of(params, wanted, architecture, mesh, layout=wanted.layout, batch_size=batch)
+        question = Question(request, topology_name)
+        figures = _figures(question, topology, _argument_bytes(question), say)
+        rows.append({"topology": topology_name, "devices": devices, **figures})
     return {"preset": name, "rows": rows}
 
 
-def _request(
-    params: Settings, wanted: PlanSearch | PlanScaling, architecture: Any, mesh: MeshShape, layout: Any
-) -> Any:
-    from stages.core.step_program import StepRequest
-
-    changes = {"rank": wanted.rank, "rematerialize": wanted.rematerialize}
-    settings = params.finetune.model_copy(update={key: value for key, value in changes.items() if value is not None})
-    named = make_layout(layout, architecture, mesh)
-    return StepRequest(
-        architecture, mesh, named, wanted.dtype or params.load.dtype, settings, wanted.length or params.tokenize.length
-    )
-
-
-def _candidates(params: Settings, wanted: PlanSearch, topology: Topology) -> tuple[str, list[Candidate]]:
+def _candidates(params: Settings, wanted: PlanSearch, topology: Topology) -> tuple[str, dict[str, Question]]:
+    """Return the preset's name, and a question for each mesh and layout by what it is called."""
     name, architecture = architecture_of(params, wanted)
     devices = len(topology.devices)
     shapes = wanted.meshes or [[size, devices // size] for size in range(1, devices + 1) if devices % size == 0]
-    found = []
+    found = {}
     for shape in shapes:
         mesh = MeshShape(tuple(shape))
         if mesh.devices > devices:
@@ -136,14 +97,9 @@ def _candidates(params: Settings, wanted: PlanSearch, topology: Topology) -> tup
                 f"plan.search.meshes must fit the topology, which has {devices} devices. Received: mesh={shape}."
             )
         for layout in wanted.layouts:
-            named = params.layout.model_copy(update={"name": layout, "rules": None})
-            found.append(Candidate(Question(_request(params, wanted, architecture, mesh, named), wanted.topology)))
+            request = request_of(params, wanted, architecture, mesh, layout=layout)
+            found[f"({', '.join(str(size) for size in shape)}) {layout}"] = Question(request, wanted.topology)
     return name, found
-
-
-def _identity(candidate: Candidate) -> dict[str, Any]:
-    request = candidate.question.request
-    return {"name": candidate.name, "mesh": list(request.mesh.shape), "layout": request.layout.name}
 
 
 def _tokens_bound(row: dict[str, Any]) -> float:
@@ -159,117 +115,109 @@ def _batches(step: int, largest: int) -> list[int]:
 
 
 def _largest_batch(
-    candidate: Candidate, topology: Topology, largest: int, points: list[dict[str, Any]], say: Say
-) -> dict[str, Any] | None:
-    """Return the figures at the largest batch that fits, found by bisection, or None if the smallest does not."""
+    question: Question, topology: Topology, largest: int, say: Say
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Return the figures at each batch that was tried, by bisection, and those at the largest that fits."""
+    request = question.request
+    none = {"mesh": list(request.mesh.shape), "layout": request.layout.name, "largest_batch": 0, "fits": False}
     try:
-        held = _argument_bytes(candidate)
+        held = _argument_bytes(question)
     except StageError as error:
-        say(f"  {candidate.name}: {error}")
-        return {"largest_batch": 0, "fits": False, "reason": str(error)}
-    if topology.chip is not None and held > topology.chip.memory_bytes // topology.devices_per_chip:
-        return {"largest_batch": 0, "fits": False, "argument_bytes": held, "reason": "the weights alone do not fit"}
-    choices = _batches(candidate.question.request.mesh.sizes["batch"], largest)
-    low, high, best = 0, len(choices), None
+        return [], {**none, "reason": str(error)}
+    if topology.memory_bytes is not None and held > topology.memory_bytes:
+        return [], {**none, "argument_bytes": held, "reason": "the weights alone do not fit"}
+    choices = _batches(request.mesh.sizes["batch"], largest)
+    tried, low, high, best = [], 0, len(choices), none
     while low < high:
         middle = (low + high) // 2
-        figures = _figures(candidate.with_batch(choices[middle]), topology, choices[middle], say)
-        points.append({**_identity(candidate), **figures})
+        figures = _figures(question.with_batch(choices[middle]), topology, held, say)
+        tried.append(figures)
         if figures["fits"]:
-            low, best = middle + 1, figures
+            low, best = middle + 1, {**figures, "largest_batch": choices[middle]}
         else:
             high = middle
-    return None if best is None else {**best, "largest_batch": best["batch_size"]}
+    return tried, best
 
 
-def _argument_bytes(candidate: Candidate) -> int:
+def _argument_bytes(question: Question) -> int:
     """Return the bytes a device holds of weights, LoRA and optimizer, from shapes alone."""
     from stages.core.shapes import resolve_shapes
 
-    request = candidate.question.request
-    tuning = {
-        "rank": request.settings.rank,
-        "alpha": request.settings.alpha,
-        "targets": request.settings.targets,
-    }
+    request, settings = question.request, question.request.settings
+    tuning = {"rank": settings.rank, "alpha": settings.alpha, "targets": settings.targets}
     placements = resolve_shapes(request.architecture, request.mesh, request.layout, request.dtype, tuning)
     return sum(each.bytes_per_device for each in placements)
 
 
-def _figures(question: Question, topology: Topology, batch: int, say: Say) -> dict[str, Any]:
-    """Return what a step needs, from programs of two and four blocks."""
+def _figures(question: Question, topology: Topology, held: int, say: Say) -> dict[str, Any]:
+    """Return what a step needs on a device that holds so many bytes of state, from programs of two and four blocks."""
     few, more = (answer(dataclasses.replace(question, blocks=blocks), say) for blocks in (FEW, MORE))
-    candidate = Candidate(question)
     request = question.request
-    held = _argument_bytes(candidate)
     base = {
         "mesh": list(request.mesh.shape),
         "layout": request.layout.name,
-        "batch_size": batch,
+        "batch_size": request.settings.batch_size,
         "compiled": False,
         "argument_bytes": held,
     }
-    if not (few["fits"] and more["fits"]) or "flops" not in more:
+    if not (few["fits"] and more["fits"]):
         return {**base, "fits": False, "needed_bytes": None, "least_seconds": None}
-    blocks = request.architecture.config["num_layers"]
-    whole = {key: round(few[key] + (more[key] - few[key]) * (blocks - FEW) / (MORE - FEW)) for key in EXTRAPOLATED}
-    collectives = {
-        kind: round(
-            few["collectives"].get(kind, {"count": 0})["count"]
-            + (
-                more["collectives"].get(kind, {"count": 0})["count"]
-                - few["collectives"].get(kind, {"count": 0})["count"]
-            )
-            * (blocks - FEW)
-            / (MORE - FEW)
-        )
-        for kind in sorted({*few["collectives"], *more["collectives"]})
-    }
+
+    def at_full_depth(few: float, more: float) -> int:
+        return round(few + (more - few) * (request.architecture.config["num_layers"] - FEW) / (MORE - FEW))
+
+    whole = {key: at_full_depth(few[key], more[key]) for key in EXTRAPOLATED}
+    counts = [{kind: found["count"] for kind, found in each["collectives"].items()} for each in (few, more)]
+    kinds = sorted({*counts[0], *counts[1]})
     needed = held + more["by_kind"]["batch"] + whole["temporary_bytes"] + whole["code_bytes"]
     least = bound(topology, whole["flops"], whole["moved_bytes"], whole["wire_bytes"])
-    memory = None if topology.chip is None else topology.chip.memory_bytes // topology.devices_per_chip
     return {
         **base,
         **whole,
-        "fits": memory is None or needed <= memory,
+        "fits": topology.memory_bytes is None or needed <= topology.memory_bytes,
         "needed_bytes": needed,
-        "collectives": collectives,
-        **_speed(
-            None if least is None else least.seconds, None if least is None else least.limit, batch, request.length
-        ),
+        "collectives": {kind: at_full_depth(*(each.get(kind, 0) for each in counts)) for kind in kinds},
+        **_speed(question, least and least.seconds, least and least.limit),
     }
 
 
-def _speed(seconds: float | None, limit: str | None, batch: int, length: int) -> dict[str, Any]:
+def _speed(question: Question, seconds: float | None, limit: str | None) -> dict[str, Any]:
+    tokens = question.request.settings.batch_size * question.request.length
     return {
         "least_seconds": seconds,
         "least_limit": limit,
-        "tokens_per_second_bound": None if not seconds else batch * length / seconds,
+        "tokens_per_second_bound": tokens / seconds if seconds else None,
     }
 
 
-def _confirm(
-    row: dict[str, Any], candidate: Candidate, topology: Topology, points: list[dict[str, Any]], say: Say
-) -> None:
-    """Compile a candidate whole, with a smaller batch as long as it does not fit, and put its figures in the row."""
+def _confirm(row: dict[str, Any], question: Question, say: Say) -> list[dict[str, Any]]:
+    """Compile a candidate whole, with a smaller batch as long as it does not fit; put the figures in its row.
+
+    Returns:
+        The figures at each batch that was compiled.
+    """
     extrapolated = {key: row[key] for key in ("needed_bytes", "temporary_bytes", "least_seconds")}
+    tried = []
     for batch in reversed(_batches(row["mesh"][0], row["largest_batch"])):
-        question = candidate.with_batch(batch)
-        found = answer(question, say)
-        figures = {
-            "batch_size": batch,
-            "compiled": True,
-            "fits": found["fits"],
-            "needed_bytes": found.get("needed_bytes", found.get("asked_bytes")),
-            **{key: found.get(key) for key in ("argument_bytes", *EXTRAPOLATED)},
-            "collectives": {kind: each["count"] for kind, each in found.get("collectives", {}).items()},
-            **_speed(found.get("least_seconds"), limit_of(found), batch, question.request.length),
-        }
-        points.append({**_identity(candidate), **figures})
+        asked = question.with_batch(batch)
+        found = answer(asked, say)
+        tried.append(
+            {
+                "mesh": row["mesh"],
+                "layout": row["layout"],
+                "batch_size": batch,
+                "compiled": True,
+                "fits": found["fits"],
+                "needed_bytes": found.get("needed_bytes", found.get("asked_bytes")),
+                **{key: found.get(key) for key in ("argument_bytes", *EXTRAPOLATED)},
+                "collectives": {kind: each["count"] for kind, each in found.get("collectives", {}).items()},
+                **_speed(asked, found.get("least_seconds"), found.get("least_limit")),
+            }
+        )
         if found["fits"]:
-            same = batch == row["largest_batch"]
-            row.update(figures, largest_batch=batch)
-            if same:
+            if batch == row["largest_batch"]:
                 row["extrapolated"] = extrapolated
-            return
+            row.update(tried[-1], largest_batch=batch)
+            return tried
     row.update({"fits": False, "largest_batch": 0, "tokens_per_second_bound": None})
+    return tried

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stages.core import gemmas
 from stages.core.architecture import Architecture, read_architecture
@@ -17,6 +17,9 @@ from stages.core.mesh import MeshShape
 from stages.core.params import Fetch, Finetune, Layout, Load, Mesh, Plan, PlanStep, PlanTarget, Tokenize
 from stages.core.planning import Question
 from stages.core.topology import cpu_devices
+
+if TYPE_CHECKING:
+    from stages.core.step_program import StepRequest
 
 # What the tutorial reports for its own run (gemma_7b_en on a TPU v3-8, mesh (1, 8), batch 2 x 128 tokens, rank 4):
 # https://ai.google.dev/gemma/docs/core/distributed_tuning, "163ms/step".
@@ -52,24 +55,40 @@ def architecture_of(params: Settings, step: PlanStep) -> tuple[str, Architecture
     return name, gemmas.architecture(name, "plan.preset")
 
 
-def question_of(params: Settings, target: PlanTarget) -> tuple[str, Question]:
-    """Return a target as a question, under its preset's name."""
-    # Keras chooses its backend when it is first imported: `devices.configure` comes before this module's caller.
+def request_of(
+    params: Settings,
+    step: PlanStep,
+    architecture: Architecture,
+    mesh: MeshShape,
+    *,
+    layout: str | None,
+    batch_size: int | None = None,
+    path: str = "ours",
+) -> StepRequest:
+    """Return a step, with the other sections' settings for whatever is None."""
+    # Keras chooses its backend when it is first imported: `devices.configure` comes before this.
     from stages.core.step_program import StepRequest
 
-    name, architecture = architecture_of(params, target)
-    mesh = MeshShape(tuple(target.mesh or params.mesh.shape))
-    named = params.layout.model_copy(update={"name": target.layout, "rules": None}) if target.layout else params.layout
-    changes = {"rank": target.rank, "batch_size": target.batch_size, "rematerialize": target.rematerialize}
+    named = params.layout if layout is None else params.layout.model_copy(update={"name": layout, "rules": None})
+    changes = {"rank": step.rank, "batch_size": batch_size, "rematerialize": step.rematerialize}
     settings = params.finetune.model_copy(update={key: value for key, value in changes.items() if value is not None})
-    request = StepRequest(
+    return StepRequest(
         architecture,
         mesh,
         make_layout(named, architecture, mesh),
-        target.dtype or params.load.dtype,
+        step.dtype or params.load.dtype,
         settings,
-        target.length or params.tokenize.length,
-        target.step,
+        step.length or params.tokenize.length,
+        path,
+    )
+
+
+def question_of(params: Settings, target: PlanTarget) -> tuple[str, Question]:
+    """Return a target as a question, under its preset's name."""
+    name, architecture = architecture_of(params, target)
+    mesh = MeshShape(tuple(target.mesh or params.mesh.shape))
+    request = request_of(
+        params, target, architecture, mesh, layout=target.layout, batch_size=target.batch_size, path=target.step
     )
     return name, Question(request, target.topology)
 
@@ -139,17 +158,11 @@ def entry(name: str, question: Question, answer: dict[str, Any]) -> dict[str, An
         "collectives": collectives,
         "collective_bytes_per_step": sum(each["bytes"] for each in collectives.values()),
         "least_step_seconds": answer.get("least_seconds"),
-        "least_step_limit": limit_of(answer),
+        "least_step_limit": answer.get("least_limit"),
         "measured_step_seconds": MEASURED.get(key) if request.path == "ours" else None,
         "compile_seconds": answer["compile_seconds"],
     }
     return {key: value for key, value in found.items() if value is not None}
-
-
-def limit_of(answer: dict[str, Any]) -> str | None:
-    """Return which of compute, memory and network gives the least time."""
-    least = answer.get("least")
-    return max(least, key=least.get) if least else None
 
 
 def details(name: str, question: Question, answer: dict[str, Any]) -> dict[str, Any]:

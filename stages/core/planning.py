@@ -60,6 +60,20 @@ CODE = [
     "variants",
 ]
 
+# Settings of the run around the step.
+NOT_IN_PROGRAM = {
+    "epochs",
+    "steps",
+    "validate_every",
+    "early_stopping",
+    "sample_every",
+    "sample_prompt",
+    "sample_tokens",
+    "checkpoint_every",
+    "checkpoint_keep",
+}
+UNITS = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "": 1}
+
 
 @dataclass(frozen=True)
 class Question:
@@ -69,7 +83,7 @@ class Question:
     topology: str
     blocks: int | None = None
 
-    def shortened(self) -> StepRequest:
+    def program(self) -> StepRequest:
         """Return the request with the blocks that are asked for."""
         if self.blocks is None:
             return self.request
@@ -77,10 +91,15 @@ class Question:
         config = {**architecture.config, "num_layers": self.blocks}
         return dataclasses.replace(self.request, architecture=dataclasses.replace(architecture, config=config))
 
+    def with_batch(self, batch: int) -> Question:
+        """Return the question for another batch size, in windows."""
+        settings = self.request.settings.model_copy(update={"batch_size": batch})
+        return dataclasses.replace(self, request=dataclasses.replace(self.request, settings=settings))
+
 
 def key_of(question: Question) -> str:
     """Return a digest of all that the answer follows from."""
-    request = question.shortened()
+    request = question.program()
     parts = {
         "topology": question.topology,
         "architecture": dataclasses.asdict(request.architecture),
@@ -94,20 +113,6 @@ def key_of(question: Question) -> str:
         "code": _code_digest(),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-# Settings of the run around the step.
-NOT_IN_PROGRAM = {
-    "epochs",
-    "steps",
-    "validate_every",
-    "early_stopping",
-    "sample_every",
-    "sample_prompt",
-    "sample_tokens",
-    "checkpoint_every",
-    "checkpoint_keep",
-}
 
 
 def _version(package: str) -> str:
@@ -134,9 +139,9 @@ def answer(question: Question, say: Callable[[str], None] = lambda text: None) -
     Returns:
         Per device, in bytes, flops and seconds: `fits`, `argument_bytes`, `temporary_bytes`, `output_bytes`,
         `aliased_bytes`, `needed_bytes`, `memory_bytes` (the chip's), `by_kind` of the arguments, `flops` and
-        `moved_bytes` of the compiled program, `collectives`, `least_seconds` and `least` by cause; `compile_seconds`;
-        the weights' table. Where it does not fit: `fits` false, `asked_bytes` and the `largest` buffers, as far
-        as the compiler tells them.
+        `moved_bytes` of the compiled program, `collectives`, `least_seconds`, what limits it, and `least` by cause;
+        `compile_seconds`; the weights' table. Where it does not fit: `fits` false, `asked_bytes` and the `largest`
+        buffers, as far as the compiler tells them.
 
     Raises:
         StageError: the layout does not fit, the topology has too few devices, or the compiler fails for another reason
@@ -153,7 +158,7 @@ def answer(question: Question, say: Callable[[str], None] = lambda text: None) -
 def _compile(question: Question, say: Callable[[str], None]) -> dict[str, Any]:
     from stages.core.step_program import lower
 
-    request = question.shortened()
+    request = question.program()
     topology = describe(question.topology)
     if len(topology.devices) < request.mesh.devices:
         raise StageError(
@@ -161,7 +166,6 @@ def _compile(question: Question, say: Callable[[str], None]) -> dict[str, Any]:
             f"Received: mesh={list(request.mesh.shape)}, topology={question.topology}."
         )
     program = lower(request, topology.devices)
-    table = sharding.rows(program.placements, request.mesh)
     kinds: dict[str, int] = {}
     for each in program.placements:
         kinds[each.weight.kind] = kinds.get(each.weight.kind, 0) + each.bytes_per_device
@@ -169,9 +173,9 @@ def _compile(question: Question, say: Callable[[str], None]) -> dict[str, Any]:
         "devices": request.mesh.devices,
         "parameters": program.parameters,
         "trainable_parameters": program.trainable_parameters,
-        "memory_bytes": None if topology.chip is None else topology.chip.memory_bytes // topology.devices_per_chip,
+        "memory_bytes": topology.memory_bytes,
         "by_kind": {**kinds, "batch": program.data_bytes},
-        "weights": table,
+        "weights": sharding.rows(program.placements, request.mesh),
     }
     say(f"Compiling for {question.topology}, mesh {request.mesh} ...")
     began = time.perf_counter()
@@ -207,17 +211,15 @@ def _compile(question: Question, say: Callable[[str], None]) -> dict[str, Any]:
         "moved_bytes": costs.memory_bytes,
         "wire_bytes": costs.wire_bytes,
         "collectives": {kind: dataclasses.asdict(each) for kind, each in costs.collectives.items()},
-        "least_seconds": None if least is None else least.seconds,
-        "least": None if least is None else dataclasses.asdict(least),
+        "least_seconds": least and least.seconds,
+        "least_limit": least and least.limit,
+        "least": least and dataclasses.asdict(least),
         "compile_seconds": _since(began),
     }
 
 
 def _since(began: float) -> float:
     return round(time.perf_counter() - began, 2)
-
-
-UNITS = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "": 1}
 
 
 def _size(text: str) -> int:

@@ -53,6 +53,11 @@ class Topology:
     devices_per_chip: int
     chip: Chip | None
 
+    @property
+    def memory_bytes(self) -> int | None:
+        """A device's memory in bytes, or None for CPU devices."""
+        return None if self.chip is None else self.chip.memory_bytes // self.devices_per_chip
+
 
 def cpu_devices(name: str) -> int | None:
     """Return the number of devices of a `cpu:8`, or None for another kind of topology."""

@@ -1,0 +1,58 @@
+"""What the tutorial's truncation costs: the same number of steps on reviews cut off at one window each."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import click
+
+from stages.core.params import read_params
+from stages.core.paths import TOKENS, metrics
+
+
+def run(out: Path, stage: str, *settings: str) -> None:
+    """Run a stage into another folder."""
+    stage, *options = stage.split()
+    overrides = [part for setting in settings for part in ("--set", setting)]
+    command = [sys.executable, "-m", f"stages.{stage}", *options, "--out-root", str(out), *overrides]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def read(root: Path, name: str) -> dict:
+    """A metrics file."""
+    return json.loads((root / metrics(name)).read_text())
+
+
+@click.command()
+def main() -> None:
+    """Fine-tune on truncated reviews for as many steps as the pipeline did, and compare the held-out losses."""
+    here = Path.cwd()
+    batch = read_params(here / "params.yaml").finetune.batch_size
+    steps = read(here, "finetune")["steps"]
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder)
+        run(out, "tokenize", "tokenize.packing=false")
+        shutil.copy(here / TOKENS["validation"], out / TOKENS["validation"])
+        windows = read(out, "tokenize")["train"]["windows"]
+        epochs = math.ceil(steps * batch / windows)
+        settings = (f"finetune.steps={steps}", f"finetune.epochs={epochs}")
+        run(out, "finetune", *settings, "finetune.sample_every=null", "finetune.checkpoint_every=null")
+        run(out, "evaluate --variant tuned")
+        loss = {"packed": read(here, "evaluate-tuned")["loss"], "truncated": read(out, "evaluate-tuned")["loss"]}
+    packed = read(here, "tokenize")
+    click.echo(f"{steps} steps of {batch} windows; held-out loss before: {read(here, 'evaluate-baseline')['loss']:.4f}")
+    click.echo(f"packed: {packed['train']['windows']} windows, held-out loss {loss['packed']:.4f}")
+    click.echo(
+        f"truncated: {windows} windows, {packed['tokens_cut_by_truncation_fraction']:.1%} of the tokens thrown away, "
+        f"{epochs} epochs begun, held-out loss {loss['truncated']:.4f}"
+    )
+
+
+if __name__ == "__main__":
+    main()
