@@ -1,4 +1,9 @@
-"""What the tutorial's truncation costs: the same number of steps on reviews cut off at one window each."""
+"""What the tutorial's truncation costs: the same number of steps on reviews cut off at one window each.
+
+Needs the pipeline's outputs (`dvc repro`), whose packed run it compares with: the same settings and held-out windows,
+only the training windows differ. Takes as long as `finetune` and `evaluate` do.
+Command: `python -m tests.benchmarks.bench_packing`
+"""
 
 from __future__ import annotations
 
