@@ -80,6 +80,10 @@ TRAFFIC = {
         "%r = f32[8,32]{1,0} fusion(%p, %i), kind=kLoop, calls=%inner",
         2 * 8 * 32 * 4,
     ),
+    "a fusion that uses a view of all reads all": (
+        "%r = f32[64,32]{1,0} fusion(%p), kind=kLoop, calls=%outer",
+        2 * 64 * 32 * 4,
+    ),
     "a name moves nothing": ("%r = f32[2048]{0} bitcast(%p)", 0),
 }
 
@@ -88,6 +92,17 @@ TRAFFIC = {
 def test_traffic_is_what_goes_to_and_from_the_devices_main_memory(case):
     line, expected = TRAFFIC[case]
     text = f"""HloModule m
+%view (v: f32[64,32]) -> f32[64,32] {{
+  %v = f32[64,32]{{1,0}} parameter(0)
+  ROOT %w = f32[64,32]{{1,0}} bitcast(%v)
+}}
+
+%outer (o: f32[64,32]) -> f32[64,32] {{
+  %o = f32[64,32]{{1,0}} parameter(0)
+  %n = f32[64,32]{{1,0}} fusion(%o), kind=kLoop, calls=%view
+  ROOT %e = f32[64,32]{{1,0}} negate(%n)
+}}
+
 %inner (a: f32[64,32], b: s32[]) -> f32[8,32] {{
   %a = f32[64,32]{{1,0}} parameter(0)
   %b = s32[] parameter(1)

@@ -347,9 +347,7 @@ def _fusion_traffic(read: list[int], written: int, fused: _Computation, computat
     for name, number in _parameters(fused).items():
         if number < len(read):
             read[number] = min(read[number], _touched(name, read[number], fused, computations))
-    root = fused.instructions.get(fused.root)
-    while root is not None and root.opcode == "bitcast":
-        root = fused.instructions.get(root.operands[0])
+    root = fused.instructions.get(_unwrapped(fused.root, fused))
     if root is not None and root.opcode == "dynamic-update-slice":
         update = _array_of(root.operands[1], fused)
         written = min(written, update.bytes if update else written)
@@ -379,14 +377,21 @@ def _touched(name: str, whole: int, fused: _Computation, computations: dict[str,
         elif user.opcode == "fusion" and user.called("calls")[0] in computations:
             inner = computations[user.called("calls")[0]]
             place = user.operands.index(name)
-            total += sum(
-                _touched(parameter, whole, inner, computations)
-                for parameter, number in _parameters(inner).items()
-                if number == place
-            )
+            parameter = next(each for each, number in _parameters(inner).items() if number == place)
+            if parameter == _unwrapped(inner.root, inner):
+                total += _touched(user.name, whole, fused, computations)
+            else:
+                total += _touched(parameter, whole, inner, computations)
         else:
             return whole
     return min(total, whole)
+
+
+def _unwrapped(name: str, computation: _Computation) -> str:
+    """Return the value that a chain of bitcasts is another view of."""
+    while (found := computation.instructions.get(name)) and found.opcode in ("bitcast", "reshape"):
+        name = found.operands[0]
+    return name
 
 
 def _read_bytes(name: str, computation: _Computation) -> int:
