@@ -66,6 +66,45 @@ def test_collectives_are_counted_with_what_goes_over_the_wire(devices):
     assert found["all-gather"] == hlo.Collective(1, 8 * 256, 7 * 256)
 
 
+GROUPS = {
+    "{{0,1,2,3},{4,5,6,7}}": 4,
+    "[2,4]<=[8]": 4,
+    "mesh['axis_0'=1,'axis_1'=1,'axis_2'=8,'axis_3'=1] {'axis_3','axis_2'}": 8,
+    "mesh['axis_0'=4,'axis_1'=1,'axis_2'=2], device_ids=([2,4]T(1,0)) {'axis_0'}": 4,
+    "mesh['axis_0'=8] {'axis_0':(2)2}": 2,
+}
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+def test_a_collectives_group_is_read_in_each_way_the_compilers_write_it(groups):
+    text = f"""HloModule m
+ENTRY %main (p: f32[64]) -> f32[64] {{
+  %p = f32[64]{{0}} parameter(0)
+  ROOT %r = f32[64]{{0}} all-reduce(%p), channel_id=1, replica_groups={groups}, to_apply=%add
+}}
+"""
+    members = GROUPS[groups]
+    assert hlo.costs(text).collectives["all-reduce"].wire_bytes == 2 * (256 * (members - 1) // members)
+
+
+def test_a_collective_that_runs_through_several_fusions_counts_once():
+    gather = "all-gather(%x), replica_groups={{0,1}}, dimensions={0}, frontend_attributes={chain_id="
+    fusions = "".join(
+        f"""%part.{number} (x: f32[64]) -> f32[128] {{
+  %x = f32[64]{{0}} parameter(0)
+  ROOT %g = f32[128]{{0}} {gather}"{chain}"}}
+}}
+
+"""
+        for number, chain in enumerate((0, 0, 1))
+    )
+    calls = "".join(f"  %f.{number} = f32[128]{{0}} fusion(%p), calls=%part.{number}\n" for number in range(3))
+    text = (
+        f"HloModule m\n{fusions}ENTRY %main (p: f32[64]) -> f32[64] {{\n  %p = f32[64]{{0}} parameter(0)\n{calls}}}\n"
+    )
+    assert hlo.costs(text).collectives["all-gather"].count == 2
+
+
 TRAFFIC = {
     "a slice reads its part, into the chip's own memory": (
         "%r = ((f32[64,32]{1,0:T(8,128)}), f32[16,32]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%p), slice={[0:16]}",

@@ -15,7 +15,7 @@ class Check:
     Attributes:
         source: as in `fetch.source`.
         preset: the preset's name and, where it has one, its handle.
-        credentials: where the credentials in use were found (never what they are); None where none were found or needed.
+        credentials: where the credentials in use were found (never what they are); None: none found, or none needed.
         user: who one is logged in as; None where that is not known or needed.
         consent: whether the licence was accepted; None where the source does not ask for it or does not tell.
         present: whether the files are here already, unaltered.

@@ -48,20 +48,22 @@ class HeadPlan:
 def embed(table: jax.Array, token_ids: jax.Array, plan: HeadPlan) -> jax.Array:
     """Look up rows of the table: (vocabulary, hidden), int32 (batch, length) to (batch, length, hidden).
 
-    Each device looks up the rows it holds and the parts are summed; left to itself XLA may gather the whole table.
+    Each device looks up the rows it holds and the parts are summed; left to itself XLA may gather the whole table. On a
+    mesh the result is split over time where the axis divides that, as hidden states between blocks are.
     """
     if plan.mesh is None:
         return jnp.take(table, token_ids, axis=0)
+    split_time = _splits_time(token_ids.shape[1], plan)
 
     def local(table: jax.Array, ids: jax.Array) -> jax.Array:
         rows = _lookup(table, ids - _offset(table, plan))
-        return jax.lax.psum(rows, plan.vocabulary_axis)
+        return _sum_parts(rows, split_time, plan)
 
     return jax.shard_map(
         local,
         mesh=plan.mesh,
         in_specs=(P(plan.vocabulary_axis, None), P(plan.batch_axis, None)),
-        out_specs=P(plan.batch_axis, None, None),
+        out_specs=P(plan.batch_axis, plan.vocabulary_axis if split_time else None, None),
     )(table, token_ids)
 
 
@@ -112,6 +114,8 @@ def _forward(
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """Loss, hit, log-sum-exp (batch, length) and the gradient of each token's loss in its hidden state."""
 
+    split_time = plan.mesh is not None and _splits_time(target_ids.shape[1], plan)
+
     def local(hidden: jax.Array, table: jax.Array, target_ids: jax.Array) -> Any:
         shape = target_ids.shape
         h = hidden.reshape(-1, hidden.shape[-1])
@@ -138,18 +142,20 @@ def _forward(
         if with_gradient:
             slope = _slope(target_logit, plan.soft_cap)
             unit = mixed * (share / total)[:, None] - slope[:, None] * target_rows.astype(jnp.float32)
+            unit = unit.reshape(hidden.shape)
             if plan.mesh is not None:
-                unit = jax.lax.psum(unit, plan.vocabulary_axis)
-            results.append(unit.astype(hidden.dtype).reshape(hidden.shape))
+                unit = _sum_parts(unit, split_time, plan)
+            results.append(unit.astype(hidden.dtype))
         return tuple(results)
 
     if plan.mesh is not None:
         tokens, states = P(plan.batch_axis, None), P(plan.batch_axis, None, None)
+        gradient = P(plan.batch_axis, plan.vocabulary_axis if split_time else None, None)
         local = jax.shard_map(
             local,
             mesh=plan.mesh,
             in_specs=(states, P(plan.vocabulary_axis, None), tokens),
-            out_specs=(tokens, tokens, tokens) + ((states,) if with_gradient else ()),
+            out_specs=(tokens, tokens, tokens) + ((gradient,) if with_gradient else ()),
             # JAX has nothing to derive here: equal results on the vocabulary axis come from the sums inside.
             check_vma=False,
         )
@@ -236,6 +242,18 @@ def _table_gradient(
             check_vma=False,
         )
     return local(hidden, table, target_ids, log_sum, weights)
+
+
+def _splits_time(length: int, plan: HeadPlan) -> bool:
+    """Whether sums over the vocabulary's parts end up split over time."""
+    return length % plan.mesh.shape[plan.vocabulary_axis] == 0
+
+
+def _sum_parts(parts: jax.Array, split_time: bool, plan: HeadPlan) -> jax.Array:
+    """Add the devices' parts (batch, length, hidden); split over time that is half of the traffic."""
+    if split_time:
+        return jax.lax.psum_scatter(parts, plan.vocabulary_axis, scatter_dimension=1, tiled=True)
+    return jax.lax.psum(parts, plan.vocabulary_axis)
 
 
 def _offset(table: jax.Array, plan: HeadPlan) -> jax.Array | int:
