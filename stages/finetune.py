@@ -31,8 +31,7 @@ def main(run: Run, profile: Path | None) -> None:
     from stages.core.paths import CURVE, SAMPLES, SHARDING
     from stages.core.tokenizer import load_tokenizer
 
-    began = time.perf_counter()
-    settings = run.params.finetune
+    began, settings = time.perf_counter(), run.params.finetune
     preset = variants.open_preset(run.paths)
     tokenizer = load_tokenizer(preset.folder, preset.manifest.format)
     description = {**variants.read_description(run.paths, "baseline"), "variant": "tuned", "tuned": None}
@@ -41,8 +40,11 @@ def main(run: Run, profile: Path | None) -> None:
     from stages.core.batches import read_windows
     from stages.core.curve import write_curve, write_samples
     from stages.core.optimizer import optimizer_placements
+    from stages.core.plan_check import run_of, warn_before_running
 
     windows = {split: read_windows(run.paths, split) for split in ("train", "validation")}
+    length = windows["train"]["token_ids"].shape[1]
+    warn_before_running(run.paths.root, run_of(description, settings, length), run.say)
     store = finetuning.checkpoints(run.paths, description, model.platform, settings)
     result = finetuning.fit(
         model,

@@ -20,6 +20,7 @@ from stages.core.layouts import make_layout
 from stages.core.mesh import MeshShape
 from stages.core.params import PlanTarget, read_params
 from stages.core.planning import Question
+from tests import models
 from tests.closure import code_dependencies
 from tests.conftest import FAMILIES, ROOT
 from tests.finetunes import settings
@@ -224,6 +225,23 @@ def test_the_step_that_is_planned_is_the_step_that_runs(presets, family):
     assert found["least_seconds"] is None, "this machine's peaks are not in the table"
 
 
+def test_a_run_holds_what_the_plan_said_and_its_step_needs_about_as_much_as_it_said(presets):
+    from tests.finetunes import train
+    from tests.models import windows
+
+    batch, length = 4, 512
+    changes = {"batch_size": batch, "steps": 2, "epochs": 1}
+    given = {"train": windows(2 * batch, length), "validation": windows(batch, length, seed=1)}
+    measured = train(presets["gemma3"], settings(**changes), given, shape=(2, 4))[0].metrics()
+    found = planning.answer(question(presets["gemma3"], "cpu:8", length=length, **changes))
+    assert measured["state_bytes_per_device"] == found["argument_bytes"] - found["by_kind"]["batch"]
+    if "step_growth_bytes" not in measured:
+        pytest.skip("the growth of a process's memory is only told by Linux")
+    # Simulated devices share a process, and not all are at the same place of the step at the same time.
+    assert found["devices"] * found["temporary_bytes"] / 2 < measured["step_growth_bytes"]
+    assert measured["step_growth_bytes"] < 2 * found["devices"] * found["temporary_bytes"]
+
+
 def test_full_parameter_tuning_has_slots_for_every_weight(presets):
     found = planning.answer(question(presets["gemma3"], "cpu:8", rank=0))
     assert found["trainable_parameters"] == found["parameters"]
@@ -342,3 +360,48 @@ def test_the_stage_writes_metrics_search_and_scaling_the_same_each_time(presets,
     assert (tmp_path / "data/sharding/plan.json").read_bytes() == written
     assert "Compiling" in first.stderr and "Compiling" not in again.stderr
     assert "Traceback" not in first.stderr + again.stderr
+
+
+# --- What a run says of its plan. ---
+
+
+@pytest.mark.parametrize(
+    ("changes", "device_bytes", "said"),
+    [
+        ({"fits": False, "needed_bytes_per_device": 20 * 2**30}, None, "does not fit on v5e:2x4: it needs 20.00 GiB"),
+        ({"fits": False}, None, "does not fit on v5e:2x4:"),
+        ({"fits": True, "needed_bytes_per_device": 9 * 2**30}, 8 * 2**30, "needs 9.00 GiB for this run"),
+        ({"fits": True, "needed_bytes_per_device": 9 * 2**30}, 16 * 2**30, None),
+        ({"fits": False, "batch_size": 64}, None, None),
+        ({"fits": False, "preset": "gemma_2b_en"}, None, None),
+    ],
+)
+def test_a_run_that_the_plan_said_does_not_fit_is_warned_of(tmp_path, changes, device_bytes, said):
+    from stages.core.files import write_json
+    from stages.core.paths import PLAN
+    from stages.core.plan_check import warn_if_planned_not_to_fit
+
+    asked = {"preset": "gemma3_270m", "mesh": [1, 8], "layout": "auto", "dtype": "float32", "step": "ours"}
+    asked |= {"batch_size": 2, "length": 128, "rank": 4, "rematerialize": False}
+    target = {**asked, "topology": "v5e:2x4", **changes}
+    lines = []
+    warn_if_planned_not_to_fit(tmp_path, asked, device_bytes, lines.append)
+    assert lines == [], "there is no plan yet"
+    write_json(tmp_path / PLAN, {"targets": {"a target": target}})
+    warn_if_planned_not_to_fit(tmp_path, asked, device_bytes, lines.append)
+    if said is None:
+        assert lines == []
+    else:
+        assert len(lines) == 1 and said in lines[0] and "a target" in lines[0]
+
+
+def test_what_the_warning_compares_is_what_the_plan_writes(presets):
+    from stages.core import plan_check, plan_targets
+
+    asked = question(presets["gemma"], "cpu:8")
+    tuned = asked.request.settings
+    entry = plan_targets.details("tiny", asked, planning.answer(asked))
+    description = models.describe(open_tiny(presets["gemma"]), (2, 4)) | {"preset": "tiny"}
+    run = plan_check.run_of(description, tuned, asked.request.length)
+    assert run.items() <= entry.items()
+    assert len(run) == 9
