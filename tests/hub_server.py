@@ -33,6 +33,7 @@ class Hub:
         self.busy = 0
         self.cut = 0
         self.altered: dict[str, bytes] = {}
+        self.sizes: dict[str, int] = {}
         self.asked: list[str] = []
         self.downloaded: list[str] = []
         self.ranges: list[str] = []
@@ -76,10 +77,11 @@ class Hub:
     def _description(self, commit: str) -> dict[str, Any]:
         siblings = []
         for name, content in self.files.items():
-            about = {"rfilename": name, "size": len(content), "blobId": git_object(content)}
+            size = self.sizes.get(name, len(content))
+            about: dict[str, Any] = {"rfilename": name, "size": size, "blobId": git_object(content)}
             if name.endswith(LARGE):
                 about["lfs"] = {
-                    "size": len(content),
+                    "size": size,
                     "sha256": hashlib.sha256(content).hexdigest(),
                     "pointerSize": 130,
                 }
