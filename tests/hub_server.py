@@ -31,6 +31,7 @@ class Hub:
         self.consented = {"hf_consented"}
         self.status: int | None = None
         self.busy = 0
+        self.stumbles = 0
         self.cut = 0
         self.altered: dict[str, bytes] = {}
         self.sizes: dict[str, int] = {}
@@ -92,6 +93,9 @@ class Hub:
     def _send_file(self, request: BaseHTTPRequestHandler, commit: str, name: str) -> None:
         content = self.altered.get(name, self.files[name])
         digest = hashlib.sha256(self.files[name]).hexdigest() if name.endswith(LARGE) else git_object(self.files[name])
+        if self.stumbles and request.command == "GET":
+            self.stumbles -= 1
+            return self._refuse(request, 500)
         start = 0
         if wanted := request.headers.get("Range"):
             self.ranges.append(wanted)

@@ -212,10 +212,11 @@ def test_a_transfer_that_breaks_off_goes_on_where_it_was(hub, fetch, manifest):
     verified_folder(manifest(), ROOT)
 
 
-def test_a_hub_that_is_busy_is_asked_again(hub, fetch):
-    hub.busy = 2
+def test_a_hub_that_is_busy_or_stumbles_is_asked_again(hub, fetch):
+    hub.busy = hub.stumbles = 2
     run = fetch()
     assert run.returncode == 0, run.stderr
+    assert len(run.stderr.splitlines()) == 2
     assert len([path for path in hub.asked if path.startswith("/api/models/")]) == 3
 
 

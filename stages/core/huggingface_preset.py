@@ -341,8 +341,10 @@ def _download(source: Source, commit: str, file: RepoSibling, folder: Path) -> N
     for attempt in (1, 2):
         # The client takes a file that is there for the right one, and its own cache's copy unless it is forced.
         path.unlink(missing_ok=True)
-        _hub().hf_hub_download(
-            source.repo, file.rfilename, revision=commit, local_dir=folder, force_download=attempt == 2
+        _asked(
+            lambda forced=attempt == 2: _hub().hf_hub_download(
+                source.repo, file.rfilename, revision=commit, local_dir=folder, force_download=forced
+            )
         )
         difference = _differs(folder, file)
         if difference is None:
@@ -417,7 +419,7 @@ def _hub() -> ModuleType:
 
 
 def _asked(question: Callable[[], T]) -> T:
-    """Ask the Hub, and again after a while when it is too busy or in trouble; downloads repeat by themselves."""
+    """Ask the Hub, and again after a while when it is too busy or in trouble."""
     from huggingface_hub.errors import HfHubHTTPError
 
     for wait in WAITS:
