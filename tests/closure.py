@@ -14,7 +14,7 @@ PLUMBING = {
     "stages/core/__init__.py",
     *(
         f"stages/core/{name}.py"
-        for name in ("cli", "errors", "measures", "params", "paths", "plan_check", "progress", "quiet")
+        for name in ("cli", "errors", "fetch_check", "measures", "params", "paths", "plan_check", "progress", "quiet")
     ),
 }
 

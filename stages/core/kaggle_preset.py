@@ -8,24 +8,20 @@ Reads: Kaggle, with the credentials that kagglehub finds. Writes: kagglehub's ow
 from __future__ import annotations
 
 import contextlib
-import difflib
 import os
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from stages.core.downloads import check_room, one_at_a_time
-from stages.core.errors import ParamsError, StageError
+from stages.core.errors import StageError
 from stages.core.files import read_json, write_json
 from stages.core.keras_folder import check_keras_folder, list_files
-from stages.core.presets import LICENCE, Manifest, PresetFile, fault
-from stages.core.quiet import quiet_standard_error
+from stages.core.presets import Manifest, PresetFile, fault
+from stages.core.registry import HANDLE, kaggle_handle, licence_of
 
-HANDLE = re.compile(r"kaggle://(?P<model>[\w.-]+/[\w.-]+/keras/(?P<variation>[\w.-]+)/(?P<version>[1-9]\d*))")
 BYTES_PER_PARAMETER = 2  # bfloat16, the smallest dtype that keras-hub's presets are kept in
 
 
@@ -49,7 +45,7 @@ def fetch_kaggle(preset: str, cache: Path, say: Callable[[str], None]) -> Manife
     if files is None or any(fault(link, file) for file in files):
         with one_at_a_time(link, say):
             files = _restore(match["model"], link, record, parameters * BYTES_PER_PARAMETER, say)
-    return Manifest(preset, "kaggle", "keras", handle, f"presets/{key}", LICENCE, files)
+    return Manifest(preset, "kaggle", "keras", handle, f"presets/{key}", licence_of(preset), files)
 
 
 def _restore(model: str, link: Path, record: Path, size: int, say: Callable[[str], None]) -> tuple[PresetFile, ...]:
@@ -83,35 +79,6 @@ def _restore(model: str, link: Path, record: Path, size: int, say: Callable[[str
         files = list_files(folder)
         write_json(record, [asdict(file) for file in files])
     return files
-
-
-def kaggle_handle(preset: str) -> tuple[str, int]:
-    """Return a preset's handle at Kaggle with its version, and its number of parameters (0 when not known).
-
-    Raises:
-        ParamsError: not a Gemma of keras-hub's registry, nor a whole handle; the message names the nearest.
-    """
-    if "/" in preset:
-        if not HANDLE.fullmatch(preset):
-            raise ParamsError(
-                "fetch.preset must be a name of keras-hub's registry or kaggle://owner/model/keras/variation/version. "
-                f"Received: fetch.preset={preset}"
-            )
-        return preset, 0
-    os.environ.setdefault("KERAS_BACKEND", "jax")
-    with quiet_standard_error():
-        import keras_hub
-    registry: dict[str, dict[str, Any]] = (
-        keras_hub.models.GemmaBackbone.presets | keras_hub.models.Gemma3Backbone.presets
-    )
-    if preset not in registry:
-        nearest = [name for name in registry if name.startswith(preset)][:3]
-        nearest = nearest or difflib.get_close_matches(preset, registry, n=3, cutoff=0.4)
-        raise ParamsError(
-            f"fetch.preset must be a Gemma preset of keras-hub. Received: fetch.preset={preset}\n"
-            + (f"Did you mean {', '.join(nearest)}?" if nearest else f"There are {', '.join(sorted(registry))}.")
-        )
-    return registry[preset]["kaggle_handle"], registry[preset]["metadata"].get("params", 0)
 
 
 def _recorded(record: Path) -> tuple[PresetFile, ...] | None:

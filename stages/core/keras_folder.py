@@ -132,7 +132,10 @@ def _shards(index: Path) -> list[str]:
         raise ParamsError(
             f"{index} must be the index that Keras writes, with a weight_map. Received: {error}"
         ) from error
-    return sorted({name for target in targets for name in ([target] if isinstance(target, str) else target)})
+    names = sorted({name for target in targets for name in ([target] if isinstance(target, str) else target)})
+    if outside := [name for name in names if Path(name).name != name]:
+        raise ParamsError(f"{index} must name files beside it. Received: {outside[0]}")
+    return names
 
 
 def _listing(folder: Path) -> str:
