@@ -39,8 +39,8 @@ def search(params: Settings, wanted: PlanSearch, say: Say) -> dict[str, Any]:
         say: shows one line to the person.
 
     Returns:
-        `preset`, `topology`, `candidates` (mesh, layout, `largest_batch`, `compiled`, and the figures at that batch),
-        `points` (mesh, layout, batch, needed bytes, least seconds, `fits`, `compiled`).
+        `preset`, `topology`, `memory_bytes` (a device's), `candidates` (mesh, layout, `largest_batch`, `compiled`, and
+        the figures at that batch), `points` (mesh, layout, batch, needed bytes, least seconds, `fits`, `compiled`).
     """
     topology = describe(wanted.topology)
     name, found = _candidates(params, wanted, topology)
@@ -55,7 +55,13 @@ def search(params: Settings, wanted: PlanSearch, say: Say) -> dict[str, Any]:
     for row in [row for row in table if row["fits"]][:CONFIRMED]:
         points += [{"name": row["name"], **each} for each in _confirm(row, found[row["name"]], say)]
     table.sort(key=_tokens_bound, reverse=True)
-    return {"preset": name, "topology": wanted.topology, "candidates": table, "points": points}
+    return {
+        "preset": name,
+        "topology": wanted.topology,
+        "memory_bytes": topology.memory_bytes,
+        "candidates": table,
+        "points": points,
+    }
 
 
 def scaling(params: Settings, wanted: PlanScaling, say: Say) -> dict[str, Any]:
