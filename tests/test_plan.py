@@ -362,6 +362,54 @@ def test_the_stage_writes_metrics_search_and_scaling_the_same_each_time(presets,
     assert "Traceback" not in first.stderr + again.stderr
 
 
+# --- The table of all presets. ---
+
+
+@has_libtpu
+def test_the_table_of_presets_takes_the_first_topology_that_holds_the_step(tmp_path, monkeypatch, devices):
+    from stages.core import plan_presets
+    from tests.gemmas import architecture
+
+    tiny = {**architecture("gemma3_270m").config, "num_layers": 6, "hidden_dim": 64, "intermediate_dim": 128}
+    monkeypatch.setattr(gemmas, "GEMMAS", {"gemma3_270m": {**tiny, "vocabulary_size": 512, "head_dim": 32}})
+    monkeypatch.setattr(plan_presets, "LENGTH", 64)
+    params = plan_settings()
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{plan_presets.BEGIN}\nold\n{plan_presets.END}\nafter\n")
+    plan_presets.write_table(params, readme, lambda text: None)
+    lines = readme.read_text().splitlines()
+    assert (lines[0], lines[1], lines[-2], lines[-1]) == ("before", plan_presets.BEGIN, plan_presets.END, "after")
+    cells = [cell.strip() for cell in lines[4].split("|")[1:-1]]
+    assert cells[0] == "gemma3_270m"
+    assert cells[1] == cells[4] == "v5e:2x4"
+    assert all(re.fullmatch(r"\d+\.\d\d GiB", cells[place]) for place in (2, 5))
+    assert all(re.fullmatch(r"\d+ ms \((compute|memory|network)\)", cells[place]) for place in (3, 6))
+    again = readme.read_text()
+    plan_presets.write_table(params, readme, lambda text: None)
+    assert readme.read_text() == again
+    # A model too large for every topology is said to be so.
+    monkeypatch.setattr(plan_presets, "argument_bytes", lambda question: 2**50)
+    assert "| gemma3_270m | none of these |" in plan_presets.table(params, lambda text: None)
+
+
+def test_the_table_of_presets_needs_its_marks(tmp_path):
+    from stages.core import plan_presets
+
+    (tmp_path / "a.md").write_text("no marks")
+    for name in ("a.md", "missing.md"):
+        with pytest.raises(ParamsError, match="--presets needs a file with the marks"):
+            plan_presets.write_table(plan_settings(), tmp_path / name, lambda text: None)
+
+
+def plan_settings():
+    from stages.core.plan_targets import Settings
+
+    params = read_params(ROOT / "params.yaml")
+    return Settings(
+        params.fetch, params.tokenize, params.mesh, params.layout, params.load, params.finetune, params.plan
+    )
+
+
 # --- What a run says of its plan. ---
 
 
