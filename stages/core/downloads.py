@@ -19,6 +19,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +34,7 @@ BLOCK = 1 << 20  # bytes copied at a time
 STALE_SECONDS = 24 * 3600  # a scratch folder this old was left by a killed run
 SCRATCH = ".download-"
 MAKE_ROOM = "Make room, or set GEMMA_TUNING_CACHE to a folder on a larger disk."
+OTHER_FOLDER = "Set GEMMA_TUNING_CACHE to a folder of your own."
 # How pip names an index that it could not or would not ask; the reason follows, the innermost after "Caused by".
 UNREACHABLE = r"(?:Could not fetch URL \S+: (?:.*\(Caused by )?|The repository located at )(.*?)\)?(?: - skipping|$)"
 GOT = r"Got\s+([0-9a-f]{64})"  # how pip reports the SHA-256 of a wheel that is not the pinned one
@@ -135,6 +137,32 @@ def _largest_file(folder: Path) -> int:
             with contextlib.suppress(OSError):
                 largest = max(largest, (Path(parent) / name).stat().st_size)
     return largest
+
+
+def ask_for_wheels(wheels: Sequence[Wheel]) -> str | None:
+    """Return why the package index would not hand out a wheel, in two lines, or None; downloads none.
+
+    Args:
+        wheels: what is wanted; the index is asked for the versions it has of each.
+    """
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        for wheel, (code, output) in zip(wheels, pool.map(_pip_versions, wheels), strict=True):
+            versions = re.findall(r"^Available versions: (.*)", output, re.MULTILINE)
+            if code == 0 and versions and wheel.version not in versions[0].split(", "):
+                output = f"No matching distribution (from versions: {versions[0]})"
+            elif code == 0:
+                continue
+            return _explain(output, wheel, stable=False)
+    return None
+
+
+def _pip_versions(wheel: Wheel) -> tuple[int, str]:
+    """Run `pip index versions` for one package; return its exit code and all it said."""
+    command = [sys.executable, "-m", "pip", "index", "versions", wheel.name, "--pre", "-vv", "--no-input"]
+    command += ["--no-cache-dir", "--disable-pip-version-check", "--no-color"]
+    environment = os.environ | {"PYTHONUTF8": "1"}
+    run = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment)
+    return run.returncode, run.stdout + run.stderr
 
 
 def _explain(output: str, wheel: Wheel, *, stable: bool) -> str:
@@ -264,8 +292,7 @@ def one_at_a_time(target: Path, say: Callable[[str], None]) -> Iterator[None]:
             lock.acquire()
     except OSError as error:
         raise StageError(
-            f"The cache folder must be writable. Received: {target.parent} ({error.strerror})\n"
-            "Set GEMMA_TUNING_CACHE to a folder of your own."
+            f"The cache folder must be writable. Received: {target.parent} ({error.strerror})\n{OTHER_FOLDER}"
         ) from error
     try:
         yield
@@ -273,21 +300,26 @@ def one_at_a_time(target: Path, say: Callable[[str], None]) -> Iterator[None]:
         lock.release()
 
 
-def check_room(folder: Path, needed: int, purpose: str) -> None:
+def check_room(folder: Path, needed: int, purpose: str, remedy: str = MAKE_ROOM) -> None:
     """Stop before a download that would fill the disk.
 
     Args:
         folder: where the files will lie; it may not exist yet.
         needed: bytes that will be written.
         purpose: what for, to follow "room for".
+        remedy: what to do, one line.
 
     Raises:
         StageError: less is free than needed.
     """
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(existing_parent(folder)).free
     if free < needed:
         raise StageError(
             f"{needed / 1e6:,.0f} MB are needed in {folder} for {purpose}. Received: free={free / 1e6:,.0f} MB\n"
-            f"{MAKE_ROOM}"
+            f"{remedy}"
         )
+
+
+def existing_parent(path: Path) -> Path:
+    """Return the path itself, or the nearest folder above it that exists."""
+    return next(parent for parent in (path, *path.absolute().parents) if parent.exists())

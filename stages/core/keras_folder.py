@@ -29,11 +29,21 @@ def fetch_local(preset: str, path: str, root: Path) -> Manifest:
     Raises:
         ParamsError: the folder does not exist or is not a preset.
     """
+    folder = local_folder(path, root)
+    file_format = folder_format(folder)
+    return Manifest(preset, "path", file_format, None, path, LICENCE, list_files(folder))
+
+
+def local_folder(path: str, root: Path) -> Path:
+    """Return the folder that `fetch.path` names, absolute or relative to `root`.
+
+    Raises:
+        ParamsError: it does not exist.
+    """
     folder = root / Path(path).expanduser()
     if not folder.is_dir():
         raise ParamsError(f"fetch.path must name a folder that exists. Received: fetch.path={path}")
-    file_format = folder_format(folder)
-    return Manifest(preset, "path", file_format, None, path, LICENCE, list_files(folder))
+    return folder
 
 
 def folder_format(folder: Path) -> str:
