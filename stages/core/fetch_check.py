@@ -65,7 +65,7 @@ def show(check: Check) -> str:
     lines = {
         "source": check.source,
         "preset": check.preset,
-        "credentials": check.credentials or "none found or needed",
+        "credentials": check.credentials or "none in use",
         "logged in as": check.user or "not asked or not told",
         "licence": {True: "accepted", False: "not accepted", None: "not asked or not told"}[check.consent],
         "here already": "yes" if check.present else "no",
