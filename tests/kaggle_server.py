@@ -10,6 +10,7 @@ import base64
 import contextlib
 import hashlib
 import json
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,7 +18,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import pytest
+
+from tests.preset_folder import make_preset
+
 STORAGE = "http://storage.localhost/"
+HANDLE = "kaggle://keras/tiny/keras/tiny_gemma/3"
 SIGNATURE = "signature-of-storage"
 
 
@@ -166,6 +172,25 @@ def serving(kaggle: Kaggle) -> Iterator[Kaggle]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+@contextlib.contextmanager
+def for_this_process(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kaggle]:
+    """Run the server with a preset of no particular content, and lead this process and its children to it.
+
+    The home, kagglehub's cache and ours lie below the folder as `home`, `home/kagglehub` and `cache`.
+    """
+    preset = make_preset(folder / "original")
+    files = {path.relative_to(preset).as_posix(): path.read_bytes() for path in preset.rglob("*") if path.is_file()}
+    with serving(Kaggle(files)) as running:
+        for name, value in kaggle_environment(running.url, folder / "home").items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("GEMMA_TUNING_CACHE", str(folder / "cache"))
+        monkeypatch.setenv("TQDM_DISABLE", "1")
+        yield running
+        # What was typed in or found where kagglehub does not look is kept in memory.
+        if "kagglehub.config" in sys.modules:
+            sys.modules["kagglehub.config"].clear_kaggle_credentials()
 
 
 def kaggle_environment(url: str, home: Path) -> dict[str, str]:

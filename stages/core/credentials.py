@@ -45,10 +45,10 @@ class Credentials:
 
     def hide(self, text: str) -> str:
         """Return a text without the secrets, plain, in base64 or as Basic authentication, and without signatures."""
-        for secret in (*self.secrets, ":".join(self.secrets)):
-            if len(secret) >= SHORTEST:
-                for form in (secret, base64.b64encode(secret.encode()).decode()):
-                    text = text.replace(form, HIDDEN)
+        plain = [secret for secret in (*self.secrets, ":".join(self.secrets)) if len(secret) >= SHORTEST]
+        # The longest first: a key may hold the name of its user.
+        for form in sorted({*plain, *(base64.b64encode(secret.encode()).decode() for secret in plain)}, key=len)[::-1]:
+            text = text.replace(form, HIDDEN)
         for pattern, replacement in IN_ADDRESSES:
             text = re.sub(pattern, replacement, text)
         return text

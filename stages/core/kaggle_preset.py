@@ -147,6 +147,9 @@ def _restore(kaggle: KaggleModel, link: Path, record: Path) -> tuple[PresetFile,
         names = list(sizes)
         check_room(kaggle.folder, kaggle.missing_bytes(sizes), WEIGHTS + kaggle.handle, MAKE_ROOM)
     for name in names:
+        if files is None:
+            # kagglehub's bars have no names.
+            kaggle.say(f"{name}: {sizes[name] / 1e6:,.1f} MB")
         folder = kaggle.download(name).parents[name.count("/")]
     for file in files or ():
         if fault(folder, file):
