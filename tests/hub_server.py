@@ -31,8 +31,10 @@ class Hub:
         self.consented = {"hf_consented"}
         self.status: int | None = None
         self.busy = 0
+        self.stumbles = 0
         self.cut = 0
         self.altered: dict[str, bytes] = {}
+        self.sizes: dict[str, int] = {}
         self.asked: list[str] = []
         self.downloaded: list[str] = []
         self.ranges: list[str] = []
@@ -76,10 +78,11 @@ class Hub:
     def _description(self, commit: str) -> dict[str, Any]:
         siblings = []
         for name, content in self.files.items():
-            about = {"rfilename": name, "size": len(content), "blobId": git_object(content)}
+            size = self.sizes.get(name, len(content))
+            about: dict[str, Any] = {"rfilename": name, "size": size, "blobId": git_object(content)}
             if name.endswith(LARGE):
                 about["lfs"] = {
-                    "size": len(content),
+                    "size": size,
                     "sha256": hashlib.sha256(content).hexdigest(),
                     "pointerSize": 130,
                 }
@@ -90,6 +93,9 @@ class Hub:
     def _send_file(self, request: BaseHTTPRequestHandler, commit: str, name: str) -> None:
         content = self.altered.get(name, self.files[name])
         digest = hashlib.sha256(self.files[name]).hexdigest() if name.endswith(LARGE) else git_object(self.files[name])
+        if self.stumbles and request.command == "GET":
+            self.stumbles -= 1
+            return self._refuse(request, 500)
         start = 0
         if wanted := request.headers.get("Range"):
             self.ranges.append(wanted)

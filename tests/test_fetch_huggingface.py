@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -76,6 +77,31 @@ def fetch(hub, tmp_path):
         settings["GEMMA_TUNING_CACHE"] = str(tmp_path / "cache")
         environment = os.environ | settings | {key: str(value) for key, value in environment.items()}
         return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+
+    return run
+
+
+@pytest.fixture
+def ask(hub, tmp_path):
+    """Return a function that calls one of the module's functions in such a process; it returns what came, or was said.
+
+    The client reads its environment once, when it is imported.
+    """
+
+    def run(function, preset=PRESET, **environment):
+        code = (
+            "import dataclasses, json, sys; from pathlib import Path; from stages.core import errors\n"
+            f"from stages.core.huggingface_preset import {function}\n"
+            f"try: print(json.dumps(dataclasses.asdict({function}({preset!r}, Path({str(tmp_path / 'cache')!r})))))\n"
+            "except errors.StageError as error: print(json.dumps(str(error)))"
+        )
+        environment = os.environ | hub_server.hub_environment(hub.url, tmp_path / "home") | environment
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
+        return json.loads(done.stdout)
 
     return run
 
@@ -186,10 +212,11 @@ def test_a_transfer_that_breaks_off_goes_on_where_it_was(hub, fetch, manifest):
     verified_folder(manifest(), ROOT)
 
 
-def test_a_hub_that_is_busy_is_asked_again(hub, fetch):
-    hub.busy = 2
+def test_a_hub_that_is_busy_or_stumbles_is_asked_again(hub, fetch):
+    hub.busy = hub.stumbles = 2
     run = fetch()
     assert run.returncode == 0, run.stderr
+    assert len(run.stderr.splitlines()) == 2
     assert len([path for path in hub.asked if path.startswith("/api/models/")]) == 3
 
 
@@ -264,6 +291,32 @@ def test_other_bytes_than_announced_are_fetched_once_more_and_then_refused(hub, 
     hub.downloaded.clear()
     assert fetch().returncode == 0
     assert hub.downloaded == ["model.safetensors", "tokenizer.model"]
+
+
+def test_a_model_that_the_disk_cannot_hold_is_not_begun(hub, fetch):
+    hub.sizes["model.safetensors"] = 10**15
+    run = fetch()
+    assert run.returncode == 1
+    lines = run.stderr.splitlines()
+    assert lines[0].startswith("Error: 1,000,000,000 MB are needed in ")
+    assert lines[1].startswith("Make room, or set GEMMA_TUNING_CACHE")
+    assert len(lines) == 2
+    assert hub.downloaded == []
+
+
+def test_a_disk_that_fills_up_on_the_way_and_a_folder_that_may_not_be_written_are_told(hub, fetch, tmp_path):
+    from stages.core.huggingface_preset import _explain
+
+    said = _explain(OSError(errno.ENOSPC, "No space left on device"), REPO, None).splitlines()
+    assert said[0] == f"The disk filled up while {REPO} was downloaded."
+    assert said[1].startswith("Make room, or set GEMMA_TUNING_CACHE")
+    lock = tmp_path / "cache" / "presets" / "google--gemma-tiny-huggingface.lock"
+    lock.mkdir(parents=True)  # a lock that cannot be taken, even by root
+    run = fetch()
+    assert run.returncode == 1
+    assert run.stderr.startswith("Error: The cache folder must be writable. Received: ")
+    assert len(run.stderr.splitlines()) == 2
+    assert hub.asked == []
 
 
 def test_a_copy_in_hugging_faces_own_cache_is_taken_from_there(hub, fetch, tmp_path):
@@ -353,7 +406,95 @@ def test_the_licence_is_the_one_that_the_models_card_states(hub, card, licence):
     assert _licence(source_of(PRESET), ModelInfo(id=REPO, cardData=card)) == licence
 
 
+def test_a_vision_model_of_keras_hubs_is_refused_by_its_name_alone():
+    with pytest.raises(ParamsError, match=r"gemma3_4b has a vision tower(?s:.*)Its text preset is gemma3_4b_text"):
+        source_of("hf://keras/gemma3_4b")
+
+
 @pytest.mark.parametrize("preset", ["gemma3_1b", "hf://gemma", "hf://a/b/c", "hf://../b", "hf://a/b@", "hf://a--b/c"])
 def test_a_handle_that_is_none_is_a_wrong_setting(preset):
     with pytest.raises(ParamsError, match=r"must be hf://owner/model or hf://owner/model@revision"):
         source_of(preset)
+
+
+# Asked before anything is downloaded
+
+
+def test_a_check_tells_who_one_is_what_was_agreed_to_and_what_it_would_cost(hub, ask, tmp_path):
+    hub.gated = True
+    check = ask("check_huggingface", HF_TOKEN="hf_consented")
+    assert check.pop("free_bytes") > 1e6
+    assert check == {
+        "source": "huggingface",
+        "preset": f"hf://{REPO}@{COMMIT}",
+        "credentials": "the environment variable HF_TOKEN",
+        "user": "somebody",
+        "consent": True,
+        "present": False,
+        "download_bytes": sum(len(PLAIN[name]) for name in ("config.json", "model.safetensors", "tokenizer.model")),
+        "notes": [],
+        "trouble": None,
+    }
+    assert hub.downloaded == []
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_check_finds_the_token_that_was_stored_and_that_consent_is_wanting(hub, ask, tmp_path):
+    hub.gated = True
+    stored = tmp_path / "home" / "huggingface" / "token"
+    stored.parent.mkdir(parents=True)
+    stored.write_text("hf_other\n")
+    check = ask("check_huggingface")
+    assert (check["credentials"], check["user"], check["consent"]) == (str(stored), "somebody else", False)
+    stored.unlink()
+    check = ask("check_huggingface")
+    assert (check["credentials"], check["user"], check["consent"]) == (None, None, False)
+
+
+def test_a_check_of_an_open_model_asks_for_no_consent_and_of_one_that_is_here_for_no_network(hub, fetch, ask):
+    check = ask("check_huggingface")
+    assert (check["consent"], check["present"]) == (None, False)
+    assert fetch().returncode == 0
+    for environment in ({}, {"HF_ENDPOINT": "http://127.0.0.1:9"}):
+        check = ask("check_huggingface", **environment)
+        assert (check["present"], check["download_bytes"]) == (True, 0)
+
+
+def test_a_check_says_what_is_wrong_as_a_fetch_does(hub, ask):
+    assert ask("check_huggingface", HF_TOKEN="hf_wrong").startswith(
+        f"Hugging Face answered 401 for {REPO}: it does not"
+    )
+    assert ask("check_huggingface", "hf://google/none").startswith("Hugging Face answered 401: it has no model google/")
+    hub.information["config"] = {"model_type": "llama"}
+    assert ask("check_huggingface").startswith(f"{REPO} is not a text Gemma")
+
+
+def test_a_plan_needs_the_configuration_only(hub, ask, fetch, tmp_path, monkeypatch):
+    from stages.core.params import PlanStep, read_params
+    from stages.core.plan_targets import architecture_of
+    from stages.core.safetensors_weights import read_architecture
+
+    asked = ask("architecture")
+    assert hub.downloaded == ["config.json"]
+    folder = tmp_path / "cache" / FOLDER
+    assert asked == read_architecture(folder)
+    # Now it is here, and the rest comes with the fetch.
+    monkeypatch.setenv("GEMMA_TUNING_CACHE", str(tmp_path / "cache"))
+    params = read_params(ROOT / "params.yaml", ("fetch.source=huggingface", f"fetch.preset={PRESET}"))
+    name, architecture = architecture_of(params, PlanStep())
+    assert (name, architecture.config) == (PRESET, asked["config"])
+    assert fetch().returncode == 0
+    assert sorted(hub.downloaded) == ["config.json", "model.safetensors", "tokenizer.model"]
+    (folder / "config.json").write_text("{}")
+    assert ask("architecture") == asked
+
+
+def test_a_plan_for_a_preset_of_the_registry_asks_nobody(monkeypatch):
+    from stages.core import gemmas
+    from stages.core.params import PlanStep, read_params
+    from stages.core.plan_targets import architecture_of
+
+    params = read_params(
+        ROOT / "params.yaml", ("fetch.source=huggingface", "fetch.preset=hf://keras/gemma3_instruct_1b")
+    )
+    assert architecture_of(params, PlanStep())[1] == gemmas.architecture("gemma3_1b")

@@ -163,7 +163,7 @@ def test_a_dry_run_stops_where_the_load_would(clone):
 def test_a_dry_run_of_an_unknown_preset_ends_with_exit_code_2_and_the_nearest_name(clone):
     stopped = dry_run("--preset", "gemma_7b", cwd=clone)
     assert stopped.returncode == 2
-    assert "Received: --preset=gemma_7b. Did you mean gemma_7b_en" in stopped.stderr
+    assert "Received: --preset=gemma_7b\nDid you mean gemma_7b_en" in stopped.stderr
     assert "Traceback" not in stopped.stderr
 
 

@@ -62,8 +62,8 @@ def obstacle(check: Check) -> str | None:
         return check.trouble
     if check.consent is False:
         return (
-            f"The licence of {check.preset} was not accepted. Received: credentials={check.credentials}\n"
-            "Accept it on the model's page with that account, and run this again."
+            f"The licence of {check.preset} was not accepted. Received: credentials={check.credentials or 'none'}\n"
+            "Accept it on the model's page, and run this again with a token of that account (Hugging Face: HF_TOKEN)."
         )
     if check.download_bytes is not None and check.download_bytes > check.free_bytes:
         return (

@@ -23,6 +23,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
+from stages.core.architecture import Architecture, read_architecture
 from stages.core.downloads import MAKE_ROOM, check_room, one_at_a_time
 from stages.core.errors import ParamsError, StageError
 from stages.core.fetch_check import Check
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 HANDLE = re.compile(r"hf://(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>\w[\w./-]*))?")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 SITE = "https://huggingface.co"
+CONFIG = "config.json"  # both kinds of preset call their configuration so
 # The files of a preset, by kind; all others (pickles, programs, other formats, pictures) stay where they are.
 KERAS_FILES = re.compile(
     r"config\.json|metadata\.json|tokenizer\.json|preprocessor\.json|assets/tokenizer/vocabulary\.spm"
@@ -85,6 +87,8 @@ def source_of(preset: str) -> Source:
             "fetch.preset must be hf://owner/model or hf://owner/model@revision with source: huggingface. "
             f"Received: fetch.preset={preset}\nFor example hf://google/gemma-3-1b-pt, or hf://keras/gemma3_1b."
         )
+    if name_of(preset) in (*VISION, *EMBEDDING):
+        registered(preset, "fetch.preset")
     return Source(match["repo"], match["revision"] or "main")
 
 
@@ -140,27 +144,32 @@ def check_huggingface(preset: str, cache: Path) -> Check:
     return Check("huggingface", handle, credentials, user, consent, present, size, shutil.disk_usage(existing).free)
 
 
-def configuration(preset: str, cache: Path) -> Path:
-    """Return a folder that holds the preset's `config.json`, fetched alone if it is not here: what a plan needs.
+def architecture(preset: str, cache: Path) -> Architecture:
+    """Return a preset's class and arguments; of its files only `config.json` is fetched, if it is not here.
 
     Raises:
         ParamsError, StageError: as `fetch_huggingface`.
     """
     source = source_of(preset)
     commit = _commit(source, cache)
-    if commit and (source.folder(cache, commit) / "config.json").is_file():
-        return source.folder(cache, commit)
-    with one_at_a_time(source.base(cache), lambda text: None), _explained(source):
-        api = _hub().HfApi()
-        info = _information(api, source, cache)
-        _refuse_other_models(source, info.config)
-        folder = source.folder(cache, str(info.sha))
-        config = next(each for each in _needed(source, info) if each.rfilename == "config.json")
-        if _differs(folder, config):
-            _download(source, str(info.sha), config, folder)
-        shutil.rmtree(folder / ".cache", ignore_errors=True)
-        _remember(source, cache, str(info.sha))
-    return folder
+    if commit is None or not _has_configuration(source, cache, commit):
+        with one_at_a_time(source.base(cache), lambda text: None), _explained(source):
+            info = _information(_hub().HfApi(), source, cache)
+            commit = str(info.sha)
+            folder = source.folder(cache, commit)
+            _refuse_other_models(source, info.config)
+            _download(source, commit, next(each for each in _needed(source, info) if each.rfilename == CONFIG), folder)
+            shutil.rmtree(folder / ".cache", ignore_errors=True)
+            _remember(source, cache, commit)
+    return _checked_architecture(source, source.folder(cache, commit))
+
+
+def _has_configuration(source: Source, cache: Path, commit: str) -> bool:
+    """Return whether the configuration is here, and as it came if that is known."""
+    folder, record = source.folder(cache, commit), _recorded(source, cache, commit)
+    if record is None:
+        return (folder / CONFIG).is_file()
+    return not any(fault(folder, file) for file in record["files"] if file.name == CONFIG)
 
 
 def _present(source: Source, preset: str, cache: Path) -> Manifest | None:
@@ -233,10 +242,10 @@ def _restore(source: Source, preset: str, cache: Path, say: Callable[[str], None
         megabytes = sum(each.size or 0 for each in missing) / 1e6
         say(f"Downloading {source.repo} from Hugging Face: {megabytes:,.0f} MB in {len(missing)} files.")
         # The small configuration first: it tells whether the rest is worth having.
-        for each in sorted(missing, key=lambda each: each.rfilename != "config.json"):
+        for each in sorted(missing, key=lambda each: each.rfilename != CONFIG):
             _download(source, commit, each, folder)
-            if each.rfilename == "config.json":
-                _check_configuration(source, folder)
+            if each.rfilename == CONFIG:
+                _checked_architecture(source, folder)
         shutil.rmtree(folder / ".cache", ignore_errors=True)
     try:
         file_format = folder_format(folder)
@@ -275,9 +284,9 @@ def _needed(source: Source, info: ModelInfo) -> list[RepoSibling]:
         ParamsError: it has no configuration or no weights that could be read.
     """
     names = {each.rfilename for each in info.siblings or ()}
-    if "config.json" in names and names & {"model.weights.h5", "model.weights.json"}:
+    if CONFIG in names and names & {"model.weights.h5", "model.weights.json"}:
         wanted = [name for name in names if KERAS_FILES.fullmatch(name)]
-    elif "config.json" in names and names & {"model.safetensors", "model.safetensors.index.json"}:
+    elif CONFIG in names and names & {"model.safetensors", "model.safetensors.index.json"}:
         wanted = [name for name in names if PLAIN_FILES.fullmatch(name)]
         if "model.safetensors" not in names:
             wanted += [name for name in names if PLAIN_SHARDS.fullmatch(name)]
@@ -290,16 +299,13 @@ def _needed(source: Source, info: ModelInfo) -> list[RepoSibling]:
 
 
 def _refuse_other_models(source: Source, config: dict[str, Any] | None) -> None:
-    """Stop before anything is downloaded where the Hub knows that the model is another, or its name tells.
+    """Stop before anything is downloaded where the Hub knows that the model is another.
 
     Raises:
         ParamsError: not a text Gemma.
     """
     from stages.core.safetensors_weights import MODEL_TYPES
 
-    handle = f"hf://{source.repo}"
-    if name_of(handle) in (*VISION, *EMBEDDING):
-        registered(handle, "fetch.preset")
     kind = (config or {}).get("model_type")
     if isinstance(kind, str) and kind not in MODEL_TYPES:
         raise ParamsError(
@@ -308,18 +314,16 @@ def _refuse_other_models(source: Source, config: dict[str, Any] | None) -> None:
         )
 
 
-def _check_configuration(source: Source, folder: Path) -> None:
-    """Check that the configuration that came is a text Gemma's.
+def _checked_architecture(source: Source, folder: Path) -> Architecture:
+    """Return the architecture that the configuration states.
 
     Raises:
-        ParamsError: it is not; tells why.
+        ParamsError: it is not a text Gemma's; tells why.
     """
-    from stages.core.architecture import read_architecture
-
     try:
-        content = read_json(folder / "config.json")
-        read_architecture(folder, "safetensors" if "model_type" in content else "keras")
-    except (StageError, ValueError, KeyError, TypeError) as error:
+        content = read_json(folder / CONFIG)
+        return read_architecture(folder, "safetensors" if "model_type" in content else "keras")
+    except (StageError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ParamsError(
             f"{source.repo} is not a text Gemma that this project runs. Received: {_short(error)}\n"
             "Choose a text model of Gemma 1, 2 or 3, such as hf://google/gemma-3-1b-pt."
@@ -337,8 +341,10 @@ def _download(source: Source, commit: str, file: RepoSibling, folder: Path) -> N
     for attempt in (1, 2):
         # The client takes a file that is there for the right one, and its own cache's copy unless it is forced.
         path.unlink(missing_ok=True)
-        _hub().hf_hub_download(
-            source.repo, file.rfilename, revision=commit, local_dir=folder, force_download=attempt == 2
+        _asked(
+            lambda forced=attempt == 2: _hub().hf_hub_download(
+                source.repo, file.rfilename, revision=commit, local_dir=folder, force_download=forced
+            )
         )
         difference = _differs(folder, file)
         if difference is None:
@@ -413,7 +419,7 @@ def _hub() -> ModuleType:
 
 
 def _asked(question: Callable[[], T]) -> T:
-    """Ask the Hub, and again after a while when it is too busy or in trouble; downloads repeat by themselves."""
+    """Ask the Hub, and again after a while when it is too busy or in trouble."""
     from huggingface_hub.errors import HfHubHTTPError
 
     for wait in WAITS:
@@ -481,7 +487,8 @@ def _explain_status(error: Any, model: str, source: Source | None) -> str:
     if isinstance(error, GatedRepoError) and found is None:
         return (
             f"Hugging Face answered {status} for {model}: it wants an account that accepted the licence, and no token "
-            f"was found.\nAccept it at {page}, make a token at {SITE}/settings/tokens, and set HF_TOKEN."
+            f"was found.\nAccept it at {page}, make a token at {SITE}/settings/tokens, and set HF_TOKEN "
+            "(or store it with `hf auth login`)."
         )
     if isinstance(error, GatedRepoError) and status != 401:
         return (

@@ -190,8 +190,8 @@ def _shards(index: Path) -> list[str]:
             f"{index} must be the index that Keras writes, with a weight_map. Received: {error}"
         ) from error
     names = sorted({name for target in targets for name in ([target] if isinstance(target, str) else target)})
-    if strange := [name for name in names if Path(name).name != name]:
-        raise ParamsError(f"{index} must name files beside it. Received: {', '.join(strange)}")
+    if outside := [name for name in names if Path(name).name != name]:
+        raise ParamsError(f"{index} must name files beside it. Received: {outside[0]}")
     return names
 
 
