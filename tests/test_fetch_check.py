@@ -104,12 +104,17 @@ def test_whatever_stops_the_fetch_is_the_reason(kaggle, tmp_path, monkeypatch, t
     assert kaggle.asked == []
 
 
-def test_what_is_here_is_told_and_only_what_was_altered_counts_as_download(kaggle, tmp_path):
+def test_what_is_here_is_told_and_only_what_was_altered_counts_as_download(kaggle, tmp_path, monkeypatch):
     fetch_kaggle(HANDLE, tmp_path / "cache", str)
     kaggle.requests.clear()
     found = check_kaggle(HANDLE, tmp_path / "cache")
     assert (found.present, found.download_bytes, obstacle(found)) == (True, 0, None)
     assert kaggle.requests == []
+    monkeypatch.setenv("KAGGLE_API_TOKEN", "made up")
+    found = check_kaggle(HANDLE, tmp_path / "cache")
+    assert (found.present, obstacle(found)) == (True, None)
+    assert found.notes[0].endswith("Received: other characters in KAGGLE_API_TOKEN")
+    monkeypatch.delenv("KAGGLE_API_TOKEN")
     weights = tmp_path / "cache" / "presets" / "tiny_gemma-kaggle-3" / "model.weights.h5"
     weights.write_bytes(weights.read_bytes()[:-1] + b"?")
     found = check_kaggle(HANDLE, tmp_path / "cache")

@@ -153,6 +153,16 @@ def test_links_out_of_the_folder_and_special_files_are_refused(kaggle, fetch, tm
     assert not (tmp_path / "cache" / "presets" / "tiny_gemma-kaggle-3").exists()
 
 
+def test_a_link_that_lies_in_wait_is_not_written_through(kaggle, fetch, tmp_path):
+    folder = tmp_path / "home" / "kagglehub" / "models" / MODEL
+    folder.mkdir(parents=True)
+    (tmp_path / "precious").write_bytes(b"")
+    (folder / "model.weights.h5").symlink_to(tmp_path / "precious")
+    with pytest.raises(StageError, match=r"no link out of it\. Received: .*model\.weights\.h5\nDelete "):
+        fetch()
+    assert (tmp_path / "precious").read_bytes() == b""
+
+
 def test_what_kagglehub_downloaded_for_another_program_is_not_downloaded_again(kaggle, fetch, tmp_path):
     import kagglehub
 

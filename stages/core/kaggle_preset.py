@@ -99,7 +99,10 @@ def check_kaggle(preset: str, cache: Path) -> Check:
     except StageError as error:
         refused = isinstance(error, KaggleRefused) and error.status == 403 and check.credentials is not None
         consent, trouble = (False if refused else None), str(error)
-    return replace(check, consent=consent, notes=tuple(notes), trouble=None if present else trouble)
+        if present:
+            # No credentials are needed for what is here, but one who asks may want to know.
+            notes, trouble = [str(error).splitlines()[0]], None
+    return replace(check, consent=consent, notes=tuple(notes), trouble=trouble)
 
 
 def _model_and_key(handle: str) -> tuple[str, str]:
@@ -140,18 +143,40 @@ def _restore(kaggle: KaggleModel, link: Path, record: Path) -> tuple[PresetFile,
     """
     kaggle.say(f"Downloading {kaggle.handle} from Kaggle, as far as it is not here.")
     files = _recorded(record)
-    names = [file.name for file in files or ()]
-    folder = kaggle.here() if files is None else None
-    if folder is None and files is None:
-        sizes = kaggle.files()
-        names = list(sizes)
-        check_room(kaggle.folder, kaggle.missing_bytes(sizes), WEIGHTS + kaggle.handle, MAKE_ROOM)
-    for name in names:
-        if files is None:
-            # kagglehub's bars have no names.
-            kaggle.say(f"{name}: {sizes[name] / 1e6:,.1f} MB")
+    folder = _bring_all(kaggle) if files is None else _bring_again(kaggle, files, record)
+    _refuse_strangers(folder)
+    check_keras_folder(folder)
+    _point(link, folder)
+    if files is None:
+        files = tuple(file for file in list_files(folder) if file.name.endswith(WANTED))
+        write_json(record, [asdict(file) for file in files])
+    return files
+
+
+def _bring_all(kaggle: KaggleModel) -> Path:
+    """Return the folder with all files of a model, downloaded as far as kagglehub does not hold them."""
+    if (folder := kaggle.here()) is not None:
+        return folder
+    sizes = kaggle.files()
+    if not sizes:
+        raise StageError(
+            f"{kaggle.handle} must hold the files of a keras-hub preset. Received: none of that kind\n"
+            f"See {kaggle.page}."
+        )
+    # kagglehub writes through a link that is there already.
+    _refuse_strangers(kaggle.folder)
+    check_room(kaggle.folder, kaggle.missing_bytes(sizes), WEIGHTS + kaggle.handle, MAKE_ROOM)
+    for name, size in sizes.items():
+        # kagglehub's bars have no names.
+        kaggle.say(f"{name}: {size / 1e6:,.1f} MB")
         folder = kaggle.download(name).parents[name.count("/")]
-    for file in files or ():
+    return folder
+
+
+def _bring_again(kaggle: KaggleModel, files: tuple[PresetFile, ...], record: Path) -> Path:
+    """Return the folder with the files as they were when they came first, downloaded where they are not."""
+    for file in files:
+        folder = kaggle.download(file.name).parents[file.name.count("/")]
         if fault(folder, file):
             # kagglehub takes any file that it once had whole for whole.
             (folder / file.name).unlink(missing_ok=True)
@@ -161,20 +186,7 @@ def _restore(kaggle: KaggleModel, link: Path, record: Path) -> tuple[PresetFile,
                     f"{file.name} of {kaggle.handle} came from Kaggle with other bytes than the first time: {found}\n"
                     f"Delete {record} if you want to accept them, and run `python -m stages.fetch` again."
                 )
-    if folder is None:
-        raise StageError(
-            f"{kaggle.handle} must hold the files of a keras-hub preset. Received: none of that kind\n"
-            f"See {kaggle.page}."
-        )
-    _refuse_strangers(folder)
-    check_keras_folder(folder)
-    _point(link, folder)
-    if files is None:
-        files = tuple(
-            file for file in list_files(folder) if (file.name in names if names else file.name.endswith(WANTED))
-        )
-        write_json(record, [asdict(file) for file in files])
-    return files
+    return folder
 
 
 def _refuse_strangers(folder: Path) -> None:
