@@ -293,6 +293,27 @@ def test_other_bytes_than_announced_are_fetched_once_more_and_then_refused(hub, 
     assert hub.downloaded == ["model.safetensors", "tokenizer.model"]
 
 
+def test_other_bytes_under_the_same_commit_are_not_accepted_in_silence(hub, fetch, tmp_path):
+    assert fetch().returncode == 0
+    (tmp_path / "cache" / FOLDER / "tokenizer.model").unlink()
+    hub.files["tokenizer.model"] = b"another vocabulary"
+    run = fetch()
+    assert run.returncode == 1
+    assert f"tokenizer.model of {REPO} came from Hugging Face with other bytes than the first time" in run.stderr
+    assert len(run.stderr.splitlines()) == 3
+
+
+def test_a_model_whose_makers_mended_it_is_fetched_after_all(hub, ask, fetch, manifest):
+    vocabulary = hub.files.pop("tokenizer.model")
+    ask("architecture")
+    assert fetch().returncode == 2
+    hub.files["tokenizer.model"] = vocabulary
+    hub.branches["main"] = "b" * 40
+    run = fetch()
+    assert run.returncode == 0, run.stderr
+    assert manifest().handle == f"hf://{REPO}@{'b' * 40}"
+
+
 def test_a_model_that_the_disk_cannot_hold_is_not_begun(hub, fetch):
     hub.sizes["model.safetensors"] = 10**15
     run = fetch()

@@ -17,7 +17,6 @@ from stages.core import kaggle_client
 from stages.core.errors import ParamsError, StageError
 from stages.core.kaggle_preset import fetch_kaggle
 from stages.core.paths import MANIFEST
-from stages.core.presets import read_manifest, verified_folder
 from tests import kaggle_server
 from tests.kaggle_server import HANDLE
 
@@ -278,39 +277,6 @@ def test_in_a_kaggle_notebook_the_model_is_attached_and_nothing_downloaded(kaggl
         StageError, match=r"kagglehub could not get keras/tiny/keras/tiny_gemma/3\. Received: A JWT Token"
     ):
         fetch()
-
-
-# Offline
-
-REFUSING = """
-import runpy, sys
-
-def refuse(event, arguments):
-    if event in ("socket.connect", "socket.getaddrinfo", "socket.sendto"):
-        raise SystemExit(f"the network was used: {event} {arguments}")
-
-sys.addaudithook(refuse)
-runpy.run_module("stages.fetch", run_name="__main__")
-"""
-
-
-@pytest.mark.parametrize("check", [[], ["--check"]])
-def test_with_a_full_cache_no_network_is_touched(kaggle, fetch, tmp_path, check):
-    fetch()
-    kaggle.requests.clear()
-    command = [sys.executable, "-c", REFUSING, *FETCH[3:], "--out-root", str(tmp_path / "out"), *check]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert run.returncode == 0, run.stderr
-    assert kaggle.requests == []
-    if not check:
-        assert verified_folder(read_manifest(tmp_path / "out" / MANIFEST), ROOT).is_dir()
-
-
-def test_the_refusal_of_the_network_is_a_real_one(kaggle, tmp_path):
-    command = [sys.executable, "-c", REFUSING, *FETCH[3:], "--out-root", str(tmp_path / "out")]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert run.returncode == 1
-    assert "the network was used" in run.stderr
 
 
 def test_the_interrupt_of_a_download_is_heeded_at_once(kaggle, tmp_path):

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from stages.core.architecture import Architecture, read_architecture
 from stages.core.downloads import MAKE_ROOM, check_room, one_at_a_time
@@ -110,7 +110,12 @@ def fetch_huggingface(preset: str, cache: Path, say: Callable[[str], None]) -> M
     found = _present(source, preset, cache)
     if found is None:
         with one_at_a_time(source.base(cache), say):
-            found = _present(source, preset, cache) or _restore(source, preset, cache, say)
+            try:
+                found = _present(source, preset, cache) or _restore(source, preset, cache, say)
+            except ParamsError:
+                # A commit that was no use must not stand in the way of one that mends it.
+                _reference(source, cache).unlink(missing_ok=True)
+                raise
     return found
 
 
@@ -254,6 +259,13 @@ def _restore(source: Source, preset: str, cache: Path, say: Callable[[str], None
             f"{source.repo} is no whole preset of a text Gemma. Received: fetch.preset={preset}\n{error}"
         ) from error
     files = tuple(PresetFile(each.rfilename, each.size or 0, _sha256(folder, each)) for each in needed)
+    before = {file.name: file.sha256 for file in (_recorded(source, cache, commit) or {}).get("files", ())}
+    if changed := [file.name for file in files if before.get(file.name, file.sha256) != file.sha256]:
+        raise StageError(
+            f"{changed[0]} of {source.repo} came from Hugging Face with other bytes than the first time, under the "
+            f"same commit. Received: fetch.preset={preset}\n"
+            f"Delete {_record(source, cache, commit)} if you want to accept them, and run this again."
+        )
     record = {"format": file_format, "licence": _licence(source, info), "files": files}
     write_json(_record(source, cache, commit), record | {"files": [asdict(file) for file in files]})
     _remember(source, cache, commit)
@@ -497,7 +509,7 @@ def _explain_status(error: Any, model: str, source: Source | None) -> str:
         )
     if isinstance(error, RevisionNotFoundError):
         return (
-            f"Hugging Face answered {status}: {model} has no revision {source.revision if source else ''}.\n"
+            f"Hugging Face answered {status}: {model} has no revision {_revision_asked_for(error)}.\n"
             f"See {page}/commits for its commits, and set fetch.preset."
         )
     if status == 401 and found is not None:
@@ -519,6 +531,12 @@ def _explain_status(error: Any, model: str, source: Source | None) -> str:
             "Run this again later; files that are here whole are not downloaded again."
         )
     return f"Hugging Face answered {status} for {model}.\nSee {page}, and run this again later."
+
+
+def _revision_asked_for(error: Any) -> str:
+    """Return the revision that a refused request named: of a branch, the commit that it was here if that is known."""
+    named = re.search(r"/(?:revision|resolve)/([^/?]+)", str(error.response.url))
+    return unquote(named[1]) if named else ""
 
 
 def _short(error: BaseException) -> str:
