@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -104,15 +103,17 @@ class KaggleModel:
                     return client.models.model_api_client.list_model_instance_version_files(request)
 
             listing = self._answer(ask)
-            found |= {file.name: file.size for file in listing.files}
-            token = listing.next_page_token
+            page = {file.name: file.size for file in listing.files}
+            # A listing that says nothing new would never end.
+            token = listing.next_page_token if page.keys() - found.keys() else ""
+            found |= page
         for name in found:
-            if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", name):
+            if not name.isprintable() or "\\" in name or {"", ".", ".."} & set(name.split("/")):
                 raise StageError(
                     f"A file of {self.handle} must have a plain name within the model's folder. Received: {name!r}\n"
                     "Nothing was downloaded. Tell the owner of the model."
                 )
-        return {name: size for name, size in sorted(found.items()) if name.endswith(WANTED)}
+        return {name: size for name, size in sorted(found.items()) if is_wanted(name)}
 
     def missing_bytes(self, files: dict[str, int]) -> int:
         """Return how many bytes of the files are not in kagglehub's folder yet."""
@@ -262,6 +263,11 @@ class KaggleModel:
         """Return an error's text on one line of at most 200 characters, without secrets."""
         text = self.credentials.hide(" ".join(str(error).split())) or type(error).__name__
         return text if len(text) <= 200 else text[:197] + "..."
+
+
+def is_wanted(name: str) -> bool:
+    """Return whether a file of a preset is one that some stage or a person reads; hidden files are not."""
+    return name.endswith(WANTED) and not any(part.startswith(".") for part in name.split("/"))
 
 
 def _status(response: Response | None) -> int:

@@ -17,7 +17,7 @@ from stages.core.downloads import check_room, free_bytes, no_room, not_writable,
 from stages.core.errors import StageError
 from stages.core.fetch_check import Check
 from stages.core.files import read_json, write_json
-from stages.core.kaggle_client import MAKE_ROOM, OTHER_PLACE, WANTED, KaggleModel, KaggleRefused
+from stages.core.kaggle_client import MAKE_ROOM, OTHER_PLACE, KaggleModel, KaggleRefused, is_wanted
 from stages.core.keras_folder import check_keras_folder, list_files
 from stages.core.presets import Manifest, PresetFile, fault
 from stages.core.registry import HANDLE, kaggle_handle, licence_of
@@ -148,7 +148,7 @@ def _restore(kaggle: KaggleModel, link: Path, record: Path) -> tuple[PresetFile,
     check_keras_folder(folder)
     _point(link, folder)
     if files is None:
-        files = tuple(file for file in list_files(folder) if file.name.endswith(WANTED))
+        files = tuple(file for file in list_files(folder) if is_wanted(file.name))
         write_json(record, [asdict(file) for file in files])
     return files
 
