@@ -227,6 +227,18 @@ def test_a_folder_is_there_or_a_wrong_setting(tmp_path):
     assert f"preset       mine ({folder})\n" in run.stdout
     assert "here already yes\ndownload     0 bytes\n" in run.stdout
     assert not (tmp_path / "out").exists()
+    here = [
+        sys.executable,
+        "-m",
+        "stages.fetch",
+        "--check",
+        "--set",
+        "fetch.source=path",
+        "--set",
+        f"fetch.path={folder}",
+    ]
+    run = subprocess.run(here, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (run.returncode, run.stderr) == (0, ""), "no word about the pipeline's outputs: a check writes none"
     (folder / "config.json").unlink()
     run = check(tmp_path / "out", "source=path", f"path={folder}", "preset=mine")
     assert run.returncode == 2

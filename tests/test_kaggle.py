@@ -215,10 +215,8 @@ def test_a_disk_that_fills_up_is_told_in_two_lines(kaggle, tmp_path):
     )
     assert run.returncode == 1
     first, second = run.stderr.splitlines()[-2:]
-    assert first == (
-        f"Error: The disk filled up while model.weights.h5 of {MODEL} was written to "
-        f"{tmp_path / 'home/kagglehub/models' / MODEL} ({os.strerror(errno.EFBIG)})."
-    )
+    weights = tmp_path / "home" / "kagglehub" / "models" / MODEL / "model.weights.h5"
+    assert first == f"Error: The disk filled up while {weights} was written ({os.strerror(errno.EFBIG)})."
     assert second == "Make room, or set KAGGLEHUB_CACHE to a folder on a larger disk."
 
 

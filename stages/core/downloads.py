@@ -34,6 +34,8 @@ BLOCK = 1 << 20  # bytes copied at a time
 STALE_SECONDS = 24 * 3600  # a scratch folder this old was left by a killed run
 SCRATCH = ".download-"
 MAKE_ROOM = "Make room, or set GEMMA_TUNING_CACHE to a folder on a larger disk."
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a used-up quota, a file larger than is allowed
+SAYS_FULL = "|".join(re.escape(os.strerror(number)) for number in FULL)  # as pip tells it
 OTHER_FOLDER = "Set GEMMA_TUNING_CACHE to a folder of your own."
 # How pip names an index that it could not or would not ask; the reason follows, the innermost after "Caused by".
 UNREACHABLE = r"(?:Could not fetch URL \S+: (?:.*\(Caused by )?|The repository located at )(.*?)\)?(?: - skipping|$)"
@@ -81,7 +83,7 @@ def download_wheel(wheel: Wheel, folder: Path) -> Path:
         # A transfer cut short shows as other bytes too: pip compares no lengths before version 25.1. Only the same
         # wrong bytes twice are what the index really serves.
         received += re.findall(GOT, output)[:1]
-        broke_off = "Downloading " in output and "No space left" not in output
+        broke_off = "Downloading " in output and not re.search(SAYS_FULL, output)
         if attempt == ATTEMPTS or not broke_off or len(set(received)) < len(received):
             break
         time.sleep(attempt / 2)
@@ -179,7 +181,7 @@ def _explain(output: str, wheel: Wheel, *, stable: bool) -> str:
             f"pip is needed to download {wanted}, and this Python has none. Received: python={sys.executable}\n"
             "Install it with `python -m ensurepip`, then run this again."
         )
-    if "No space left" in output:
+    if re.search(SAYS_FULL, output):
         return f"The disk filled up while {wanted} was downloaded.\n{MAKE_ROOM}"
     if stable and (got := re.findall(GOT, output)):
         return (
@@ -264,9 +266,21 @@ def extract_members(members: Sequence[tuple[Path, str]], target: Path, digest: s
             "Delete the wheel and run this again."
         ) from error
     except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise StageError(f"The disk filled up while {target} was written.\n{MAKE_ROOM}") from error
+        raise StageError(explain_unwritten(error, target)) from error
+
+
+def explain_unwritten(error: OSError, place: Path, make_room: str = MAKE_ROOM, other_folder: str = OTHER_FOLDER) -> str:
+    """Return two lines for a file that could not be written.
+
+    Args:
+        error: what the system said.
+        place: the file or folder.
+        make_room: what to do about a full disk, one line.
+        other_folder: what to do about a folder that cannot be written to, one line.
+    """
+    if error.errno in FULL:
+        return f"The disk filled up while {place} was written ({error.strerror}).\n{make_room}"
+    return f"The cache folder must be writable. Received: {error.filename or place} ({error.strerror})\n{other_folder}"
 
 
 @contextlib.contextmanager
@@ -291,9 +305,7 @@ def one_at_a_time(target: Path, say: Callable[[str], None]) -> Iterator[None]:
             say(f"Another run is fetching {target.name}; waiting for it.")
             lock.acquire()
     except OSError as error:
-        raise StageError(
-            f"The cache folder must be writable. Received: {target.parent} ({error.strerror})\n{OTHER_FOLDER}"
-        ) from error
+        raise StageError(explain_unwritten(error, target.parent)) from error
     try:
         yield
     finally:

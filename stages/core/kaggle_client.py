@@ -9,7 +9,6 @@ Reads: Kaggle. Writes: kagglehub's own cache folder.
 from __future__ import annotations
 
 import contextlib
-import errno
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from stages.core.credentials import NEW_TOKEN, SETTINGS_PAGE, Credentials, import_kagglehub
+from stages.core.downloads import explain_unwritten
 from stages.core.errors import StageError
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ LONGEST_WAIT = 60.0  # seconds; a person waits for more rather than a program
 PAGE = 100  # files that a listing names at a time
 # Files of a preset that some stage reads, or a person. Others are left out, above all those that can hold a pickle.
 WANTED = (".json", ".h5", ".spm", ".md", ".txt")
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MAKE_ROOM = "Make room, or set KAGGLEHUB_CACHE to a folder on a larger disk."
 OTHER_PLACE = "Mend its rights, or set KAGGLEHUB_CACHE to a folder of your own."
 
@@ -205,7 +204,8 @@ class KaggleModel:
                     raise StageError(self._unreachable(what, error)) from error
                 time.sleep(pause)
             except OSError as error:
-                raise StageError(self._unwritable(what, error)) from error
+                place = self.folder / name if name else self.folder
+                raise StageError(explain_unwritten(error, place, MAKE_ROOM, OTHER_PLACE)) from error
             except Exception as error:
                 # In notebooks kagglehub has errors of its own for the machine around it, with no common type.
                 if not isinstance(error, ValueError) and not type(error).__module__.startswith("kaggle"):
@@ -251,13 +251,6 @@ class KaggleModel:
             f"Kaggle could not be reached for {what}, or the transfer broke off. Received: {self._short(error)}\n"
             "Check the network and run `python -m stages.fetch` again; it goes on where it broke off."
         )
-
-    def _unwritable(self, what: str, error: OSError) -> str:
-        """Return two lines for a file that could not be written."""
-        if error.errno in FULL:
-            return f"The disk filled up while {what} was written to {self.folder} ({error.strerror}).\n{MAKE_ROOM}"
-        place = error.filename or self.folder
-        return f"kagglehub's cache folder must be writable. Received: {place} ({error.strerror})\n{OTHER_PLACE}"
 
     def _short(self, error: Exception) -> str:
         """Return an error's text on one line of at most 200 characters, without secrets."""

@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from stages.core.credentials import ask_for_token, import_kagglehub, kaggle_credentials
-from stages.core.downloads import check_room, free_bytes, no_room, not_writable, one_at_a_time
+from stages.core.downloads import check_room, explain_unwritten, free_bytes, no_room, not_writable, one_at_a_time
 from stages.core.errors import StageError
 from stages.core.fetch_check import Check
 from stages.core.files import read_json, write_json
@@ -146,10 +146,13 @@ def _restore(kaggle: KaggleModel, link: Path, record: Path) -> tuple[PresetFile,
     folder = _bring_all(kaggle) if files is None else _bring_again(kaggle, files, record)
     _refuse_strangers(folder)
     check_keras_folder(folder)
-    _point(link, folder)
-    if files is None:
-        files = tuple(file for file in list_files(folder) if is_wanted(file.name))
-        write_json(record, [asdict(file) for file in files])
+    try:
+        _point(link, folder)
+        if files is None:
+            files = tuple(file for file in list_files(folder) if is_wanted(file.name))
+            write_json(record, [asdict(file) for file in files])
+    except OSError as error:
+        raise StageError(explain_unwritten(error, link.parent)) from error
     return files
 
 
