@@ -453,6 +453,8 @@ def test_a_check_tells_who_one_is_what_was_agreed_to_and_what_it_would_cost(hub,
         "consent": True,
         "present": False,
         "download_bytes": sum(len(PLAIN[name]) for name in ("config.json", "model.safetensors", "tokenizer.model")),
+        "notes": [],
+        "trouble": None,
     }
     assert hub.downloaded == []
     assert not (tmp_path / "cache").exists()
