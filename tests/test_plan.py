@@ -285,6 +285,39 @@ def test_the_largest_buffers_are_taken_from_the_compilers_message():
     ]
 
 
+def test_where_the_compiler_lists_no_buffers_those_of_two_blocks_tell_them(presets, monkeypatch):
+    asked = question(presets["gemma"], "cpu:8")
+    listed = planning.answer(dataclasses.replace(asked, blocks=2))["largest"]
+    sizes = [each["bytes"] for each in listed]
+    assert sizes == sorted(sizes, reverse=True) and len(sizes) == planning.LARGEST
+    assert any("train_step" in each["operator"] for each in listed)
+    gave_up = {"fits": False, "largest": [], "asked_bytes": 2**40}
+    large = asked.with_batch(2**20)
+    compiled, size = planning._compile, asked.request.settings.batch_size
+    monkeypatch.setattr(
+        planning, "_compile", lambda q, say: gave_up.copy() if q.blocks is None else compiled(q.with_batch(size), say)
+    )
+    assert planning.answer(large)["largest"] == listed
+
+
+BUFFERS = """HloModule m
+ENTRY %main (p: f32[64]) -> f32[64] {
+  %p = f32[1024]{0} parameter(0)
+  %a = f32[8,4]{1,0} add(%p, %p), metadata={op_name="step/add"}
+  %b = f32[8,4]{1,0} add(%a, %a), metadata={op_name="step/add"}
+  %c = bf16[100]{0:S(1)} copy(%b)
+  ROOT %d = bf16[32]{0} negate(%c), metadata={op_name="step/neg"}
+}
+"""
+
+
+def test_the_largest_buffers_of_a_program_are_told_once_with_their_place():
+    assert hlo.largest_buffers(BUFFERS, 5) == [
+        {"bytes": 128, "shape": "32 bits x 8 x 4", "operator": "step/add"},
+        {"bytes": 64, "shape": "16 bits x 32", "operator": "step/neg"},
+    ]
+
+
 def test_an_answer_is_kept_and_asked_for_only_once(presets):
     said: list[str] = []
     asked = question(presets["gemma2"], "cpu:8", batch_size=2, learning_rate=0.011)

@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 # Instructions that move nothing: they name, bundle or control others.
@@ -136,6 +137,30 @@ def costs(text: str) -> ProgramCosts:
             if not fused:
                 traffic += times * _traffic(instruction, computation, computations)
     return ProgramCosts(flops, traffic, {kind: Collective(*kinds[kind]) for kind in sorted(kinds)})
+
+
+def largest_buffers(text: str, count: int) -> list[dict[str, Any]]:
+    """Return the largest arrays that a compiled program makes in the device's main memory, each kind once.
+
+    Args:
+        text: as for `costs`.
+        count: how many at the most.
+
+    Returns:
+        `bytes`, `shape` and `operator` (where in the model it is made), the largest first.
+    """
+    computations, entry = _parse(text)
+    found: dict[tuple[str, str], int] = {}
+    for instruction in computations[entry].instructions.values():
+        if instruction.opcode in FREE or instruction.opcode.endswith(("-done", "-start")):
+            continue
+        operator = re.search(r'op_name="([^"]*)"', instruction.attributes)
+        for array in instruction.arrays:
+            if array.in_memory:
+                shape = f"{array.bits} bits x {' x '.join(map(str, array.dimensions))}"
+                found[shape, operator[1] if operator else ""] = array.bytes
+    ordered = sorted(found.items(), key=lambda each: (-each[1], each[0]))
+    return [{"bytes": size, "shape": shape, "operator": operator} for (shape, operator), size in ordered[:count]]
 
 
 def _begins(instruction: Instruction, chains: set[str]) -> bool:
