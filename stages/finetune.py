@@ -1,7 +1,7 @@
 """Fine-tune with LoRA, or every weight with rank 0, by Keras' `fit` on the sharded model.
 
-Reads: `models/baseline/model.json` and the preset, `data/tokens/*.npz`; params `finetune`. Where it was stopped before
-it goes on from its newest checkpoint, in the cache folder.
+Reads: `models/baseline/model.json` and the preset, `data/tokens/*.npz`; params `finetune` and `generate.turns` (for
+samples). Where it was stopped before it goes on from its newest checkpoint, in the cache folder.
 Writes: `models/tuned/`, `data/sharding/tuned.json`, `data/plots/finetune.csv`, `data/plots/samples.jsonl`,
 `data/metrics/finetune.json`.
 Command: `python -m stages.finetune`
@@ -32,7 +32,7 @@ def main(run: Run, profile: Path | None) -> None:
     from stages.core.tokenizer import load_tokenizer
 
     began = time.perf_counter()
-    settings = run.params.finetune
+    settings, turns = run.params.finetune, run.params.generate.turns
     preset = variants.open_preset(run.paths)
     tokenizer = load_tokenizer(preset.folder, preset.manifest.format)
     description = {**variants.read_description(run.paths, "baseline"), "variant": "tuned", "tuned": None}
@@ -43,13 +43,14 @@ def main(run: Run, profile: Path | None) -> None:
     from stages.core.optimizer import optimizer_placements
 
     windows = {split: read_windows(run.paths, split) for split in ("train", "validation")}
-    store = finetuning.checkpoints(run.paths, description, model.platform, settings)
+    store = finetuning.checkpoints(run.paths, description, model.platform, settings, turns=turns)
     result = finetuning.fit(
         model,
         windows,
         settings,
         store=store,
         tokenizer=tokenizer,
+        turns=turns,
         profile=profile,
         load_seconds=time.perf_counter() - began,
         say=run.say,

@@ -56,6 +56,8 @@ class Prepare(Section):
     train_file: str | None
     validation_file: str | None
     text_column: Annotated[str, Field(min_length=1)]
+    prompt_column: Annotated[str, Field(min_length=1)] | None
+    response_column: Annotated[str, Field(min_length=1)] | None
     label_column: str | None
 
     @model_validator(mode="after")
@@ -66,6 +68,12 @@ class Prepare(Section):
             raise ValueError("validation_file must be null unless source is files")
         if self.source != "imdb_reviews" and self.data_dir is not None:
             raise ValueError("data_dir must be null unless source is imdb_reviews")
+        if (self.prompt_column is None) != (self.response_column is None):
+            raise ValueError("prompt_column and response_column must be given together or both be null")
+        if self.prompt_column is not None and self.source != "files":
+            raise ValueError("prompt_column must be null unless source is files")
+        if self.prompt_column is not None and self.prompt_column == self.response_column:
+            raise ValueError("prompt_column and response_column must name two columns")
         return self
 
 
@@ -161,6 +169,7 @@ class Generate(Section):
     """The prompts and how they are continued."""
 
     prompts: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+    turns: bool
     max_tokens: Annotated[int, Field(ge=1, le=8192)]
     temperature: Annotated[float, Field(ge=0, le=10)]
     top_k: Positive | None
