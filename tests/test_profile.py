@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -325,19 +326,23 @@ def test_the_presets_are_keras_hubs(devices):
 @has_libtpu
 @EVERY
 def test_the_step_fits_where_the_plan_of_the_profile_puts_it(devices, name: str):
-    """Over programs of two and four blocks, as `plan.search` does: a 7B compiled whole takes a minute, each of these
-    seconds, and what does not fit does not fit here either."""
-    from stages.core import plan_search, plan_targets, topology
+    """Over a program of two blocks, in seconds; a 7B compiled whole takes a minute. Its temporaries times the model's
+    depth are more than the whole step's; where that is too much to tell, a program of four blocks gives the slope, as
+    in `plan.search`."""
+    from stages.core import plan_search, plan_targets, planning, topology
 
     params = params_of(name)
-    assert params.plan.targets
-    planned = set()
+    own = (params.mesh.shape, params.load.dtype, params.tokenize.length, params.finetune, params.layout.name)
     for target in params.plan.targets:
         _, question = plan_targets.question_of(params, target)
-        request = question.request
-        where = topology.describe(target.topology)
-        figures = plan_search._figures(question, where, plan_search._argument_bytes(question), print)
-        assert figures["fits"], figures
-        planned.add((request.mesh.shape, request.dtype, request.length, request.settings, request.layout.name))
-    own = (tuple(params.mesh.shape), params.load.dtype, params.tokenize.length, params.finetune, params.layout.name)
-    assert own in planned, "the run itself is planned"
+        request, where = question.request, topology.describe(target.topology)
+        if (list(request.mesh.shape), request.dtype, request.length, request.settings, request.layout.name) == own:
+            break
+    else:
+        pytest.fail("no target is the run itself")
+    small = planning.answer(dataclasses.replace(question, blocks=2))
+    assert small["fits"], small
+    held = plan_search._argument_bytes(question)
+    most = held + (small["temporary_bytes"] + small["code_bytes"]) * request.architecture.config["num_layers"] // 2
+    if where.memory_bytes is not None and most > where.memory_bytes:
+        assert plan_search._figures(question, where, held, print)["fits"]
