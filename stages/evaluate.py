@@ -1,5 +1,7 @@
 """Measure a variant of the model on the held-out windows: loss, perplexity and token accuracy.
 
+All three are over the tokens that would be learnt, which `tokens` counts: of reviews all, of pairs the responses'.
+
 Reads: `models/<variant>/`, the preset, `data/tokens/validation.npz`; params `evaluate`.
 Writes: `data/metrics/evaluate-<variant>.json`.
 Command: `python -m stages.evaluate --variant tuned`

@@ -1,7 +1,7 @@
 """Fine-tune with LoRA, or every weight with rank 0, by Keras' `fit` on the sharded model.
 
-Reads: `models/baseline/model.json` and the preset, `data/tokens/*.npz`; params `finetune`. Where it was stopped before
-it goes on from its newest checkpoint, in the cache folder.
+Reads: `models/baseline/model.json` and the preset, `data/tokens/*.npz`; params `finetune` and `generate.turns` (for
+samples). Where it was stopped before it goes on from its newest checkpoint, in the cache folder.
 Writes: `models/tuned/`, `data/sharding/tuned.json`, `data/plots/finetune.csv`, `data/plots/samples.jsonl`,
 `data/metrics/finetune.json`.
 Command: `python -m stages.finetune`
@@ -31,7 +31,8 @@ def main(run: Run, profile: Path | None) -> None:
     from stages.core.paths import CURVE, SAMPLES, SHARDING
     from stages.core.tokenizer import load_tokenizer
 
-    began, settings = time.perf_counter(), run.params.finetune
+    began = time.perf_counter()
+    settings, turns = run.params.finetune, run.params.generate.turns
     preset = variants.open_preset(run.paths)
     tokenizer = load_tokenizer(preset.folder, preset.manifest.format)
     description = {**variants.read_description(run.paths, "baseline"), "variant": "tuned", "tuned": None}
@@ -43,24 +44,23 @@ def main(run: Run, profile: Path | None) -> None:
     from stages.core.plan_check import run_of, warn_before_running
 
     windows = {split: read_windows(run.paths, split) for split in ("train", "validation")}
-    length = windows["train"]["token_ids"].shape[1]
-    warn_before_running(run.paths.root, run_of(description, settings, length), run.say)
-    store = finetuning.checkpoints(run.paths, description, model.platform, settings)
+    warn_before_running(run.paths.root, run_of(description, settings, windows["train"]["token_ids"].shape[1]), run.say)
+    store = finetuning.checkpoints(run.paths, description, model.platform, settings, turns=turns)
     result = finetuning.fit(
         model,
         windows,
         settings,
         store=store,
         tokenizer=tokenizer,
+        turns=turns,
         profile=profile,
         load_seconds=time.perf_counter() - began,
         say=run.say,
     )
 
     tuned = finetuning.describe(settings)
-    arrays = finetuning.trained_arrays(model)
     base = {"base": preset.fingerprint, "preset": preset.manifest.preset}
-    adapter.save(run.paths.write(f"models/tuned/{tuned['file']}"), arrays, {**base, **tuned})
+    adapter.save(run.paths.write(f"models/tuned/{tuned['file']}"), finetuning.trained_arrays(model), {**base, **tuned})
     write_json(run.paths.write("models/tuned/model.json"), {**description, "tuned": tuned})
     placements = [*model.placements, *optimizer_placements(model, result.optimizer)]
     report = sharding.report(

@@ -19,7 +19,7 @@ from stages.core.cli import Run, stage
 @click.option("--variant", type=click.Choice(["baseline", "tuned"]), required=True, help="The model to prompt.")
 def main(run: Run, variant: str) -> None:
     """Continue the prompts with a variant of the model."""
-    from stages.core import paths, variants
+    from stages.core import paths, prompting, variants
     from stages.core.files import write_text
     from stages.core.tokenizer import load_tokenizer
 
@@ -31,8 +31,8 @@ def main(run: Run, variant: str) -> None:
     from stages.core.causal import make_model
 
     causal = make_model(model.backbone, model.jax_mesh, model.placements)
-    prompts = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in settings.prompts]
-    sampler = sampling.SamplerSettings(settings.max_tokens, settings.temperature, settings.top_k, tokenizer.eos)
+    prompts, stops = prompting.encode(tokenizer, settings.prompts, turns=settings.turns)
+    sampler = sampling.SamplerSettings(settings.max_tokens, settings.temperature, settings.top_k, stops)
     run.say(f"Generating up to {settings.max_tokens} tokens for each of {len(prompts)} prompts with {variant} ...")
     began = time.perf_counter()
     continued = sampling.generate(causal, prompts, sampler, settings.seed)

@@ -1,4 +1,4 @@
-"""Turn reviews into windows of tokens.
+"""Turn reviews, or pairs of prompt and response, into windows of tokens.
 
 Reads: models/preset/manifest.json and the preset's vocabulary, data/imdb/train.parquet, data/imdb/validation.parquet.
 Writes: data/tokens/train.npz, data/tokens/validation.npz, data/metrics/tokenize.json.
@@ -8,18 +8,16 @@ Command: python -m stages.tokenize
 from __future__ import annotations
 
 from stages.core.cli import Run, stage
-from stages.core.errors import StageError
 from stages.core.paths import MANIFEST, REVIEWS, TOKENS
 
 
 @stage
 def main(run: Run) -> None:
     """Turn reviews into windows of tokens: packed, or cut to one a review."""
-    from pyarrow import parquet
-
-    from stages.core import windows
+    from stages.core.examples import lay_out
     from stages.core.presets import read_manifest, verified_folder
     from stages.core.tokenizer import holds_vocabulary, load_tokenizer
+    from stages.core.windows import write_windows
 
     settings = run.params.tokenize
     sources = {split: run.paths.read(path) for split, path in REVIEWS.items()}
@@ -27,28 +25,14 @@ def main(run: Run) -> None:
     # Only the vocabulary: a large preset's weights need not be hashed to split text.
     vocabulary = [file.name for file in manifest.files if holds_vocabulary(file.name)]
     tokenizer = load_tokenizer(verified_folder(manifest, run.paths.root, only=vocabulary), manifest.format)
-    eos = tokenizer.eos if settings.eos else None
-    lay_out = windows.pack if settings.packing else windows.one_per_review
-
     metrics: dict[str, object] = {}
     for split, source in sources.items():
-        reviews = tokenizer.encode_all(parquet.read_table(source, columns=["text"])["text"].to_pylist())
-        laid_out = lay_out(reviews, settings.length, bos=tokenizer.bos, eos=eos, pad=tokenizer.pad)
-        counts = windows.window_metrics(laid_out, reviews, eos=settings.eos)
-        if not counts["tokens_kept"]:
-            raise StageError(
-                f"The {split} reviews must have at least one token. Received: {len(reviews)} reviews, none"
-            )
-        windows.write_windows(run.paths.write(TOKENS[split]), laid_out)
-        metrics[split] = counts
+        laid_out = lay_out(source, split, tokenizer, settings)
+        write_windows(run.paths.write(TOKENS[split]), laid_out.windows)
+        metrics[split] = laid_out.counts
         if split == "train":
-            metrics["tokens_cut_by_truncation_fraction"] = windows.cut_by_truncation_fraction(
-                reviews, settings.length, eos=settings.eos
-            )
-        run.say(
-            f"{split}: {counts['reviews']:,} reviews in {counts['windows']:,} windows of {settings.length} tokens, "
-            f"{counts['filled_fraction']:.1%} filled, {counts['tokens_cut']:,} tokens cut"
-        )
+            metrics["tokens_cut_by_truncation_fraction"] = laid_out.cut_by_truncation_fraction
+        run.say(laid_out.summary)
     run.write_metrics("tokenize", metrics)
 
 

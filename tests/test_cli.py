@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-STAGES = sorted(path.stem for path in (ROOT / "stages").glob("[a-z]*.py"))
+# `profile` changes settings and runs nothing: tests/test_profile.py.
+STAGES = sorted(path.stem for path in (ROOT / "stages").glob("[a-z]*.py") if path.stem != "profile")
 VARIANTS = {"generate": ["--variant", "baseline"], "evaluate": ["--variant", "baseline"]}
 HEAVY = ("tensorflow", "jax", "keras", "keras_hub", "pandas", "numpy")
 

@@ -255,7 +255,7 @@ def test_sampling_again_compiles_nothing_and_sees_the_new_weights(presets):
 
     model = load_tiny(presets["gemma3"], (1, 2), rank=2)
     causal = make_model(model.backbone, model.jax_mesh, model.placements)
-    sampler = Sampler(causal, SamplerSettings(8, 0.0, None, stop_id=1))
+    sampler = Sampler(causal, SamplerSettings(8, 0.0, None, stop_ids=(1,)))
     first = sampler([[2, 100, 101]], 0)
     assert sampler([[2, 100, 101]], 0) == first
     kernel = next(variable for variable in model.backbone.weights if variable.path.endswith("ffw_linear/kernel"))

@@ -50,7 +50,7 @@ def write_gguf(path: Path, backbone, kind: str, *, metadata: dict | None = None,
     types, tokens = [], []
     for number in range(pieces.vocab_size()):
         token = pieces.id_to_piece(number)
-        user_defined = token in ("<start_of_turn>", "\n", "\n\n", "▁▁")
+        user_defined = token in (*tiny.TURNS, "\n", "\n\n", "▁▁")
         special = number < 4
         types.append(3 if special else 6 if pieces.is_byte(number) else 4 if user_defined else 1)
         tokens.append(token.replace("▁", " ") if user_defined else token)

@@ -50,6 +50,8 @@ CASES = {
     "fetch.path=/somewhere": "fetch.path must be given with source: path",
     "fetch.preset=gemma_7b_en": "fetch.preset must be gemma3_270m with source: pypi",
     "prepare.train_file=x.csv": "prepare.train_file must be given with source: files",
+    "prepare.prompt_column=q": "prepare.prompt_column and response_column must be given together or both be null",
+    "generate.turns=maybe": "generate.turns must be a valid boolean",
     "mesh.shape=[1,0]": "mesh.shape.1 must be greater than or equal to 1",
     "mesh.shape=8": "mesh.shape must be a valid list",
     "mesh.shape=[2,2,2]": "mesh.shape",
@@ -66,6 +68,18 @@ def test_a_wrong_value_is_told_in_one_line_with_what_was_received(override: str)
         read_params(DEFAULT, (override,))
     assert "\n" not in str(raised.value)
     assert "Received: " in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "hint"),
+    [
+        (("prompt_column=q", "response_column=a"), "prompt_column must be null unless source is files"),
+        (("source=files", "train_file=x.csv", "prompt_column=q", "response_column=q"), "must name two columns"),
+    ],
+)
+def test_columns_of_pairs_go_with_files_and_are_two(overrides: tuple[str, ...], hint: str):
+    with pytest.raises(ParamsError, match=hint):
+        read_params(DEFAULT, tuple(f"prepare.{override}" for override in overrides))
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,8 @@ DEFAULTS = {
     "train_file": "reviews.jsonl",
     "validation_file": None,
     "text_column": "text",
+    "prompt_column": None,
+    "response_column": None,
     "label_column": None,
 }
 
@@ -327,6 +329,94 @@ def test_a_text_file_has_no_labels(tmp_path):
     (tmp_path / "mine.txt").write_text("a text\n")
     with pytest.raises(ParamsError, match=r"prepare\.label_column must be null with a text file"):
         file_reviews(tmp_path / "mine.txt", "prepare.train_file", "text", "label")
+
+
+# Pairs of prompt and response
+
+
+PAIRS = [
+    ("Name a film.", "Heat.", 1),
+    ("Name<br />another.", "Ran,<br />by Kurosawa", 1),
+    ("Name a film.", "Heat.", 0),
+    ("Name a film.", "Alien.", 0),
+    ("", "An answer to nothing", 1),
+    ("A question without an answer", None, 1),
+    ("<br />", "An answer to a break", 1),
+    ("a", "b", 1),
+    ("NA", "null and void", 0),
+]
+KEPT = [
+    Review("Heat.", 1, "mine:0", "Name a film."),
+    Review("Ran,\nby Kurosawa", 1, "mine:1", "Name\nanother."),
+    Review("Alien.", 0, "mine:3", "Name a film."),
+    Review("null and void", 0, "mine:8", "NA"),
+]
+COLUMNS = {"prompt_column": "ask", "response_column": "say", "label_column": "kind", "min_characters": 3}
+
+
+def write_pairs(path, rows=PAIRS):
+    """Write pairs in the format that the suffix names."""
+    columns = dict(zip(("ask", "say", "kind"), zip(*rows, strict=True), strict=True))
+    if path.suffix == ".csv":
+        with path.open("w", encoding="utf-8", newline="") as stream:
+            csv.writer(stream).writerows([tuple(columns), *rows])
+    elif path.suffix == ".jsonl":
+        write_jsonl(path, [dict(zip(columns, row, strict=True)) for row in rows])
+    else:
+        pq.write_table(pa.table({name: list(values) for name, values in columns.items()}), path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_pairs_are_cleaned_and_counted_as_reviews_are_in_both_columns(tmp_path, suffix):
+    path = write_pairs(tmp_path / f"mine{suffix}")
+    tally = Tally()
+    raw = file_reviews(path, "prepare.train_file", "say", "kind", "ask")
+    kept = list(clean(raw, "newline", 3, set(), tally))
+    assert kept == [review._replace(id=review.id.replace("mine", f"mine{suffix}")) for review in KEPT]
+    assert tally == Tally(read=9, empty=3, too_short=1, duplicates=1)
+
+
+def test_a_prompt_may_have_a_response_in_each_part_but_not_the_same_one(tmp_path):
+    write_pairs(tmp_path / "mine.jsonl")
+    write_pairs(tmp_path / "held.jsonl", [("Name a film.", "Alien.", 0), ("Name a film.", "Up.", 0)])
+    parts, tally = prepare(tmp_path, train_file="mine.jsonl", validation_file="held.jsonl", **COLUMNS)
+    assert [(review.prompt, review.text) for review in parts["validation"]] == [
+        ("Name a film.", "Alien."),
+        ("Name a film.", "Up."),
+    ]
+    assert [review.text for review in parts["train"]] == ["Heat.", "Ran,\nby Kurosawa", "null and void"]
+    assert tally.duplicates == 2
+
+
+@pytest.mark.parametrize("name", ["prompt_column", "response_column"])
+def test_a_column_of_pairs_that_is_not_there_is_told_by_its_setting(tmp_path, name):
+    write_pairs(tmp_path / "mine.csv")
+    with pytest.raises(ParamsError, match=rf"prepare\.{name} must be a column of mine\.csv: ask, say, kind\. Received"):
+        prepare(tmp_path, train_file="mine.csv", **COLUMNS | {name: "none"})
+
+
+def test_a_text_file_has_no_pairs(tmp_path):
+    (tmp_path / "mine.txt").write_text("a text\n")
+    with pytest.raises(ParamsError, match=r"prepare\.prompt_column must be null with a text file"):
+        prepare(tmp_path, train_file="mine.txt", **COLUMNS | {"label_column": None})
+
+
+def test_half_a_character_in_a_prompt_is_told_too(tmp_path):
+    (tmp_path / "mine.jsonl").write_text('{"ask": "\\ud83d", "say": "yes", "kind": 1}\n')
+    with pytest.raises(ParamsError, match=r"whole Unicode characters\. Received: half of one in row 0"):
+        prepare(tmp_path, train_file="mine.jsonl", **COLUMNS)
+
+
+def test_pairs_are_kept_apart_in_the_table(tmp_path):
+    write_reviews(tmp_path / "pairs.parquet", KEPT)
+    table = pq.read_table(tmp_path / "pairs.parquet")
+    assert table.column_names == ["prompt", "response", "label", "id"]
+    assert [(row["prompt"], row["response"], row["label"]) for row in table.to_pylist()] == [
+        (review.prompt, review.text, review.label) for review in KEPT
+    ]
+    metrics = describe({"train": KEPT[:2], "validation": KEPT[2:]}, Tally(9, 3, 1, 1))
+    assert metrics["characters_mean"] == round(sum(len(review.prompt + review.text) for review in KEPT) / 4, 1)
 
 
 # What is written

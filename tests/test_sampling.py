@@ -18,7 +18,7 @@ def sample(model, prompts, *, temperature=0.0, top_k=None, stop_id=NO_STOP, coun
     from stages.core.causal import make_model
 
     causal = make_model(model.backbone, model.jax_mesh, model.placements)
-    settings = sampling.SamplerSettings(count, temperature, top_k, stop_id)
+    settings = sampling.SamplerSettings(count, temperature, top_k, (stop_id,))
     return sampling.generate(causal, prompts, settings, seed)
 
 

@@ -79,8 +79,18 @@ def tiny_reviews(count: int) -> list[str]:
     return reviews
 
 
-def tiny_proto() -> bytes:
-    """Return a SentencePiece proto like Gemma's: BPE, byte fallback, no normalizing, line breaks as own pieces."""
+TURNS = ("<start_of_turn>", "<end_of_turn>")
+"""The control pieces of Gemma's turn format."""
+
+
+def tiny_proto(turns: tuple[str, ...] = TURNS, *, control: bool = False) -> bytes:
+    """Return a SentencePiece proto like Gemma's: BPE, byte fallback, no normalizing, line breaks as own pieces.
+
+    Args:
+        turns: the pieces of the turn format that it has.
+        control: they are control pieces, as a GGUF file has them, which SentencePiece finds in no text; else pieces as
+            the line breaks are, as in Gemma's own vocabulary.
+    """
     import io
 
     import sentencepiece
@@ -97,7 +107,8 @@ def tiny_proto() -> bytes:
         normalization_rule_name="identity",
         add_dummy_prefix=False,
         remove_extra_whitespaces=False,
-        user_defined_symbols=["<start_of_turn>", "\n", "\n\n", "▁▁"],
+        user_defined_symbols=[*(() if control else turns), "\n", "\n\n", "▁▁"],
+        control_symbols=[*(turns if control else ())],
         pad_id=0,
         eos_id=1,
         bos_id=2,

@@ -14,6 +14,11 @@ from types import ModuleType
 from stages.core.errors import StageError
 from stages.core.paths import cache_folder
 
+# Google's PCI vendor number and those of TPUs v3, v4, v5p, v5e, v6e and v7x, as JAX itself knows them by
+# (jax/_src/hardware_utils.py; importing it would import JAX before it is set up).
+PCI_VENDOR = "0x1ae0"
+PCI_DEVICES = {"0x0027", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076"}
+
 # The platform this process was set up for; JAX cannot be set up twice.
 _started: str | None = None
 
@@ -23,11 +28,27 @@ def accelerator() -> str | None:
 
     With libtpu installed, asking JAX itself would try to open a TPU and complain where there is none.
     """
-    if list(Path("/dev").glob("accel[0-9]*")) or (list(Path("/dev/vfio").glob("[0-9]*")) and "TPU_NAME" in os.environ):
+    if list(Path("/dev").glob("accel[0-9]*")):
+        return "tpu"
+    # From v5e on a TPU is a device handed to this machine by VFIO, as other hardware may be too.
+    if list(Path("/dev/vfio").glob("[0-9]*")) and (
+        "TPU_NAME" in os.environ or tpu_on_bus(Path("/sys/bus/pci/devices"))
+    ):
         return "tpu"
     if Path("/dev/nvidia0").exists():
         return "gpu"
     return None
+
+
+def tpu_on_bus(devices: Path) -> bool:
+    """Return whether one of the PCI devices that Linux lists in a folder is a TPU."""
+
+    def number(file: Path) -> str:
+        return file.read_text().strip() if file.is_file() else ""
+
+    return any(
+        number(each / "vendor") == PCI_VENDOR and number(each / "device") in PCI_DEVICES for each in devices.glob("*")
+    )
 
 
 def configure(kind: str, count: int) -> str:

@@ -129,10 +129,13 @@ def make_causal(model: LoadedModel, settings: Finetune) -> CausalModel:
     )
 
 
-def checkpoints(paths: Paths, description: dict[str, Any], platform: str, settings: Finetune) -> Store | None:
+def checkpoints(
+    paths: Paths, description: dict[str, Any], platform: str, settings: Finetune, *, turns: bool = False
+) -> Store | None:
     """Return where this run's checkpoints lie, or None if it is to have none.
 
-    The run is told from others by all that it ends in: settings, tokens, base, dtype, mesh and layout.
+    The run is told from others by all that it ends in: settings, tokens, base, dtype, mesh, layout, and how the sample
+    prompt is put (`turns`).
     """
     if settings.checkpoint_every is None:
         return None
@@ -141,6 +144,7 @@ def checkpoints(paths: Paths, description: dict[str, Any], platform: str, settin
         "tokens": {split: sha256(paths.read(file)) for split, file in TOKENS.items()},
         **{key: description[key] for key in ("base", "dtype", "mesh", "layout")},
         "platform": platform,
+        "turns": turns,
     }
     return Store(fingerprint_of(parts), settings.checkpoint_keep)
 
@@ -152,6 +156,7 @@ def fit(
     *,
     store: Store | None = None,
     tokenizer: Tokenizer | None = None,
+    turns: bool = False,
     profile: Path | None = None,
     load_seconds: float = 0.0,
     say: Callable[[str], None] = lambda text: None,
@@ -164,6 +169,7 @@ def fit(
         settings: the training settings.
         store: the run's checkpoints; None: none are read or written, and signals act as usual.
         tokenizer: for samples; None: none are made.
+        turns: put the sample prompt in the turn format.
         profile: folder for a JAX profile of a few steps.
         load_seconds: what loading the model took, for the metrics.
         say: shows one line to the person.
@@ -211,7 +217,7 @@ def fit(
         # Nothing is kept for a backward pass, so more fit at a time, and fewer calls cost less.
         held_out=Batches(windows["validation"], 4 * settings.batch_size, model.mesh_shape),
         store=store,
-        sample=_sampler(causal, tokenizer, settings) if tokenizer and settings.sample_every else None,
+        sample=_sampler(causal, tokenizer, settings, turns) if tokenizer and settings.sample_every else None,
         profile=profile,
         say=say,
     )
@@ -259,13 +265,14 @@ def fit(
     )
 
 
-def _sampler(causal: CausalModel, tokenizer: Tokenizer, settings: Finetune) -> Callable[[], str]:
+def _sampler(causal: CausalModel, tokenizer: Tokenizer, settings: Finetune, turns: bool) -> Callable[[], str]:
     """Return a function that continues the sample prompt, compiled once."""
+    from stages.core import prompting
     from stages.core.sampling import Sampler, SamplerSettings
 
-    sampler = Sampler(causal, SamplerSettings(settings.sample_tokens, 0.0, None, tokenizer.eos))
-    prompt = [tokenizer.bos, *tokenizer.encode(settings.sample_prompt)]
-    return lambda: tokenizer.decode(sampler([prompt], 0)[0])
+    prompts, stops = prompting.encode(tokenizer, [settings.sample_prompt], turns=turns)
+    sampler = Sampler(causal, SamplerSettings(settings.sample_tokens, 0.0, None, stops))
+    return lambda: tokenizer.decode(sampler(prompts, 0)[0])
 
 
 def trained_arrays(model: LoadedModel) -> dict[str, np.ndarray]:

@@ -58,6 +58,8 @@ class Prepare(Section):
     train_file: str | None
     validation_file: str | None
     text_column: Annotated[str, Field(min_length=1)]
+    prompt_column: Annotated[str, Field(min_length=1)] | None
+    response_column: Annotated[str, Field(min_length=1)] | None
     label_column: str | None
 
     @model_validator(mode="after")
@@ -68,6 +70,12 @@ class Prepare(Section):
             raise ValueError("validation_file must be null unless source is files")
         if self.source != "imdb_reviews" and self.data_dir is not None:
             raise ValueError("data_dir must be null unless source is imdb_reviews")
+        if (self.prompt_column is None) != (self.response_column is None):
+            raise ValueError("prompt_column and response_column must be given together or both be null")
+        if self.prompt_column is not None and self.source != "files":
+            raise ValueError("prompt_column must be null unless source is files")
+        if self.prompt_column is not None and self.prompt_column == self.response_column:
+            raise ValueError("prompt_column and response_column must name two columns")
         return self
 
 
@@ -163,6 +171,7 @@ class Generate(Section):
     """The prompts and how they are continued."""
 
     prompts: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+    turns: bool
     max_tokens: Annotated[int, Field(ge=1, le=8192)]
     temperature: Annotated[float, Field(ge=0, le=10)]
     top_k: Positive | None
@@ -250,32 +259,57 @@ def read_params(path: Path, overrides: tuple[str, ...] = ()) -> Params:
     Raises:
         ParamsError: one line for each mistake: key, what is allowed, the value received, and the line in the file.
     """
-    from ruamel.yaml import YAML, YAMLError
+    return check_params(read_text(path), path.name, overrides)
 
+
+def read_text(path: Path) -> str:
+    """Return the text of `params.yaml`.
+
+    Raises:
+        ParamsError: no such file, or no UTF-8.
+    """
     if not path.is_file():
         raise ParamsError(
             f"The settings file does not exist. Received: path={path}. Run this in the repository's folder."
         )
-    yaml = YAML()
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"))
-    except YAMLError as error:
-        raise ParamsError(f"{path.name} is not valid YAML: {' '.join(str(error).split())}") from error
+        # Line endings as they are: what rewrites the file must not change them.
+        return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise ParamsError(f"{path.name} must be UTF-8 text: {error}") from error
+
+
+def parse(text: str, file_name: str) -> dict:
+    """Return the sections of `params.yaml`, with ruamel's containers that know their lines; nothing in them is checked.
+
+    Raises:
+        ParamsError: not YAML, or no sections.
+    """
+    from ruamel.yaml import YAML, YAMLError
+
+    try:
+        content = YAML().load(text)
+    except YAMLError as error:
+        raise ParamsError(f"{file_name} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise ParamsError(f"{path.name} must hold sections such as `finetune:`. Received: {type(content).__name__}")
+        raise ParamsError(f"{file_name} must hold sections such as `finetune:`. Received: {type(content).__name__}")
+    return content
+
+
+def check_params(text: str, file_name: str, overrides: tuple[str, ...] = ()) -> Params:
+    """Check the text of `params.yaml`; arguments and errors as for `read_params`."""
+    content = parse(text, file_name)
     overridden = set()
     for override in overrides:
-        overridden.add(_apply(content, override))
+        overridden.add(apply_override(content, override))
     try:
-        return Params.model_validate(_plain(content))
+        return Params.model_validate(plain(content))
     except ValidationError as error:
-        lines = [_describe(problem, content, path.name, overridden) for problem in error.errors()]
+        lines = [_describe(problem, content, file_name, overridden) for problem in error.errors()]
         raise ParamsError("\n".join(dict.fromkeys(lines))) from error
 
 
-def _apply(content: dict, override: str) -> tuple[str, ...]:
+def apply_override(content: dict, override: str) -> tuple[str, ...]:
     """Set one `section.key=value` in place and return its key as a tuple."""
     from ruamel.yaml import YAML, YAMLError
 
@@ -300,12 +334,12 @@ def _apply(content: dict, override: str) -> tuple[str, ...]:
     return keys
 
 
-def _plain(node: Any) -> Any:
+def plain(node: Any) -> Any:
     """Return ruamel's round-trip containers and scalars as plain Python ones."""
     if isinstance(node, dict):
-        return {str(key): _plain(value) for key, value in node.items()}
+        return {str(key): plain(value) for key, value in node.items()}
     if isinstance(node, list):
-        return [_plain(value) for value in node]
+        return [plain(value) for value in node]
     for kind in (bool, int, float, str):
         if isinstance(node, kind):
             return kind(node)
@@ -343,8 +377,8 @@ def _describe(problem: Any, content: dict, file_name: str, overridden: set[tuple
     message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     if problem["type"] == "value_error":
         message = message if not name else f"{name}.{message}"
-        return f"{place}: {message}. Received: {_flat(_plain(node))}"
-    return f"{place}: {name} {message[0].lower() + message[1:]}. Received: {name}={_plain(node)!r}"
+        return f"{place}: {message}. Received: {_flat(plain(node))}"
+    return f"{place}: {name} {message[0].lower() + message[1:]}. Received: {name}={plain(node)!r}"
 
 
 def _section_in(annotation: Any) -> type[Section] | None:

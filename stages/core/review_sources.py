@@ -36,7 +36,7 @@ def prepare_reviews(
     train, validation = _open(settings, root, cache, say)
     tally, seen = Tally(), set()
 
-    def cleaned(raw: Iterable[RawReview], known: set[str]) -> Iterable[Review]:
+    def cleaned(raw: Iterable[RawReview], known: set[tuple[str, str]]) -> Iterable[Review]:
         return clean(raw, settings.html_breaks, settings.min_characters, known, tally)
 
     if validation is None:
@@ -52,7 +52,7 @@ def prepare_reviews(
         # What the held-out part does not use may be trained on.
         reviews = list(
             islice(
-                cleaned(train, {review.text for review in held}),
+                cleaned(train, {review.content for review in held}),
                 # Shuffling needs them all; else reading ends with the last that is taken.
                 None if settings.shuffle else settings.take,
             )
@@ -70,7 +70,7 @@ def prepare_reviews(
 def describe(parts: dict[str, list[Review]], tally: Tally) -> dict[str, int | float]:
     """Return the metrics: counts, the mean length in characters of all reviews kept, and the share of positive ones.
 
-    The share is there only where the labels are 0 and 1.
+    The share is there only where the labels are 0 and 1. A pair's length is that of prompt and response together.
     """
     metrics: dict[str, int | float] = {
         "reviews_read": tally.read,
@@ -84,14 +84,15 @@ def describe(parts: dict[str, list[Review]], tally: Tally) -> dict[str, int | fl
         if {review.label for review in reviews} <= {0, 1}:
             metrics[f"{part}_positive_fraction"] = round(sum(review.label for review in reviews) / len(reviews), 4)
     kept = [review for reviews in parts.values() for review in reviews]
-    metrics["characters_mean"] = round(sum(len(review.text) for review in kept) / len(kept), 1)
+    metrics["characters_mean"] = round(sum(len(part) for review in kept for part in review.content) / len(kept), 1)
     return metrics
 
 
 def summary(parts: dict[str, list[Review]], tally: Tally) -> str:
-    """Return one line for the person: how many reviews there are, and what was left out."""
+    """Return one line for the person: how many reviews (or pairs) there are, and what was left out."""
+    what = "reviews" if parts["train"][0].prompt is None else "pairs of prompt and response"
     return (
-        f"{len(parts['train']):,} reviews to train on and {len(parts['validation']):,} held out, "
+        f"{len(parts['train']):,} {what} to train on and {len(parts['validation']):,} held out, "
         f"of {tally.read:,} read. Left out: {_left_out(tally)}."
     )
 
@@ -113,7 +114,11 @@ def _open(
 
     def read(name: str, value: str) -> list[RawReview]:
         path = root / Path(value).expanduser()
-        return file_reviews(path, f"prepare.{name}", settings.text_column, settings.label_column)
+        if settings.prompt_column is None:
+            return file_reviews(path, f"prepare.{name}", settings.text_column, settings.label_column)
+        return file_reviews(
+            path, f"prepare.{name}", settings.response_column, settings.label_column, settings.prompt_column
+        )
 
     held = None if settings.validation_file is None else read("validation_file", settings.validation_file)
     return read("train_file", settings.train_file), held

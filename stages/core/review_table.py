@@ -1,6 +1,6 @@
-"""The Parquet files of reviews: columns text, label, id.
+"""The Parquet files of reviews: columns text, label, id; of pairs: prompt, response, label, id.
 
-Purpose: the same reviews give the same bytes.
+Purpose: the same reviews give the same bytes. Which of the two a file is, its columns tell.
 Writes: `data/imdb/train.parquet`, `data/imdb/validation.parquet`.
 """
 
@@ -16,8 +16,8 @@ from stages.core.reviews import Review
 def write_reviews(path: Path, reviews: Sequence[Review]) -> None:
     """Write reviews in order.
 
-    Columns: `text` (string), `label` (int8 where the labels are small whole numbers or there are none, else int64 or
-    string; null where a review has none), `id` (string).
+    Columns: `text`, or `prompt` and `response` of pairs (string), `label` (int8 where the labels are small whole
+    numbers or there are none, else int64 or string; null where a review has none), `id` (string).
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -28,9 +28,13 @@ def write_reviews(path: Path, reviews: Sequence[Review]) -> None:
         kind = pa.string()
     else:
         kind = pa.int8() if all(-128 <= label <= 127 for label in known) else pa.int64()
+    texts = pa.array([review.text for review in reviews], pa.string())
+    pairs = any(review.prompt is not None for review in reviews)
+    prompts = {"prompt": pa.array([review.prompt for review in reviews], pa.string())} if pairs else {}
     table = pa.table(
         {
-            "text": pa.array([review.text for review in reviews], pa.string()),
+            **prompts,
+            "response" if pairs else "text": texts,
             "label": pa.array(labels, kind),
             "id": pa.array([review.id for review in reviews], pa.string()),
         }

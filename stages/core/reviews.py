@@ -1,6 +1,7 @@
-"""Reviews as they come and as they are used: cleaning, and counting what is left out.
+"""Reviews, or pairs of prompt and response, as they come and as they are used: cleaning, and counting what is left out.
 
-Purpose: nothing is dropped in silence, and no review stands in both the training and the held-out part.
+Purpose: nothing is dropped in silence, and no review stands in both the training and the held-out part. A pair is a
+review with a prompt: its text is the response.
 """
 
 from __future__ import annotations
@@ -18,19 +19,30 @@ BREAKS = re.compile(r"\s*(?:<br\s*/?>\s*)+", re.IGNORECASE)
 
 
 class RawReview(NamedTuple):
-    """A review as its source has it: the text may be of any type where a file has an empty or odd cell."""
+    """A review as its source has it: text and prompt may be of any type where a file has an empty or odd cell.
+
+    The prompt counts only where `is_pair` says so: a pair's cell may be empty too.
+    """
 
     text: Any
     label: Label
     id: str
+    prompt: Any = None
+    is_pair: bool = False
 
 
 class Review(NamedTuple):
-    """A review that is used; the id names its source and its row there, from 0."""
+    """A review that is used; the id names its source and its row there, from 0. Only a pair has a prompt."""
 
     text: str
     label: Label
     id: str
+    prompt: str | None = None
+
+    @property
+    def content(self) -> tuple[str, str]:
+        """What must not occur twice: prompt and text, so that a prompt may have several responses."""
+        return (self.prompt or "", self.text)
 
 
 @dataclass
@@ -59,32 +71,34 @@ def clean_text(text: str, html_breaks: HtmlBreaks) -> str:
 
 
 def clean(
-    raw: Iterable[RawReview], html_breaks: HtmlBreaks, min_characters: int, seen: set[str], tally: Tally
+    raw: Iterable[RawReview], html_breaks: HtmlBreaks, min_characters: int, seen: set[tuple[str, str]], tally: Tally
 ) -> Iterator[Review]:
     """Yield the reviews that are used, in order, and count the others.
 
     Args:
         raw: reviews as their source has them; read only as far as the caller goes.
-        html_breaks: see `clean_text`.
-        min_characters: shorter texts, white space at the ends not counted, are left out.
-        seen: texts that are used already, here or in another part; those yielded are added.
-        tally: counts, added to.
+        html_breaks: see `clean_text`; of a pair it goes for prompt and response.
+        min_characters: shorter texts, white space at the ends not counted, are left out; of a pair the prompt's and the
+            response's characters are counted together.
+        seen: the `content` of those that are used already, here or in another part; those yielded are added.
+        tally: counts, added to. A pair without a prompt or without a response is empty.
     """
     for review in raw:
         tally.read += 1
-        if not isinstance(review.text, str) or not review.text.strip():
+        parts = [review.prompt, review.text] if review.is_pair else [review.text]
+        if not all(isinstance(part, str) for part in parts):
             tally.empty += 1
             continue
-        text = clean_text(review.text, html_breaks)
-        length = len(text.strip())
-        if length < min_characters:
-            # A text of nothing but breaks is as good as none.
-            if length:
-                tally.too_short += 1
-            else:
-                tally.empty += 1
-        elif text in seen:
+        parts = [clean_text(part, html_breaks) for part in parts]
+        lengths = [len(part.strip()) for part in parts]
+        used = Review(parts[-1], review.label, review.id, parts[0] if review.is_pair else None)
+        # A text of nothing but breaks is as good as none.
+        if not all(lengths):
+            tally.empty += 1
+        elif sum(lengths) < min_characters:
+            tally.too_short += 1
+        elif used.content in seen:
             tally.duplicates += 1
         else:
-            seen.add(text)
-            yield Review(text, review.label, review.id)
+            seen.add(used.content)
+            yield used

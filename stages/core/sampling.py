@@ -26,13 +26,13 @@ from stages.core.causal import CausalModel
 class SamplerSettings:
     """How the next token is chosen; hashable, since the loop is compiled for it.
 
-    `temperature` 0.0 takes the likeliest; `top_k` None samples among all.
+    `temperature` 0.0 takes the likeliest; `top_k` None samples among all. Each of `stop_ids` ends a text.
     """
 
     max_tokens: int
     temperature: float
     top_k: int | None
-    stop_id: int
+    stop_ids: tuple[int, ...]
 
 
 class Sampler:
@@ -57,7 +57,7 @@ class Sampler:
             seed: of the sampling; prompt i has the stream (seed, i).
 
         Returns:
-            The new token ids of each prompt, up to and without the stop token.
+            The new token ids of each prompt, up to and without the first stop token.
         """
         plan = self._model._plan
         batch_devices = plan.mesh.shape["batch"] if plan.mesh is not None else 1
@@ -74,7 +74,7 @@ class Sampler:
         values = [variable.value for variable in self._model.backbone.variables]
         tokens = np.asarray(self._run(values, ids, lengths, live, keys))
         results = []
-        stop = self._settings.stop_id
+        stop = self._settings.stop_ids[0]
         for row in range(len(prompts)):
             new = tokens[row].tolist()
             results.append(new[: new.index(stop)] if stop in new else new)
@@ -97,9 +97,10 @@ def _generate(
     live: jax.Array,
     keys: jax.Array,
 ) -> jax.Array:
-    """Return int32 (rows, max_tokens): the new tokens, then stop tokens."""
+    """Return int32 (rows, max_tokens): the new tokens, then stop tokens, the first for all."""
     backbone, plan, constrain = model.backbone, model._plan, model._constrain
     rows, longest = ids.shape
+    stop = settings.stop_ids[0]
     with keras.StatelessScope(state_mapping=list(zip(backbone.variables, values, strict=True))):
         table = backbone.token_embedding._embeddings.value.astype(backbone.token_embedding.compute_dtype)
 
@@ -110,7 +111,11 @@ def _generate(
             )
 
         def choose(hidden: jax.Array, step: jax.Array) -> jax.Array:
-            """Pick a token for each row from its hidden state (rows, hidden)."""
+            """Pick a token for each row from its hidden state (rows, hidden); whatever stops becomes the first stop."""
+            token = pick(hidden, step)
+            return jnp.where(jnp.isin(token, jnp.array(settings.stop_ids)), stop, token)
+
+        def pick(hidden: jax.Array, step: jax.Array) -> jax.Array:
             z = jnp.einsum("nd,vd->nv", hidden, table, preferred_element_type=jnp.float32)
             if plan.mesh is not None:
                 z = jax.lax.with_sharding_constraint(z, NamedSharding(plan.mesh, P("batch", "model")))
@@ -128,18 +133,18 @@ def _generate(
         positions = jnp.broadcast_to(jnp.arange(longest, dtype=jnp.int32), (rows, longest))
         hidden, caches = advance(caches, ids, positions)
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-        first = jnp.where(live, choose(last, jnp.int32(0)), settings.stop_id)
-        output = jnp.full((rows, settings.max_tokens), settings.stop_id, jnp.int32).at[:, 0].set(first)
+        first = jnp.where(live, choose(last, jnp.int32(0)), stop)
+        output = jnp.full((rows, settings.max_tokens), stop, jnp.int32).at[:, 0].set(first)
 
         def unfinished(state: Any) -> jax.Array:
             step, token, _, _ = state
-            return (step < settings.max_tokens) & jnp.any(token != settings.stop_id)
+            return (step < settings.max_tokens) & jnp.any(token != stop)
 
         def body(state: Any) -> Any:
             step, token, caches, output = state
             # A shorter prompt's padding lies in the cache beyond its own position; new tokens overwrite it in turn.
             hidden, caches = advance(caches, token[:, None], (lengths + step - 1)[:, None])
-            following = jnp.where(token == settings.stop_id, settings.stop_id, choose(hidden[:, 0], step))
+            following = jnp.where(token == stop, stop, choose(hidden[:, 0], step))
             return step + 1, following, caches, output.at[:, step].set(following)
 
         return jax.lax.while_loop(unfinished, body, (jnp.int32(1), first, caches, output))[3]

@@ -62,10 +62,15 @@ class Tokenizer:
             )
         return cls(processor)
 
+    def piece_id(self, piece: str) -> int | None:
+        """Return the id of a piece, or None if the vocabulary has no such piece."""
+        number = self._processor.piece_to_id(piece)
+        return number if self._processor.id_to_piece(number) == piece else None
+
     def _special(self, piece: str) -> int:
         """Return the id of a special piece, which the vocabulary must have."""
-        number = self._processor.piece_to_id(piece)
-        if self._processor.id_to_piece(number) != piece:
+        number = self.piece_id(piece)
+        if number is None:
             raise StageError(
                 f"A Gemma vocabulary must have the piece {piece}. Received: {self.vocabulary_size} other pieces"
             )

@@ -1,0 +1,85 @@
+"""From a Parquet file of reviews, or of pairs of prompt and response, to windows and what became of the tokens.
+
+Purpose: what `stages/tokenize.py` strings together. The file's columns tell which of the two it holds.
+Reads: `data/imdb/*.parquet`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from stages.core import pair_windows, windows
+from stages.core.errors import StageError
+from stages.core.params import Tokenize
+from stages.core.tokenizer import Tokenizer
+from stages.core.turns import Turns
+
+
+@dataclass(frozen=True)
+class LaidOut:
+    """A split's windows, the counts for the metrics, the share of tokens that truncation costs, and a line to show."""
+
+    windows: windows.Windows
+    counts: dict[str, int | float]
+    cut_by_truncation_fraction: float
+    summary: str
+
+
+def lay_out(source: Path, split: str, tokenizer: Tokenizer, settings: Tokenize) -> LaidOut:
+    """Turn a split into windows.
+
+    Args:
+        source: the Parquet file.
+        split: its name, for what the person reads.
+        tokenizer: of the preset.
+        settings: the section `tokenize`.
+
+    Raises:
+        StageError: there is no token to learn, or the vocabulary has no turn format and the data are pairs.
+    """
+    from pyarrow import parquet
+
+    if "prompt" in parquet.read_schema(source).names:
+        return _pairs(source, split, tokenizer, settings)
+    reviews = tokenizer.encode_all(parquet.read_table(source, columns=["text"])["text"].to_pylist())
+    eos = tokenizer.eos if settings.eos else None
+    put = windows.pack if settings.packing else windows.one_per_review
+    laid_out = put(reviews, settings.length, bos=tokenizer.bos, eos=eos, pad=tokenizer.pad)
+    counts = windows.window_metrics(laid_out, reviews, eos=settings.eos)
+    if not counts["tokens_kept"]:
+        raise StageError(f"The {split} reviews must have at least one token. Received: {len(reviews)} reviews, none")
+    return LaidOut(
+        laid_out,
+        counts,
+        windows.cut_by_truncation_fraction(reviews, settings.length, eos=settings.eos),
+        f"{split}: {counts['reviews']:,} reviews in {counts['windows']:,} windows of {settings.length} tokens, "
+        f"{counts['filled_fraction']:.1%} filled, {counts['tokens_cut']:,} tokens cut",
+    )
+
+
+def _pairs(source: Path, split: str, tokenizer: Tokenizer, settings: Tokenize) -> LaidOut:
+    """Turn a split of pairs into windows."""
+    from pyarrow import parquet
+
+    table = parquet.read_table(source, columns=["prompt", "response"])
+    turns = Turns(tokenizer)
+    prompts, responses = (table[name].to_pylist() for name in ("prompt", "response"))
+    pairs = list(zip(turns.prompts(prompts), turns.responses(responses), strict=True))
+    laid_out = pair_windows.lay_out(pairs, settings.length, packing=settings.packing, pad=tokenizer.pad)
+    counts = pair_windows.pair_metrics(laid_out, pairs)
+    if not counts["response_tokens"]:
+        raise StageError(
+            f"The {split} pairs must have a response token within a window of {settings.length} tokens. Received: "
+            f"{len(pairs)} pairs, {counts['prompts_too_long']} with a prompt that fills it. "
+            "Set a larger tokenize.length."
+        )
+    left_out = f", {counts['prompts_too_long']:,} pairs left out, whose prompt alone fills a window"
+    return LaidOut(
+        laid_out,
+        counts,
+        round(counts["tokens_cut"] / (counts["tokens_cut"] + counts["tokens_kept"]), 6),
+        f"{split}: {counts['reviews']:,} pairs in {counts['windows']:,} windows of {settings.length} tokens, "
+        f"{counts['filled_fraction']:.1%} filled, {counts['response_tokens']:,} response tokens to learn, "
+        f"{counts['tokens_cut']:,} tokens cut{left_out if counts['prompts_too_long'] else ''}",
+    )

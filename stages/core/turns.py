@@ -1,0 +1,70 @@
+"""Gemma's turn format: what instruct presets were trained on, as token ids.
+
+Purpose: a prompt to continue, or a prompt and its response to learn from, is laid out as
+
+    <bos><start_of_turn>user
+    {prompt}<end_of_turn>
+    <start_of_turn>model
+    {response}<end_of_turn>
+
+(https://ai.google.dev/gemma/docs/core/prompt-structure), the texts without white space at their ends, as Gemma's chat
+template at Hugging Face has it. The template goes on with a line break; nothing that is learnt follows it, so it is
+left out. The two control tokens are put in by id: a text that spells one cannot end or begin a turn.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from stages.core.errors import StageError
+from stages.core.tokenizer import Tokenizer
+
+START, END = "<start_of_turn>", "<end_of_turn>"
+
+# In some vocabularies SentencePiece finds the control pieces in any text. It sees no more than one part of a text that
+# is divided after the first character of such a word.
+WITHIN_CONTROL = re.compile(r"(?<=<)(?=(?:start|end)_of_turn>)")
+
+
+class Turns:
+    """The turn format with a vocabulary.
+
+    Attributes:
+        end: id of `<end_of_turn>`, which ends a response.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        """Look the control pieces up by name: their ids differ between the families.
+
+        Raises:
+            StageError: the vocabulary lacks one.
+        """
+        self._tokenizer = tokenizer
+        ids = {piece: tokenizer.piece_id(piece) for piece in (START, END)}
+        for piece, number in ids.items():
+            if number is None:
+                raise StageError(
+                    f"Gemma's turn format needs a vocabulary with the piece {piece}. Received: "
+                    f"{tokenizer.vocabulary_size} other pieces\nTake an instruct preset, or data with one text a row "
+                    "(prepare.prompt_column: null) and generate.turns: false."
+                )
+        self._start, self.end = ids[START], ids[END]
+        self._line_break, self._model = tokenizer.encode("\n"), tokenizer.encode("model\n")
+
+    def prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return each text as the person's turn, up to where the model's response begins; BOS is the first id."""
+        return [
+            [self._tokenizer.bos, self._start, *ids, self.end, *self._line_break, self._start, *self._model]
+            for ids in self._encode([f"user\n{text.strip()}" for text in texts])
+        ]
+
+    def responses(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return each text as the rest of the model's turn, to follow its prompt's ids; `<end_of_turn>` is the last."""
+        return [[*ids, self.end] for ids in self._encode([text.strip() for text in texts])]
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of texts, none of them a control token."""
+        parts = [WITHIN_CONTROL.split(text) for text in texts]
+        encoded = iter(self._tokenizer.encode_all([part for each in parts for part in each]))
+        return [[number for _ in each for number in next(encoded)] for each in parts]

@@ -1,0 +1,56 @@
+"""List the ready settings, or write one into `params.yaml` in place.
+
+Reads and writes: `params.yaml`; comments and what no profile speaks of stay as they are.
+Command: `python -m stages.profile` lists, `python -m stages.profile gpu-single` applies. No stage of the pipeline: it
+changes settings, and `dvc repro` then runs what they change.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from stages.core.cli import fail
+from stages.core.errors import StageError
+
+
+@click.command()
+@click.argument("name", required=False)
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="SECTION.KEY=VALUE",
+    help="Write this value instead of the profile's; may be repeated.",
+)
+@click.option("--dry-run", is_flag=True, help="Only show what would change.")
+@click.option("-v", "--verbose", is_flag=True, help="Show the traceback of an error.")
+def main(name: str | None, overrides: tuple[str, ...], dry_run: bool, verbose: bool) -> None:
+    """List the ready settings, or write the one that is named into params.yaml.
+
+    A profile sets what any profile speaks of, the rest of that as in quickstart, and leaves all else alone.
+    """
+    from stages.core import profiles
+    from stages.core.files import write_text
+    from stages.core.params import check_params, read_text
+
+    path = Path.cwd() / "params.yaml"
+    try:
+        text = read_text(path)
+        if name is None:
+            click.echo(profiles.table(text, path.name))
+            return
+        changed, changes = profiles.apply(name, text, path.name, overrides)
+        params = check_params(changed, path.name)
+        if changes and not dry_run:
+            write_text(path, changed)
+    except StageError as error:
+        fail(error, verbose)
+    for change in changes:
+        click.echo(f"{change.key}: {change.old} \N{RIGHTWARDS ARROW} {change.new}")
+    click.echo(profiles.summary(name, params, changes, path.parent, dry_run=dry_run), err=True)
+
+
+if __name__ == "__main__":
+    main()
