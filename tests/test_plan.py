@@ -395,6 +395,17 @@ def test_the_stage_writes_metrics_search_and_scaling_the_same_each_time(presets,
     assert "Traceback" not in first.stderr + again.stderr
 
 
+def test_the_best_candidate_is_the_fastest_and_of_equals_the_one_that_sends_least():
+    from stages.core.plan_search import _worth
+
+    def row(name: str, tokens: float | None, wire: int, batch: int) -> dict:
+        return {"name": name, "tokens_per_second_bound": tokens, "wire_bytes": wire, "batch_size": batch}
+
+    rows = [row("slow", 40_000.0, 1, 8), row("talks", 45_076.0, 900, 32), row("quiet", 45_071.0, 100, 16)]
+    rows += [{"name": "does not fit"}]
+    assert [each["name"] for each in sorted(rows, key=_worth, reverse=True)] == ["quiet", "talks", "slow", "does not fit"]
+
+
 # --- The table of all presets. ---
 
 

@@ -51,10 +51,10 @@ def search(params: Settings, wanted: PlanSearch, say: Say) -> dict[str, Any]:
         tried, best = _largest_batch(question, topology, wanted.largest_batch, say)
         points += [{"name": candidate, **each} for each in tried]
         table.append({"name": candidate, **best})
-    table.sort(key=_tokens_bound, reverse=True)
+    table.sort(key=_worth, reverse=True)
     for row in [row for row in table if row["fits"]][:CONFIRMED]:
         points += [{"name": row["name"], **each} for each in _confirm(row, found[row["name"]], say)]
-    table.sort(key=_tokens_bound, reverse=True)
+    table.sort(key=_worth, reverse=True)
     return {
         "preset": name,
         "topology": wanted.topology,
@@ -108,8 +108,10 @@ def _candidates(params: Settings, wanted: PlanSearch, topology: Topology) -> tup
     return name, found
 
 
-def _tokens_bound(row: dict[str, Any]) -> float:
-    return row.get("tokens_per_second_bound") or 0.0
+def _worth(row: dict[str, Any]) -> tuple[float, float]:
+    """Most tokens a second at the bound first; of equals, where the products are the limit, who sends least for them."""
+    tokens = row.get("tokens_per_second_bound") or 0.0
+    return float(f"{tokens:.3g}"), -(row.get("wire_bytes") or 0) / row.get("batch_size", 1)
 
 
 def _batches(step: int, largest: int) -> list[int]:

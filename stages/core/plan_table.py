@@ -21,30 +21,40 @@ def show(entries: dict[str, dict[str, Any]], searched: dict[str, Any] | None, sc
         scaled: from `plan_search.scaling`.
     """
     console = Console(width=None if Console().is_terminal else 160)
-    console.print(
-        _table(
-            "Plan: what a step needs on each device",
-            ("target", "fits", "arguments", "temporaries", "needed", "of", "collectives", "least step (lower bound)"),
-            [
+    if entries:
+        console.print(
+            _table(
+                "Plan: what a step needs on each device",
                 (
-                    label,
-                    _yes(each["fits"]),
-                    size(each.get("argument_bytes_per_device")),
-                    size(each.get("temporary_bytes_per_device")),
-                    size(each.get("needed_bytes_per_device")),
-                    size(each.get("hbm_bytes_per_device")),
-                    counts({kind: found["count"] for kind, found in each["collectives"].items()}),
-                    _least(each.get("least_step_seconds"), each.get("least_step_limit"))
-                    + (
-                        f" (measured: {each['measured_step_seconds'] * 1e3:.0f} ms)"
-                        if "measured_step_seconds" in each
-                        else ""
-                    ),
-                )
-                for label, each in entries.items()
-            ],
+                    "target",
+                    "fits",
+                    "arguments",
+                    "temporaries",
+                    "needed",
+                    "of",
+                    "collectives",
+                    "least step (lower bound)",
+                ),
+                [
+                    (
+                        label,
+                        _yes(each["fits"]),
+                        size(each.get("argument_bytes_per_device")),
+                        size(each.get("temporary_bytes_per_device")),
+                        size(each.get("needed_bytes_per_device")),
+                        size(each.get("hbm_bytes_per_device")),
+                        counts({kind: found["count"] for kind, found in each["collectives"].items()}),
+                        _least(each.get("least_step_seconds"), each.get("least_step_limit"))
+                        + (
+                            f" (measured: {each['measured_step_seconds'] * 1e3:.0f} ms)"
+                            if "measured_step_seconds" in each
+                            else ""
+                        ),
+                    )
+                    for label, each in entries.items()
+                ],
+            )
         )
-    )
     if searched:
         rows = [
             (
