@@ -403,7 +403,8 @@ def test_the_best_candidate_is_the_fastest_and_of_equals_the_one_that_sends_leas
 
     rows = [row("slow", 40_000.0, 1, 8), row("talks", 45_076.0, 900, 32), row("quiet", 45_071.0, 100, 16)]
     rows += [{"name": "does not fit"}]
-    assert [each["name"] for each in sorted(rows, key=_worth, reverse=True)] == ["quiet", "talks", "slow", "does not fit"]
+    best_first = [each["name"] for each in sorted(rows, key=_worth, reverse=True)]
+    assert best_first == ["quiet", "talks", "slow", "does not fit"]
 
 
 # --- The table of all presets. ---

@@ -109,7 +109,7 @@ def _candidates(params: Settings, wanted: PlanSearch, topology: Topology) -> tup
 
 
 def _worth(row: dict[str, Any]) -> tuple[float, float]:
-    """Most tokens a second at the bound first; of equals, where the products are the limit, who sends least for them."""
+    """Most tokens a second at the bound; of equals (the products are the limit) the one that sends least a window."""
     tokens = row.get("tokens_per_second_bound") or 0.0
     return float(f"{tokens:.3g}"), -(row.get("wire_bytes") or 0) / row.get("batch_size", 1)
 
