@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 
+import numpy as np
 import pytest
 
 from tests.finetunes import data, settings, train
@@ -52,6 +53,21 @@ def test_the_share_of_the_peak_follows_from_flops_time_and_the_measured_product(
     share = reached / metrics["flops_per_second_of_matrix_product"]
     assert metrics["flops_share_of_peak"] == pytest.approx(share, abs=1e-4, rel=0.02)
     assert 1e9 < metrics["flops_per_second_of_matrix_product"] < 1e14
+
+
+def test_memory_is_told_as_what_is_held_and_how_far_a_step_grows():
+    from stages.core.measures import Growth, peak_host_bytes
+
+    grown = Growth()
+    block = np.ones(2**26, "f4")
+    if grown.bytes() is None:
+        pytest.skip("only Linux tells how far a process grew")
+    # What earlier tests left behind may be freed meanwhile.
+    assert 0.5 * block.nbytes < grown.bytes() < 1.5 * block.nbytes
+    before = peak_host_bytes()
+    del block
+    assert Growth().bytes() < 2**26, "what was freed does not count again"
+    assert peak_host_bytes() >= before, "the mark that was taken back is remembered"
 
 
 def test_a_profile_opens_in_tensorboard_and_perfetto(measured):
@@ -118,13 +134,14 @@ def test_a_run_in_two_processes_counts_two_compilations():
     from stages.core.training import History
 
     rows = [{"loss": 1.0, "tokens_per_second": 8.0}] * 6
-    history = History(rows=rows, step_seconds=[9.0, 1.0, 1.0, 5.0, 1.0, 1.0], first_steps=[0, 3])
+    history = History(rows=rows, step_seconds=[9.0, 1.0, 1.0, 5.0, 1.0, 1.0], first_steps=[0, 3], step_growth=5)
     result = Result(
         history,
         total_parameters=1,
         trainable_parameters=1,
         peak_host_bytes=1,
         peak_device_bytes=7,
+        state_bytes=3,
         flops_per_step=100,
         matrix_product_rate=50.0,
         devices=4,
@@ -134,6 +151,7 @@ def test_a_run_in_two_processes_counts_two_compilations():
     assert metrics["compile_seconds"] == 12.0
     assert metrics["step_seconds_median"] == 1.0
     assert metrics["peak_device_bytes"] == 7
+    assert (metrics["state_bytes_per_device"], metrics["step_growth_bytes"]) == (3, 5)
     assert metrics["flops_share_of_peak"] == 0.5
 
 

@@ -43,7 +43,6 @@ class Result:
     peak_host_bytes: int
     peak_device_bytes: int | None
     state_bytes: int
-    platform: str
     flops_per_step: int
     matrix_product_rate: float
     devices: int
@@ -61,7 +60,7 @@ class Result:
         devices, the temporaries of all of them.
         """
         history = self.history
-        grown = history.step_growth if self.platform == "cpu" else None
+        grown = history.step_growth
         first = set(history.first_steps)
         steady = [i for i in range(history.steps) if i not in first] or list(range(history.steps))
         median = statistics.median(history.step_seconds[i] for i in steady)
@@ -256,7 +255,6 @@ def fit(
         peak_host_bytes=measures.peak_host_bytes(),
         peak_device_bytes=_peak_device_bytes(),
         state_bytes=_state_bytes(causal),
-        platform=model.platform,
         flops_per_step=flops.step_flops(model.backbone, settings.batch_size, length),
         matrix_product_rate=flops.matrix_product_rate(),
         # Simulated devices are the same cores.

@@ -38,7 +38,7 @@ class History:
 
     `rows` is the curve; `step_seconds` has an entry a step and `first_steps` says which of them began a process, and so
     hold a compilation. `seconds` are of all else, by kind. `waited` counts validations since the lowest held-out loss.
-    `step_growth` is how many bytes the process's memory grew within a step, where the system tells.
+    `step_growth` is how many bytes the process's memory grew within a step on CPU devices, where the system tells.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -131,7 +131,7 @@ class Watch(keras.callbacks.Callback):
         if self._plan.profile and step == min(self._first_step + 1, self._plan.steps - 1):
             jax.profiler.start_trace(str(self._plan.profile))
             self._profiling = True
-        if step == self._first_step + 1:
+        if step == self._first_step + 1 and jax.default_backend() == "cpu":
             self._growth = Growth()
         self._began = time.perf_counter()
 
