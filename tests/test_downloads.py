@@ -196,6 +196,35 @@ def test_what_killed_runs_left_behind_is_cleared_after_a_day(index, tmp_path):
     assert names_in(tmp_path) == [young.name, "some-data-1.0.whl"]
 
 
+def on_a_full_disk(code, *arguments):
+    """Run a program that may write no file above a megabyte or two, as the shell counts; return its standard error."""
+    limited = ["sh", "-c", 'ulimit -f 2000 && exec "$@"', "sh", sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(limited, cwd=ROOT, capture_output=True, text=True, timeout=60).stderr
+
+
+def test_a_disk_that_fills_up_under_pip_is_told_and_nothing_kept(index, tmp_path):
+    wheel = index.add("some-data", "1.0", {"a.bin": os.urandom(3 << 20)})
+    said = on_a_full_disk(program(wheel), tmp_path)
+    assert "StageError: The disk filled up while some-data 1.0 was downloaded.\nMake room" in said
+    assert len(index.asked) == 1, "trying again would not help"
+    assert names_in(tmp_path) == []
+
+
+def test_a_disk_that_fills_up_while_files_are_joined_is_told_and_nothing_kept(tmp_path):
+    content = os.urandom(3 << 20)
+    wheel = wheel_file(tmp_path / "1.whl", {"a": content})
+    target = tmp_path / "folder" / "joined.bin"
+    said = on_a_full_disk(
+        "import sys; from pathlib import Path; from stages.core.downloads import extract_members\n"
+        "extract_members([(Path(sys.argv[1]), 'a')], Path(sys.argv[2]), sys.argv[3], 3 << 20)",
+        wheel,
+        target,
+        digest_of(tmp_path, content),
+    )
+    assert f"StageError: The disk filled up while {target} was written (" in said
+    assert names_in(target.parent) == []
+
+
 def wheel_file(path, members):
     with zipfile.ZipFile(path, "w") as archive:
         for name, content in members.items():

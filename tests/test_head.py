@@ -72,6 +72,33 @@ def test_loss_hits_and_gradients_equal_the_plain_computation(case, shape, soft_c
         np.testing.assert_allclose(ours_, theirs_, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("shape", "pieces"), [(None, 8), ((2, 4), 2), ((4, 2), 4)], ids=str)
+@pytest.mark.parametrize("trained", [False, True])
+def test_tokens_that_walk_the_table_in_pieces_come_to_the_same(case, shape, pieces, trained):
+    import dataclasses
+
+    import jax
+
+    from stages.core import head
+
+    hidden, table, targets, weights = case
+    whole = plan_for(shape, 3.0, trained, 13)
+    parts, rows = (1, BATCH) if shape is None else (shape[1], BATCH // shape[0])
+    assert head._pieces(rows, LENGTH, parts, 1) == pieces
+    assert head._pieces(rows, LENGTH, parts, rows * LENGTH) == 1
+    found = []
+    for plan in (whole, dataclasses.replace(whole, most_tokens=1)):
+
+        def loss(hidden, plan=plan):
+            losses, hits = head.token_losses(hidden, table, targets, plan)
+            return (losses * weights).sum(), (losses, hits)
+
+        (_, of_tokens), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(hidden)
+        found.append((*of_tokens, gradient, *head.token_losses(hidden, table, targets, plan)))
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(np.asarray(one, "f4"), np.asarray(other, "f4"), rtol=1e-5, atol=1e-6)
+
+
 def test_a_frozen_table_costs_no_second_pass(case):
     import jax
 

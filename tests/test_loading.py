@@ -92,8 +92,6 @@ def test_a_preset_kept_in_bfloat16_as_the_public_ones_are_is_read_exactly(preset
 
 @pytest.mark.parametrize("shape", [(1, 8), (2, 4)], ids=str)
 def test_the_host_never_holds_a_whole_weight_and_reads_no_slice_twice(presets, shape):
-    import jax
-
     preset = open_tiny(presets["gemma"])
     wide = Architecture("GemmaBackbone", {**preset.architecture.config, "vocabulary_size": 65536})
     model = variants.declare_model(describe(preset, shape), wide, None)

@@ -12,6 +12,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from tests.copies import IDENTITY, copy_repository, dvc, ran
+from tests.sentinels import HF_TOKEN, KAGGLE_TOKEN, leaks
 from tests.tiny import tiny_reviews
 
 pytestmark = pytest.mark.xdist_group("pipeline")
@@ -55,13 +56,19 @@ def repository(presets: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
     change(folder, "finetune", batch_size=4, steps=3)
     change(folder, "generate", max_tokens=6)
     change(folder, "plan", targets=[{"topology": "cpu:8"}])
-    assert ran(dvc(folder, "repro")) == ALL
+    # Tokens that no stage needs: a test looks whether one wrote them down.
+    assert ran(dvc(folder, "repro", KAGGLE_API_TOKEN=KAGGLE_TOKEN, HF_TOKEN=HF_TOKEN)) == ALL
     return folder
 
 
 def test_a_second_repro_runs_nothing(repository: Path):
     assert ran(dvc(repository, "repro")) == set()
     assert "up to date" in dvc(repository, "status").stdout
+
+
+def test_no_token_of_the_environment_is_in_a_file_of_the_repository_the_report_included(repository: Path):
+    assert (repository / "data/report/index.html").is_file()
+    assert leaks(repository) == []
 
 
 CHANGES = {

@@ -304,8 +304,7 @@ def test_the_layout_fits_the_preset_and_the_mesh(devices, name: str):
     from stages.core.mesh import MeshShape
 
     params = params_of(name)
-    # An instruct preset has its base preset's architecture.
-    architecture = gemmas.architecture(params.fetch.preset.replace("_instruct", ""))
+    architecture = gemmas.architecture(params.fetch.preset)
     mesh = MeshShape(tuple(params.mesh.shape))
     layout = make_layout(params.layout, architecture, mesh)
     tuning = {"rank": params.finetune.rank, "alpha": params.finetune.alpha, "targets": params.finetune.targets}
@@ -342,7 +341,7 @@ def test_the_step_fits_where_the_plan_of_the_profile_puts_it(devices, name: str)
         pytest.fail("no target is the run itself")
     small = planning.answer(dataclasses.replace(question, blocks=2))
     assert small["fits"], small
-    held = plan_search._argument_bytes(question)
+    held = plan_search.argument_bytes(question)
     most = held + (small["temporary_bytes"] + small["code_bytes"]) * request.architecture.config["num_layers"] // 2
     if where.memory_bytes is not None and most > where.memory_bytes:
-        assert plan_search._figures(question, where, held, print)["fits"]
+        assert plan_search.figures_of(question, where, held, print)["fits"]

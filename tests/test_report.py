@@ -252,12 +252,86 @@ def write_samples(root: Path, samples) -> None:
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
 
+def plan() -> dict:
+    """Return a plan with every kind of answer: a step that fits, one that does not, this very run, and both tables."""
+    entry = {
+        **{"preset": "gemma_7b_en", "topology": "v3:2x2", "devices": 8, "mesh": [1, 8], "layout": "auto"},
+        **{"dtype": "float32", "batch_size": 2, "length": 128, "rank": 4, "rematerialize": False, "step": "ours"},
+        "fits": True,
+        "weight_bytes_per_device": 4 * 2**30,
+        "lora_bytes_per_device": 6 * 2**20,
+        "optimizer_bytes_per_device": 11 * 2**20,
+        "batch_bytes_per_device": 4096,
+        "argument_bytes_per_device": 4 * 2**30 + 17 * 2**20 + 4096,
+        "temporary_bytes_per_device": 2**29,
+        "needed_bytes_per_device": 5 * 2**30,
+        "hbm_bytes_per_device": 16 * 2**30,
+        "collectives": {"all-gather": {"count": 113, "bytes": 10**8}, "reduce-scatter": {"count": 4, "bytes": 10**7}},
+        "wire_bytes_per_step": 2**30,
+        "least_step_seconds": 0.0295,
+        "least_step_limit": "memory",
+        "measured_step_seconds": 0.163,
+        "largest": [],
+        "weights": [],
+    }
+    large = {
+        **{key: value for key, value in entry.items() if "seconds" not in key and "temporary" not in key},
+        **{"batch_size": 512, "fits": False, "needed_bytes_per_device": 25 * 2**30, "collectives": {}},
+        "largest": [{"bytes": 3 * 2**30, "shape": "f32[512,128,24576]", "operator": "jit(step)/gelu"}],
+    }
+    here = {
+        **{key: value for key, value in entry.items() if "seconds" not in key and "hbm" not in key},
+        **{
+            "preset": "gemma3_270m",
+            "topology": "cpu:8",
+            "argument_bytes_per_device": 1000,
+            "batch_bytes_per_device": 24,
+        },
+        "temporary_bytes_per_device": 10 * 2**20,
+    }
+
+    def point(mesh: int, batch: int, **more) -> dict:
+        name = f"({mesh}, {8 // mesh}) auto"
+        found = {"name": name, "mesh": [mesh, 8 // mesh or 8], "layout": "auto", "batch_size": batch, "fits": True}
+        least = {"least_seconds": 0.01 * batch, "least_limit": "compute", "tokens_per_second_bound": 51200.0}
+        return {**found, **least, "needed_bytes": (2 + batch) * 2**30, "wire_bytes": 10**9, "compiled": False, **more}
+
+    search = {
+        "preset": "gemma_7b_en",
+        "topology": "v5e:2x4",
+        "memory_bytes": 16 * 2**30,
+        "candidates": [
+            point(1, 8, largest_batch=8, compiled=True),
+            point(2, 4, largest_batch=4),
+            {
+                "name": "(8, 1) auto",
+                "mesh": [8, 1],
+                "layout": "auto",
+                "largest_batch": 0,
+                "fits": False,
+                "reason": "no",
+            },
+        ],
+        "points": [point(1, 4), point(1, 8), point(1, 8, compiled=True), point(2, 4)],
+    }
+    scaling = {
+        "preset": "gemma_7b_en",
+        "rows": [
+            point(count // 8, count, topology=f"{chip}:{count}", devices=count, collectives={"all-reduce": 7})
+            for chip in ("v5e", "v5p")
+            for count in (8, 64, 256)
+        ],
+    }
+    return {"targets": {"fits": entry, "too large": large, "here": here}, "search": search, "scaling": scaling}
+
+
 def write_outputs(root: Path) -> None:
     """Write every output of the default pipeline that the report reads."""
     shutil.copy(REPOSITORY / "params.yaml", root / "params.yaml")
     write_json(root / "models/preset/manifest.json", MANIFEST)
     write_json(root / "data/sharding/base.json", sharding(tuned=False))
     write_json(root / "data/sharding/tuned.json", sharding(tuned=True))
+    write_json(root / "data/sharding/plan.json", plan())
     for name, values in METRICS.items():
         write_json(root / f"data/metrics/{name}.json", values)
     write_curve(root, curve())
@@ -514,6 +588,37 @@ def test_without_fallbacks_the_page_says_so(root):
     assert "Nothing: every weight lies as its rule says." in Reader(rendered(root)).text
 
 
+def test_the_plan_tells_what_fits_what_does_not_and_by_how_much(root):
+    text = Reader(rendered(root)).text
+    assert "fits (163 ms a step measured by the tutorial) yes" in text
+    sizes = "4.00 GiB 6.00 MiB 11.0 MiB 512 MiB 113 all-gather, 4 reduce-scatter 1.00 GiB"
+    assert f"31.2 % 5.00 GiB 16.0 GiB 29.5 ms (memory) {sizes}" in text and "lower bound" in text
+    assert "too large no" in text and "156.2 % 25.0 GiB 16.0 GiB" in text
+    assert "3.00 GiB f32[512,128,24576] jit(step)/gelu" in text
+
+
+def test_the_plan_of_this_run_stands_beside_what_the_run_measured(root):
+    held = "State a device: 976 B planned, 976 B measured (to the byte)."
+    grown = "Temporaries of all 8 simulated devices: 80.0 MiB planned, 100 MiB measured (\u221220.0 %)."
+    edit(root, "data/metrics/finetune.json", state_bytes_per_device=976, step_growth_bytes=100 * 2**20)
+    assert f"This run, planned and measured: {held} {grown}" in Reader(rendered(root)).text
+    assert "planned and measured" not in Reader(rendered(root, "finetune.batch_size=4")).text, "that is another run"
+
+
+def test_the_search_marks_the_best_and_says_which_figures_are_compiled(root):
+    text = Reader(rendered(root)).text
+    assert "(1, 8) auto best 8 compiled 10.0 GiB 80.0 ms (compute) 51,200" in text
+    assert "(2, 4) auto 4 extrapolated 6.00 GiB" in text
+    assert "(8, 1) auto \u2013 no" in text
+    assert "v5p:256 256 32 \u00d7 8 256 yes" in text
+
+
+def test_a_plan_without_search_and_scaling_has_no_empty_tables(root):
+    edit(root, "data/sharding/plan.json", search=None, scaling=None)
+    text = Reader(rendered(root)).text
+    assert "Does it fit?" in text and "Search " not in text.partition("Plan What")[2].partition("Numbers and")[0]
+
+
 def test_each_prompt_stands_with_both_continuations_in_order(root):
     text = Reader(rendered(root)).text
     places = [
@@ -582,6 +687,7 @@ def report_path() -> str:
         ("data/plots/samples.jsonl", "python -m stages.finetune"),
         ("data/generated/tuned.jsonl", "python -m stages.generate --variant tuned"),
         ("data/sharding/tuned.json", "python -m stages.finetune"),
+        ("data/sharding/plan.json", "python -m stages.plan"),
         *((f"data/metrics/{name}.json", f"python -m stages.{name.replace('-', ' --variant ')}") for name in METRICS),
     ],
 )
@@ -709,6 +815,15 @@ def attack_everywhere(root: Path) -> None:
         content["by_kind"][ATTACK] = 2**20
         content["fallbacks"] = [dict.fromkeys(("pattern", "wanted", "used", "reason"), ATTACK)]
         write_json(root / f"data/sharding/{name}.json", content)
+    planned = plan()
+    target, candidate = planned["targets"]["too large"], planned["search"]["candidates"][2]
+    target |= {"topology": ATTACK, "collectives": {ATTACK: {"count": 1, "bytes": 1}}, "least_step_limit": ATTACK}
+    target |= {"largest": [{"bytes": 1, "shape": ATTACK, "operator": ATTACK}], "least_step_seconds": 1.0}
+    candidate |= {"name": ATTACK, "reason": ATTACK}
+    planned["search"] |= {"preset": ATTACK, "topology": ATTACK}
+    for row in [*planned["search"]["points"], *planned["scaling"]["rows"]]:
+        row |= {"name": ATTACK, "topology": ATTACK}
+    write_json(root / "data/sharding/plan.json", {**planned, "targets": {ATTACK: target}})
     edit(root, "data/metrics/prepare.json", **{ATTACK: ATTACK})
     edit(root, "data/metrics/finetune.json", peak_host_bytes=ATTACK)
     bad = {"name": ATTACK, "url": "javascript:document.title='owned'"}
@@ -846,6 +961,19 @@ def test_values_are_read_off_a_chart_with_the_arrow_keys_and_the_pointer(root, b
     x, y = browser.run(f"(() => {{ const r = {plot}.getBoundingClientRect(); return [r.x + r.width / 2, r.y + 9] }})()")
     browser.send("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
     assert browser.run(said).startswith("step 112: ")
+
+
+@in_a_browser
+def test_values_are_read_off_a_chart_over_batches_at_every_place_of_any_line(root, browser):
+    browser.open(saved(root))
+    plot = "document.querySelector('#plan .chart .plot')"
+    browser.run(f"{plot}.focus()")
+    shown = []
+    for key in ("Home", "ArrowRight"):
+        browser.send("Input.dispatchKeyEvent", type="keyDown", key=key, code=key)
+        shown.append(browser.run("document.querySelector('#plan .chart output').textContent"))
+    assert shown[0] == "4 windows a batch: (1, 8) auto 6, (2, 4) auto 6, the chip's memory 16"
+    assert shown[1] == "8 windows a batch: (1, 8) auto 10, the chip's memory 16"
 
 
 @in_a_browser

@@ -79,8 +79,8 @@ def test_the_slots_foreseen_are_those_that_adamw_makes(presets, rank, dtype):
 
 
 def test_a_preset_that_does_not_exist_gets_the_nearest_names():
-    with pytest.raises(ParamsError, match=r"Received: --preset=gemma3_27b\. Did you mean gemma3_27b_text"):
-        architecture("gemma3_27b")
+    with pytest.raises(ParamsError, match=r"Received: --preset=gemma3_27b_txt\nDid you mean gemma3_27b_text"):
+        architecture("gemma3_27b_txt")
 
 
 def test_a_rule_for_lora_kernels_waits_until_there_are_some():
@@ -163,7 +163,7 @@ def test_a_dry_run_stops_where_the_load_would(clone):
 def test_a_dry_run_of_an_unknown_preset_ends_with_exit_code_2_and_the_nearest_name(clone):
     stopped = dry_run("--preset", "gemma_7b", cwd=clone)
     assert stopped.returncode == 2
-    assert "Received: --preset=gemma_7b. Did you mean gemma_7b_en" in stopped.stderr
+    assert "Received: --preset=gemma_7b\nDid you mean gemma_7b_en" in stopped.stderr
     assert "Traceback" not in stopped.stderr
 
 

@@ -64,7 +64,8 @@ def stage(function: Callable[..., None]) -> click.Command:
         root = Path.cwd()
         try:
             params = read_params(root / "params.yaml", overrides)
-            if overrides and out_root is None and not os.environ.get("DVC_STAGE"):
+            writes = not (options.get("check") or options.get("dry_run"))
+            if writes and overrides and out_root is None and not os.environ.get("DVC_STAGE"):
                 click.echo(
                     "Note: --set without --out-root writes into the pipeline's own outputs; dvc repro will redo them.",
                     err=True,

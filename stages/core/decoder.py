@@ -191,17 +191,23 @@ def _attention(
         run.backbone.head_dim if run.backbone.query_head_dim_normalize else run.backbone.hidden_dim // query.shape[2]
     )
     query = query * jnp.asarray(per_head**-0.5, query.dtype)
+    # Logits and their softmax grow with the square of the length, and are soon computed again: they are not kept.
+    mixed = jax.checkpoint(_mix, static_argnums=4)(query, key, value, mask, attention.logit_soft_cap)
+    mixed = run.constrain(run.constrain(mixed, "query"), "mixed")
+    return run.constrain(run.projections.rows(attention.output_dense, mixed, run.dropout), "hidden"), cache
+
+
+def _mix(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, soft_cap: float | None) -> jax.Array:
+    """Return the values that each query attends to: (batch, length, heads, head), keys and values by group of heads."""
     batch, length, heads, head = query.shape
     groups = key.shape[2]
     query = query.reshape(batch, length, groups, heads // groups, head)
     logits = jnp.einsum("btkgh,bskh->bkgts", query, key).astype(jnp.float32)
-    if attention.logit_soft_cap is not None:
-        logits = attention.logit_soft_cap * jnp.tanh(logits / attention.logit_soft_cap)
+    if soft_cap is not None:
+        logits = soft_cap * jnp.tanh(logits / soft_cap)
     logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-    mixed = jnp.einsum("bkgts,bskh->btkgh", weights, value).reshape(batch, length, heads, head)
-    mixed = run.constrain(run.constrain(mixed, "query"), "mixed")
-    return run.constrain(run.projections.rows(attention.output_dense, mixed, run.dropout), "hidden"), cache
+    return jnp.einsum("bkgts,bskh->btkgh", weights, value).reshape(batch, length, heads, head)
 
 
 def _rope(backbone: keras.Model, attention: Any, x: jax.Array, positions: jax.Array) -> jax.Array:

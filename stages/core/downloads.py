@@ -19,6 +19,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +34,9 @@ BLOCK = 1 << 20  # bytes copied at a time
 STALE_SECONDS = 24 * 3600  # a scratch folder this old was left by a killed run
 SCRATCH = ".download-"
 MAKE_ROOM = "Make room, or set GEMMA_TUNING_CACHE to a folder on a larger disk."
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a used-up quota, a file larger than is allowed
+SAYS_FULL = "|".join(re.escape(os.strerror(number)) for number in FULL)  # as pip tells it
+OTHER_FOLDER = "Set GEMMA_TUNING_CACHE to a folder of your own."
 # How pip names an index that it could not or would not ask; the reason follows, the innermost after "Caused by".
 UNREACHABLE = r"(?:Could not fetch URL \S+: (?:.*\(Caused by )?|The repository located at )(.*?)\)?(?: - skipping|$)"
 GOT = r"Got\s+([0-9a-f]{64})"  # how pip reports the SHA-256 of a wheel that is not the pinned one
@@ -79,7 +83,7 @@ def download_wheel(wheel: Wheel, folder: Path) -> Path:
         # A transfer cut short shows as other bytes too: pip compares no lengths before version 25.1. Only the same
         # wrong bytes twice are what the index really serves.
         received += re.findall(GOT, output)[:1]
-        broke_off = "Downloading " in output and "No space left" not in output
+        broke_off = "Downloading " in output and not re.search(SAYS_FULL, output)
         if attempt == ATTEMPTS or not broke_off or len(set(received)) < len(received):
             break
         time.sleep(attempt / 2)
@@ -137,6 +141,32 @@ def _largest_file(folder: Path) -> int:
     return largest
 
 
+def ask_for_wheels(wheels: Sequence[Wheel]) -> str | None:
+    """Return why the package index would not hand out a wheel, in two lines, or None; downloads none.
+
+    Args:
+        wheels: what is wanted; the index is asked for the versions it has of each.
+    """
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        for wheel, (code, output) in zip(wheels, pool.map(_pip_versions, wheels), strict=True):
+            versions = re.findall(r"^Available versions: (.*)", output, re.MULTILINE)
+            if code == 0 and versions and wheel.version not in versions[0].split(", "):
+                output = f"No matching distribution (from versions: {versions[0]})"
+            elif code == 0:
+                continue
+            return _explain(output, wheel, stable=False)
+    return None
+
+
+def _pip_versions(wheel: Wheel) -> tuple[int, str]:
+    """Run `pip index versions` for one package; return its exit code and all it said."""
+    command = [sys.executable, "-m", "pip", "index", "versions", wheel.name, "--pre", "-vv", "--no-input"]
+    command += ["--no-cache-dir", "--disable-pip-version-check", "--no-color"]
+    environment = os.environ | {"PYTHONUTF8": "1"}
+    run = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment)
+    return run.returncode, run.stdout + run.stderr
+
+
 def _explain(output: str, wheel: Wheel, *, stable: bool) -> str:
     """Return two lines for what pip said: what went wrong, and what to do.
 
@@ -151,7 +181,7 @@ def _explain(output: str, wheel: Wheel, *, stable: bool) -> str:
             f"pip is needed to download {wanted}, and this Python has none. Received: python={sys.executable}\n"
             "Install it with `python -m ensurepip`, then run this again."
         )
-    if "No space left" in output:
+    if re.search(SAYS_FULL, output):
         return f"The disk filled up while {wanted} was downloaded.\n{MAKE_ROOM}"
     if stable and (got := re.findall(GOT, output)):
         return (
@@ -236,9 +266,21 @@ def extract_members(members: Sequence[tuple[Path, str]], target: Path, digest: s
             "Delete the wheel and run this again."
         ) from error
     except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise StageError(f"The disk filled up while {target} was written.\n{MAKE_ROOM}") from error
+        raise StageError(explain_unwritten(error, target)) from error
+
+
+def explain_unwritten(error: OSError, place: Path, make_room: str = MAKE_ROOM, other_folder: str = OTHER_FOLDER) -> str:
+    """Return two lines for a file that could not be written.
+
+    Args:
+        error: what the system said.
+        place: the file or folder.
+        make_room: what to do about a full disk, one line.
+        other_folder: what to do about a folder that cannot be written to, one line.
+    """
+    if error.errno in FULL:
+        return f"The disk filled up while {place} was written ({error.strerror}).\n{make_room}"
+    return f"The cache folder must be writable. Received: {error.filename or place} ({error.strerror})\n{other_folder}"
 
 
 @contextlib.contextmanager
@@ -263,31 +305,50 @@ def one_at_a_time(target: Path, say: Callable[[str], None]) -> Iterator[None]:
             say(f"Another run is fetching {target.name}; waiting for it.")
             lock.acquire()
     except OSError as error:
-        raise StageError(
-            f"The cache folder must be writable. Received: {target.parent} ({error.strerror})\n"
-            "Set GEMMA_TUNING_CACHE to a folder of your own."
-        ) from error
+        raise StageError(explain_unwritten(error, target.parent)) from error
     try:
         yield
     finally:
         lock.release()
 
 
-def check_room(folder: Path, needed: int, purpose: str) -> None:
+def check_room(folder: Path, needed: int, purpose: str, remedy: str = MAKE_ROOM) -> None:
     """Stop before a download that would fill the disk.
 
     Args:
         folder: where the files will lie; it may not exist yet.
         needed: bytes that will be written.
-        purpose: what for, to follow "room for".
+        purpose: what for, to follow "for".
+        remedy: what to do, one line.
 
     Raises:
         StageError: less is free than needed.
     """
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise StageError(
-            f"{needed / 1e6:,.0f} MB are needed in {folder} for {purpose}. Received: free={free / 1e6:,.0f} MB\n"
-            f"{MAKE_ROOM}"
-        )
+    if trouble := no_room(folder, needed, purpose, remedy):
+        raise StageError(trouble)
+
+
+def no_room(folder: Path, needed: int, purpose: str, remedy: str = MAKE_ROOM) -> str | None:
+    """Return two lines if a disk has less room than a download needs, with the arguments of `check_room`."""
+    free = free_bytes(folder)
+    if free >= needed:
+        return None
+    return f"{needed / 1e6:,.0f} MB are needed in {folder} for {purpose}. Received: free={free / 1e6:,.0f} MB\n{remedy}"
+
+
+def free_bytes(folder: Path) -> int:
+    """Return the free room of the disk that a folder is on, or would be."""
+    return shutil.disk_usage(_existing(folder)).free
+
+
+def not_writable(folder: Path, remedy: str = OTHER_FOLDER) -> str | None:
+    """Return two lines if nothing can be written to a folder, there or yet to be made."""
+    existing = _existing(folder)
+    if existing.is_dir() and os.access(existing, os.W_OK):
+        return None
+    return f"The cache folder must be writable. Received: {folder}\n{remedy}"
+
+
+def _existing(path: Path) -> Path:
+    """Return the path itself, or the nearest folder above it that exists."""
+    return next(parent for parent in (path, *path.absolute().parents) if parent.exists())

@@ -1,6 +1,7 @@
 """What `fetch --check` tells before anything is downloaded: whether the download would work, and what it would cost.
 
 Purpose: one form for all sources, filled by each source's own module and shown by one function.
+Reads and writes nothing.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ class Check:
     Attributes:
         source: as in `fetch.source`.
         preset: the preset's name and, where it has one, its handle.
-        credentials: where the credentials in use were found (never what they are); None where none were found or needed.
+        credentials: where those in use were found (never what they are); None where none were found or needed.
         user: who one is logged in as; None where that is not known or needed.
         consent: whether the licence was accepted; None where the source does not ask for it or does not tell.
         present: whether the files are here already, unaltered.
         download_bytes: what would be downloaded; None where the source does not tell.
         free_bytes: free room where the files would lie.
+        notes: what the person should know besides, a line each.
+        trouble: why the fetch would not work and what to do, two lines; None where it would.
     """
 
     source: str
@@ -31,3 +34,52 @@ class Check:
     present: bool
     download_bytes: int | None
     free_bytes: int
+    notes: tuple[str, ...] = ()
+    trouble: str | None = None
+
+
+def show(check: Check) -> str:
+    """Return what a check found as lines of name and value; texts from outside lose what could steer a terminal."""
+    lines = {
+        "source": check.source,
+        "preset": check.preset,
+        "credentials": check.credentials or "none in use",
+        "logged in as": check.user or "not asked or not told",
+        "licence": {True: "accepted", False: "not accepted", None: "not asked or not told"}[check.consent],
+        "here already": "yes" if check.present else "no",
+        "download": "unknown" if check.download_bytes is None else _size(check.download_bytes),
+        "free room": _size(check.free_bytes),
+    } | ({"note": "; ".join(check.notes)} if check.notes else {})
+    return "\n".join(f"{name:13}{_plain(value)}" for name, value in lines.items())
+
+
+def obstacle(check: Check) -> str | None:
+    """Return why the fetch would not work and what to do, two lines; None where it would.
+
+    A source that only says what it found is judged by that.
+    """
+    if check.trouble or check.present:
+        return check.trouble
+    if check.consent is False:
+        return (
+            f"The licence of {check.preset} was not accepted. Received: credentials={check.credentials or 'none'}\n"
+            "Accept it on the model's page, and run this again with a token of that account (Hugging Face: HF_TOKEN)."
+        )
+    if check.download_bytes is not None and check.download_bytes > check.free_bytes:
+        return (
+            f"{_size(check.download_bytes)} are needed for {check.preset}. Received: free={_size(check.free_bytes)}\n"
+            "Make room, or set GEMMA_TUNING_CACHE to a folder on a larger disk."
+        )
+    return None
+
+
+def _size(count: int) -> str:
+    """Return bytes for a person."""
+    return (
+        f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB" if count >= 1e5 else f"{count:,} bytes"
+    )
+
+
+def _plain(text: str) -> str:
+    """Return a text without control characters."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)

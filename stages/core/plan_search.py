@@ -39,8 +39,8 @@ def search(params: Settings, wanted: PlanSearch, say: Say) -> dict[str, Any]:
         say: shows one line to the person.
 
     Returns:
-        `preset`, `topology`, `candidates` (mesh, layout, `largest_batch`, `compiled`, and the figures at that batch),
-        `points` (mesh, layout, batch, needed bytes, least seconds, `fits`, `compiled`).
+        `preset`, `topology`, `memory_bytes` (a device's), `candidates` (mesh, layout, `largest_batch`, `compiled`, and
+        the figures at that batch), `points` (mesh, layout, batch, needed bytes, least seconds, `fits`, `compiled`).
     """
     topology = describe(wanted.topology)
     name, found = _candidates(params, wanted, topology)
@@ -55,7 +55,13 @@ def search(params: Settings, wanted: PlanSearch, say: Say) -> dict[str, Any]:
     for row in [row for row in table if row["fits"]][:CONFIRMED]:
         points += [{"name": row["name"], **each} for each in _confirm(row, found[row["name"]], say)]
     table.sort(key=_tokens_bound, reverse=True)
-    return {"preset": name, "topology": wanted.topology, "candidates": table, "points": points}
+    return {
+        "preset": name,
+        "topology": wanted.topology,
+        "memory_bytes": topology.memory_bytes,
+        "candidates": table,
+        "points": points,
+    }
 
 
 def scaling(params: Settings, wanted: PlanScaling, say: Say) -> dict[str, Any]:
@@ -79,7 +85,7 @@ def scaling(params: Settings, wanted: PlanScaling, say: Say) -> dict[str, Any]:
         say(f"Scaling: {name} on {topology_name}, {devices} devices, batch {batch}")
         request = request_of(params, wanted, architecture, mesh, layout=wanted.layout, batch_size=batch)
         question = Question(request, topology_name)
-        figures = _figures(question, topology, _argument_bytes(question), say)
+        figures = figures_of(question, topology, argument_bytes(question), say)
         rows.append({"topology": topology_name, "devices": devices, **figures})
     return {"preset": name, "rows": rows}
 
@@ -121,7 +127,7 @@ def _largest_batch(
     request = question.request
     none = {"mesh": list(request.mesh.shape), "layout": request.layout.name, "largest_batch": 0, "fits": False}
     try:
-        held = _argument_bytes(question)
+        held = argument_bytes(question)
     except StageError as error:
         return [], {**none, "reason": str(error)}
     if topology.memory_bytes is not None and held > topology.memory_bytes:
@@ -130,7 +136,7 @@ def _largest_batch(
     tried, low, high, best = [], 0, len(choices), none
     while low < high:
         middle = (low + high) // 2
-        figures = _figures(question.with_batch(choices[middle]), topology, held, say)
+        figures = figures_of(question.with_batch(choices[middle]), topology, held, say)
         tried.append(figures)
         if figures["fits"]:
             low, best = middle + 1, {**figures, "largest_batch": choices[middle]}
@@ -139,7 +145,7 @@ def _largest_batch(
     return tried, best
 
 
-def _argument_bytes(question: Question) -> int:
+def argument_bytes(question: Question) -> int:
     """Return the bytes a device holds of weights, LoRA and optimizer, from shapes alone."""
     from stages.core.shapes import resolve_shapes
 
@@ -149,7 +155,7 @@ def _argument_bytes(question: Question) -> int:
     return sum(each.bytes_per_device for each in placements)
 
 
-def _figures(question: Question, topology: Topology, held: int, say: Say) -> dict[str, Any]:
+def figures_of(question: Question, topology: Topology, held: int, say: Say) -> dict[str, Any]:
     """Return what a step needs on a device that holds so many bytes of state, from programs of two and four blocks."""
     few, more = (answer(dataclasses.replace(question, blocks=blocks), say) for blocks in (FEW, MORE))
     request = question.request

@@ -15,7 +15,9 @@ from stages.core.architecture import Architecture, read_architecture
 from stages.core.layouts import make_layout
 from stages.core.mesh import MeshShape
 from stages.core.params import Fetch, Finetune, Layout, Load, Mesh, Plan, PlanStep, PlanTarget, Tokenize
+from stages.core.paths import cache_folder
 from stages.core.planning import Question
+from stages.core.registry import REGISTRY, name_of
 from stages.core.topology import cpu_devices
 
 if TYPE_CHECKING:
@@ -44,7 +46,7 @@ def architecture_of(params: Settings, step: PlanStep) -> tuple[str, Architecture
 
     Raises:
         ParamsError: no public Gemma of this name.
-        StageError: `fetch.path` holds no preset.
+        StageError: `fetch.path` holds no preset, or Hugging Face does not give the configuration of one.
     """
     if step.preset is None and params.fetch.source == "path":
         from stages.core.keras_folder import folder_format
@@ -52,6 +54,11 @@ def architecture_of(params: Settings, step: PlanStep) -> tuple[str, Architecture
         folder = Path(params.fetch.path or "").expanduser()
         return params.fetch.preset, read_architecture(folder, folder_format(folder))
     name = step.preset or params.fetch.preset
+    known = REGISTRY.get(name_of(name))
+    if name.startswith("hf://") and (known is None or known.like is None):
+        from stages.core import huggingface_preset
+
+        return name, huggingface_preset.architecture(name, cache_folder())
     return name, gemmas.architecture(name, "plan.preset")
 
 

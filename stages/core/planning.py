@@ -72,6 +72,7 @@ NOT_IN_PROGRAM = {
     "checkpoint_every",
     "checkpoint_keep",
 }
+LARGEST = 5  # buffers told of a program
 UNITS = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "": 1}
 
 
@@ -140,8 +141,8 @@ def answer(question: Question, say: Callable[[str], None] = lambda text: None) -
         Per device, in bytes, flops and seconds: `fits`, `argument_bytes`, `temporary_bytes`, `output_bytes`,
         `aliased_bytes`, `needed_bytes`, `memory_bytes` (the chip's), `by_kind` of the arguments, `flops` and
         `moved_bytes` of the compiled program, `collectives`, `least_seconds`, what limits it, and `least` by cause;
-        `compile_seconds`; the weights' table. Where it does not fit: `fits` false, `asked_bytes` and the `largest`
-        buffers, as far as the compiler tells them.
+        `compile_seconds`; the weights' table; the `largest` buffers. Where it does not fit: `fits` false, `asked_bytes`
+        and the `largest` buffers as the compiler lists them or, where it stops before that, of two blocks.
 
     Raises:
         StageError: the layout does not fit, the topology has too few devices, or the compiler fails for another reason
@@ -151,6 +152,9 @@ def answer(question: Question, say: Callable[[str], None] = lambda text: None) -
     if file.is_file():
         return read_json(file)
     found = _compile(question, say)
+    if not found["fits"] and not found["largest"] and question.blocks is None:
+        # The compiler gave up before it had buffers to list. All blocks are alike: those of two tell them.
+        found["largest"] = answer(dataclasses.replace(question, blocks=2), say)["largest"]
     write_json(file, found)
     return found
 
@@ -189,7 +193,8 @@ def _compile(question: Question, say: Callable[[str], None]) -> dict[str, Any]:
             raise StageError(f"The compiler failed: {text.splitlines()[0][:300]}") from error
         return {**found, "fits": False, **_out_of_memory(text), "compile_seconds": _since(began)}
     memory = compiled.memory_analysis()
-    costs = hlo.costs(compiled.as_text())
+    text = compiled.as_text()
+    costs = hlo.costs(text)
     needed = (
         memory.argument_size_in_bytes
         + memory.temp_size_in_bytes
@@ -211,6 +216,7 @@ def _compile(question: Question, say: Callable[[str], None]) -> dict[str, Any]:
         "moved_bytes": costs.memory_bytes,
         "wire_bytes": costs.wire_bytes,
         "collectives": {kind: dataclasses.asdict(each) for kind, each in costs.collectives.items()},
+        "largest": hlo.largest_buffers(text, LARGEST),
         "least_seconds": least and least.seconds,
         "least_limit": least and least.limit,
         "least": least and dataclasses.asdict(least),
@@ -246,5 +252,5 @@ def _out_of_memory(text: str) -> dict[str, Any]:
     return {
         "asked_bytes": _size(asked[1]) if asked else None,
         "available_bytes": _size(asked[2]) if asked else None,
-        "largest": largest[:5],
+        "largest": largest[:LARGEST],
     }

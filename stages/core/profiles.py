@@ -81,7 +81,7 @@ PROFILES: dict[str, Profile] = {
         "generate.temperature=0.0",
         "plan.targets="
         '\n    - {preset: gemma_7b_en, topology: "v3:2x2", mesh: [1, 8], layout: auto, dtype: float32, batch_size: 2, '
-        'length: 128, rank: 4}\n    - {topology: "v5e:2x4"}',
+        'length: 128, rank: 4}\n    - {topology: "v5e:2x4"}\n    - {topology: "cpu:8"}',
         about=("fetch", "prepare"),
     ),
     # https://ai.google.dev/gemma/docs/core/distributed_tuning: `take(2000)` of batches of 2, reviews as they come, cut
@@ -114,7 +114,8 @@ PROFILES: dict[str, Profile] = {
         "finetune.learning_rate=1.0e-4",
         "finetune.schedule=cosine",
         "finetune.warmup_steps=10",
-        'plan.targets=\n    - {topology: "v5e:2x4"}',
+        # Beside it the tutorial's own step, to compare with.
+        'plan.targets=\n    - {topology: "v5e:2x4"}\n    - {topology: "v5e:2x4", layout: tutorial, step: tutorial}',
     ),
     "gpu-single": _profile(
         "Gemma 3 270M, one GPU, mixed bfloat16; set fetch for a larger Gemma",
@@ -145,7 +146,6 @@ PROFILES: dict[str, Profile] = {
         "finetune.clip_norm=1.0",
         'plan.targets=\n    - {topology: "v5e:2x4"}',
     ),
-    # Its architecture is that of the base preset, by whose name a plan knows it.
     "instruct": _profile(
         "Gemma 3 270M instruct, your pairs of prompt and response (pairs.jsonl), Gemma's turn format",
         "fetch.source=kaggle",
@@ -156,7 +156,7 @@ PROFILES: dict[str, Profile] = {
         "prepare.response_column=response",
         "tokenize.length=256",
         "generate.turns=true",
-        'plan.targets=\n    - {preset: gemma3_270m, topology: "v5e:2x4"}',
+        'plan.targets=\n    - {topology: "v5e:2x4"}',
         about=("fetch", "prepare"),
     ),
 }

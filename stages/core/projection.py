@@ -5,19 +5,26 @@ Purpose: a block's projections come in pairs, the first split over its output (c
 (https://arxiv.org/abs/2205.05198). Hidden states between blocks are split over time; they are gathered once for all
 projections of the same input, and a row-split product's partial sums are added and split over time in one operation.
 Left to itself XLA sums the gradient of each projection's input on its own, and sums whole activations on every device.
+
+An adapter's A is applied before the gathering, by each device to its own positions, and what comes out (rank numbers a
+head instead of the hidden size) is handed on: so the gathered hidden states, which a frozen kernel's gradients do not
+need, are not kept for the backward pass, where they would be most of what a block keeps beside its feed-forward.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from stages.core.layout import Placement, axes_of
-from stages.core.lora import Dropout, apply, arrays_of, project
+from stages.core.lora import Dropout, apply, arrays_of, base, narrowed, project, widen
 
 KERNELS = ("kernel", "lora_kernel_a", "lora_kernel_b")
 
@@ -42,9 +49,14 @@ class Projections:
         split_time = self._splits_time(x)
 
         def local(x: jax.Array, groups: list[dict[str, jax.Array]]) -> list[jax.Array]:
-            if split_time:
-                x = jax.lax.all_gather(x, "model", axis=1, tiled=True)
-            return [apply(layer, x, arrays) for layer, arrays in zip(layers, groups, strict=True)]
+            if not split_time:
+                return [apply(layer, x, arrays) for layer, arrays in zip(layers, groups, strict=True)]
+            narrow = _narrow_everywhere(layers, x, groups, specs)
+            x = jax.lax.all_gather(x, "model", axis=1, tiled=True)
+            return [
+                base(layer, x, arrays) + (widen(layer, narrow[layer.path], arrays) if layer.path in narrow else 0)
+                for layer, arrays in zip(layers, groups, strict=True)
+            ]
 
         outputs = [P("batch", None, *self._output(layer)) for layer in layers]
         return jax.shard_map(
@@ -122,3 +134,53 @@ class Projections:
 
     def _array_specs(self, layers: Sequence[Any], specs: Sequence[dict[str, tuple[Any, ...]]]) -> list[dict[str, P]]:
         return [{name: P(*each[name]) for name in arrays_of(layer)} for layer, each in zip(layers, specs, strict=True)]
+
+
+def _narrow_everywhere(
+    layers: Sequence[Any],
+    x: jax.Array,
+    groups: Sequence[dict[str, jax.Array]],
+    specs: Sequence[dict[str, tuple[Any, ...]]],
+) -> dict[str, jax.Array]:
+    """Apply each adapter's A to a device's own positions, and hand the results to who goes on with them.
+
+    Args:
+        layers: those that share the input; those without an adapter are passed over.
+        x: a device's positions (batch, length / devices, hidden).
+        groups: a device's parts of each layer's arrays.
+        specs: how these are split.
+
+    Returns:
+        By the layer's path, all positions (batch, length, ..., rank): of a device's own heads where heads are split
+        over the axis, else of all.
+    """
+    exchanged, gathered = {}, {}
+    for layer, arrays, spec in zip(layers, groups, specs, strict=True):
+        if "lora_kernel_a" not in arrays:
+            continue
+        a, by_heads = arrays["lora_kernel_a"], spec["lora_kernel_a"][0] is not None
+        # What it is short of are a few numbers; the positions that it has would be many more.
+        whole = jax.lax.all_gather(a, "model", axis=0, tiled=True) if by_heads else a
+        (exchanged if by_heads else gathered)[layer.path] = narrowed(layer, x, whole)
+    devices = jax.lax.axis_size("model")
+    found = {}
+    # One operation for all adapters of a kind: on a small model its latency costs more than its bytes.
+    if exchanged:
+        parts = [each.reshape(*each.shape[:2], devices, -1) for each in exchanged.values()]
+        mine = jax.lax.all_to_all(jnp.concatenate(parts, -1), "model", split_axis=2, concat_axis=1, tiled=True)
+        shapes = {path: (each.shape[2] // devices, each.shape[3]) for path, each in exchanged.items()}
+        found |= _apart(mine, shapes)
+    if gathered:
+        parts = [each.reshape(*each.shape[:2], -1) for each in gathered.values()]
+        all_positions = jax.lax.all_gather(jnp.concatenate(parts, -1), "model", axis=1, tiled=True)
+        found |= _apart(all_positions, {path: each.shape[2:] for path, each in gathered.items()})
+    return found
+
+
+def _apart(joined: jax.Array, shapes: dict[str, tuple[int, ...]]) -> dict[str, jax.Array]:
+    """Take apart what was joined along the last dimension; the shapes are those after batch and time."""
+    ends = list(itertools.accumulate(math.prod(shape) for shape in shapes.values()))
+    parts = jnp.split(joined, ends[:-1], axis=-1)
+    return {
+        path: part.reshape(*joined.shape[:2], *shape) for (path, shape), part in zip(shapes.items(), parts, strict=True)
+    }

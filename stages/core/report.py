@@ -3,7 +3,7 @@
 Purpose: read every output, turn numbers into text with units, and render `report_template.html`. The page is one file:
 its style and script are inline, allowed by their hashes, and nothing else may run or load. Text from a model or a
 review only ever passes through autoescaping. The same inputs give the same bytes: no time stamps.
-Reads: the preset's manifest and `data/sharding/base.json`; where they exist `data/sharding/tuned.json`,
+Reads: the preset's manifest and `data/sharding/base.json`; where they exist `data/sharding/tuned.json` and `plan.json`,
 `data/metrics/`, `data/plots/` and `data/generated/`. Writes nothing itself.
 Command: python -m stages.report
 """
@@ -28,8 +28,10 @@ from pydantic import BaseModel, Field, ValidationError
 
 from stages.core.errors import StageError
 from stages.core.params import Params
-from stages.core.paths import CURVE, MANIFEST, SAMPLES, SHARDING, Paths, generated, maker_of, metrics
+from stages.core.paths import CURVE, MANIFEST, PLAN, SAMPLES, SHARDING, Paths, generated, maker_of, metrics
 from stages.core.report_charts import Bar, LineChart, Tick, line_chart, mesh_picture, stacked_bars
+from stages.core.report_plan import PlanFile, plan_view
+from stages.core.report_text import NBSP, binary, percent, quantity, signed
 
 VARIANTS = ("baseline", "tuned")
 METRICS = (
@@ -45,8 +47,6 @@ METRICS = (
 CURVE_COLUMNS = ("step", "loss", "epoch", "accuracy", "tokens_per_second", "learning_rate", "validation_loss")
 KINDS = {"weight": "weights", "lora": "LoRA", "optimizer": "optimizer"}
 PACKAGES = ("keras", "keras-hub", "jax", "jaxlib")
-NONE = "\N{EN DASH}"
-NBSP = "\N{NO-BREAK SPACE}"
 # C0 controls other than tab and newline have no meaning in HTML; Unicode has a visible picture for each (U+2400 on).
 PICTURES = {code: 0x2400 + code for code in range(0x20) if code not in (0x09, 0x0A)} | {0x7F: 0x2421}
 
@@ -163,6 +163,7 @@ class Inputs:
     curve: dict[str, list[float]] | None
     generations: dict[str, list[Generation]]
     samples: list[Sample] = field(default_factory=list)
+    plan: PlanFile | None = None
     missing: dict[str, str] = field(default_factory=dict)
 
 
@@ -213,6 +214,8 @@ def read_inputs(paths: Paths) -> Inputs:
             inputs.generations[variant] = _read_lines(path, generated(variant), Generation)
     if path := optional(SAMPLES):
         inputs.samples = _read_lines(path, SAMPLES, Sample)
+    if path := optional(PLAN):
+        inputs.plan = _read_form(path, PLAN, PlanFile)
     return inputs
 
 
@@ -287,73 +290,6 @@ def _read_lines(path: Path, relative: str, form: type[Form]) -> list[Form]:
                 keys = " and ".join(form.model_fields)
                 raise _broken(relative, f"line {number} must be an object with {keys}") from error
     return found
-
-
-def binary(size: float) -> str:
-    """Return a size in bytes with a binary unit and three or four digits (1,073,741,824 is 1.00 GiB)."""
-    if abs(size) < 1024:
-        return f"{size:,.0f}{NBSP}B"
-    for unit in ("KiB", "MiB", "GiB", "TiB"):
-        size /= 1024
-        # 1023.6 would round to 1,024: that is 1.00 of the next unit.
-        if abs(size) < 1023.5 or unit == "TiB":
-            break
-    return f"{_three_digits(size)}{NBSP}{unit}"
-
-
-def duration(seconds: float) -> str:
-    """Return a time in ms below a second, in s below two minutes, in min and s or h and min above."""
-    if abs(seconds) < 1:
-        return f"{_three_digits(seconds * 1000)}{NBSP}ms"
-    if seconds < 120:
-        return f"{_three_digits(seconds)}{NBSP}s"
-    if seconds < 7200:
-        return f"{int(seconds) // 60}{NBSP}min {int(seconds) % 60}{NBSP}s"
-    return f"{int(seconds) // 3600:,}{NBSP}h {int(seconds) % 3600 // 60}{NBSP}min"
-
-
-def percent(fraction: float) -> str:
-    """Return a share of one in percent, with enough digits to tell small shares apart."""
-    value = fraction * 100
-    digits = 1 if abs(value) >= 1 or value == 0 else 2 if abs(value) >= 0.1 else 3
-    return f"{value:.{digits}f}{NBSP}%"
-
-
-def _three_digits(value: float) -> str:
-    digits = 2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0
-    return f"{value:,.{digits}f}"
-
-
-def signed(value: float, digits: int) -> str:
-    """Return a number with its sign, a true minus, and no sign on what rounds to zero."""
-    text = f"{abs(value):,.{digits}f}"
-    if not any(character in "123456789" for character in text):
-        return text
-    return ("+" if value > 0 else "\N{MINUS SIGN}") + text
-
-
-def quantity(key: str, value: Any) -> str:
-    """Return a metric as text; its unit is told by its key (`peak_host_bytes`, `step_seconds_median`, `loss`)."""
-    if value is None:
-        return NONE
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
-    if not math.isfinite(value):
-        return str(value)
-    words = key.rpartition(".")[2].split("_")
-    if "per_second" in key:
-        return f"{_three_digits(value)}{NBSP}{words[0]}/s"
-    if "bytes" in words:
-        return binary(value)
-    if "seconds" in words:
-        return duration(value)
-    if {"fraction", "accuracy", "share"} & set(words):
-        return percent(value)
-    if isinstance(value, int):
-        return f"{value:,}"
-    if {"loss", "perplexity"} & set(words):
-        return f"{value:,.3f}" if abs(value) < 10 else f"{value:,.2f}"
-    return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
 
 
 def partition_spec(spec: list[str | list[str] | None]) -> str:
@@ -561,6 +497,22 @@ def fallbacks(sharding: dict[str, Sharding]) -> list[dict[str, str]]:
     return list(found.values())
 
 
+def run_as_planned(sharding: Sharding, params: Params) -> dict[str, Any]:
+    """Return how the model was trained, by the keys of a plan's target."""
+    tuning = params.finetune
+    return {
+        "preset": sharding.preset,
+        "mesh": sharding.mesh.shape,
+        "layout": sharding.layout,
+        "dtype": sharding.dtype,
+        "batch_size": tuning.batch_size,
+        "length": params.tokenize.length,
+        "rank": tuning.rank,
+        "rematerialize": tuning.rematerialize,
+        "step": "ours",
+    }
+
+
 def _spec_text(spec: Any) -> str:
     return partition_spec(spec) if isinstance(spec, list) else str(spec)
 
@@ -636,6 +588,7 @@ def render(inputs: Inputs, params: Params) -> str:
     # The style and the script are blocks of the template, so that what is hashed is what stands in the page.
     hashes = {name: source_hash("".join(template.blocks[name](template.new_context()))) for name in ("style", "script")}
     sharding = inputs.sharding.get("tuned") or inputs.sharding["baseline"]
+    tuned = inputs.metrics.get("finetune", {})
     before = inputs.metrics.get("evaluate-baseline", {}).get("loss")
     before = before if _is_number(before) else None
     charts, curve_notes = curve_charts(inputs.curve, before) if inputs.curve is not None else ([], [])
@@ -666,6 +619,7 @@ def render(inputs: Inputs, params: Params) -> str:
         largest=max((w for w in sharding.weights if not w.replicated), key=lambda w: w.bytes // w.count, default=None),
         memory=memory(inputs.sharding),
         fallbacks=fallbacks(inputs.sharding),
+        plan=inputs.plan and plan_view(inputs.plan, run_as_planned(sharding, params), tuned),
         numbers={
             name: [(key, quantity(key, value)) for key, value in values.items()]
             for name, values in inputs.metrics.items()
@@ -673,7 +627,7 @@ def render(inputs: Inputs, params: Params) -> str:
         metrics_files=[metrics(name) for name in METRICS],
         settings=settings(params),
         versions=versions(),
-        paths={"curve": CURVE, "samples": SAMPLES, "tuned_sharding": SHARDING["tuned"]}
+        paths={"curve": CURVE, "samples": SAMPLES, "plan": PLAN, "tuned_sharding": SHARDING["tuned"]}
         | {f"generated_{variant}": generated(variant) for variant in VARIANTS}
         | {f"evaluate_{variant}": metrics(f"evaluate-{variant}") for variant in VARIANTS}
         | {"finetune": metrics("finetune")},

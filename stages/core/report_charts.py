@@ -21,6 +21,8 @@ MOST_DOTS = 60
 MOST_DRAWN = 16
 # A thinner piece of a bar (percent) cannot be seen at all, and LoRA often is; the table beside it has the number.
 THINNEST = 0.4
+# So many lines have colours and dashes of their own; more begin again.
+SERIES = 8
 
 Point = tuple[float, float]
 
@@ -44,16 +46,21 @@ class Line:
 
 @dataclass(frozen=True)
 class Dot:
-    """A single measurement at (`x`, `y`) percent of the drawing area."""
+    """A single value at (`x`, `y`) percent of the drawing area; `style` is the CSS class of its line."""
 
     x: float
     y: float
     label: str
+    style: str = "held"
 
 
 @dataclass(frozen=True)
 class LineChart:
-    """A chart over training steps; `x_domain` and `y_domain` let the page turn positions back into values."""
+    """A chart over training steps, or over a number that doubles.
+
+    `x_domain` and `y_domain` let the page turn positions back into values; with `doubling` the first holds logarithms
+    to the base 2. `legend`: its lines are told apart by more than their kind.
+    """
 
     title: str
     unit: str
@@ -66,6 +73,9 @@ class LineChart:
     y_domain: Point
     span: int
     summary: str
+    x_name: str = "step"
+    doubling: bool = False
+    legend: bool = False
 
 
 @dataclass(frozen=True)
@@ -285,6 +295,68 @@ def line_chart(
         span=span,
         summary=f"{title} over {len(values):,} steps: {finite[0]:.4g} at the first, {finite[-1]:.4g} at the last, "
         f"between {min(finite):.4g} and {max(finite):.4g}.",
+    )
+
+
+def series_chart(
+    title: str,
+    unit: str,
+    x_name: str,
+    series: Sequence[tuple[str, Sequence[Point]]],
+    level: tuple[str, float] | None = None,
+) -> LineChart | None:
+    """Lay out several lines over a number that doubles from point to point, from zero upwards.
+
+    Args:
+        title: what is shown.
+        unit: its unit, shown beside the title.
+        x_name: what the number counts.
+        series: a name and (number, value) pairs for each line, the numbers positive and ascending.
+        level: name and value of a level line, such as a limit.
+
+    Returns:
+        The chart, or None where there is no value.
+    """
+    points = [point for _, values in series for point in values]
+    if not points:
+        return None
+    numbers = sorted({number for number, _ in points})
+    low, high = math.log2(numbers[0]), math.log2(numbers[-1])
+    x_domain = (low, high) if low < high else (low - 0.5, high + 0.5)
+    y_domain = widened(0.0, max([value for _, value in points] + ([level[1]] if level else [])))
+
+    def place(number: float, value: float) -> Point:
+        return share(math.log2(number), *x_domain), round(100 - share(value, *y_domain), 3)
+
+    lines, dots = [], []
+    for index, (name, values) in enumerate(series):
+        style = f"series-{index % SERIES}"
+        placed = [place(*point) for point in values]
+        lines.append(Line(name, style, [" ".join(f"{x * 10:.1f},{y * 10:.1f}" for x, y in placed)]))
+        dots += [
+            Dot(x, y, f"{name}, {number:,.0f} {x_name}: {value:.4g}", style)
+            for (x, y), (number, value) in zip(placed, values, strict=True)
+        ]
+    if level:
+        y = 1000 - share(level[1], *y_domain) * 10
+        lines.append(Line(level[0], "before", [f"0.0,{y:.1f} 1000.0,{y:.1f}"]))
+    largest = max(points, key=lambda point: point[1])
+    return LineChart(
+        title=title,
+        unit=unit,
+        x_ticks=[Tick(share(math.log2(number), *x_domain), f"{number:,.0f}") for number in numbers],
+        y_ticks=_axis([(tick, round(100 - share(tick, *y_domain), 3)) for tick in ticks(*y_domain)]),
+        lines=lines,
+        dots=dots,
+        breaks=[],
+        x_domain=x_domain,
+        y_domain=y_domain,
+        span=0,
+        summary=f"{title} for {', '.join(name for name, _ in series)} over {numbers[0]:,.0f} to {numbers[-1]:,.0f} "
+        f"{x_name}; at most {largest[1]:.4g} {unit}.",
+        x_name=x_name,
+        doubling=True,
+        legend=True,
     )
 
 

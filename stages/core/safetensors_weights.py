@@ -183,7 +183,10 @@ def shard_files(folder: Path) -> tuple[str, ...]:
         return (SINGLE,)
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        return tuple(sorted(set(index["weight_map"].values())))
+        names = tuple(sorted(set(index["weight_map"].values())))
+        if outside := [name for name in names if Path(name).name != name]:
+            raise ValueError(f"{outside[0]} does not lie beside it")
+        return names
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise StageError(
             f"A Hugging Face folder must hold {SINGLE}, or {INDEX} with a weight_map. Received: {folder} ({error})."

@@ -22,6 +22,7 @@ from stages.core.batches import Batches
 from stages.core.checkpoint import Checkpoint, Store
 from stages.core.errors import StageError
 from stages.core.interruption import Interruption, Stopped
+from stages.core.measures import Growth
 from stages.core.optimizer import Schedule
 from stages.core.params import Finetune
 from stages.core.paths import REVIEWS
@@ -37,6 +38,7 @@ class History:
 
     `rows` is the curve; `step_seconds` has an entry a step and `first_steps` says which of them began a process, and so
     hold a compilation. `seconds` are of all else, by kind. `waited` counts validations since the lowest held-out loss.
+    `step_growth` is how many bytes the process's memory grew within a step, where the system tells.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -47,6 +49,7 @@ class History:
     best_loss: float | None = None
     waited: int = 0
     stopped_early: bool = False
+    step_growth: int | None = None
 
     @property
     def steps(self) -> int:
@@ -104,6 +107,7 @@ class Watch(keras.callbacks.Callback):
         self._first_step: int | None = None
         self._began = 0.0
         self._profiling = False
+        self._growth: Growth | None = None
 
     @property
     def finished(self) -> bool:
@@ -127,6 +131,8 @@ class Watch(keras.callbacks.Callback):
         if self._plan.profile and step == min(self._first_step + 1, self._plan.steps - 1):
             jax.profiler.start_trace(str(self._plan.profile))
             self._profiling = True
+        if step == self._first_step + 1:
+            self._growth = Growth()
         self._began = time.perf_counter()
 
     def on_train_batch_end(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
@@ -134,6 +140,8 @@ class Watch(keras.callbacks.Callback):
         plan, history = self._plan, self.history
         loss, accuracy = float(logs["batch_loss"]), float(logs["batch_accuracy"])
         seconds = time.perf_counter() - self._began
+        if self._growth:
+            history.step_growth, self._growth = self._growth.bytes(), None
         step = history.steps + 1
         rate = learning_rate(self.model.optimizer, plan.settings, step - 1)
         if not math.isfinite(loss):

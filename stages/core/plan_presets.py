@@ -1,0 +1,83 @@
+"""Every public Gemma on the smallest of a few topologies that holds it, adapter and in full: the README's table.
+
+Purpose: `python -m stages.plan --presets README.md` writes it anew between its two marks. Like the search it goes over
+programs of two and four blocks, so each preset costs minutes, not an hour; answers are kept in the cache folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from stages.core import gemmas
+from stages.core.errors import ParamsError
+from stages.core.files import write_text
+from stages.core.mesh import MeshShape
+from stages.core.params import PlanStep
+from stages.core.plan_search import argument_bytes, figures_of
+from stages.core.plan_table import size
+from stages.core.plan_targets import Settings, request_of
+from stages.core.planning import Question
+from stages.core.topology import describe
+
+# The smallest first. All have eight devices or more on the model axis, as the tutorial's mesh has.
+LADDER = (("v5e:2x4", (1, 8)), ("v5p:2x2x2", (1, 8)), ("v5p:2x2x4", (1, 16)))
+LENGTH, BATCH, DTYPE, RANK = 512, 8, "bfloat16", 4
+BEGIN, END = "<!-- plan: presets -->", "<!-- plan: end -->"
+
+
+def write_table(params: Settings, file: Path, say: Callable[[str], None]) -> None:
+    """Write the table between the two marks of a Markdown file.
+
+    Args:
+        params: the training's other settings.
+        file: a text file with the lines `BEGIN` and `END`.
+        say: shows one line to the person.
+
+    Raises:
+        ParamsError: there is no such file, or the marks are not in it.
+    """
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ParamsError(f"--presets needs a file with the marks {BEGIN} and {END}. Received: --presets={file}")
+    write_text(file, f"{before}{begin}\n{table(params, say)}\n{end}{after}")
+
+
+def table(params: Settings, say: Callable[[str], None]) -> str:
+    """Return the table as Markdown, a line a preset."""
+    lines = [
+        f"| preset | rank {RANK} on | needed a device | least step | in full on | needed a device | least step |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in gemmas.GEMMAS:
+        cells = [cell for rank in (RANK, 0) for cell in _cells(smallest(params, name, rank, say))]
+        lines.append(f"| {' | '.join([name, *cells])} |")
+    return "\n".join(lines)
+
+
+def smallest(params: Settings, name: str, rank: int, say: Callable[[str], None]) -> dict[str, Any] | None:
+    """Return the figures of a preset on the first topology of the ladder that holds its step, or None."""
+    architecture = gemmas.architecture(name)
+    step = PlanStep(preset=name, dtype=DTYPE, length=LENGTH, rank=rank)
+    for topology_name, shape in LADDER:
+        topology = describe(topology_name)
+        request = request_of(params, step, architecture, MeshShape(shape), layout="auto", batch_size=BATCH)
+        question = Question(request, topology_name)
+        held = argument_bytes(question)
+        if held >= topology.memory_bytes:
+            continue
+        say(f"{name}, {f'rank {rank}' if rank else 'in full'}, on {topology_name}")
+        found = figures_of(question, topology, held, say)
+        if found["fits"]:
+            return {**found, "topology": topology_name}
+    return None
+
+
+def _cells(found: dict[str, Any] | None) -> tuple[str, str, str]:
+    if found is None:
+        return "none of these", "", ""
+    least = f"{found['least_seconds'] * 1e3:.0f} ms ({found['least_limit']})"
+    return found["topology"], size(found["needed_bytes"]), least
