@@ -77,6 +77,12 @@ CHANGES = {
         {"prompts": ["Best comedy movies in the 90s "]},
         {"generate@baseline", "generate@tuned", "report"},
     ),
+    # The samples while training are put in it too; the adapter keeps its bytes, so nothing measures it anew.
+    "the turn format": (
+        "generate",
+        {"turns": True},
+        {"finetune", "generate@baseline", "generate@tuned", "report"},
+    ),
     "the learning rate": ("finetune", {"learning_rate": 0.002}, TUNED | PLANNED),
     "the LoRA rank": ("finetune", {"rank": 2}, TUNED | PLANNED),
     "the batch of evaluate": ("evaluate", {"batch_size": 3}, {"evaluate@baseline", "evaluate@tuned", "report"}),

@@ -12,13 +12,13 @@ PROMPTS = [[2, 10, 11, 12], [2, 40], [2, 7, 8, 9, 300, 301, 302]]
 NO_STOP = 511
 
 
-def sample(model, prompts, *, temperature=0.0, top_k=None, stop_id=NO_STOP, count=6, seed=0):
+def sample(model, prompts, *, temperature=0.0, top_k=None, stop_ids=(NO_STOP,), count=6, seed=0):
     """Run the sampler."""
     from stages.core import sampling
     from stages.core.causal import make_model
 
     causal = make_model(model.backbone, model.jax_mesh, model.placements)
-    settings = sampling.SamplerSettings(count, temperature, top_k, (stop_id,))
+    settings = sampling.SamplerSettings(count, temperature, top_k, stop_ids)
     return sampling.generate(causal, prompts, settings, seed)
 
 
@@ -46,8 +46,18 @@ def test_a_continuation_ends_at_the_stop_token(presets):
     model = load_tiny(presets["gemma"], (1, 1))
     whole = sample(model, PROMPTS)
     stop = whole[0][2]
-    cut = sample(model, PROMPTS, stop_id=stop)
+    cut = sample(model, PROMPTS, stop_ids=(stop,))
     assert cut[0] == whole[0][: whole[0].index(stop)]
+
+
+def test_each_of_several_stop_tokens_ends_a_continuation_where_it_comes_first(presets):
+    model = load_tiny(presets["gemma"], (1, 1))
+    whole = sample(model, PROMPTS)
+    stops = (whole[0][3], whole[1][1])
+    first = [min([ids.index(stop) for stop in stops if stop in ids], default=len(ids)) for ids in whole]
+    assert min(first) < 6
+    for order in (stops, stops[::-1], (NO_STOP, *stops)):
+        assert sample(model, PROMPTS, stop_ids=order) == [ids[:end] for ids, end in zip(whole, first, strict=True)]
 
 
 def test_the_same_seed_gives_the_same_text_and_another_seed_another(presets):

@@ -149,6 +149,7 @@ def lay_out(pairs, length, packing):
     return pair_windows.lay_out(pairs, length, packing=packing, pad=PAD)
 
 
+@settings(deadline=None)
 @given(PAIRS, LENGTHS, st.booleans())
 def test_each_response_token_that_fits_is_learnt_exactly_once_and_no_prompt_token_is(pairs, length, packing):
     laid_out = lay_out(pairs, length, packing)
@@ -163,6 +164,7 @@ def test_each_response_token_that_fits_is_learnt_exactly_once_and_no_prompt_toke
     assert set(np.unique(laid_out["weights"])) <= {0.0, 1.0}
 
 
+@settings(deadline=None)
 @given(PAIRS, LENGTHS, st.booleans())
 def test_a_pair_lies_in_one_window_in_one_segment_from_its_bos(pairs, length, packing):
     laid_out = lay_out(pairs, length, packing)
@@ -193,6 +195,7 @@ def test_a_pair_lies_in_one_window_in_one_segment_from_its_bos(pairs, length, pa
         assert ((laid_out["segment_ids"] > 0) == (laid_out["review"] >= 0)).all()
 
 
+@settings(deadline=None)
 @given(PAIRS, LENGTHS, st.booleans())
 def test_the_counts_add_up(pairs, length, packing):
     laid_out = lay_out(pairs, length, packing)
@@ -221,6 +224,7 @@ def test_packing_by_hand():
     assert alone["review"].tolist() == [[0, 0, 0, -1, -1, -1], [1] * 6, [2, 2, -1, -1, -1, -1]]
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 64), min_size=1, max_size=200))
 def test_at_most_one_window_is_less_than_half_full(sizes):
     pairs = [([BOS], [7] * size) for size in sizes]
