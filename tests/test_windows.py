@@ -26,6 +26,9 @@ from stages.core.presets import LICENCE, Manifest, PresetFile, write_manifest
 from stages.core.tokenizer import KERAS_VOCABULARY, Tokenizer
 from tests import tiny
 
+# Some compare with keras-hub's own, which has to be imported with the devices set up.
+pytestmark = pytest.mark.usefixtures("devices")
+
 REPOSITORY = Path(__file__).parent.parent
 PAD, EOS, BOS = 0, 1, 2
 TOKENS = st.integers(min_value=3, max_value=500)
