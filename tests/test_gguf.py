@@ -15,6 +15,9 @@ from stages.core.errors import StageError
 from stages.core.gguf import GgufWeights, read_architecture, tokenizer_proto
 from tests import tiny
 
+# Some compare with keras-hub's own, which has to be imported with the devices set up.
+pytestmark = pytest.mark.usefixtures("devices")
+
 DATA = Path(__file__).parent / "data"
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from stages.core import gemmas, hlo, planning, topology
+from stages.core.chips import CHIPS
 from stages.core.errors import ParamsError, StageError
 from stages.core.layouts import make_layout
 from stages.core.mesh import MeshShape
@@ -405,6 +406,30 @@ def test_the_best_candidate_is_the_fastest_and_of_equals_the_one_that_sends_leas
     rows += [{"name": "does not fit"}]
     best_first = [each["name"] for each in sorted(rows, key=_worth, reverse=True)]
     assert best_first == ["quiet", "talks", "slow", "does not fit"]
+
+
+@pytest.mark.parametrize("a_window", [0.01, 0.3, 0.9, 1.0, 3.0, 13.0, 20.0])
+def test_the_largest_batch_is_found_and_what_surely_does_not_fit_is_not_compiled(presets, monkeypatch, a_window):
+    from stages.core import plan_search
+
+    asked = []
+
+    def figures_of(question, topology, held, say):
+        batch = question.request.settings.batch_size
+        asked.append(batch)
+        needed = round((1.5 + a_window * batch) * 2**30)
+        return {"batch_size": batch, "fits": needed <= topology.memory_bytes, "needed_bytes": needed}
+
+    monkeypatch.setattr(plan_search, "figures_of", figures_of)
+    wanted = question(presets["gemma"], "v5e:2x4", shape=(1, 8))
+    place = dataclasses.replace(topology.describe("cpu:8"), chip=CHIPS["v5e"])
+    tried, best = plan_search._largest_batch(wanted, place, 512, lambda text: None)
+    fitting = [2**power for power in range(10) if 1.5 + a_window * 2**power <= 16]
+    assert best["largest_batch"] == max(fitting, default=0)
+    assert best["fits"] == bool(fitting)
+    assert len(asked) == len(set(asked)) == len(tried) <= 4
+    if a_window == 0.3:
+        assert len(asked) == 2, "two batches give the line, the others are foreseen"
 
 
 # --- The table of all presets. ---

@@ -14,6 +14,9 @@ from stages.core.gguf import tokenizer_proto
 from stages.core.tokenizer import KERAS_VOCABULARY, Tokenizer, holds_vocabulary, load_tokenizer
 from tests import tiny
 
+# Some compare with keras-hub's own, which has to be imported with the devices set up.
+pytestmark = pytest.mark.usefixtures("devices")
+
 REPOSITORY = Path(__file__).parent.parent
 TEXTS = [
     *tiny.tiny_reviews(24),

@@ -25,6 +25,8 @@ from stages.core.topology import Topology, describe
 FEW, MORE = 2, 4
 # The winner and so many rivals are compiled whole.
 CONFIRMED = 3
+# A batch that by the line through two others needs so many times the memory is not compiled to be sure.
+SURELY = 1.15
 EXTRAPOLATED = ("temporary_bytes", "code_bytes", "flops", "moved_bytes", "wire_bytes")
 
 Say = Callable[[str], None]
@@ -138,6 +140,9 @@ def _largest_batch(
     tried, low, high, best = [], 0, len(choices), none
     while low < high:
         middle = (low + high) // 2
+        if topology.memory_bytes is not None and _foreseen(tried, choices[middle]) > SURELY * topology.memory_bytes:
+            high = middle
+            continue
         figures = figures_of(question.with_batch(choices[middle]), topology, held, say)
         tried.append(figures)
         if figures["fits"]:
@@ -145,6 +150,16 @@ def _largest_batch(
         else:
             high = middle
     return tried, best
+
+
+def _foreseen(tried: list[dict[str, Any]], batch: int) -> float:
+    """Return the bytes that a batch would need by the line through the two nearest that were tried; 0 if unknown."""
+    known = sorted((each["batch_size"], each["needed_bytes"]) for each in tried if each["needed_bytes"] is not None)
+    nearest = sorted(known, key=lambda each: abs(each[0] - batch))[:2]
+    if len(nearest) < 2:
+        return 0.0
+    (one, needed), (other, more) = nearest
+    return needed + (more - needed) * (batch - one) / (other - one)
 
 
 def argument_bytes(question: Question) -> int:
