@@ -1,4 +1,7 @@
-"""The default pipeline for real: Gemma 3 270M, real reviews, eight simulated devices. Minutes, not seconds."""
+"""The default pipeline for real: Gemma 3 270M, real reviews, eight simulated devices. Minutes, not seconds.
+
+It stops after 60 of the 185 steps, which are most of the way: perplexity falls by 14.7 % instead of 16.3 %.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +24,11 @@ DATA = Path(__file__).parent / "data"
 
 @pytest.fixture(scope="module")
 def repository(real_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the repository in which `dvc repro` was run with the settings as they are."""
+    """A copy of the repository in which `dvc repro` was run with the settings as they are, but a third of the steps."""
     folder = copy_repository(tmp_path_factory.mktemp("default"))
+    params = (folder / "params.yaml").read_text()
+    assert params.count("\n  steps: null\n") == 1
+    (folder / "params.yaml").write_text(params.replace("\n  steps: null\n", "\n  steps: 60\n"))
     dvc(folder, "repro", GEMMA_TUNING_CACHE=str(REAL_CACHE))
     return folder
 

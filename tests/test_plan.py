@@ -233,8 +233,8 @@ def test_a_run_holds_what_the_plan_said_and_its_step_needs_about_as_much_as_it_s
     batch, length = 4, 512
     changes = {"batch_size": batch, "steps": 2, "epochs": 1}
     given = {"train": windows(2 * batch, length), "validation": windows(batch, length, seed=1)}
-    measured = train(presets["gemma3"], settings(**changes), given, shape=(2, 4))[0].metrics()
-    found = planning.answer(question(presets["gemma3"], "cpu:8", length=length, **changes))
+    measured = train(presets["gemma"], settings(**changes), given, shape=(2, 4))[0].metrics()
+    found = planning.answer(question(presets["gemma"], "cpu:8", length=length, **changes))
     assert measured["state_bytes_per_device"] == found["argument_bytes"] - found["by_kind"]["batch"]
     if "step_growth_bytes" not in measured:
         pytest.skip("the growth of a process's memory is only told by Linux")

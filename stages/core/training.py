@@ -29,6 +29,8 @@ from stages.core.paths import REVIEWS
 
 # Steps in a JAX profile, after the one that compiles.
 PROFILED_STEPS = 3
+# Steps whose growth in memory is measured, the largest being told: what the one before held may still be there.
+MEASURED_STEPS = 8
 PHASES = ("load", "validation", "sample", "checkpoint")
 
 
@@ -131,7 +133,7 @@ class Watch(keras.callbacks.Callback):
         if self._plan.profile and step == min(self._first_step + 1, self._plan.steps - 1):
             jax.profiler.start_trace(str(self._plan.profile))
             self._profiling = True
-        if step == self._first_step + 1 and jax.default_backend() == "cpu":
+        if 1 <= step - self._first_step <= MEASURED_STEPS and jax.default_backend() == "cpu":
             self._growth = Growth()
         self._began = time.perf_counter()
 
@@ -140,8 +142,9 @@ class Watch(keras.callbacks.Callback):
         plan, history = self._plan, self.history
         loss, accuracy = float(logs["batch_loss"]), float(logs["batch_accuracy"])
         seconds = time.perf_counter() - self._began
-        if self._growth:
-            history.step_growth, self._growth = self._growth.bytes(), None
+        if self._growth and (grown := self._growth.bytes()) is not None:
+            history.step_growth = max(grown, history.step_growth or 0)
+        self._growth = None
         step = history.steps + 1
         rate = learning_rate(self.model.optimizer, plan.settings, step - 1)
         if not math.isfinite(loss):
