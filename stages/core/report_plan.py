@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from stages.core.report_charts import LineChart, Point, series_chart
-from stages.core.report_text import NONE, binary, duration, percent, signed
+from stages.core.report_text import NBSP, NONE, binary, duration, percent, signed
 
 GIB = 2**30
 # What a device holds, in the order of the bar; the rest of what it needs is code and results.
@@ -238,7 +238,7 @@ def _scaling(scaling: Scaling) -> dict[str, Any]:
             {
                 "topology": each.topology,
                 "devices": f"{each.devices:,}",
-                "mesh": " \N{MULTIPLICATION SIGN} ".join(f"{size:,}" for size in each.mesh),
+                "mesh": f"{NBSP}\N{MULTIPLICATION SIGN}{NBSP}".join(f"{size:,}" for size in each.mesh),
                 "batch": f"{each.batch_size:,}" if each.batch_size else NONE,
                 "fits": each.fits,
                 "needed": NONE if each.needed_bytes is None else binary(each.needed_bytes),
