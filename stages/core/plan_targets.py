@@ -164,6 +164,8 @@ def entry(name: str, question: Question, answer: dict[str, Any]) -> dict[str, An
         "moved_bytes_per_step": answer.get("moved_bytes"),
         "collectives": collectives,
         "collective_bytes_per_step": sum(each["bytes"] for each in collectives.values()),
+        # What goes over the wire tells more: an all-reduce sends its bytes twice, a reduce-scatter once.
+        "wire_bytes_per_step": answer.get("wire_bytes"),
         "least_step_seconds": answer.get("least_seconds"),
         "least_step_limit": answer.get("least_limit"),
         "measured_step_seconds": MEASURED.get(key) if request.path == "ours" else None,
@@ -183,7 +185,6 @@ def details(name: str, question: Question, answer: dict[str, Any]) -> dict[str, 
     return {
         **found,
         **least,
-        "wire_bytes_per_step": answer.get("wire_bytes"),
         "largest": answer.get("largest", []),
         "fallbacks": fallbacks,
         "weights": answer["weights"],
