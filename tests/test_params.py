@@ -144,3 +144,9 @@ def test_the_schema_has_no_defaults_so_that_dvc_sees_every_value():
         section = field.annotation
         assert all(inner.is_required() for inner in section.model_fields.values()), name
         assert set(written[name]) == set(section.model_fields), name
+
+
+def test_of_settings_that_do_not_agree_only_those_are_shown_that_the_message_names():
+    with pytest.raises(ParamsError) as raised:
+        read_params(ROOT / "params.yaml", ("prepare.prompt_column=q",))
+    assert str(raised.value).endswith("Received: prompt_column='q', response_column=None")

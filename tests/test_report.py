@@ -603,6 +603,11 @@ def test_the_plan_of_this_run_stands_beside_what_the_run_measured(root):
     edit(root, "data/metrics/finetune.json", state_bytes_per_device=976, step_growth_bytes=100 * 2**20)
     assert f"This run, planned and measured: {held} {grown}" in Reader(rendered(root)).text
     assert "planned and measured" not in Reader(rendered(root, "finetune.batch_size=4")).text, "that is another run"
+    here = plan()["targets"]["here"]
+    elsewhere = {**here, "topology": "v5e:2x4", "argument_bytes_per_device": 2000}
+    edit(root, "data/sharding/plan.json", targets={"here": here, "elsewhere": elsewhere})
+    text = Reader(rendered(root)).text
+    assert f"This run, planned and measured: {held} {grown}" in text and text.count("State a device") == 1
 
 
 def test_the_search_marks_the_best_and_says_which_figures_are_compiled(root):

@@ -377,7 +377,7 @@ def _describe(problem: Any, content: dict, file_name: str, overridden: set[tuple
     message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     if problem["type"] == "value_error":
         message = message if not name else f"{name}.{message}"
-        return f"{place}: {message}. Received: {_flat(plain(node))}"
+        return f"{place}: {message}. Received: {_flat(plain(node), message)}"
     return f"{place}: {name} {message[0].lower() + message[1:]}. Received: {name}={plain(node)!r}"
 
 
@@ -388,10 +388,11 @@ def _section_in(annotation: Any) -> type[Section] | None:
     return next((found for each in get_args(annotation) if (found := _section_in(each))), None)
 
 
-def _flat(values: Any) -> str:
-    """Return a section's values on one line, those that are set."""
+def _flat(values: Any, message: str) -> str:
+    """Return a section's values on one line: those of the keys that the message names, or all if it names none."""
     if isinstance(values, dict):
-        return ", ".join(f"{key}={value!r}" for key, value in values.items())
+        named = {key: value for key, value in values.items() if re.search(rf"\b{re.escape(key)}\b", message)}
+        return ", ".join(f"{key}={value!r}" for key, value in (named or values).items())
     return repr(values)
 
 

@@ -619,7 +619,7 @@ def render(inputs: Inputs, params: Params) -> str:
         largest=max((w for w in sharding.weights if not w.replicated), key=lambda w: w.bytes // w.count, default=None),
         memory=memory(inputs.sharding),
         fallbacks=fallbacks(inputs.sharding),
-        plan=inputs.plan and plan_view(inputs.plan, run_as_planned(sharding, params), tuned),
+        plan=inputs.plan and plan_view(inputs.plan, run_as_planned(sharding, params), sharding.mesh.devices, tuned),
         numbers={
             name: [(key, quantity(key, value)) for key, value in values.items()]
             for name, values in inputs.metrics.items()

@@ -114,12 +114,13 @@ class PlanFile(BaseModel):
     scaling: Scaling | None
 
 
-def plan_view(plan: PlanFile, run: Mapping[str, Any], measured: Mapping[str, Any]) -> dict[str, Any]:
+def plan_view(plan: PlanFile, run: Mapping[str, Any], platform: str, measured: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the template shows of a plan.
 
     Args:
         plan: the file's content.
         run: how the model was trained, by the keys of a target: `preset`, `mesh`, `layout`, ...
+        platform: of the devices it was trained on; `cpu` for simulated ones.
         measured: the metrics of `finetune`; empty where there are none.
     """
     return {
@@ -127,7 +128,8 @@ def plan_view(plan: PlanFile, run: Mapping[str, Any], measured: Mapping[str, Any
         "measured": [
             sentence
             for target in plan.targets.values()
-            if all(getattr(target, key) == value for key, value in run.items())
+            if target.topology.startswith("cpu:") == (platform == "cpu")
+            and all(getattr(target, key) == value for key, value in run.items())
             for sentence in _beside_measured(target, measured)
         ],
         "search": plan.search and _search(plan.search),
