@@ -254,9 +254,10 @@ def test_a_run_holds_what_the_plan_said_and_its_step_needs_about_as_much_as_it_s
     assert measured["state_bytes_per_device"] == found["argument_bytes"] - found["by_kind"]["batch"]
     if "step_growth_bytes" not in measured:
         pytest.skip("the growth of a process's memory is only told by Linux")
-    # Simulated devices share a process, and not all are at the same place of the step at the same time.
+    # Simulated devices share a process and are not all at the same place of the step at the same time; what a kernel
+    # takes beside its program's buffers is in no plan. Seen: 0.9 to 1.6 times.
     assert found["devices"] * found["temporary_bytes"] / 2 < measured["step_growth_bytes"]
-    assert measured["step_growth_bytes"] < 2 * found["devices"] * found["temporary_bytes"]
+    assert measured["step_growth_bytes"] < 3 * found["devices"] * found["temporary_bytes"]
 
 
 def test_full_parameter_tuning_has_slots_for_every_weight(presets):
