@@ -1175,18 +1175,6 @@ def test_a_mesh_up_to_sixteen_by_sixteen_is_drawn_whole_and_a_larger_one_by_its_
 # --- The command line. ---
 
 
-def test_help_answers_within_a_second():
-    best = min(timed_help() for _ in range(3))
-    assert best < 1.0
-
-
-def timed_help() -> float:
-    began = time.perf_counter()
-    result = run_stage(REPOSITORY, "--help")
-    assert "Write one self-contained HTML page" in result.stdout
-    return time.perf_counter() - began
-
-
 def test_a_trial_with_out_root_leaves_the_pipelines_report_alone(root, tmp_path_factory):
     trial = tmp_path_factory.mktemp("trial")
     result = run_stage(root, "--out-root", str(trial))
