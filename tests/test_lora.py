@@ -45,8 +45,9 @@ def test_only_the_targets_get_an_adapter_and_all_else_is_frozen(presets, family)
     assert trainable == wanted
 
 
+@pytest.mark.parametrize("divided", [False, True])
 @pytest.mark.parametrize("targets", [("query",), ("key",), ("attention_output",), ("ffw_gating",), ("ffw_linear",)])
-def test_an_adapter_applied_is_the_adapter_merged(presets, targets):
+def test_an_adapter_applied_is_the_adapter_merged(presets, targets, divided):
     import jax.numpy as jnp
 
     model = load_tiny(presets["gemma2"], (1, 1), rank=2, targets=targets)
@@ -55,4 +56,4 @@ def test_an_adapter_applied_is_the_adapter_merged(presets, targets):
     x = np.random.default_rng(0).normal(size=dimensions[layer.equation.split(",")[0]]).astype("f4")
     # `layer.kernel` is Keras' own W + (alpha / rank) A B.
     merged = jnp.einsum(layer.equation, x, layer.kernel)
-    np.testing.assert_allclose(lora.project(layer, x), merged, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(lora.project(layer, x, divided=divided), merged, rtol=1e-4, atol=1e-4)

@@ -19,6 +19,7 @@ import numpy as np
 
 from stages.core.lora import Dropout
 from stages.core.projection import Projections
+from stages.core.rotary import Rotary
 
 Cache = tuple[jax.Array, jax.Array]
 # Puts an activation where the mesh wants it, by its role (see causal.activation_layout).
@@ -39,6 +40,7 @@ class _Pass:
     backbone: keras.Model
     constrain: Constrain
     projections: Projections
+    rotary: Rotary
     dropout: Dropout | None
 
 
@@ -80,9 +82,9 @@ def hidden_states(
     Returns:
         (batch, length, hidden) in the compute dtype.
     """
-    # A constant with one row for the whole batch: angles and windows are worked out by the compiler, once.
+    # A constant with one row for the whole batch: windows are worked out by the compiler, once.
     positions = np.arange(mask.shape[1], dtype=np.int32)[None, :]
-    run = _Pass(backbone, constrain, projections, dropout)
+    run = _Pass(backbone, constrain, projections, _rotary(backbone, positions), dropout)
     x = _scale(backbone, token_embeddings)
     for layer in backbone.transformer_layers:
 
@@ -118,7 +120,7 @@ def hidden_states_cached(
         jnp.arange(caches[0][0].shape[1], dtype=jnp.int32), (positions.shape[0], caches[0][0].shape[1])
     )
     causal = keys_at[:, None, :] <= positions[:, :, None]
-    run = _Pass(backbone, constrain, projections, None)
+    run = _Pass(backbone, constrain, projections, _rotary(backbone, positions), None)
     x = _scale(backbone, token_embeddings)
     updated = []
     for layer, cache in zip(backbone.transformer_layers, caches, strict=True):
@@ -139,6 +141,12 @@ def empty_caches(backbone: keras.Model, batch: int, capacity: int) -> tuple[Cach
 def _scale(backbone: keras.Model, token_embeddings: jax.Array) -> jax.Array:
     """Multiply by the square root of the hidden size, rounded to the compute dtype as keras-hub does."""
     return token_embeddings * jnp.asarray(backbone.hidden_dim**0.5, token_embeddings.dtype)
+
+
+def _rotary(backbone: keras.Model, positions: jax.Array) -> Rotary:
+    """Return the rotary embeddings of a pass; keras-hub interleaves their halves for Gemma and Gemma 2."""
+    layers = [layer.attention.rope_layer for layer in backbone.transformer_layers]
+    return Rotary(layers, positions, backbone.head_dim, interleaved=type(backbone).__name__ == "GemmaBackbone")
 
 
 def _window(layer: Any, queries: jax.Array, keys: jax.Array) -> jax.Array | None:
@@ -178,8 +186,9 @@ def _attention(
     if getattr(attention, "use_query_key_norm", False):
         query = attention.query_norm(query)
         key = attention.key_norm(key)
-    query = _rope(run.backbone, attention, query, positions)
-    key = _rope(run.backbone, attention, key, positions)
+    # Held once more, so that the backward pass finds the whole keys; XLA would gather them again for it.
+    query = run.constrain(run.rotary(attention.rope_layer, query), "query")
+    key = run.constrain(run.rotary(attention.rope_layer, key), "key")
     if cache is not None:
         rows = jnp.arange(x.shape[0])[:, None]
         key = cache[0].at[rows, positions].set(key)
@@ -208,19 +217,3 @@ def _mix(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, so
     logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
     return jnp.einsum("bkgts,bskh->btkgh", weights, value).reshape(batch, length, heads, head)
-
-
-def _rope(backbone: keras.Model, attention: Any, x: jax.Array, positions: jax.Array) -> jax.Array:
-    """Rotate queries or keys (batch, length, heads, head) by their positions (batch, length)."""
-    rope = attention.rope_layer
-    half = x.shape[-1] // 2
-    # https://arxiv.org/abs/2104.09864, with keras-hub's linear scaling of positions.
-    frequencies = rope.max_wavelength ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = (positions.astype(jnp.float32) / rope.scaling_factor)[:, :, None, None] * frequencies
-    cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
-    first, second = x[..., :half], x[..., half:]
-    rotated = (first * cos - second * sin, second * cos + first * sin)
-    if type(backbone).__name__ == "GemmaBackbone":
-        # keras-hub interleaves the halves for Gemma and Gemma 2, as the original checkpoints' heads are.
-        return jnp.stack(rotated, axis=-1).reshape(x.shape)
-    return jnp.concatenate(rotated, axis=-1)

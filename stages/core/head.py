@@ -205,10 +205,11 @@ def _walk(
         maximum, total, best, mixed = carry
         z = _cap(jnp.einsum("nd,vd->nv", h, rows, preferred_element_type=jnp.float32), plan.soft_cap)
         block_maximum = jnp.max(z, axis=-1)
-        # The first of equal maxima, as argmax would take; XLA computes two plain reductions faster than one argmax.
-        numbers = jax.lax.broadcasted_iota(jnp.int32, z.shape, 1)
-        block_best = jnp.min(jnp.where(z == block_maximum[:, None], numbers, jnp.iinfo(jnp.int32).max), axis=-1)
-        best = jnp.where(block_maximum > maximum, block_best + start, best)
+        # The first of equal maxima, as argmax would take; XLA computes two plain reductions faster than one argmax, and
+        # on a CPU those of floats, which are exact for numbers of this size.
+        numbers = jax.lax.broadcasted_iota(jnp.float32, z.shape, 1)
+        block_best = jnp.min(jnp.where(z == block_maximum[:, None], numbers, jnp.inf), axis=-1)
+        best = jnp.where(block_maximum > maximum, block_best.astype(jnp.int32) + start, best)
         new_maximum = jnp.maximum(maximum, block_maximum)
         kept = jnp.exp(maximum - new_maximum)
         p = jnp.exp(z - new_maximum[:, None])

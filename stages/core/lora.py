@@ -94,18 +94,19 @@ def first_value(path: str, shape: tuple[int, ...], seed: int) -> Any:
     return stream.uniform(-limit, limit, shape).astype(np.float32)
 
 
-def project(layer: Any, x: jax.Array, dropout: Dropout | None = None) -> jax.Array:
+def project(layer: Any, x: jax.Array, dropout: Dropout | None = None, *, divided: bool = False) -> jax.Array:
     """Apply an `EinsumDense` layer without bias, with its adapter if it has one.
 
     Args:
         layer: one of Gemma's projections; its equation is such as `btd,ndh->btnh`.
         x: the activation, in the compute dtype.
         dropout: applied to what goes into the adapter only; told the layer's path.
+        divided: whether XLA is to divide the output's dimensions over devices, see `widen`.
 
     Returns:
         x W + (alpha / rank) x A B, in the compute dtype.
     """
-    return apply(layer, x, arrays_of(layer), dropout)
+    return apply(layer, x, arrays_of(layer), dropout, divided=divided)
 
 
 def arrays_of(layer: Any) -> dict[str, jax.Array]:
@@ -116,13 +117,20 @@ def arrays_of(layer: Any) -> dict[str, jax.Array]:
     return {name: variable.value for name, variable in arrays.items()}
 
 
-def apply(layer: Any, x: jax.Array, arrays: dict[str, jax.Array], dropout: Dropout | None = None) -> jax.Array:
+def apply(
+    layer: Any,
+    x: jax.Array,
+    arrays: dict[str, jax.Array],
+    dropout: Dropout | None = None,
+    *,
+    divided: bool = False,
+) -> jax.Array:
     """Do what `project` does with the layer's arrays, or a device's parts of them, given."""
     y = base(layer, x, arrays)
     if "lora_kernel_a" not in arrays:
         return y
     into = x if dropout is None else dropout(x, layer.path)
-    return y + widen(layer, narrowed(layer, into, arrays["lora_kernel_a"]), arrays)
+    return y + widen(layer, narrowed(layer, into, arrays["lora_kernel_a"]), arrays, divided=divided)
 
 
 def base(layer: Any, x: jax.Array, arrays: dict[str, jax.Array]) -> jax.Array:
@@ -140,14 +148,20 @@ def narrowed(layer: Any, x: jax.Array, a: jax.Array) -> jax.Array:
     return jnp.einsum(f"{inputs},{axes[:-1]}r->{low}", x, a.astype(layer.compute_dtype))
 
 
-def widen(layer: Any, narrow: jax.Array, arrays: dict[str, jax.Array]) -> jax.Array:
-    """Return (alpha / rank) x A B from x A, in the compute dtype."""
+def widen(layer: Any, narrow: jax.Array, arrays: dict[str, jax.Array], *, divided: bool = False) -> jax.Array:
+    """Return (alpha / rank) x A B from x A, in the compute dtype.
+
+    The product is of two matrices, so that the gradient of B is one too: from more dimensions XLA would first transpose
+    the layer's whole gradient. Where XLA divides those dimensions itself (`divided`), it could not once they are one.
+    """
     import jax.numpy as jnp
 
-    _, axes, low = _equation(layer)
     narrow = narrow * jnp.asarray(layer.lora_alpha / layer.lora_rank, narrow.dtype)
     b = arrays["lora_kernel_b"].astype(layer.compute_dtype)
-    return jnp.einsum(f"{low},r{axes[-1]}->{low.replace('r', axes[-1])}", narrow, b)
+    if divided:
+        return jnp.matmul(narrow, b)
+    wide = jnp.matmul(narrow.reshape(-1, narrow.shape[-1]), b)
+    return wide.reshape(*narrow.shape[:-1], b.shape[-1])
 
 
 def _equation(layer: Any) -> tuple[str, str, str]:

@@ -53,6 +53,7 @@ CODE = [
     "presets",
     "projection",
     "roofline",
+    "rotary",
     "safetensors_weights",
     "sharding",
     "step_program",

@@ -35,6 +35,7 @@ class Projections:
     def __init__(self, mesh: Mesh | None = None, placements: Sequence[Placement] = ()) -> None:
         """Take the mesh, and where each kernel lies on it; without a mesh, one device is meant."""
         self._mesh = mesh
+        self._divides = mesh is not None and mesh.shape["model"] > 1
         self._specs = {placement.weight.path: placement.spec for placement in placements}
 
     def columns(self, layers: Sequence[Any], x: jax.Array, dropout: Dropout | None = None) -> list[jax.Array]:
@@ -45,7 +46,10 @@ class Projections:
         specs = [self._layer_specs(layer) for layer in layers]
         if dropout is not None or any(each is None or self._splits_input(each) for each in specs):
             x = self._hold(x, "batch", None, None)
-            return [self._hold(project(layer, x, dropout), "batch", None, *self._output(layer)) for layer in layers]
+            return [
+                self._hold(project(layer, x, dropout, divided=self._divides), "batch", None, *self._output(layer))
+                for layer in layers
+            ]
         split_time = self._splits_time(x)
 
         def local(x: jax.Array, groups: list[dict[str, jax.Array]]) -> list[jax.Array]:
@@ -74,7 +78,7 @@ class Projections:
         specs = self._layer_specs(layer)
         if dropout is not None or specs is None or specs["kernel"][-1] is not None:
             x = self._hold(x, "batch", None, *self._kernel(layer)[:-1])
-            return self._hold(project(layer, x, dropout), "batch", None, None)
+            return self._hold(project(layer, x, dropout, divided=self._divides), "batch", None, None)
         split_time = self._splits_time(x)
 
         def local(x: jax.Array, arrays: dict[str, jax.Array]) -> jax.Array:
@@ -92,7 +96,7 @@ class Projections:
 
     def _layer_specs(self, layer: Any) -> dict[str, tuple[Any, ...]] | None:
         """Return the specs of a layer's arrays, or None where XLA is to find its own way."""
-        if self._mesh is None or self._mesh.shape["model"] == 1:
+        if not self._divides:
             return None
         specs = {name: self._specs[f"{layer.path}/{name}"] for name in KERNELS if f"{layer.path}/{name}" in self._specs}
         if any("batch" in axes_of(axis) for spec in specs.values() for axis in spec):

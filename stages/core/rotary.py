@@ -1,0 +1,80 @@
+"""Rotary position embeddings: queries and keys turned by their positions, with the angles worked out once a pass.
+
+Purpose: left to itself XLA computes each angle's sine and cosine again for every head, block and direction, inside the
+products that use them; on a CPU that cost more than the products. The way back of a rotation is the rotation by the
+opposite angle: written down, it needs no padding of halves, which is what JAX derives.
+
+Formula: https://arxiv.org/abs/2104.09864, with keras-hub's linear scaling of positions.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+# Cosine and sine, each (batch or 1, length, 1, head / 2).
+Angles = tuple[jax.Array, jax.Array]
+
+
+class Rotary:
+    """Turns queries and keys of one forward pass."""
+
+    def __init__(self, layers: Sequence[Any], positions: jax.Array, head_dim: int, *, interleaved: bool) -> None:
+        """Work out the angles of each kind of layer.
+
+        Args:
+            layers: keras-hub's `RotaryEmbedding` layers.
+            positions: int32 (batch, length), or (1, length) where all rows are alike.
+            head_dim: numbers a head.
+            interleaved: whether results alternate between the two halves, as the original checkpoints' heads of Gemma
+                and Gemma 2 do, or follow one another.
+        """
+        self._interleaved = interleaved
+        kinds = {_kind(layer): layer for layer in layers}
+        found = {kind: _angles(layer, positions, head_dim // 2) for kind, layer in kinds.items()}
+        # Without the barrier the compiler moves sine and cosine into every product that takes them.
+        self._angles: dict[tuple[float, float], Angles] = jax.lax.optimization_barrier(found)
+
+    def __call__(self, layer: Any, x: jax.Array) -> jax.Array:
+        """Rotate queries or keys (batch, length, heads, head) as the layer does."""
+        cos, sin = self._angles[_kind(layer)]
+        return _rotate(x, cos.astype(x.dtype), sin.astype(x.dtype), self._interleaved)
+
+
+def _kind(layer: Any) -> tuple[float, float]:
+    return float(layer.max_wavelength), float(layer.scaling_factor)
+
+
+def _angles(layer: Any, positions: jax.Array, half: int) -> Angles:
+    wavelength, scaling = _kind(layer)
+    frequencies = wavelength ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = (jnp.asarray(positions, jnp.float32) / scaling)[:, :, None, None] * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, interleaved: bool) -> jax.Array:
+    first, second = jnp.split(x, 2, axis=-1)
+    rotated = (first * cos - second * sin, second * cos + first * sin)
+    return jnp.stack(rotated, axis=-1).reshape(x.shape) if interleaved else jnp.concatenate(rotated, axis=-1)
+
+
+def _rotate_forward(x: jax.Array, cos: jax.Array, sin: jax.Array, interleaved: bool) -> tuple[jax.Array, Angles]:
+    return _rotate(x, cos, sin, interleaved), (cos, sin)
+
+
+def _rotate_backward(interleaved: bool, angles: Angles, gradient: jax.Array) -> tuple[jax.Array, None, None]:
+    cos, sin = angles
+    if interleaved:
+        pairs = gradient.reshape(*gradient.shape[:-1], -1, 2)
+        first, second = pairs[..., 0], pairs[..., 1]
+    else:
+        first, second = jnp.split(gradient, 2, axis=-1)
+    return jnp.concatenate((first * cos + second * sin, second * cos - first * sin), axis=-1), None, None
+
+
+_rotate.defvjp(_rotate_forward, _rotate_backward)
