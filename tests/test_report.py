@@ -1175,6 +1175,10 @@ def test_a_mesh_up_to_sixteen_by_sixteen_is_drawn_whole_and_a_larger_one_by_its_
 # --- The command line. ---
 
 
+def test_help_says_what_is_written():
+    assert "Write one self-contained HTML page" in run_stage(REPOSITORY, "--help").stdout
+
+
 def test_a_trial_with_out_root_leaves_the_pipelines_report_alone(root, tmp_path_factory):
     trial = tmp_path_factory.mktemp("trial")
     result = run_stage(root, "--out-root", str(trial))

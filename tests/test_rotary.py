@@ -1,4 +1,4 @@
-"""Rotations are keras-hub's own, and their way back is what JAX derives."""
+"""Rotations are keras-hub's own, and their way back is their transpose."""
 
 from __future__ import annotations
 
