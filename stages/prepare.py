@@ -1,7 +1,8 @@
 """Choose the reviews to train on and those held out, cleaned.
 
 Reads: params `prepare`; the IMDb sample's package, TensorFlow Datasets, or the person's own files.
-Writes: `data/imdb/train.parquet`, `data/imdb/validation.parquet`, `data/metrics/prepare.json`.
+Writes: `data/imdb/train.parquet`, `data/imdb/validation.parquet`, `data/metrics/prepare.json`;
+links in `data/inputs/` to what it read of the person's own.
 Command: python -m stages.prepare
 """
 
@@ -14,10 +15,13 @@ from stages.core.paths import REVIEWS, cache_folder
 @stage
 def main(run: Run) -> None:
     """Choose, clean, split and store the reviews."""
-    from stages.core.review_sources import describe, prepare_reviews, summary
+    from stages.core import inputs
+    from stages.core.review_sources import describe, own_inputs, prepare_reviews, summary
     from stages.core.review_table import write_reviews
 
     parts, tally = prepare_reviews(run.params.prepare, run.paths.root, cache_folder(), run.say)
+    for key, path in own_inputs(run.params.prepare, run.paths.root).items():
+        inputs.declare(run.paths, "prepare", key, path)
     for part, reviews in parts.items():
         write_reviews(run.paths.write(REVIEWS[part]), reviews)
     run.write_metrics("prepare", describe(parts, tally))

@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 from ruamel.yaml import YAML
 
-from stages.core.checkpoint import Store, fingerprint_of
+from stages.core import code
+from stages.core.checkpoint import Store
 from stages.core.errors import StageError
+from stages.core.fingerprint import ENTRY, fingerprint_of, record, with_program
 from stages.core.interruption import Interruption, Stopped
 from tests.conftest import ROOT
 from tests.tiny import tiny_reviews
@@ -222,6 +224,56 @@ def test_a_fingerprint_changes_with_every_part():
     assert fingerprint_of(parts) == fingerprint_of({"tokens": "ab", "settings": {"rank": 4}})
     assert fingerprint_of(parts) != fingerprint_of({**parts, "tokens": "ac"})
     assert fingerprint_of(parts) != fingerprint_of({**parts, "settings": {"rank": 8}})
+
+
+def test_the_fingerprint_holds_all_the_code_that_trains_and_none_that_only_talks():
+    held = set(with_program({})["code"])
+    trains = "adapter batches causal decoder finetuning head lora optimizer projection rotary sampling training turns"
+    assert {f"stages/core/{name}.py" for name in trains.split()} <= held
+    assert not held & {f"stages/core/{name}.py" for name in ("cli", "progress", "plan_check", "paths", "curve")}
+    assert held == code.dependencies(ENTRY)
+
+
+def test_a_run_whose_code_changed_says_that_it_starts_over(tmp_path: Path):
+    parts = with_program({"settings": {"rank": 4}})
+    changed = {**parts, "code": {**parts["code"], "stages/core/head.py": "other"}}
+    said: list[str] = []
+    for each in (parts, changed):
+        record(tmp_path / fingerprint_of(each), each, said.append)
+    assert said == [], "nothing was kept that could not be used"
+    (tmp_path / fingerprint_of(parts) / "step-00000005").mkdir()
+    for other in ({**changed, "settings": {"rank": 8}}, parts):
+        record(tmp_path / f"new-{len(said)}-{other['settings']['rank']}", other, said.append)
+    assert said == []
+    record(tmp_path / "new", {**changed, "versions": {**parts["versions"], "jax": "0"}}, said.append)
+    assert len(said) == 1
+    assert said[0].endswith("other code or packages and are not used: jax, stages/core/head.py changed.")
+
+
+def test_a_killed_run_starts_over_when_the_training_code_changed_and_goes_on_when_a_help_text_did(trial: Trial):
+    stages = trial.folder / "code" / "stages"
+    shutil.copytree(ROOT / "stages", stages, ignore=shutil.ignore_patterns("__pycache__"))
+    environment = {**trial.environment, "PYTHONPATH": str(stages.parent)}
+    killed = Trial(trial.folder)
+    killed.environment = environment
+    for number in (signal.SIGKILL, signal.SIGKILL):
+        killed.stop_after_a_checkpoint(number)
+    help_text = stages / "finetune.py"
+    help_text.write_text(help_text.read_text().replace("Write a JAX profile", "Write a profile"))
+    command_line = stages / "core/cli.py"
+    command_line.write_text(command_line.read_text() + "\nCHANGED = 1\n")
+    head = stages / "core/head.py"
+    head.write_text("# A comment.\n" + head.read_text())
+    assert "Going on from the checkpoint after step" in killed.stop_after_a_checkpoint(signal.SIGTERM).stderr
+    head.write_text(head.read_text() + "\nCHANGED = 1\n")
+    other = killed.run("finetune", "--out-root", "stopped")
+    assert other.returncode == 0, other.stderr
+    assert "Going on" not in other.stderr
+    assert "not used: stages/core/head.py changed." in other.stderr
+    assert sorted(file.read_bytes() for file in (trial.folder / "stopped/models/tuned").iterdir()) == sorted(
+        file.read_bytes() for file in (trial.folder / "whole/models/tuned").iterdir()
+    )
+    shutil.rmtree(trial.cache / "checkpoints")
 
 
 @pytest.fixture

@@ -77,13 +77,13 @@ CHANGES = {
         {"prompts": ["Best comedy movies in the 90s "]},
         {"generate@baseline", "generate@tuned", "report"},
     ),
-    # The samples while training are put in it too; the adapter keeps its bytes, so nothing measures it anew.
-    "the turn format": (
-        "generate",
-        {"turns": True},
-        {"finetune", "generate@baseline", "generate@tuned", "report"},
+    "the chat format": ("generate", {"turns": True}, {"generate@baseline", "generate@tuned", "report"}),
+    "the learning rate": ("finetune", {"learning_rate": 0.002}, TUNED),
+    "what is printed while training": (
+        "finetune",
+        {"sample_every": 2, "sample_prompt": "It was", "checkpoint_every": 2, "checkpoint_keep": 1},
+        {"report"},
     ),
-    "the learning rate": ("finetune", {"learning_rate": 0.002}, TUNED | PLANNED),
     "the LoRA rank": ("finetune", {"rank": 2}, TUNED | PLANNED),
     "the batch of evaluate": ("evaluate", {"batch_size": 3}, {"evaluate@baseline", "evaluate@tuned", "report"}),
     "the validation size": ("prepare", {"validation": 5}, ALL - {"fetch", "load", "generate@baseline", "plan"}),

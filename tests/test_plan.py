@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stages.core import gemmas, hlo, planning, topology
+from stages.core import code, gemmas, hlo, planning, topology
 from stages.core.chips import CHIPS
 from stages.core.errors import ParamsError, StageError
 from stages.core.layouts import make_layout
@@ -22,7 +22,6 @@ from stages.core.mesh import MeshShape
 from stages.core.params import PlanTarget, read_params
 from stages.core.planning import Question
 from tests import models
-from tests.closure import code_dependencies
 from tests.conftest import FAMILIES, ROOT
 from tests.finetunes import settings
 from tests.models import AUTO, load_tiny, open_tiny
@@ -346,9 +345,21 @@ def test_an_answer_is_kept_and_asked_for_only_once(presets):
     assert planning.key_of(asked) != planning.key_of(dataclasses.replace(asked, request=other))
 
 
-def test_the_key_covers_all_the_code_that_an_answer_follows_from():
-    reached = code_dependencies("stages/core/planning.py")
-    assert {f"stages/core/{name}.py" for name in planning.CODE} == reached
+@pytest.mark.parametrize("changed", [{"learning_rate": 0.5}, {"seed": 7}, {"steps": 3}, {"sample_prompt": "It was"}])
+def test_a_setting_that_shapes_no_program_asks_no_new_question(presets, changed):
+    asked = question(presets["gemma2"], "cpu:8", batch_size=2)
+    other = question(presets["gemma2"], "cpu:8", batch_size=2, **changed)
+    assert planning.key_of(asked) == planning.key_of(other)
+    assert planning.key_of(asked) != planning.key_of(question(presets["gemma2"], "cpu:8", batch_size=3))
+
+
+def test_the_key_covers_all_the_code_that_an_answer_follows_from(presets, monkeypatch):
+    asked = question(presets["gemma2"], "cpu:8", batch_size=2)
+    before = planning.key_of(asked)
+    digests = code.digests("stages/core/planning.py")
+    assert {"stages/core/step_program.py", "stages/core/head.py", "stages/core/decoder.py"} <= set(digests)
+    monkeypatch.setattr(code, "digests", lambda file: {**digests, "stages/core/head.py": "other"})
+    assert planning.key_of(asked) != before
 
 
 # --- Mistakes. ---

@@ -6,17 +6,17 @@ Reads and writes: `<cache folder>/checkpoints/<fingerprint>/step-00000050/`, whi
     arrays.safetensors   weights, optimizer variables, metric accumulators
     state.json           the rest: the curve so far, validations, samples
     SHA256SUMS           digests of the two, as `sha256sum --check` reads them
+and beside these folders run.json (see `fingerprint`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,7 +46,7 @@ class Store:
         """Name the folder; nothing is made yet.
 
         Args:
-            fingerprint: from `fingerprint_of`.
+            fingerprint: from `fingerprint.fingerprint_of`.
             keep: how many of the newest to keep, at least 1.
         """
         self.folder = cache_folder() / "checkpoints" / fingerprint
@@ -111,31 +111,6 @@ class Store:
                 raise ValueError(f"{name} does not have its SHA-256")
         step = int(folder.name.removeprefix("step-"))
         return Checkpoint(step, load_file(folder / ARRAYS), read_json(folder / STATE))
-
-
-def fingerprint_of(parts: Mapping[str, Any]) -> str:
-    """Return the fingerprint of all that decides how a run goes: equal parts, equal fingerprint.
-
-    To the given parts (settings, data, base, mesh) the code that is loaded and the versions of the libraries are added:
-    a run that goes on under other code would end in weights that no run from the start gives.
-
-    Args:
-        parts: what JSON can hold.
-    """
-    import importlib.metadata
-
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "keras", "keras-hub")}
-    text = json.dumps({**parts, "versions": versions, "code": dict(_loaded_code())}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def _loaded_code() -> Iterator[tuple[str, str]]:
-    """The project's loaded modules with their digests."""
-    import sys
-
-    for name, module in sorted(sys.modules.items()):
-        if name.startswith("stages.core.") and getattr(module, "__file__", None):
-            yield name, sha256(Path(module.__file__))
 
 
 def _flush(path: Path) -> None:

@@ -19,8 +19,11 @@ import click
 
 from stages.core.errors import ParamsError, StageError
 from stages.core.files import write_json
+from stages.core.installed import check_installed
 from stages.core.params import Params, read_params
 from stages.core.paths import Paths, metrics
+
+REQUIREMENTS = "requirements.txt"
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,8 @@ def stage(function: Callable[..., None]) -> click.Command:
                     "Note: --set without --out-root writes into the pipeline's own outputs; dvc repro will redo them.",
                     err=True,
                 )
+            if writes and (root / REQUIREMENTS).is_file():
+                check_installed(root / REQUIREMENTS)
             run = Run(params, Paths(root, (out_root or root).resolve()), verbose)
             function(run, **options)
         except StageError as error:

@@ -11,6 +11,9 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import click
+
+from stages.core import environment
 from stages.core.errors import StageError
 from stages.core.paths import cache_folder
 
@@ -92,7 +95,8 @@ def _start(platform: str, count: int) -> None:
     """Set what JAX and Keras read once."""
     if "keras" in sys.modules:
         raise RuntimeError("devices.configure must be called before Keras is imported: it chooses Keras' backend")
-    os.environ["KERAS_BACKEND"] = "jax"
+    if note := environment.isolate():
+        click.echo(note, err=True)
     os.environ["JAX_PLATFORMS"] = {"cpu": "cpu", "tpu": "tpu,cpu", "gpu": "cuda,cpu"}[platform]
     import jax
 

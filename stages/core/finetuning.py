@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.core import adapter, flops, loading, lora, measures
-from stages.core.checkpoint import Store, fingerprint_of
+from stages.core import adapter, fingerprint, flops, loading, lora, measures
+from stages.core.checkpoint import Store
 from stages.core.errors import StageError
 from stages.core.files import sha256
-from stages.core.params import Finetune
+from stages.core.params import Finetune, without
 from stages.core.paths import TOKENS, Paths
 from stages.core.variants import LoadedModel, Preset, declare_model, fill_model
 
@@ -28,9 +28,6 @@ if TYPE_CHECKING:
     from stages.core.causal import CausalModel
     from stages.core.tokenizer import Tokenizer
     from stages.core.training import History
-
-# Settings that change when a checkpoint is written, and nothing of what the run ends in.
-NOT_IN_FINGERPRINT = {"checkpoint_every", "checkpoint_keep"}
 
 
 @dataclass(frozen=True)
@@ -129,23 +126,37 @@ def make_causal(model: LoadedModel, settings: Finetune) -> CausalModel:
 
 
 def checkpoints(
-    paths: Paths, description: dict[str, Any], platform: str, settings: Finetune, *, turns: bool = False
+    paths: Paths,
+    description: dict[str, Any],
+    platform: str,
+    settings: Finetune,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Store | None:
     """Return where this run's checkpoints lie, or None if it is to have none.
 
-    The run is told from others by all that it ends in: settings, tokens, base, dtype, mesh, layout, and how the sample
-    prompt is put (`turns`).
+    The run is told from others by all that its weights follow from: settings, tokens, base, dtype, mesh, layout,
+    platform, code and packages.
+
+    Args:
+        paths: where the tokens lie.
+        description: the baseline's `model.json`.
+        platform: of the devices: cpu, tpu or gpu.
+        settings: the training settings.
+        say: shows one line to the person, if checkpoints cannot be used since the code has changed.
     """
     if settings.checkpoint_every is None:
         return None
-    parts = {
-        "settings": settings.model_dump(exclude=NOT_IN_FINGERPRINT),
-        "tokens": {split: sha256(paths.read(file)) for split, file in TOKENS.items()},
-        **{key: description[key] for key in ("base", "dtype", "mesh", "layout")},
-        "platform": platform,
-        "turns": turns,
-    }
-    return Store(fingerprint_of(parts), settings.checkpoint_keep)
+    parts = fingerprint.with_program(
+        {
+            "settings": without(settings, "display"),
+            "tokens": {split: sha256(paths.read(file)) for split, file in TOKENS.items()},
+            **{key: description[key] for key in ("base", "dtype", "mesh", "layout")},
+            "platform": platform,
+        }
+    )
+    store = Store(fingerprint.fingerprint_of(parts), settings.checkpoint_keep)
+    fingerprint.record(store.folder, parts, say)
+    return store
 
 
 def fit(

@@ -19,6 +19,12 @@ from stages.core.errors import ParamsError
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Positive = Annotated[int, Field(ge=1)]
 
+# What a setting has no influence on. DISPLAY: any result of the run (what is printed, how often a checkpoint is kept);
+# dvc.yaml does not list it. RUN: the compiled train step (how long the run is, the size of a step); `plan` does not
+# depend on it.
+DISPLAY = Field(json_schema_extra={"changes": "display"})
+RUN = Field(json_schema_extra={"changes": "run"})
+
 
 class Section(BaseModel):
     """A section: no unknown key, no silent conversion, no change after reading."""
@@ -134,24 +140,24 @@ class Finetune(Section):
     alpha: Annotated[float, Field(gt=0)] | None
     targets: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
     lora_dropout: Annotated[float, Field(ge=0, lt=1)]
-    epochs: Positive
-    steps: Positive | None
+    epochs: Annotated[Positive, RUN]
+    steps: Annotated[Positive | None, RUN]
     batch_size: Positive
     gradient_accumulation: Positive
-    learning_rate: Annotated[float, Field(gt=0, le=1)]
+    learning_rate: Annotated[float, Field(gt=0, le=1), RUN]
     schedule: Literal["constant", "linear", "cosine"]
     warmup_steps: Annotated[int, Field(ge=0)]
     weight_decay: Annotated[float, Field(ge=0, le=1)]
     clip_norm: Annotated[float, Field(gt=0)] | None
     rematerialize: bool
-    validate_every: Positive | None
-    early_stopping: Positive | None
-    sample_every: Positive | None
-    sample_prompt: Annotated[str, Field(min_length=1)]
-    sample_tokens: Annotated[int, Field(ge=1, le=8192)]
-    checkpoint_every: Positive | None
-    checkpoint_keep: Positive
-    seed: Seed
+    validate_every: Annotated[Positive | None, RUN]
+    early_stopping: Annotated[Positive | None, RUN]
+    sample_every: Annotated[Positive | None, DISPLAY]
+    sample_prompt: Annotated[str, Field(min_length=1), DISPLAY]
+    sample_tokens: Annotated[int, Field(ge=1, le=8192), DISPLAY]
+    checkpoint_every: Annotated[Positive | None, DISPLAY]
+    checkpoint_keep: Annotated[Positive, DISPLAY]
+    seed: Annotated[Seed, RUN]
 
     @model_validator(mode="after")
     def _settings_agree(self) -> Finetune:
@@ -205,7 +211,7 @@ class PlanTarget(PlanStep):
     mesh: MeshList | None = None
     layout: Literal["auto", "tutorial"] | None = None
     batch_size: Positive | None = None
-    step: Literal["ours", "tutorial"] = "ours"
+    step: Literal["ours", "tutorial"] | None = None
 
 
 class PlanSearch(PlanStep):
@@ -213,16 +219,16 @@ class PlanSearch(PlanStep):
 
     topology: TopologyName
     meshes: Annotated[list[MeshList], Field(min_length=1)] | None = None
-    layouts: Annotated[list[Literal["auto", "tutorial"]], Field(min_length=1)] = ["auto"]
-    largest_batch: Positive = 512
+    layouts: Annotated[list[Literal["auto", "tutorial"]], Field(min_length=1)] | None = None
+    largest_batch: Positive | None = None
 
 
 class PlanScaling(PlanStep):
     """One step on more and more chips: the batch axis grows, and the batch with it."""
 
     topologies: Annotated[list[TopologyName], Field(min_length=1)]
-    model_axis: Positive = 8
-    batch_per_row: Positive = 8
+    model_axis: Positive | None = None
+    batch_per_row: Positive | None = None
     layout: Literal["auto", "tutorial"] | None = None
 
 
@@ -247,6 +253,16 @@ class Params(Section):
     generate: Generate
     evaluate: Evaluate
     plan: Plan
+
+
+def without(settings: Section, *changes: str) -> dict[str, Any]:
+    """Return a section's settings as plain values, without those marked as changing only `display` or `run`."""
+    marked = {
+        name
+        for name, field in type(settings).model_fields.items()
+        if (field.json_schema_extra or {}).get("changes") in changes
+    }
+    return settings.model_dump(exclude=marked)
 
 
 def read_params(path: Path, overrides: tuple[str, ...] = ()) -> Params:

@@ -27,6 +27,11 @@ FEW, MORE = 2, 4
 CONFIRMED = 3
 # A batch that by the line through two others needs so many times the memory is not compiled to be sure.
 SURELY = 1.15
+# What an entry of params.yaml that leaves them out gets.
+LARGEST_BATCH = 512
+LAYOUTS = ["auto"]
+MODEL_AXIS = 8
+BATCH_PER_ROW = 8
 EXTRAPOLATED = ("temporary_bytes", "code_bytes", "flops", "moved_bytes", "wire_bytes")
 
 Say = Callable[[str], None]
@@ -50,7 +55,7 @@ def search(params: Settings, wanted: PlanSearch, say: Say) -> dict[str, Any]:
     table: list[dict[str, Any]] = []
     for number, (candidate, question) in enumerate(found.items(), 1):
         say(f"Search {number} of {len(found)}: {candidate}")
-        tried, best = _largest_batch(question, topology, wanted.largest_batch, say)
+        tried, best = _largest_batch(question, topology, wanted.largest_batch or LARGEST_BATCH, say)
         points += [{"name": candidate, **each} for each in tried]
         table.append({"name": candidate, **best})
     table.sort(key=_worth, reverse=True)
@@ -77,13 +82,14 @@ def scaling(params: Settings, wanted: PlanScaling, say: Say) -> dict[str, Any]:
     for topology_name in wanted.topologies:
         topology = describe(topology_name)
         devices = len(topology.devices)
-        if devices % wanted.model_axis:
+        model_axis = wanted.model_axis or MODEL_AXIS
+        if devices % model_axis:
             raise StageError(
                 f"plan.scaling.model_axis must divide the devices of each topology. Received: "
-                f"model_axis={wanted.model_axis}, topology={topology_name} with {devices}."
+                f"model_axis={model_axis}, topology={topology_name} with {devices}."
             )
-        mesh = MeshShape((devices // wanted.model_axis, wanted.model_axis))
-        batch = wanted.batch_per_row * mesh.sizes["batch"]
+        mesh = MeshShape((devices // model_axis, model_axis))
+        batch = (wanted.batch_per_row or BATCH_PER_ROW) * mesh.sizes["batch"]
         say(f"Scaling: {name} on {topology_name}, {devices} devices, batch {batch}")
         request = request_of(params, wanted, architecture, mesh, layout=wanted.layout, batch_size=batch)
         question = Question(request, topology_name)
@@ -104,7 +110,7 @@ def _candidates(params: Settings, wanted: PlanSearch, topology: Topology) -> tup
             raise StageError(
                 f"plan.search.meshes must fit the topology, which has {devices} devices. Received: mesh={shape}."
             )
-        for layout in wanted.layouts:
+        for layout in wanted.layouts or LAYOUTS:
             request = request_of(params, wanted, architecture, mesh, layout=layout)
             found[f"({', '.join(str(size) for size in shape)}) {layout}"] = Question(request, wanted.topology)
     return name, found

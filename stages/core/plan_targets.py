@@ -62,6 +62,11 @@ def architecture_of(params: Settings, step: PlanStep) -> tuple[str, Architecture
     return name, gemmas.architecture(name, "plan.preset")
 
 
+def own_config(fetch: Fetch, root: Path) -> Path | None:
+    """Return the configuration of the person's own preset, which targets that name none are planned for."""
+    return None if fetch.path is None else root / Path(fetch.path).expanduser() / "config.json"
+
+
 def request_of(
     params: Settings,
     step: PlanStep,
@@ -70,7 +75,7 @@ def request_of(
     *,
     layout: str | None,
     batch_size: int | None = None,
-    path: str = "ours",
+    path: str | None = None,
 ) -> StepRequest:
     """Return a step, with the other sections' settings for whatever is None."""
     # Keras chooses its backend when it is first imported: `devices.configure` comes before this.
@@ -86,7 +91,7 @@ def request_of(
         step.dtype or params.load.dtype,
         settings,
         step.length or params.tokenize.length,
-        path,
+        path or "ours",
     )
 
 

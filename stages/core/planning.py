@@ -16,12 +16,12 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.core import hlo, sharding
+from stages.core import code, hlo, sharding
 from stages.core.errors import StageError
 from stages.core.files import read_json, write_json
+from stages.core.params import without
 from stages.core.paths import cache_folder
 from stages.core.roofline import bound
 from stages.core.topology import describe, program_cache_off
@@ -29,50 +29,8 @@ from stages.core.topology import describe, program_cache_off
 if TYPE_CHECKING:
     from stages.core.step_program import StepRequest
 
-# What a program follows from beside its request: these packages, and the project's files that make it.
+# What a program follows from beside its request and the code that makes it.
 PACKAGES = ("jax", "jaxlib", "libtpu", "keras", "keras-hub")
-CODE = [
-    "adapter",
-    "architecture",
-    "batches",
-    "causal",
-    "chips",
-    "decoder",
-    "devices",
-    "files",
-    "gguf",
-    "head",
-    "hlo",
-    "keras_weights",
-    "layout",
-    "loading",
-    "lora",
-    "mesh",
-    "optimizer",
-    "planning",
-    "presets",
-    "projection",
-    "roofline",
-    "rotary",
-    "safetensors_weights",
-    "sharding",
-    "step_program",
-    "topology",
-    "variants",
-]
-
-# Settings of the run around the step.
-NOT_IN_PROGRAM = {
-    "epochs",
-    "steps",
-    "validate_every",
-    "early_stopping",
-    "sample_every",
-    "sample_prompt",
-    "sample_tokens",
-    "checkpoint_every",
-    "checkpoint_keep",
-}
 LARGEST = 5  # buffers told of a program
 UNITS = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "": 1}
 
@@ -108,11 +66,11 @@ def key_of(question: Question) -> str:
         "mesh": [request.mesh.shape, request.mesh.axis_names],
         "rules": [[rule.pattern, rule.spec] for rule in request.layout.rules],
         "dtype": request.dtype,
-        "settings": request.settings.model_dump(exclude=NOT_IN_PROGRAM),
+        "settings": without(request.settings, "display", "run"),
         "length": request.length,
         "path": request.path,
         "packages": {name: _version(name) for name in PACKAGES},
-        "code": _code_digest(),
+        "code": code.digests("stages/core/planning.py"),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -122,13 +80,6 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "none"
-
-
-def _code_digest() -> str:
-    digest = hashlib.sha256()
-    for name in sorted(CODE):
-        digest.update((Path(__file__).parent / f"{name}.py").read_bytes())
-    return digest.hexdigest()
 
 
 def answer(question: Question, say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:

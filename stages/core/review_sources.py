@@ -6,6 +6,7 @@ Reads: params `prepare`, and the source.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
@@ -65,6 +66,17 @@ def prepare_reviews(
     if not reviews:
         raise StageError(f"No review is left to train on: {_left_out(tally)}.\nSee prepare.min_characters.")
     return {"train": reviews[: settings.take], "validation": held}, tally
+
+
+def own_inputs(settings: Prepare, root: Path) -> dict[str, Path | None]:
+    """Return the person's files and the dataset's folder by their keys; None for what the source does not read."""
+    named = {key: getattr(settings, key) for key in ("train_file", "validation_file", "data_dir")}
+    found = {key: None if value is None else root / Path(value).expanduser() for key, value in named.items()}
+    if settings.source == "imdb_reviews":
+        # Where TensorFlow Datasets keeps what it prepared, if no folder is named.
+        default = Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+        found["data_dir"] = (found["data_dir"] or default) / "imdb_reviews"
+    return found
 
 
 def describe(parts: dict[str, list[Review]], tally: Tally) -> dict[str, int | float]:

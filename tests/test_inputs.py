@@ -1,0 +1,98 @@
+"""What a stage reads from outside the repository is a dependency that DVC sees: edits rerun it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pandas
+import pytest
+
+from stages.core.inputs import declare
+from stages.core.paths import Paths
+from tests.copies import copy_repository, dvc, ran
+from tests.test_pipeline import change
+
+pytestmark = pytest.mark.xdist_group("pipeline")
+
+
+def test_the_place_of_an_input_is_an_empty_file_or_a_link(tmp_path: Path):
+    paths = Paths(tmp_path / "repository", tmp_path / "repository")
+    place = tmp_path / "repository/data/inputs/prepare/train_file"
+    declare(paths, "prepare", "train_file", None)
+    assert place.read_bytes() == b"" and not place.is_symlink()
+    for name, link in (("repository/own/mine.csv", "../../../own/mine.csv"), ("mine.csv", str(tmp_path / "mine.csv"))):
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(name)
+        for _ in range(2):
+            declare(paths, "prepare", "train_file", file)
+            assert (str(place.readlink()), place.read_text()) == (link, name)
+    declare(Paths(paths.root, tmp_path / "trial"), "prepare", "train_file", tmp_path)
+    assert place.read_text() == "mine.csv", "a trial leaves the pipeline alone"
+    (tmp_path / "mine.csv").unlink()
+    declare(paths, "prepare", "train_file", None)
+    assert place.read_bytes() == b"" and not place.is_symlink()
+
+
+def reviews(start: int) -> list[str]:
+    return [f"Film {number} is worth a long evening." for number in range(start, start + 8)]
+
+
+def rows(start: int) -> str:
+    return "\n".join(["text", *reviews(start)]) + "\n"
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    return copy_repository(tmp_path / "repository")
+
+
+def texts(repository: Path, part: str) -> list[str]:
+    return list(pandas.read_parquet(repository / f"data/imdb/{part}.parquet")["text"])
+
+
+def prepare(repository: Path) -> set[str]:
+    return ran(dvc(repository, "repro", "prepare"))
+
+
+def test_an_edit_of_the_persons_own_files_reruns_prepare_and_no_older_text_comes_back(repository: Path, tmp_path: Path):
+    train, held_out = tmp_path / "train.csv", repository / "held_out.csv"
+    train.write_text(rows(0))
+    held_out.write_text(rows(40))
+    own = {"source": "files", "train_file": str(train), "validation_file": "held_out.csv", "min_characters": 1}
+    change(repository, "prepare", **own, shuffle=False)
+    assert prepare(repository) == {"prepare"}
+    assert prepare(repository) == set()
+    assert "prepare" not in dvc(repository, "status", "prepare").stdout
+
+    for part, file, start in (("train", train, 8), ("validation", held_out, 60)):
+        file.write_text(rows(start))
+        assert (
+            f"data/inputs/prepare/{part if part == 'validation' else 'train'}_file" in dvc(repository, "status").stdout
+        )
+        before = texts(repository, part)
+        assert prepare(repository) == {"prepare"}
+        assert texts(repository, part) != before
+
+    # Another setting and back, with an edit in between: the run cache has the old settings with old texts only.
+    change(repository, "prepare", take=5)
+    assert prepare(repository) == {"prepare"}
+    train.write_text(rows(16))
+    change(repository, "prepare", take=None)
+    assert prepare(repository) == {"prepare"}
+    assert texts(repository, "train") == reviews(16)
+
+
+def test_an_edit_of_a_preset_folder_or_of_a_dataset_is_seen(repository: Path, tmp_path: Path, presets: dict[str, Path]):
+    folder = tmp_path / "preset"
+    shutil.copytree(presets["gemma3"], folder)
+    change(repository, "fetch", source="path", preset="tiny", path=str(folder))
+    assert ran(dvc(repository, "repro", "fetch")) == {"fetch"}
+    assert ran(dvc(repository, "repro", "fetch")) == set()
+    with (folder / "model.weights.h5").open("ab") as stream:
+        stream.write(b"x")
+    assert "data/inputs/fetch/path" in dvc(repository, "status", "fetch").stdout
+    manifest = (repository / "models/preset/manifest.json").read_bytes()
+    assert ran(dvc(repository, "repro", "fetch")) == {"fetch"}
+    assert (repository / "models/preset/manifest.json").read_bytes() != manifest
