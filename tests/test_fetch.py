@@ -175,7 +175,7 @@ def test_a_preset_comes_from_kaggle_into_the_cache_folder(kaggle, fetch_kaggle, 
     assert kaggle.authorizations == {"Bearer made-up-token"}
     manifest = read_manifest(tmp_path / "out" / MANIFEST)
     assert (manifest.source, manifest.format, manifest.handle) == ("kaggle", "keras", HANDLE)
-    assert manifest.folder == "presets/tiny_gemma-kaggle-3"
+    assert manifest.folder == "presets/kaggle+keras+tiny+keras+tiny_gemma+3"
     monkeypatch.setenv("GEMMA_TUNING_CACHE", str(tmp_path / "cache"))
     folder = verified_folder(manifest, ROOT)
     assert folder.is_symlink()
@@ -198,7 +198,7 @@ def test_a_preset_that_is_here_needs_no_kaggle(kaggle, fetch_kaggle, tmp_path):
 def test_only_what_was_lost_or_altered_comes_from_kaggle_again(kaggle, fetch_kaggle, tmp_path, monkeypatch, damage):
     assert fetch_kaggle().returncode == 0
     before = (tmp_path / "out" / MANIFEST).read_bytes()
-    path = tmp_path / "cache" / "presets" / "tiny_gemma-kaggle-3" / "model.weights.h5"
+    path = tmp_path / "cache" / "presets" / "kaggle+keras+tiny+keras+tiny_gemma+3" / "model.weights.h5"
     content = path.read_bytes()
     if damage == "lost":
         path.unlink()
@@ -220,7 +220,11 @@ def test_a_lost_kagglehub_cache_is_filled_again(kaggle, fetch_kaggle, tmp_path):
     (tmp_path / "home" / "kagglehub").rename(tmp_path / "gone")
     run = fetch_kaggle(KAGGLEHUB_CACHE=tmp_path / "elsewhere")
     assert run.returncode == 0, run.stderr
-    assert (tmp_path / "cache" / "presets" / "tiny_gemma-kaggle-3").resolve().is_relative_to(tmp_path / "elsewhere")
+    assert (
+        (tmp_path / "cache" / "presets" / "kaggle+keras+tiny+keras+tiny_gemma+3")
+        .resolve()
+        .is_relative_to(tmp_path / "elsewhere")
+    )
     assert (tmp_path / "out" / MANIFEST).read_bytes() == before
 
 
@@ -307,7 +311,7 @@ def test_a_download_from_kaggle_that_goes_wrong_is_not_taken_for_whole(kaggle, f
 
 def test_other_bytes_under_the_same_version_are_not_accepted_in_silence(kaggle, fetch_kaggle, tmp_path):
     assert fetch_kaggle().returncode == 0
-    (tmp_path / "cache" / "presets" / "tiny_gemma-kaggle-3" / "config.json").unlink()
+    (tmp_path / "cache" / "presets" / "kaggle+keras+tiny+keras+tiny_gemma+3" / "config.json").unlink()
     kaggle.files["config.json"] += b" "
     run = fetch_kaggle()
     assert run.returncode == 1

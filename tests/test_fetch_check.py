@@ -114,7 +114,7 @@ def test_what_is_here_is_told_and_only_what_was_altered_counts_as_download(kaggl
     assert (found.present, obstacle(found)) == (True, None)
     assert found.notes[0].endswith("Received: other characters in KAGGLE_API_TOKEN")
     monkeypatch.delenv("KAGGLE_API_TOKEN")
-    weights = tmp_path / "cache" / "presets" / "tiny_gemma-kaggle-3" / "model.weights.h5"
+    weights = tmp_path / "cache" / "presets" / "kaggle+keras+tiny+keras+tiny_gemma+3" / "model.weights.h5"
     weights.write_bytes(weights.read_bytes()[:-1] + b"?")
     found = check_kaggle(HANDLE, tmp_path / "cache")
     assert (found.present, found.download_bytes) == (False, weights.stat().st_size)

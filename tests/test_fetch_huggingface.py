@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 REPO = "google/gemma-tiny"
 PRESET = f"hf://{REPO}"
 COMMIT = "a" * 40
-FOLDER = "presets/google--gemma-tiny-huggingface-aaaaaaaaaaaa"
+FOLDER = "presets/google--gemma-tiny-huggingface-" + "a" * 40
 WEIGHTS = os.urandom(50_000)
 
 PLAIN = {
@@ -159,6 +159,15 @@ def test_a_full_cache_needs_no_network_and_keeps_the_commit_of_the_first_fetch(h
     assert (tmp_path / "out" / MANIFEST).read_bytes() == before
     # The commit itself is the same preset under its exact name.
     assert fetch(f"{PRESET}@{COMMIT}", HF_HUB_OFFLINE="1").returncode == 0
+
+
+def test_a_commit_that_only_begins_like_one_that_is_here_is_another(hub, fetch, ask):
+    assert fetch().returncode == 0
+    mistyped = COMMIT[:-1] + "b"
+    run = fetch(f"{PRESET}@{mistyped}")
+    assert run.returncode == 1
+    assert f"has no revision {mistyped}." in run.stderr
+    assert f"has no revision {mistyped}." in ask("architecture", f"{PRESET}@{mistyped}")
 
 
 def test_a_revision_may_be_named_and_another_commit_lies_beside_the_first(hub, fetch, manifest):

@@ -12,11 +12,14 @@ import threading
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from stages.core import kaggle_client
 from stages.core.errors import ParamsError, StageError
-from stages.core.kaggle_preset import fetch_kaggle
+from stages.core.kaggle_preset import _model_and_key, check_kaggle, fetch_kaggle
 from stages.core.paths import MANIFEST
+from stages.core.presets import fault
 from tests import kaggle_server
 from tests.kaggle_server import HANDLE
 
@@ -45,6 +48,35 @@ def fetch(tmp_path):
 def files_of(manifest, tmp_path):
     folder = tmp_path / "cache" / manifest.folder
     return {file.name: (folder / file.name).read_bytes() for file in manifest.files}
+
+
+@pytest.mark.parametrize("other", ["alice/tiny", "keras/medical"])
+def test_models_that_share_variation_and_version_keep_apart(kaggle, tmp_path, other):
+    cache, said = tmp_path / "cache", []
+    first = fetch_kaggle(HANDLE, cache, said.append)
+    kaggle.files["model.weights.h5"] = b"the weights of another owner or model"
+    preset = f"kaggle://{other}/keras/tiny_gemma/3"
+    assert not check_kaggle(preset, cache).present
+    second = fetch_kaggle(preset, cache, said.append)
+    assert files_of(second, tmp_path) == kaggle.files
+    assert not any(fault(cache / first.folder, file) for file in first.files), "and the first is as it was"
+
+
+NAMES = st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,3}", fullmatch=True)
+HANDLES = st.builds("kaggle://{}/{}/keras/{}/{}".format, NAMES, NAMES, NAMES, st.integers(min_value=1, max_value=99))
+
+
+@given(HANDLES, HANDLES)
+def test_each_handle_has_a_place_of_its_own_directly_below_the_presets(one, other):
+    keys = {_model_and_key(handle)[1] for handle in (one, other)}
+    assert len(keys) == len({one, other})
+    assert all(Path("presets", key).parent == Path("presets") and not key.startswith(".") for key in keys)
+
+
+@pytest.mark.parametrize("handle", ["kaggle://../tiny/keras/a/1", "kaggle://a/../keras/a/1", "kaggle://a/b/keras/../1"])
+def test_a_handle_that_leads_out_of_the_cache_folder_is_a_wrong_setting(handle):
+    with pytest.raises(ParamsError, match=r"kaggle://owner/model/keras/variation/version"):
+        fetch_kaggle(handle, Path("nowhere"), print)
 
 
 def test_when_kaggle_is_busy_it_is_asked_again_as_late_as_it_says(kaggle, fetch, tmp_path):
@@ -90,7 +122,7 @@ def test_a_run_that_is_killed_leaves_what_the_next_one_goes_on_with(kaggle, tmp_
     run.communicate()
     have = partial.stat().st_size
     assert have < 6 << 20
-    assert not (tmp_path / "cache" / "presets" / "tiny_gemma-kaggle-3").exists()
+    assert not (tmp_path / "cache" / "presets" / "kaggle+keras+tiny+keras+tiny_gemma+3").exists()
     assert not (tmp_path / "out" / MANIFEST).exists()
     kaggle.pause_seconds = 0.0
     kaggle.ranges.clear()
@@ -108,7 +140,10 @@ def test_clones_that_fetch_at_once_download_once(kaggle, tmp_path):
     assert [run.returncode for run in runs] == [0, 0, 0], said
     assert sorted(kaggle.asked) == sorted(kaggle.files)
     assert len({(out / MANIFEST).read_bytes() for out in outs}) == 1
-    assert sum("Another run is fetching tiny_gemma-kaggle-3; waiting for it." in each for each in said) == 2
+    assert (
+        sum("Another run is fetching kaggle+keras+tiny+keras+tiny_gemma+3; waiting for it." in each for each in said)
+        == 2
+    )
 
 
 def test_a_model_of_many_files_comes_file_by_file_and_never_as_an_archive(kaggle, fetch, tmp_path):
@@ -149,7 +184,7 @@ def test_links_out_of_the_folder_and_special_files_are_refused(kaggle, fetch, tm
     with pytest.raises(StageError, match=r"must hold files only, and no link out of it\. Received: "):
         fetch()
     assert kaggle.requests == []
-    assert not (tmp_path / "cache" / "presets" / "tiny_gemma-kaggle-3").exists()
+    assert not (tmp_path / "cache" / "presets" / "kaggle+keras+tiny+keras+tiny_gemma+3").exists()
 
 
 def test_a_link_that_lies_in_wait_is_not_written_through(kaggle, fetch, tmp_path):
@@ -197,7 +232,7 @@ def test_a_configuration_that_names_foreign_classes_is_refused(kaggle, fetch, tm
     kaggle.files["config.json"] = json.dumps(FOREIGN[case]).encode()
     with pytest.raises(ParamsError, match=r"config\.json"):
         fetch()
-    assert not (tmp_path / "cache" / "presets" / "tiny_gemma-kaggle-3").exists()
+    assert not (tmp_path / "cache" / "presets" / "kaggle+keras+tiny+keras+tiny_gemma+3").exists()
 
 
 def test_an_index_that_leads_out_of_the_folder_is_refused(kaggle, fetch):
@@ -267,7 +302,7 @@ def test_in_a_kaggle_notebook_the_model_is_attached_and_nothing_downloaded(kaggl
     assert files_of(manifest, tmp_path) == kaggle.files
     assert kaggle.requests == ["http://proxy.localhost/kaggle-jwt-handler/AttachDatasourceUsingJwtRequest"]
     monkeypatch.setattr(kaggle, "status", 403)
-    (tmp_path / "cache" / "presets" / "tiny_gemma-kaggle-3.json").unlink()
+    (tmp_path / "cache" / "presets" / "kaggle+keras+tiny+keras+tiny_gemma+3.json").unlink()
     with pytest.raises(StageError, match=r"Kaggle answered 403 for keras/tiny/keras/tiny_gemma/3: "):
         fetch()
     monkeypatch.delenv("KAGGLE_USER_SECRETS_TOKEN")

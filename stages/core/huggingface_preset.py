@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import ModelInfo, RepoSibling
 
-HANDLE = re.compile(r"hf://(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>\w[\w./-]*))?")
+HANDLE = re.compile(r"hf://(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>\w[\w./-]*))?", re.ASCII)
 COMMIT = re.compile(r"[0-9a-f]{40}")
 SITE = "https://huggingface.co"
 CONFIG = "config.json"  # both kinds of preset call their configuration so
@@ -72,7 +72,7 @@ class Source:
     def folder(self, cache: Path, commit: str) -> Path:
         """Where the files of a commit lie."""
         base = self.base(cache)
-        return base.with_name(f"{base.name}-{commit[:12]}")
+        return base.with_name(f"{base.name}-{commit}")
 
 
 def source_of(preset: str) -> Source:

@@ -106,9 +106,13 @@ def check_kaggle(preset: str, cache: Path) -> Check:
 
 
 def _model_and_key(handle: str) -> tuple[str, str]:
-    """Return a handle as kagglehub writes it, and the preset's name in the cache folder."""
-    match = HANDLE.fullmatch(handle)
-    return match["model"], f"{match['variation']}-kaggle-{match['version']}"
+    """Return a handle as kagglehub writes it, and the preset's name in the cache folder.
+
+    The name is the whole handle: presets of different owners share variations and versions. No part of a handle can
+    hold the plus sign, so no two handles share a name.
+    """
+    model = HANDLE.fullmatch(handle)["model"]
+    return model, "kaggle+" + model.replace("/", "+")
 
 
 def _whole(link: Path, record: Path) -> tuple[PresetFile, ...] | None:

@@ -14,7 +14,10 @@ from dataclasses import dataclass
 from stages.core.errors import ParamsError
 from stages.core.presets import LICENCE
 
-HANDLE = re.compile(r"kaggle://(?P<model>[\w.-]+/[\w.-]+/keras/(?P<variation>[\w.-]+)/(?P<version>[1-9]\d*))")
+_NAME = r"[A-Za-z0-9_][\w.-]*"  # of an owner, a model or a variation; never `..`
+HANDLE = re.compile(
+    rf"kaggle://(?P<model>{_NAME}/{_NAME}/keras/(?P<variation>{_NAME})/(?P<version>[1-9]\d*))", re.ASCII
+)
 
 HEALTH = {
     "name": "Health AI Developer Foundations Terms of Use",
