@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.core.credentials import Credentials, import_kagglehub, kaggle_credentials
+from stages.core.credentials import import_kagglehub, kaggle_credentials
 from stages.core.errors import StageError
 from tests import kaggle_server
 from tests.kaggle_server import HANDLE
@@ -141,6 +141,8 @@ MALFORMED = {
     "a number for a key": '{"username": "nobody", "key": 7}',
     "an empty key": '{"username": "nobody", "key": ""}',
     "an empty file": "",
+    "the key where its name should be": '{"a-key-of-nobody": "nobody"}',
+    "brackets without end": "[" * 100_000,
 }
 
 
@@ -156,6 +158,7 @@ def test_a_malformed_file_is_one_clear_error_that_shows_nothing_of_it(kaggle, tm
     )
     assert second.startswith("Make a new API token at https://www.kaggle.com/settings/api")
     assert "nobody" not in str(caught.value)
+    assert "Traceback" not in str(caught.value)
 
 
 def test_a_file_that_cannot_be_read_is_told_as_that(kaggle, tmp_path, monkeypatch):
@@ -206,19 +209,38 @@ def test_a_path_to_nothing_is_not_sent_as_a_token(kaggle, monkeypatch):
         kaggle_credentials()
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"KAGGLE_API_ENVIRONMENT": "LOCALHOST", "http_proxy": "http://proxy.example:3128"},
+        {"KAGGLE_API_ENVIRONMENT": "PROD", "KAGGLE_DATA_PROXY_URL": "http://proxy.example"},
+    ],
+)
+def test_a_token_goes_nowhere_where_others_can_read_it(monkeypatch, settings):
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(StageError, match="must be an https address: a token goes there"):
+        import_kagglehub()
+
+
+def test_the_check_names_the_host_that_is_asked(kaggle):
+    run = subprocess.run([*FETCH, "--check"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert run.stdout.startswith("source       kaggle (localhost)\n")
+
+
+def test_colabs_store_which_is_asked_by_plain_http_gets_no_credentials(kaggle, tmp_path, monkeypatch):
+    monkeypatch.setenv("TBE_RUNTIME_ADDR", kaggle.url.partition("//")[2])
+    monkeypatch.setenv("KAGGLE_API_TOKEN", TOKEN)
+    command = [*FETCH, "--out-root", str(tmp_path / "out")]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+    assert not any("kagglehub/models" in path for path in kaggle.requests)
+
+
 def test_settings_that_print_headers_are_refused(monkeypatch):
     monkeypatch.setenv("KAGGLE_API_ENVIRONMENT", "TEST")
     with pytest.raises(StageError, match="Received: KAGGLE_API_ENVIRONMENT=TEST\nUnset it"):
         import_kagglehub()
-
-
-def test_secrets_are_taken_out_of_messages_in_every_form():
-    credentials = Credentials("somewhere", (), (USERNAME, KEY))
-    forms = [USERNAME, KEY, base64.b64encode(KEY.encode()).decode(), BASIC, "http://me:my-password@proxy:1/"]
-    forms.append("https://storage/model.h5?X-Goog-Signature=0123")
-    text = credentials.hide(" ".join(forms))
-    assert text == "*** *** *** Basic *** http://***@proxy:1/ https://storage/model.h5?***"
-    assert KEY not in repr(credentials)
 
 
 def at_a_terminal(typed, *arguments):

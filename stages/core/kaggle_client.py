@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from stages.core.credentials import NEW_TOKEN, SETTINGS_PAGE, Credentials, import_kagglehub
+from stages.core.credentials import NEW_TOKEN, SETTINGS_PAGE, Credentials, import_kagglehub, kaggle_host
 from stages.core.downloads import explain_unwritten
 from stages.core.errors import StageError
+from stages.core.redaction import brief
 
 if TYPE_CHECKING:
     from requests import Response
@@ -186,14 +187,14 @@ class KaggleModel:
             except requests.HTTPError as error:
                 status = _status(error.response)
                 if (pause := _pause(status, error.response, busy)) is None:
-                    raise KaggleRefused(self._explain(status), status) from error
+                    raise KaggleRefused(self._explain(status) + _asked(), status) from error
                 self.say(f"Kaggle answered {status}; asking again in {pause:g} s.")
                 time.sleep(pause)
             except hub.exceptions.DataCorruptionError as error:
                 corrupt += 1
                 if corrupt == 2:
                     raise StageError(
-                        f"{what} came twice with another MD5 than Kaggle gives for it. Received: {self._short(error)}\n"
+                        f"{what} came twice with another MD5 than Kaggle gives for it. Received: {brief(error)}\n"
                         "Nothing of it was kept. See whether a proxy alters downloads, and run this again later."
                     ) from error
                 self.say(f"{what} came with another MD5 than Kaggle gives for it; downloading it again.")
@@ -201,7 +202,7 @@ class KaggleModel:
                 if (has := self._bytes(name)) > had:
                     broken, had = iter(BROKEN_WAITS), has
                 if name is None or (pause := next(broken, None)) is None:
-                    raise StageError(self._unreachable(what, error)) from error
+                    raise StageError(self._unreachable(what, error) + _asked()) from error
                 time.sleep(pause)
             except OSError as error:
                 place = self.folder / name if name else self.folder
@@ -211,7 +212,7 @@ class KaggleModel:
                 if not isinstance(error, ValueError) and not type(error).__module__.startswith("kaggle"):
                     raise
                 raise StageError(
-                    f"kagglehub could not get {what}. Received: {self._short(error)}\n"
+                    f"kagglehub could not get {what}. Received: {brief(error)}\n"
                     "Try it alone: `python -c \"import kagglehub; kagglehub.model_download('" + self.handle + "')\"`."
                 ) from error
 
@@ -248,14 +249,15 @@ class KaggleModel:
     def _unreachable(self, what: str, error: Exception) -> str:
         """Return two lines for a network that failed."""
         return (
-            f"Kaggle could not be reached for {what}, or the transfer broke off. Received: {self._short(error)}\n"
+            f"Kaggle could not be reached for {what}, or the transfer broke off. Received: {brief(error)}\n"
             "Check the network and run `python -m stages.fetch` again; it goes on where it broke off."
         )
 
-    def _short(self, error: Exception) -> str:
-        """Return an error's text on one line of at most 200 characters, without secrets."""
-        text = self.credentials.hide(" ".join(str(error).split())) or type(error).__name__
-        return text if len(text) <= 200 else text[:197] + "..."
+
+def _asked() -> str:
+    """Return whom KAGGLE_API_ENVIRONMENT had asked in Kaggle's place, to end a message with; nothing without it."""
+    host = kaggle_host()
+    return "" if host == "api.kaggle.com" else f" (KAGGLE_API_ENVIRONMENT had {host} asked.)"
 
 
 def is_wanted(name: str) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from stages.core.credentials import ask_for_token, import_kagglehub, kaggle_credentials
+from stages.core.credentials import ask_for_token, import_kagglehub, kaggle_credentials, kaggle_host
 from stages.core.downloads import check_room, explain_unwritten, free_bytes, no_room, not_writable, one_at_a_time
 from stages.core.errors import StageError
 from stages.core.fetch_check import Check
@@ -75,6 +75,7 @@ def check_kaggle(preset: str, cache: Path) -> Check:
         present=present,
         download_bytes=0 if present else sum(damaged.values()) or None,
         free_bytes=free_bytes(place),
+        host=kaggle_host(),
     )
     notes: list[str] = []
     try:

