@@ -10,12 +10,14 @@ KAGGLE_TOKEN, HF_TOKEN = "KGAT_a-sentinel-of-nobodys-account", "hf_aSentinelOfNo
 
 
 def forms(token):
-    """A token as it could be written down: plain, and in base64 wherever it may begin."""
+    """A token as it could be written down: plain, in base64 wherever it may begin, and in UTF-16, raw or escaped."""
     found = [token.encode()]
     for before in ("", "a", "aa"):
         encoded = base64.b64encode((before + token).encode())
         # What goes before and after changes the letters at both ends.
         found.append(encoded[4:-4])
+    for wide in ("utf-16-le", "utf-16-be"):
+        found += [token.encode(wide), repr(token.encode(wide))[2:-1].encode()]
     return found
 
 

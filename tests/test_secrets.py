@@ -7,13 +7,19 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
-from tests import hub_server, kaggle_server
+from stages.core import redaction
+from stages.core.downloads import _pip_environment, download_wheel
+from stages.core.errors import StageError
+from tests import hub_server, kaggle_server, package_index
 from tests.copies import copy_repository, dvc, ran
-from tests.sentinels import HF_TOKEN, KAGGLE_TOKEN, ArgumentsWatcher, leaks
+from tests.sentinels import HF_TOKEN, KAGGLE_TOKEN, SENTINELS, ArgumentsWatcher, forms, leaks
 from tests.tiny import tiny_reviews
 
 ROOT = Path(__file__).parents[1]
@@ -107,12 +113,143 @@ def test_no_token_is_shown_whatever_the_answer_even_with_a_traceback(tmp_path, s
     assert leaks(tmp_path) == []
 
 
-@pytest.mark.parametrize("flaw", ["\x01", "\n", "\r\n x", "“"])
+@pytest.mark.parametrize("flaw", ["\x01", "\x0b", "\x0c", "\n", "\r\n x", "“"])
 @pytest.mark.parametrize("source", ["kaggle", "huggingface"])
 def test_a_token_that_breaks_the_request_is_not_shown_either(tmp_path, source, flaw):
     tokens = {"KAGGLE_API_TOKEN": KAGGLE_TOKEN + flaw + KAGGLE_TOKEN, "HF_TOKEN": HF_TOKEN + flaw + HF_TOKEN}
     assert fetch_with(tmp_path, source, tokens) == 1
     assert leaks(tmp_path) == []
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("source", ["kaggle", "huggingface"])
+def test_a_token_stored_in_utf_16_is_refused_and_not_shown(tmp_path, source, encoding):
+    stored = tmp_path.parent / f"{tmp_path.name}-token"
+    stored.write_bytes((KAGGLE_TOKEN if source == "kaggle" else HF_TOKEN).encode(encoding))
+    tokens = {"KAGGLE_API_TOKEN": str(stored), "HF_TOKEN_PATH": str(stored), "HF_TOKEN": ""}
+    assert fetch_with(tmp_path, source, tokens) == 1
+    assert leaks(tmp_path) == []
+    assert "Received: " in (tmp_path / "said.txt").read_text()
+
+
+def test_the_address_of_kaggles_storage_is_shown_without_its_signature(tmp_path, monkeypatch):
+    with kaggle_server.for_this_process(tmp_path, monkeypatch) as kaggle:
+        monkeypatch.setattr(kaggle, "hand_out", lambda request: kaggle._refuse(request, 403))
+        command = [sys.executable, "-m", "stages.fetch", "-v", "--out-root", str(tmp_path / "out")]
+        command += ["--set", "fetch.source=kaggle", "--set", f"fetch.preset={kaggle_server.HANDLE}"]
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 1
+    assert "Traceback" in run.stderr and "X-Goog-Signature" not in run.stderr and "?***" in run.stderr
+    assert kaggle_server.SIGNATURE not in run.stdout + run.stderr
+
+
+PASSWORD = "pass#w0rdOfNobody"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"PIP_INDEX_URL": f"https://user:{PASSWORD}@host.invalid/simple"},
+        {"PIP_INDEX_URL": "https://user:12#w0rdOfNobody@host.invalid/simple"},
+        {"PIP_INDEX_URL": "https://user:w0rdOfNobody/pass@host.invalid/simple"},
+        {"PIP_EXTRA_INDEX_URL": f"https://user:{PASSWORD}@host.invalid/simple"},
+        {"PIP_PROXY": "http://me:w0rdOfNobody@host.invalid:notaport"},
+        {"https_proxy": f"http://me:{PASSWORD}@host.invalid:1"},
+        {"PIP_INDEX_URL": "http://user:w0rdOfNobody@127.0.0.1:9/simple"},
+        {"PIP_CONFIG_FILE": "pip.conf", "PIP_INDEX_URL": None},
+    ],
+)
+@pytest.mark.parametrize("check", [True, False])
+def test_no_password_of_pips_addresses_is_shown(packed, tmp_path, settings, check):
+    (tmp_path / "pip.conf").write_text(f"[global]\nindex-url = https://user:{PASSWORD}@host.invalid/simple\n")
+    environment = os.environ | settings | {"GEMMA_TUNING_CACHE": str(tmp_path / "cache")}
+    if "PIP_CONFIG_FILE" in settings:
+        environment["PIP_CONFIG_FILE"] = str(tmp_path / "pip.conf")
+    environment = {name: value for name, value in environment.items() if value is not None}
+    command = [sys.executable, "-m", "stages.fetch", "-v", "--out-root", str(tmp_path / "out")]
+    command += ["--check"] if check else []
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 1
+    said = run.stdout + run.stderr
+    assert "w0rd" not in said and "'pass'" not in said and "'12'" not in said and "port=12" not in said
+    assert "must be an address" in said or "did not answer" in said
+
+
+@pytest.mark.parametrize("status", [403, 404, 500])
+def test_no_signature_of_a_package_is_shown_whatever_the_index_answers(tmp_path, monkeypatch, status):
+    index = package_index.PackageIndex()
+    wheel = index.add("some-data", "1.0", {"a.bin": b"content"})
+    answer = index.answer
+
+    def signed(request):
+        if "sig=" in request.path:
+            return index._send(request, status, b"no")
+        return answer(request)
+
+    names = list(index.files["some-data"])
+    index.files["some-data"] = {f"{name}?sig=w0rdOfNobody": index.files["some-data"][name] for name in names}
+    monkeypatch.setattr(index, "answer", signed)
+    with package_index.serving(index):
+        for name, value in package_index.pip_environment(index.url).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(StageError) as caught:
+            download_wheel(wheel, tmp_path)
+    assert str(status) in str(caught.value)
+    assert "w0rd" not in str(caught.value)
+
+
+def test_pip_gets_none_of_the_other_sources_credentials(monkeypatch):
+    given = ("KAGGLE_API_TOKEN", "KAGGLE_USERNAME", "KAGGLE_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+    for name in given:
+        monkeypatch.setenv(name, "w0rdOfNobody")
+    kept = _pip_environment()
+    assert not kept.keys() & set(given) and kept.keys() >= {"PATH", "PYTHONUTF8"}
+
+
+WORDS = st.text(st.characters(codec="ascii", categories=("L", "N")) | st.sampled_from("-_=+/\x0b\x00"), min_size=8)
+
+
+@given(WORDS, st.text(max_size=4), st.text(max_size=4))
+def test_a_remembered_secret_is_hidden_in_every_form(secret, before, after):
+    redaction._remembered.clear()
+    redaction.remember(secret)
+    for form in (
+        secret,
+        quote(secret, safe=""),
+        repr(secret.encode())[2:-1],
+        secret.encode("utf-16-le").decode("utf-8"),
+    ):
+        assert form not in redaction.hide(f"{before} {form} {after}")
+    encoded = base64.b64encode(f"{before}{secret}{after}".encode()).decode()
+    for form in forms(secret)[1:4]:
+        assert len(form) < 8 or form.decode() not in redaction.hide(encoded)
+    redaction._remembered.clear()
+
+
+@given(st.from_regex(r"[a-z#?@:/]{1,12}", fullmatch=True))
+def test_an_address_either_gives_its_host_or_is_refused(password):
+    try:
+        assert redaction.host_of(f"https://user:{password}@host.example:1/simple") == "host.example:1"
+    except ValueError as error:
+        assert password not in str(error) or len(password) < 2
+
+
+def test_the_filter_lets_all_else_pass(capsys):
+    text = 'rules: {pattern: "ffw(?:_gating)?/kernel?"}; see https://a.example/b?***, what is // this? (?P<a>b)\n'
+    assert redaction.hide(text) == text
+
+
+def test_what_any_library_writes_to_standard_error_passes_the_filter():
+    code = (
+        "import logging, sys, warnings\nfrom stages.core.redaction import guard_standard_error\n"
+        "guard_standard_error(); guard_standard_error()\n"
+        f"address = 'https://me:{HF_TOKEN}@host/a?sig={KAGGLE_TOKEN}'\n"
+        "warnings.warn(address); logging.warning(address); print(address, end='', file=sys.stderr)\n"
+        "raise ValueError(address)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.stderr.count("https://***@host/a?***") == 4
+    assert not any(form.decode("latin-1") in run.stderr for form in SENTINELS)
 
 
 def test_nothing_in_the_stages_executes_or_unpickles_what_a_preset_holds():

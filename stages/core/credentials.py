@@ -19,7 +19,8 @@ from types import ModuleType
 import click
 
 from stages.core.errors import StageError
-from stages.core.redaction import check_addresses, check_private, check_proxies, remember
+from stages.core.paths import lend_a_home
+from stages.core.redaction import check_addresses, check_private, check_proxies, usable
 
 SETTINGS_PAGE = "https://www.kaggle.com/settings/api"
 NEW_TOKEN = f"Make a new API token at {SETTINGS_PAGE} and store it as Kaggle says."
@@ -107,6 +108,7 @@ def import_kagglehub() -> ModuleType:
             "KAGGLE_API_ENVIRONMENT is for Kaggle's own developers (TEST prints credentials) and must not be set. "
             f"Received: KAGGLE_API_ENVIRONMENT={environment}\nUnset it."
         )
+    lend_a_home()
     check_proxies()
     if environment == "LOCALHOST":
         check_private("KAGGLE_API_ENVIRONMENT", "http://localhost")
@@ -212,29 +214,6 @@ def _from_file(path: Path, notes: tuple[str, ...]) -> Credentials:
         received = "no text for both" if isinstance(content, dict) else type(content).__name__
         raise StageError(f"{wanted} Received: {received}\n{NEW_TOKEN}")
     return Credentials(str(path), (*notes, *_open_to_others(path)), usable(str(path), *values))
-
-
-def usable(source: str, *values: str, of: str = "Kaggle") -> tuple[str, ...]:
-    """Return the values, each checked to be one printable word: others break the request, with the secret in the error.
-
-    The last, a token or a key, is kept out of all messages from now on.
-
-    Args:
-        source: where they were found.
-        values: a token, or a user's name and key.
-        of: whose credentials they are.
-
-    Raises:
-        StageError: names the source, not the value.
-    """
-    remember(values[-1])
-    for value in values:
-        if not (value.isascii() and value.isprintable() and " " not in value):
-            raise StageError(
-                f"{of} credentials must be printable ASCII without spaces. Received: other characters in {source}\n"
-                "Copy them again, without quotation marks, spaces and line ends."
-            )
-    return values
 
 
 def _open_to_others(path: Path) -> tuple[str, ...]:

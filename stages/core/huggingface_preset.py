@@ -24,14 +24,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, unquote
 
 from stages.core.architecture import Architecture, read_architecture
-from stages.core.credentials import usable
 from stages.core.downloads import UNWRITTEN, check_room, explain_unwritten, free_bytes, one_at_a_time
 from stages.core.errors import ParamsError, StageError
 from stages.core.fetch_check import Check
 from stages.core.files import read_json, write_json
 from stages.core.keras_folder import folder_format
+from stages.core.paths import lend_a_home
 from stages.core.presets import LICENCE, Manifest, PresetFile, fault, sha256_with_progress
-from stages.core.redaction import brief, check_addresses, check_private, check_proxies, host_of, is_private
+from stages.core.redaction import brief, check_addresses, check_private, check_proxies, host_of, is_private, usable
 from stages.core.registry import EMBEDDING, HEALTH, REGISTRY, VISION, name_of, registered
 
 if TYPE_CHECKING:
@@ -465,6 +465,7 @@ def _hub() -> ModuleType:
     Raises:
         StageError: a token would go where others can read it, or a setting of huggingface_hub's is malformed.
     """
+    lend_a_home()
     check_proxies()
     check_addresses({"HF_ENDPOINT": _endpoint()})
     check_private("HF_ENDPOINT", _endpoint())

