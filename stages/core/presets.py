@@ -116,7 +116,7 @@ def verified_folder(manifest: Manifest, root: Path, only: Collection[str] | None
 
 
 def _fetch_public(manifest: Manifest, root: Path) -> None:
-    """Fetch a preset that needs no account, where this machine never had it: a clone that got its manifest by `dvc pull`.
+    """Fetch a preset that needs no account, where this machine never had it: a clone has its manifest by `dvc pull`.
 
     In a process of its own: what comes is held to the manifest's hashes, so the code that brings it is no part of what
     the calling stage computes. It says itself what it does and what goes wrong.
