@@ -48,7 +48,7 @@ def test_with_consent_it_tells_who_one_is_and_how_large_the_download_is(kaggle, 
     lines = dict((line[:13].strip(), line[13:]) for line in run.stdout.splitlines())
     assert lines.pop("free room").endswith(" GB")
     assert lines == {
-        "source": "kaggle",
+        "source": "kaggle (localhost)",
         "preset": HANDLE,
         "credentials": "KAGGLE_API_TOKEN",
         "logged in as": "some?[31mbody",
@@ -72,7 +72,7 @@ def test_without_consent_it_names_the_page_and_ends_with_1(kaggle, tmp_path, mon
     assert run.stderr.splitlines() == [
         f"Error: Kaggle answered 403 for {MODEL}: your account has not accepted the licence "
         "(credentials: KAGGLE_API_TOKEN).",
-        f"Accept it at {PAGE} and run this again.",
+        f"Accept it at {PAGE} and run this again. (KAGGLE_API_ENVIRONMENT had localhost asked.)",
     ]
 
 
