@@ -12,9 +12,7 @@ from __future__ import annotations
 import math
 import sys
 
-import click
-
-from stages.core.cli import Run, stage
+from stages.core.cli import Run, click, stage
 
 
 @stage

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import click
-
-from stages.core.cli import Run, stage
+from stages.core.cli import Run, click, stage
 from stages.core.errors import StageError
 from stages.core.paths import MANIFEST, cache_folder
 

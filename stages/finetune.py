@@ -12,9 +12,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-import click
-
-from stages.core.cli import Run, stage
+from stages.core.cli import Run, click, stage
 
 
 @stage

@@ -10,9 +10,7 @@ from __future__ import annotations
 import json
 import time
 
-import click
-
-from stages.core.cli import Run, stage
+from stages.core.cli import Run, click, stage
 
 
 @stage

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import time
 
-import click
-
-from stages.core.cli import Run, stage
+from stages.core.cli import Run, click, stage
 from stages.core.errors import ParamsError
 
 

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import click
-
-from stages.core.cli import Run, stage
+from stages.core.cli import Run, click, stage
 
 
 @stage

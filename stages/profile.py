@@ -9,9 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import click
-
-from stages.core.cli import fail
+from stages.core.cli import click, fail
 from stages.core.errors import StageError
 
 

@@ -1,12 +1,16 @@
-"""Which accelerator a machine has, told without starting JAX."""
+"""Which accelerator a machine has, and what a run uses where JAX can use it, or cannot."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from stages.core.devices import PCI_DEVICES, PCI_VENDOR, tpu_on_bus
+from tests.conftest import ROOT
 
 
 def bus(folder: Path, *numbers: tuple[str, str]) -> Path:
@@ -46,3 +50,123 @@ def test_the_numbers_are_those_that_jax_knows(devices):
     known = {number for number, version in hardware_utils._TPU_PCI_DEVICE_IDS.items() if version.name != "plc"}
     assert known == PCI_DEVICES
     assert hardware_utils._GOOGLE_PCI_VENDOR_ID == PCI_VENDOR
+
+
+# Set up a run in a process of its own, whose device files lie in a folder of the test.
+RUN = """
+import sys
+from pathlib import Path
+from stages.core import devices
+from stages.core.errors import StageError
+devices.DEVICE_FILES, devices.PROBE_SECONDS = Path(sys.argv[1]), float(sys.argv[4])
+try:
+    platform = devices.configure(sys.argv[2], int(sys.argv[3]))
+except StageError as error:
+    sys.exit(str(error))
+import jax, jax.numpy as jnp
+print(platform, len(jax.devices(devices.BACKENDS[platform])), float(jnp.ones(3).sum()))
+"""
+
+# A plugin for JAX as vendors write them. It stands in for CUDA, which is not here: its devices are the CPU's.
+PLUGIN = """
+import os, sys, time
+from jax._src import xla_bridge
+import jaxlib.xla_client
+
+def client():
+    {start}
+
+def initialize():
+    {load}
+    xla_bridge._backend_factories.pop("cuda", None)
+    xla_bridge.register_backend_factory("cuda", client, priority=500, fail_quietly=False)
+    from jax._src import hardware_utils
+    hardware_utils.has_visible_nvidia_gpu = lambda: True
+"""
+START = {
+    "none": "pass",
+    "one": "return jaxlib.xla_client.make_cpu_client(num_devices=1)",
+    "eight": "return jaxlib.xla_client.make_cpu_client(num_devices=8)",
+    "driver": "raise RuntimeError('INTERNAL: no supported devices found for platform CUDA')",
+    "several lines": "raise RuntimeError('first\\nsecond ' + 'x' * 9000)",
+    "no words": "raise RuntimeError()",
+    "aborts": "os.abort()",
+    "exits": "sys.exit(3)",
+    "hangs": "time.sleep(60)",
+}
+
+
+def configured(
+    folder: Path, kind: str, count: int, files: list[str], *, start: str | None = None, load: str = "pass"
+) -> subprocess.CompletedProcess[str]:
+    """Set up a run on a machine with these device files and, with `start`, a plugin that starts in that way."""
+    for name in files:
+        (folder / "dev" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "dev" / name).touch()
+    if start is not None:
+        module = folder / "site" / "jax_plugins" / "stand_in" / "__init__.py"
+        module.parent.mkdir(parents=True)
+        module.write_text(PLUGIN.format(start=START[start], load=load))
+    environment = {**os.environ, "PYTHONPATH": str(folder / "site")}
+    seconds = 4 if start == "hangs" else 100
+    command = [sys.executable, "-c", RUN, str(folder / "dev"), kind, str(count), str(seconds)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+
+
+NVIDIA = ["nvidia0", "nvidiactl"]
+# Device files, how the plugin starts, and what the line must say.
+UNUSABLE = {
+    "GPU without the plugin": (NVIDIA, None, 'pip install "jax[cuda12]=='),
+    "GPU other than the first, without the plugin": (["nvidia3"], None, 'pip install "jax[cuda12]=='),
+    "GPU without a driver": (NVIDIA, "driver", "no supported devices found"),
+    "GPU whose error has several lines": (NVIDIA, "several lines", "first second x"),
+    "GPU whose error has no words": (NVIDIA, "no words", "RuntimeError"),
+    "GPU whose library aborts": (NVIDIA, "aborts", "exit code -6"),
+    "GPU whose library ends the process": (NVIDIA, "exits", "exit code 3"),
+    "GPU that does not answer": (NVIDIA, "hangs", "no answer within 4.0 s"),
+    "fewer GPUs than the mesh": (NVIDIA, "one", "mesh.shape: [1, 1]"),
+    # libtpu itself answers: the device file is there and no TPU behind it.
+    "TPU that is absent": (["accel0"], None, "TPU"),
+}
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_where_jax_cannot_use_an_accelerator_auto_runs_on_the_cpu_and_one_line_says_why(tmp_path, case):
+    files, start, says = UNUSABLE[case]
+    result = configured(tmp_path, "auto", 2, files, start=start)
+    assert (result.returncode, result.stdout.split()) == (0, ["cpu", "2", "3.0"]), result.stderr
+    [line] = result.stderr.splitlines()
+    assert line.startswith("Running on 2 simulated CPU devices (mesh.devices: auto): ")
+    assert says in line
+    assert len(line) < 600
+
+
+@pytest.mark.parametrize("case", ["GPU without the plugin", "fewer GPUs than the mesh", "TPU that is absent"])
+def test_where_jax_cannot_use_an_accelerator_real_ends_in_two_lines(tmp_path, case):
+    files, start, says = UNUSABLE[case]
+    result = configured(tmp_path, "real", 2, files, start=start)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert len(result.stderr.splitlines()) == 2, result.stderr
+    assert says in result.stderr
+    assert "Received: mesh.devices=real" in result.stderr
+
+
+def test_without_an_accelerator_auto_says_nothing_and_real_ends_in_two_lines(tmp_path):
+    auto = configured(tmp_path, "auto", 3, [])
+    assert (auto.returncode, auto.stdout.split()[:2], auto.stderr) == (0, ["cpu", "3"], "")
+    real = configured(tmp_path, "real", 3, [])
+    assert (real.returncode, len(real.stderr.splitlines())) == (1, 2)
+
+
+@pytest.mark.parametrize("kind", ["auto", "real"])
+def test_an_accelerator_with_devices_enough_is_used(tmp_path, kind):
+    result = configured(tmp_path, kind, 4, NVIDIA, start="eight")
+    assert (result.returncode, result.stdout.split(), result.stderr) == (0, ["gpu", "8", "3.0"], "")
+
+
+@pytest.mark.parametrize("kind", ["auto", "simulated"])
+@pytest.mark.parametrize("load", ["raise ImportError('libcudart.so.12: cannot open shared object file')", "1 / 0"])
+def test_a_plugin_that_cannot_be_loaded_shows_no_traceback(tmp_path, kind, load):
+    result = configured(tmp_path, kind, 2, NVIDIA, start="none", load=load)
+    assert (result.returncode, result.stdout.split()[:2]) == (0, ["cpu", "2"]), result.stderr
+    assert len(result.stderr.splitlines()) == (kind == "auto"), result.stderr

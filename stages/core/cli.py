@@ -1,7 +1,8 @@
 """The command line that all stages share: options, reading the settings, errors, and the metrics file.
 
 Purpose: a stage script is a straight line from `Run` to its outputs. Nothing heavy is imported here, so that `--help`
-and a wrong setting answer at once.
+and a wrong setting answer at once. The scripts take click from here too: the check in `stages/__init__.py` must come
+before it, and a script run as a file (`python stages/prepare.py`) would import click first.
 """
 
 from __future__ import annotations
@@ -83,7 +84,10 @@ def stage(function: Callable[..., None]) -> click.Command:
             fail(error, verbose)
         except ModuleNotFoundError as error:
             missing = StageError(
-                f"The package {error.name} is not installed for {sys.executable}. Run `make venv`, then "
+                f"This Python was built without its own module {error.name}. Received: python={sys.executable}. Use "
+                "another one: `make venv PYTHON=...`."
+                if error.name in sys.stdlib_module_names
+                else f"The package {error.name} is not installed for {sys.executable}. Run `make venv`, then "
                 "`. .venv/bin/activate`."
             )
             fail(missing.with_traceback(error.__traceback__), verbose)
