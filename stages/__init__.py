@@ -1,8 +1,12 @@
 """The pipeline: one click script a stage, run as `python -m stages.<name>`; the work is in `stages.core`."""
 
 # Before anything else is imported, and in words that any Python reads: may this one run the stages at all?
+import signal
 import sys
 
+# Ctrl-C while a command (`python -m stages.<name>`, not a test) still imports ends it without a traceback.
+if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 if sys.platform == "win32":
     sys.exit("Error: the stages run on Linux and macOS. Received: Windows. Install WSL 2 and run them in its Linux.")
 if not (3, 11) <= sys.version_info < (3, 14):

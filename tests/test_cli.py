@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+import venv
 from pathlib import Path
 
 import pytest
@@ -74,3 +76,104 @@ def test_outside_the_repository_the_missing_settings_are_told(tmp_path: Path):
     result = run("-m", "stages.load", cwd=tmp_path)
     assert result.returncode == 2
     assert "params.yaml" in result.stderr
+
+
+COMMANDS = [*STAGES, "profile"]
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Python without any package, not even pip."""
+    folder = tmp_path_factory.mktemp("bare")
+    venv.create(folder / "venv", symlinks=True)
+    return folder / "venv" / "bin" / "python"
+
+
+def one_line(result: subprocess.CompletedProcess[str], *words: str) -> None:
+    """The command ended with one line for the person, which has these words."""
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+    for word in words:
+        assert word in result.stderr
+
+
+@pytest.mark.parametrize("stage", COMMANDS)
+def test_without_the_packages_one_line_says_what_to_do(bare: Path, stage: str):
+    for command in (["-m", f"stages.{stage}"], [f"stages/{stage}.py"]):
+        result = subprocess.run([bare, *command], cwd=ROOT, capture_output=True, text=True)
+        one_line(result, str(bare), "make venv", "activate")
+
+
+def test_a_package_built_for_another_python_is_told_in_a_line(bare: Path, tmp_path: Path):
+    (tmp_path / "click.py").write_text("")
+    (tmp_path / "pydantic.py").write_text("raise ImportError('pydantic_core: wrong ELF class')")
+    command = [bare, "-m", "stages.load"]
+    result = subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    one_line(result, "wrong ELF class")
+
+
+@pytest.mark.parametrize(
+    "name, value, word",
+    [
+        ("version_info", (3, 10, 13), "3.10.13"),
+        ("version_info", (3, 14, 0), "3.14.0"),
+        ("version_info", (2, 7, 18), "2.7.18"),
+        ("platform", "win32", "WSL 2"),
+    ],
+)
+def test_another_python_or_system_ends_at_once_in_a_line(name: str, value: object, word: str):
+    one_line(run("-c", f"import sys; sys.{name} = {value!r}; import stages.load"), word)
+
+
+def test_the_check_names_the_versions_that_make_takes():
+    for text in ((ROOT / "stages/__init__.py").read_text(), (ROOT / "Makefile").read_text()):
+        assert "(3, 11) <= sys.version_info < (3, 14)" in text
+
+
+@pytest.mark.parametrize("stage", COMMANDS)
+def test_a_stage_run_as_a_file_works(stage: str):
+    result = run(f"stages/{stage}.py", "--help")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith(f"Usage: {stage}.py ")
+
+
+def test_a_python_built_without_a_module_of_its_own_is_not_told_to_install_it():
+    code = "import sys, runpy; sys.modules['resource'] = None; sys.argv = ['load']; runpy.run_module('stages.load', run_name='__main__')"
+    one_line(run("-c", code), "was built without its own module resource")
+
+
+def test_peak_memory_on_macos_is_in_bytes_already_and_its_growth_is_not_told(tmp_path: Path):
+    code = (
+        "import sys, pathlib\nfrom stages.core import measures\nlinux = measures.peak_host_bytes()\n"
+        f"sys.platform = 'darwin'; measures.PROCESS = pathlib.Path({str(tmp_path / 'none')!r})\n"
+        "assert linux / 2000 < measures.peak_host_bytes() < linux / 500, linux\n"
+        "assert measures.Growth().bytes() is None"
+    )
+    assert run("-c", code).returncode == 0
+
+
+@pytest.mark.parametrize("seconds", [0.02, 0.1, 0.2, 0.3])
+def test_ctrl_c_while_a_command_starts_shows_no_traceback(seconds: float):
+    command = [sys.executable, "-m", "stages.load", "--help"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)
+        assert "Traceback" not in process.communicate()[1] or "stages" not in process.communicate()[1]
+        assert process.returncode in {0, 130, 1, -signal.SIGINT}
+
+
+def test_git_that_makes_crlf_leaves_every_text_as_it_is(tmp_path: Path):
+    """DVC compares the bytes of code and settings; with CRLF every stage would be changed."""
+    git = ["git", "-c", "user.name=Test", "-c", "user.email=test@localhost"]
+    for name in (".gitattributes", "params.yaml", "dvc.yaml", "stages/load.py"):
+        (tmp_path / "a" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "a" / name).write_bytes((ROOT / name).read_bytes())
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "Some texts"]):
+        subprocess.run([*git, *command], cwd=tmp_path / "a", check=True)
+    clone = ["git", "clone", "-q", "-c", "core.autocrlf=true", "-c", "core.eol=crlf", "a", "b"]
+    subprocess.run(clone, cwd=tmp_path, check=True)
+    for name in ("params.yaml", "dvc.yaml", "stages/load.py"):
+        assert (tmp_path / "b" / name).read_bytes() == (ROOT / name).read_bytes()

@@ -113,6 +113,14 @@ def configured(
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
 
 
+def test_without_the_plugin_jax_may_also_say_that_it_does_not_know_the_backend(tmp_path):
+    seen = "from jax._src import hardware_utils; hardware_utils.has_visible_nvidia_gpu = lambda: True; return"
+    result = configured(tmp_path, "auto", 2, NVIDIA, start="none", load=seen)
+    assert result.stdout.split()[:2] == ["cpu", "2"], result.stderr
+    assert "is not in the list of known backends. `pip install" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
 NVIDIA = ["nvidia0", "nvidiactl"]
 # Device files, how the plugin starts, and what the line must say.
 UNUSABLE = {
@@ -120,7 +128,7 @@ UNUSABLE = {
     "GPU other than the first, without the plugin": (["nvidia3"], None, 'pip install "jax[cuda12]=='),
     "GPU without a driver": (NVIDIA, "driver", "no supported devices found"),
     "GPU whose error has several lines": (NVIDIA, "several lines", "first second x"),
-    "GPU whose error has no words": (NVIDIA, "no words", "RuntimeError"),
+    "GPU whose error has no words": (NVIDIA, "no words", "Unable to initialize backend 'cuda'. "),
     "GPU whose library aborts": (NVIDIA, "aborts", "exit code -6"),
     "GPU whose library ends the process": (NVIDIA, "exits", "exit code 3"),
     "GPU that does not answer": (NVIDIA, "hangs", "no answer within 4.0 s"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -69,6 +70,9 @@ def stage(function: Callable[..., None]) -> click.Command:
         guard_standard_error()
         root = Path.cwd()
         try:
+            # From here on Ctrl-C is an exception; `stages/__init__.py` had it end the process while modules load.
+            if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
             params = read_params(root / "params.yaml", overrides)
             writes = not (options.get("check") or options.get("dry_run"))
             if writes and overrides and out_root is None and not os.environ.get("DVC_STAGE"):

@@ -149,7 +149,8 @@ def _choose(kind: str, count: int) -> str:
 
 def _remedy(platform: str, reason: str) -> str:
     """Return what makes JAX use an accelerator that is there, in a sentence."""
-    if platform == "gpu" and "not in the list of known backends" in reason:
+    # Both of JAX's ways to say it: "Unknown backend cuda", "'cuda' is not in the list of known backends".
+    if platform == "gpu" and "known backend" in reason:
         return f'`pip install "jax[cuda12]=={version("jax")}"` brings what JAX lacks.'
     return "End what else may use it, and see that its driver and library are installed."
 
@@ -187,11 +188,10 @@ def _probe(platform: str) -> tuple[int, str]:
 
 
 def _one_line(reason: str) -> str:
-    """Return what JAX said without its own advice, which is not for a run of ours, on one line of bounded length."""
+    """Return what JAX said on one line of bounded length, without its advice and its list of other backends."""
     line = " ".join(reason.partition(" (set JAX_PLATFORMS")[0].split())
-    if "not in the list of known backends" in line:
-        line = line.partition("known backends")[0] + "known backends"
-    return (line if len(line) <= 300 else line[:297] + "...").rstrip(".")
+    line = line.partition(" Available backends are")[0].partition(": ['cpu'")[0]
+    return (line if len(line) <= 300 else line[:297] + "...").rstrip(".:")
 
 
 def _start(platform: str, count: int) -> None:
