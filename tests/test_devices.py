@@ -107,7 +107,8 @@ def configured(
         module = folder / "site" / "jax_plugins" / "stand_in" / "__init__.py"
         module.parent.mkdir(parents=True)
         module.write_text(PLUGIN.format(start=START[start], load=load))
-    environment = {**os.environ, "PYTHONPATH": str(folder / "site")}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "KERAS_"))}
+    environment["PYTHONPATH"] = str(folder / "site")
     seconds = 4 if start == "hangs" else 100
     command = [sys.executable, "-c", RUN, str(folder / "dev"), kind, str(count), str(seconds)]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
