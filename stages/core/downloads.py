@@ -8,7 +8,6 @@ Reads: the package index. Writes: wheels and members of wheels in the cache fold
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import os
 import re
@@ -26,7 +25,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from stages.core.errors import StageError
-from stages.core.files import atomic_path, sha256
+from stages.core.files import FULL, atomic_path, sha256
 from stages.core.progress import bytes_bar
 
 ATTEMPTS = 4  # times a transfer that broke off is begun
@@ -34,7 +33,6 @@ BLOCK = 1 << 20  # bytes copied at a time
 STALE_SECONDS = 24 * 3600  # a scratch folder this old was left by a killed run
 SCRATCH = ".download-"
 MAKE_ROOM = "Make room, or set GEMMA_TUNING_CACHE to a folder on a larger disk."
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a used-up quota, a file larger than is allowed
 SAYS_FULL = "|".join(re.escape(os.strerror(number)) for number in FULL)  # as pip tells it
 OTHER_FOLDER = "Set GEMMA_TUNING_CACHE to a folder of your own."
 # How pip names an index that it could not or would not ask; the reason follows, the innermost after "Caused by".
