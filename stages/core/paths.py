@@ -41,11 +41,28 @@ def cache_folder() -> Path:
     """Return the folder for downloads and compiled programs: outside the repository, shared by all clones.
 
     `GEMMA_TUNING_CACHE` names it; else `$XDG_CACHE_HOME/gemma-tuning`, else `~/.cache/gemma-tuning`.
+
+    Raises:
+        StageError: the person has no home folder, and it is not named.
     """
-    if named := os.environ.get("GEMMA_TUNING_CACHE"):
-        return Path(named).expanduser()
+    named = os.environ.get("GEMMA_TUNING_CACHE")
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "gemma-tuning"
+    try:
+        return Path(named).expanduser() if named else Path(base).expanduser() / "gemma-tuning"
+    except RuntimeError as error:
+        raise StageError(
+            f"The cache folder lies in the home folder, and there is none. Received: {named or base}\n"
+            "Set GEMMA_TUNING_CACHE to the full path of a folder that can be written to."
+        ) from error
+
+
+def settle_home() -> None:
+    """Give a user without a home folder (in a container, say) one in the cache folder, if that is named.
+
+    Libraries look for settings and credentials in it, and some end in an error where there is none.
+    """
+    if os.environ.get("GEMMA_TUNING_CACHE") and os.path.expanduser("~") == "~":
+        os.environ["HOME"] = str(cache_folder().absolute())
 
 
 @dataclass(frozen=True)
