@@ -22,7 +22,7 @@ KINDS = {"plans": "plan", "xla": "compiled program"}
 
 @dataclass(frozen=True)
 class Leftover:
-    """A file or folder that can go: what it is, its bytes, and the seconds since it was last written or read for use."""
+    """A file or folder that can go: what it is, its bytes, and the seconds since it was last used."""
 
     path: Path
     kind: str

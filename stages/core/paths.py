@@ -61,8 +61,11 @@ def settle_home() -> None:
 
     Libraries look for settings and credentials in it, and some end in an error where there is none.
     """
-    if os.environ.get("GEMMA_TUNING_CACHE") and os.path.expanduser("~") == "~":
-        os.environ["HOME"] = str(cache_folder().absolute())
+    try:
+        Path.home()
+    except RuntimeError:
+        if os.environ.get("GEMMA_TUNING_CACHE"):
+            os.environ["HOME"] = str(cache_folder().absolute())
 
 
 @dataclass(frozen=True)

@@ -176,10 +176,8 @@ class Watch(keras.callbacks.Callback):
         if plan.store and not self.finished and (told_to_stop or step % plan.settings.checkpoint_every == 0):
             self._save()
         if told_to_stop and not self.finished:
-            kept = {step: "which is kept", None: "and no step is kept"}.get(
-                self._kept, f"and step {self._kept} is kept"
-            )
-            goes_on = "begins anew" if self._kept is None else "goes on from there"
+            kept = "which is kept" if self._kept == step else f"and step {self._kept or 'none'} is kept"
+            goes_on = "goes on from there" if self._kept else "begins anew"
             raise Stopped(
                 f"Stopped by {told_to_stop.name} after step {step} of {plan.steps}, {kept}. The same command "
                 f"(or `dvc repro`) {goes_on}.",
@@ -288,9 +286,14 @@ class Watch(keras.callbacks.Callback):
         )
 
     def _stop_profile(self) -> None:
-        jax.profiler.stop_trace()
         self._profiling = False
-        self._plan.say(f"Wrote a JAX profile below {self._plan.profile}.")
+        try:
+            jax.profiler.stop_trace()
+        except Exception as error:
+            # Its writer has one type for all reasons; a profile is not worth the run.
+            self._plan.say(f"Warning: the JAX profile is not written ({str(error).splitlines()[0][:200]}).")
+        else:
+            self._plan.say(f"Wrote a JAX profile below {self._plan.profile}.")
 
 
 def put(variable: keras.Variable, value: np.ndarray) -> None:
