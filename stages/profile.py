@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stages.core.cli import click, fail
-from stages.core.errors import StageError
+from stages.core.cli import click, mistakes_in_lines
 
 
 @click.command()
@@ -33,8 +32,8 @@ def main(name: str | None, overrides: tuple[str, ...], dry_run: bool, verbose: b
     from stages.core.files import write_text
     from stages.core.params import check_params, read_text
 
-    path = Path.cwd() / "params.yaml"
-    try:
+    with mistakes_in_lines(verbose):
+        path = Path.cwd() / "params.yaml"
         text = read_text(path)
         if name is None:
             click.echo(profiles.table(text, path.name))
@@ -43,8 +42,6 @@ def main(name: str | None, overrides: tuple[str, ...], dry_run: bool, verbose: b
         params = check_params(changed, path.name)
         if changes and not dry_run:
             write_text(path, changed)
-    except StageError as error:
-        fail(error, verbose)
     for change in changes:
         click.echo(f"{change.key}: {change.old} \N{RIGHTWARDS ARROW} {change.new}")
     click.echo(profiles.summary(name, params, changes, path.parent, dry_run=dry_run), err=True)

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# `profile` changes settings and runs nothing: tests/test_profile.py.
-STAGES = sorted(path.stem for path in (ROOT / "stages").glob("[a-z]*.py") if path.stem != "profile")
+# `profile` changes settings and `cache` cleans up: tests/test_profile.py, tests/test_cache.py.
+COMMANDS = ("cache", "profile")
+STAGES = sorted(path.stem for path in (ROOT / "stages").glob("[a-z]*.py") if path.stem not in COMMANDS)
 VARIANTS = {"generate": ["--variant", "baseline"], "evaluate": ["--variant", "baseline"]}
 HEAVY = ("tensorflow", "jax", "keras", "keras_hub", "pandas", "numpy")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -202,6 +203,20 @@ def test_each_epoch_takes_every_window_once_in_an_order_of_its_own(presets):
 @pytest.mark.parametrize(("steps", "done"), [(None, 8), (3, 3), (6, 6), (100, 8)])
 def test_a_run_ends_with_its_steps_or_its_epochs(presets, steps, done):
     assert train(presets["gemma3"], settings(batch_size=2, epochs=2, steps=steps))[0].history.steps == done
+
+
+@pytest.mark.parametrize("steps, shown", [(3, ["3/3"]), (6, ["4/4", "2/2"]), (None, ["4/4", "4/4"])])
+def test_the_progress_counts_the_steps_that_the_run_does(presets, capsys, steps, shown):
+    train(presets["gemma3"], settings(steps=steps, epochs=2, batch_size=2))
+    assert re.findall(r"^(\d+/\d+) - ", capsys.readouterr().out, re.MULTILINE) == shown
+
+
+def test_a_profile_that_cannot_be_written_never_ends_the_run(presets, tmp_path):
+    (tmp_path / "file").write_text("in the place of a folder")
+    said: list[str] = []
+    result, _ = train(presets["gemma3"], settings(steps=3), profile=tmp_path / "file" / "profile", say=said.append)
+    assert result.history.steps == 3
+    assert said[-1].startswith("Warning: the JAX profile is not written (")
 
 
 def test_validation_comes_when_it_is_wanted_and_changes_nothing(presets, plain):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -160,6 +162,54 @@ def test_a_loss_that_is_not_finite_leaves_what_an_earlier_run_wrote(trial: Trial
         shutil.rmtree(path)
 
 
+def test_a_run_killed_at_any_moment_ends_in_the_same_bytes(trial: Trial):
+    draw = random.Random(5)
+    # A checkpoint after each step, so that many of the moments are within the writing of one.
+    arguments = ("--out-root", "killed", "--set", "finetune.checkpoint_every=1")
+    for _ in range(3):
+        before = set(trial.cache.glob("checkpoints/*/*"))
+        process = trial.start("finetune", *arguments)
+        while process.poll() is None and set(trial.cache.glob("checkpoints/*/*")) <= before:
+            time.sleep(0.002)
+        time.sleep(draw.uniform(0, 0.5))
+        process.kill()
+        process.communicate()
+    last = trial.run("finetune", *arguments)
+    assert last.returncode == 0, last.stderr
+    assert "damaged" not in last.stderr
+    for name in WRITTEN:
+        assert (trial.folder / "killed" / name).read_bytes() == (trial.folder / "whole" / name).read_bytes(), name
+    assert not list(trial.cache.glob("checkpoints/*"))
+
+
+def test_a_second_run_of_the_same_settings_waits_for_the_first_and_both_end_well(trial: Trial):
+    runs = [trial.start("finetune", "--out-root", name) for name in ("first", "second")]
+    ended = [process.communicate()[1] for process in runs]
+    assert [process.returncode for process in runs] == [0, 0], ended
+    assert (
+        sum("Another run of the same settings, data and code is going on; waiting for it." in err for err in ended) == 1
+    )
+    for name in WRITTEN:
+        whole = (trial.folder / "whole" / name).read_bytes()
+        assert (trial.folder / "first" / name).read_bytes() == (trial.folder / "second" / name).read_bytes() == whole
+
+
+def test_a_cache_folder_that_cannot_be_written_to_costs_lines_and_never_the_run(trial: Trial, tmp_path: Path):
+    (tmp_path / "file").write_text("in the place of a folder")
+    environment = {**trial.environment, "GEMMA_TUNING_CACHE": str(tmp_path / "file" / "cache")}
+    command = [sys.executable, "-m", "stages.finetune", "--out-root", "full"]
+    result = subprocess.run(command, cwd=trial.folder, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr
+    warnings = [line for line in result.stderr.splitlines() if line.startswith("Warning: ")]
+    assert "GEMMA_TUNING_CACHE" in warnings[0]
+    assert any(
+        line.startswith("Warning: the checkpoint after step 5 is not kept (Not a directory") for line in warnings
+    )
+    for name in WRITTEN:
+        assert (trial.folder / "full" / name).read_bytes() == (trial.folder / "whole" / name).read_bytes(), name
+
+
 # --- The store by itself. ---
 
 
@@ -217,6 +267,49 @@ def test_a_half_written_checkpoint_is_never_found_and_goes_with_the_rest(store: 
     assert store.newest(pytest.fail) is None
     store.clear()
     assert not store.folder.exists()
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_the_ones_before(store: Store):
+    store.save(5, ARRAYS, {"rows": []})
+    before, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            store.save(10, {"a": np.ones(10_000, "f4")}, {})
+        with pytest.raises(OSError, match="File too large"):
+            store.save(10, ARRAYS, {"rows": ["x" * 10_000]})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before, hard))
+    assert [path.name for path in store.folder.iterdir()] == ["step-00000005"]
+    assert store.newest(pytest.fail).step == 5
+
+
+CONTEND = """
+import sys
+import numpy as np
+from stages.core.checkpoint import Store
+
+def damaged(text): sys.exit(text)
+
+for turn in range(15):
+    store = Store("contended", keep=2)
+    store.hold(lambda text: None)
+    assert store.newest(damaged) is None, "the run before ended well"
+    for step in (1, 2, 3):
+        store.save(step, {"a": np.full(1000, step)}, {"turn": turn})
+    assert store.newest(damaged).state == {"turn": turn}
+    store.clear()
+"""
+
+
+def test_runs_of_one_fingerprint_never_disturb_each_other(store: Store):
+    """Real processes, each holding, writing, reading and clearing the same folder again and again."""
+    processes = [
+        subprocess.Popen([sys.executable, "-c", CONTEND], cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(4)
+    ]
+    told = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * 4, told
+    assert not list(store.folder.parent.iterdir())
 
 
 def test_a_fingerprint_changes_with_every_part():

@@ -345,6 +345,33 @@ def test_an_answer_is_kept_and_asked_for_only_once(presets):
     assert planning.key_of(asked) != planning.key_of(dataclasses.replace(asked, request=other))
 
 
+def test_a_damaged_answer_is_noticed_and_made_anew(presets, tmp_path, monkeypatch):
+    monkeypatch.setenv("GEMMA_TUNING_CACHE", str(tmp_path))
+    made: list[int] = []
+    monkeypatch.setattr(planning, "_compile", lambda *_: made.append(1) or {"fits": True, "needed_bytes": len(made)})
+    said: list[str] = []
+    asked = question(presets["gemma2"], "cpu:8")
+    planning.answer(asked)
+    (file,) = (tmp_path / "plans").iterdir()
+    whole = file.read_bytes()
+    old = json.dumps({"fits": True, "needed_bytes": 9}).encode()
+    for damaged in (b"", whole[:-1], whole.replace(b"true", b"null"), old, b"\xff" + whole):
+        file.write_bytes(damaged)
+        assert planning.answer(asked, said.append)["needed_bytes"] == len(made)
+        assert planning.answer(asked, said.append)["needed_bytes"] == len(made)
+    assert len(made) == 6
+    assert said == [f"Warning: the kept plan {file.name} is damaged; it is made anew."] * 5
+
+
+def test_an_answer_that_cannot_be_kept_is_an_answer(presets, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the place of a folder")
+    monkeypatch.setenv("GEMMA_TUNING_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(planning, "_compile", lambda *_: {"fits": True})
+    said: list[str] = []
+    assert planning.answer(question(presets["gemma2"], "cpu:8"), said.append) == {"fits": True}
+    assert said[-1].startswith("Warning: the plan is not kept for later (Not a directory")
+
+
 @pytest.mark.parametrize("changed", [{"learning_rate": 0.5}, {"seed": 7}, {"steps": 3}, {"sample_prompt": "It was"}])
 def test_a_setting_that_shapes_no_program_asks_no_new_question(presets, changed):
     asked = question(presets["gemma2"], "cpu:8", batch_size=2)

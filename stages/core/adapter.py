@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.core.errors import StageError
-from stages.core.files import atomic_path
+from stages.core.files import atomic_path, write_arrays
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,12 +27,10 @@ def save(path: Path, arrays: dict[str, np.ndarray], description: dict[str, Any])
         description: base, preset, rank, alpha and targets; kept as one JSON text, since safetensors writes several
             metadata keys in an order that changes from run to run.
     """
-    from safetensors.numpy import save_file
-
     with atomic_path(path) as temporary:
-        save_file(
-            {name: arrays[name] for name in sorted(arrays)},
+        write_arrays(
             temporary,
+            {name: arrays[name] for name in sorted(arrays)},
             metadata={"gemma_tuning": json.dumps(description, sort_keys=True)},
         )
 

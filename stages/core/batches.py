@@ -48,6 +48,7 @@ class Batches(keras.utils.PyDataset):
         seed: int | None = None,
         epochs: int = 1,
         first_step: int = 0,
+        end_step: int | None = None,
     ) -> None:
         """Prepare the order of all epochs.
 
@@ -58,6 +59,7 @@ class Batches(keras.utils.PyDataset):
             seed: shuffle each epoch by (seed, epoch); None keeps the order.
             epochs: passes over the windows.
             first_step: start each epoch at this step, for a run that goes on within one.
+            end_step: end each epoch before this step, for a run that ends within one; None: at its end.
         """
         super().__init__()
         self._windows = {name: windows[name] for name in INPUTS if name in windows}
@@ -72,6 +74,7 @@ class Batches(keras.utils.PyDataset):
             for epoch in range(epochs)
         ]
         self._first_step = first_step
+        self._end_step = self.steps_per_epoch if end_step is None else end_step
         # Set when an epoch begins, by who knows its number: Keras also calls `on_epoch_end` before the first.
         self.epoch = 0
 
@@ -82,7 +85,7 @@ class Batches(keras.utils.PyDataset):
 
     def __len__(self) -> int:
         """Steps to do in this epoch."""
-        return self.steps_per_epoch - self._first_step
+        return self._end_step - self._first_step
 
     def rows(self, epoch: int, step: int) -> np.ndarray:
         """Return the numbers of the windows in a batch; steps count from the epoch's beginning."""

@@ -11,9 +11,8 @@ and beside these folders run.json (see `fingerprint`).
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -21,7 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.core.files import read_json, sha256
+from filelock import FileLock, Timeout
+
+from stages.core.files import flush, optional, read_json, sha256, write_arrays
 from stages.core.paths import cache_folder
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class Checkpoint:
 
 
 class Store:
-    """The checkpoints of one run, told from all others' by a fingerprint."""
+    """The checkpoints of one run, told from all others' by a fingerprint; one process at a time has them."""
 
     def __init__(self, fingerprint: str, keep: int) -> None:
         """Name the folder; nothing is made yet.
@@ -51,6 +52,25 @@ class Store:
         """
         self.folder = cache_folder() / "checkpoints" / fingerprint
         self._keep = keep
+        self._lock = lock_of(self.folder)
+
+    def hold(self, say: Callable[[str], None]) -> None:
+        """Wait until no other run of the same fingerprint goes on, and keep such runs waiting until `clear` or the end.
+
+        The system drops the lock of a process that ends, however it ends.
+
+        Args:
+            say: shows one line to the person, when there is somebody to wait for.
+        """
+        with optional("two runs of these settings at once may disturb each other's checkpoints", say):
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout:
+                say("Another run of the same settings, data and code is going on; waiting for it.")
+                self._lock.acquire()
+            except NotImplementedError as error:
+                raise OSError(errno.ENOLCK, "the file system has no locks", str(self.folder.parent)) from error
 
     def save(self, step: int, arrays: Mapping[str, np.ndarray], state: Mapping[str, Any]) -> None:
         """Write a checkpoint and remove the oldest beyond `keep`.
@@ -61,24 +81,25 @@ class Store:
             step: steps done.
             arrays: by name.
             state: what JSON can hold.
-        """
-        from safetensors.numpy import save_file
 
+        Raises:
+            OSError: it could not be written; the older ones are as they were.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=self.folder))
         try:
-            save_file(dict(arrays), temporary / ARRAYS)
+            write_arrays(temporary / ARRAYS, arrays)
             (temporary / STATE).write_text(json.dumps(state), encoding="utf-8")
             sums = "".join(f"{sha256(temporary / name)}  {name}\n" for name in (ARRAYS, STATE))
             (temporary / SUMS).write_text(sums, encoding="utf-8")
             for name in (ARRAYS, STATE, SUMS, "."):
-                _flush(temporary / name)
+                flush(temporary / name)
             target = self.folder / f"step-{step:08d}"
             if target.exists():
-                # What was found damaged, or what another run of the same settings has just written: then it is equal.
+                # What was found damaged and could not be removed then.
                 shutil.rmtree(target)
             temporary.rename(target)
-            _flush(self.folder)
+            flush(self.folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         for old in self._found()[self._keep :]:
@@ -95,8 +116,12 @@ class Store:
         return None
 
     def clear(self) -> None:
-        """Remove all checkpoints of the run, half-written ones too."""
+        """Remove all checkpoints of the run, half-written ones too, and let the next run of its settings begin."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        if self._lock.is_locked:
+            # A run that waits sees that the file it has open is gone, and takes the lock of a new one.
+            Path(self._lock.lock_file).unlink(missing_ok=True)
+            self._lock.release(force=True)
 
     def _found(self) -> list[Path]:
         """The checkpoints' folders, the newest first."""
@@ -113,11 +138,6 @@ class Store:
         return Checkpoint(step, load_file(folder / ARRAYS), read_json(folder / STATE))
 
 
-def _flush(path: Path) -> None:
-    """Wait until a file or folder is on the disk; some file systems refuse that for folders."""
-    with contextlib.suppress(OSError):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+def lock_of(folder: Path) -> FileLock:
+    """Return the lock of a fingerprint's folder: a file beside it; within a process there is one of each."""
+    return FileLock(folder.parent / f"{folder.name}.lock", is_singleton=True)

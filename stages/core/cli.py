@@ -7,12 +7,14 @@ before it, and a script run as a file (`python stages/prepare.py`) would import 
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import functools
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,10 @@ from typing import Any
 import click
 
 from stages.core.errors import ParamsError, StageError
-from stages.core.files import write_json
+from stages.core.files import explain, write_json
 from stages.core.installed import check_installed
 from stages.core.params import Params, read_params
-from stages.core.paths import Paths, metrics
+from stages.core.paths import Paths, lend_a_home, metrics
 from stages.core.redaction import guard_standard_error
 
 REQUIREMENTS = "requirements.txt"
@@ -67,12 +69,8 @@ def stage(function: Callable[..., None]) -> click.Command:
     @click.option("-v", "--verbose", is_flag=True, help="Show the traceback of an error.")
     @functools.wraps(function)
     def command(overrides: tuple[str, ...], out_root: Path | None, verbose: bool, **options: Any) -> None:
-        guard_standard_error()
-        root = Path.cwd()
-        try:
-            # From here on Ctrl-C is an exception; `stages/__init__.py` had it end the process while modules load.
-            if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-                signal.signal(signal.SIGINT, signal.default_int_handler)
+        with mistakes_in_lines(verbose):
+            root = Path.cwd()
             params = read_params(root / "params.yaml", overrides)
             writes = not (options.get("check") or options.get("dry_run"))
             if writes and overrides and out_root is None and not os.environ.get("DVC_STAGE"):
@@ -84,27 +82,43 @@ def stage(function: Callable[..., None]) -> click.Command:
                 check_installed(root / REQUIREMENTS)
             run = Run(params, Paths(root, (out_root or root).resolve()), verbose)
             function(run, **options)
-        except StageError as error:
-            fail(error, verbose)
-        except ModuleNotFoundError as error:
-            missing = StageError(
-                f"This Python was built without its own module {error.name}. Received: python={sys.executable}. Use "
-                "another one: `make venv PYTHON=...`."
-                if error.name in sys.stdlib_module_names
-                else f"The package {error.name} is not installed for {sys.executable}. Run `make venv`, then "
-                "`. .venv/bin/activate`."
-            )
-            fail(missing.with_traceback(error.__traceback__), verbose)
-        except KeyboardInterrupt:
-            click.echo("Interrupted.", err=True)
-            sys.exit(130)
 
     return click.command(help=function.__doc__)(command)
 
 
+@contextlib.contextmanager
+def mistakes_in_lines(verbose: bool) -> Iterator[None]:
+    """Within the block what a person can mend ends the process with one or two lines and its exit code."""
+    guard_standard_error()
+    try:
+        # From here on Ctrl-C is an exception; `stages/__init__.py` had it end the process while modules load.
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        lend_a_home()
+        yield
+    except StageError as error:
+        fail(error, verbose)
+    except ModuleNotFoundError as error:
+        missing = StageError(
+            f"This Python was built without its own module {error.name}. Received: python={sys.executable}. Use "
+            "another one: `make venv PYTHON=...`."
+            if error.name in sys.stdlib_module_names
+            else f"The package {error.name} is not installed for {sys.executable}. Run `make venv`, then "
+            "`. .venv/bin/activate`."
+        )
+        fail(missing.with_traceback(error.__traceback__), verbose)
+    except OSError as error:
+        # A closed pipe is click's; what is not of the system (an error of a network library) has no number.
+        if error.errno in (None, errno.EPIPE):
+            raise
+        fail(StageError(explain(error)).with_traceback(error.__traceback__), verbose)
+    except KeyboardInterrupt:
+        click.echo("Interrupted.", err=True)
+        sys.exit(130)
+
+
 def fail(error: StageError, verbose: bool) -> None:
     """Show a person's mistake and exit with its code."""
-    guard_standard_error()
     if verbose:
         traceback.print_exception(error)
     prefix = "Wrong setting" if isinstance(error, ParamsError) else "Error"

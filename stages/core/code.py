@@ -32,6 +32,7 @@ PLUMBING = {
             "params",
             "paths",
             "plan_check",
+            "program_cache",
             "progress",
             "quiet",
             "redaction",

@@ -203,8 +203,9 @@ def _start(platform: str, count: int) -> None:
 
     if platform == "cpu":
         jax.config.update("jax_num_cpu_devices", count)
-    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    from stages.core.program_cache import keep_programs
+
+    keep_programs(cache_folder() / "xla")
 
 
 def import_keras_hub() -> ModuleType:

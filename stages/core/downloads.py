@@ -26,7 +26,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from stages.core.errors import StageError
-from stages.core.files import atomic_path, sha256
+from stages.core.files import FULL, atomic_path, sha256
 from stages.core.progress import bytes_bar
 from stages.core.redaction import brief, check_addresses, check_proxies
 
@@ -35,7 +35,6 @@ BLOCK = 1 << 20  # bytes copied at a time
 STALE_SECONDS = 24 * 3600  # a scratch folder this old was left by a killed run
 SCRATCH = ".download-"
 MAKE_ROOM = "Make room, or set GEMMA_TUNING_CACHE to a folder on a larger disk."
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a used-up quota, a file larger than is allowed
 UNWRITTEN = (*FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP)
 SAYS_FULL = "|".join(re.escape(os.strerror(number)) for number in FULL)  # as pip tells it
 OTHER_FOLDER = "Set GEMMA_TUNING_CACHE to a folder of your own."

@@ -1,39 +1,131 @@
 """Writing files so that a half-written one is never seen, and hashing them.
 
-Purpose: every output of every stage goes through here (temporary file beside the target, then rename).
+Purpose: every output of every stage goes through here (temporary file beside the target, then rename), and what a run
+only keeps for later is written so that a full disk never ends it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Iterator
+import re
+import secrets
+import stat
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+# A full disk, a used-up quota, a file larger than is allowed.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What some file systems answer to being asked to put a file or folder on the disk.
+NOT_FLUSHED = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM, errno.EISDIR)
 
 
 @contextlib.contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
     """Yield a temporary path beside `target`, renamed to it when the block ends well and deleted when not.
 
-    The temporary name keeps the target's suffix, since some writers choose their format by it.
+    What was written is on the disk before the rename, so that the power may fail too. The temporary name keeps the
+    target's suffix, since some writers choose their format by it.
+
+    Raises:
+        OSError: it could not be written; `filename` is set, to `target` where the system named no other.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{target.stem}.", suffix=target.suffix, dir=target.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = target.parent / f".{target.stem[:100]}.{secrets.token_hex(6)}{target.suffix}"
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Made as any other file of the person's: the system takes the umask off.
+        handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        mode = stat.S_IMODE(os.fstat(handle).st_mode)
+        os.close(handle)
         yield temporary
-        # mkstemp makes the file private; an output is as readable as any other file of the person's.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        # Some writers put a file of their own in its place, a private one.
+        temporary.chmod(mode)
+        flush(temporary)
         temporary.replace(target)
+        flush(target.parent)
+    except OSError as error:
+        # `write` and `fsync` name no file; the temporary one's name means nothing to a person.
+        if error.errno is not None and error.filename in (None, str(temporary)):
+            error.filename, error.filename2 = str(target), None
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def flush(path: Path) -> None:
+    """Wait until a file or folder is on the disk, where the file system can tell.
+
+    Raises:
+        OSError: the disk did not take it.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if error.errno not in NOT_FLUSHED:
+            raise
+
+
+@contextlib.contextmanager
+def optional(what: str, warn: Callable[[str], None]) -> Iterator[None]:
+    """Within the block a file that cannot be read or written is a warning of one line: the run does not need it.
+
+    Args:
+        what: what is lost then, to begin the sentence.
+        warn: shows one line to the person.
+    """
+    try:
+        yield
+    except OSError as error:
+        place = f": {error.filename}" if error.filename else ""
+        warn(
+            f"Warning: {what} ({error.strerror or error}{place}). The run goes on; "
+            "GEMMA_TUNING_CACHE can name another folder."
+        )
+
+
+def explain(error: OSError) -> str:
+    """Return two lines for a file or folder that could not be read or written, whichever stage wanted it."""
+    place = error.filename2 or error.filename or "a file or folder"
+    if error.errno in FULL:
+        return (
+            f"The disk must have room for {place}. Received: {error.strerror}\n"
+            "Make room (`python -m stages.cache` shows what can go), or write elsewhere with --out-root."
+        )
+    return (
+        f"It must be possible to read and write {place}. Received: {error.strerror}\n"
+        "Correct its owner and mode (`ls -ld` shows them), or write elsewhere: --out-root for a stage's outputs, "
+        "GEMMA_TUNING_CACHE for the cache folder."
+    )
+
+
+def write_arrays(target: Path, arrays: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file; not atomic by itself.
+
+    Raises:
+        OSError: the disk is full, or the file cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    try:
+        save_file(dict(arrays), target, metadata=metadata)
+    except SafetensorError as error:
+        # The library has one type for all; what the system said stands in the text.
+        if number := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(target)) from error
+        raise
 
 
 def write_text(target: Path, text: str) -> None:
@@ -50,6 +142,30 @@ def write_json(target: Path, content: Any) -> None:
 def read_json(path: Path) -> Any:
     """Read a JSON file written by `write_json`."""
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_kept(target: Path, content: bytes) -> None:
+    """Write what is kept for later runs, with its SHA-256 before it, atomically."""
+    with atomic_path(target) as temporary:
+        temporary.write_bytes(hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+
+
+def read_kept(path: Path) -> bytes | None:
+    """Return what `write_kept` wrote, or None if nothing is there, and note the file as used now.
+
+    Raises:
+        ValueError: the file is not as it was written.
+        OSError: it cannot be read.
+    """
+    try:
+        digest, _, content = path.read_bytes().partition(b"\n")
+    except FileNotFoundError:
+        return None
+    if digest != hashlib.sha256(content).hexdigest().encode():
+        raise ValueError(f"{path} does not have its SHA-256")
+    with contextlib.suppress(OSError):
+        os.utime(path)
+    return content
 
 
 def sha256(path: Path) -> str:

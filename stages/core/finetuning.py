@@ -198,7 +198,7 @@ def fit(
 
     causal = make_causal(model, settings)
 
-    def batches(first_step: int) -> Batches:
+    def batches(first_step: int = 0, end_step: int | None = None) -> Batches:
         return Batches(
             windows["train"],
             settings.batch_size,
@@ -206,15 +206,18 @@ def fit(
             seed=settings.seed,
             epochs=settings.epochs,
             first_step=first_step,
+            end_step=end_step,
         )
 
     length = windows["train"]["token_ids"].shape[1]
-    per_epoch = batches(0).steps_per_epoch
+    per_epoch = batches().steps_per_epoch
     total = min(settings.epochs * per_epoch, settings.steps or settings.epochs * per_epoch)
     optimizer = make_optimizer(settings, total)
     causal.compile(optimizer=optimizer, loss=None, jit_compile=True)
     optimizer.build(causal.trainable_variables)
     pin_to_mesh(causal, model.jax_mesh)
+    if store:
+        store.hold(say)
     found = store.newest(say) if store else None
     history = History(**found.state) if found else History()
     history.seconds["load"] += load_seconds
@@ -237,26 +240,26 @@ def fit(
         if found:
             watch.restore(found)
             say(f"Going on from the checkpoint after step {found.step} of {total}.")
-        epoch, within = divmod(history.steps, per_epoch)
-        # Keras takes the first epoch's length for all: the rest of one that was begun before is a `fit` of its own.
-        parts = (
-            [(0, epoch, settings.epochs)]
-            if not within
-            else [(within, epoch, epoch + 1), (0, epoch + 1, settings.epochs)]
-        )
-        for first_step, first_epoch, end in parts:
-            if watch.finished or first_epoch == end:
-                break
-            watch.batches = batches(first_step)
+        while not watch.finished:
+            before = history.steps
+            epoch, within = divmod(before, per_epoch)
+            # Keras takes the first epoch's length for all: the rest of one that was begun before, and the part of one
+            # that `finetune.steps` ends in, are a `fit` of their own.
+            whole = 0 if within else (total - before) // per_epoch
+            watch.batches = batches(within, None if whole else min(per_epoch, within + total - before))
             causal.fit(
                 watch.batches,
-                initial_epoch=first_epoch,
-                epochs=end,
+                initial_epoch=epoch,
+                epochs=epoch + max(whole, 1),
                 shuffle=False,
                 callbacks=[watch],
                 # A bar where someone looks, a line an epoch in a log.
                 verbose=1 if sys.stdout.isatty() else 2,
             )
+            if history.steps == before:
+                raise StageError(
+                    f"Keras must do the steps that are left. Received: none after step {before} of {total}."
+                )
     watch.restore_best()
     watch.check_finite()
     return Result(

@@ -61,7 +61,7 @@ def lend_a_home() -> None:
     For libraries that look for their settings in it and cannot do without.
     """
     if os.path.expanduser("~") == "~":  # noqa: PTH111 (Path raises where this tells)
-        os.environ["HOME"] = str(cache_folder())
+        os.environ["HOME"] = str(cache_folder().absolute())
 
 
 @dataclass(frozen=True)

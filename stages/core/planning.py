@@ -2,7 +2,7 @@
 
 Purpose: from a request (preset, topology, mesh, layout, settings) to memory, collectives and the least step time; a
 program that does not fit is an answer. Results are kept by all that they follow from.
-Reads and writes: `<cache folder>/plans/<key>.json`.
+Reads and writes: `<cache folder>/plans/<key>`, JSON with its digest before it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages.core import code, hlo, sharding
 from stages.core.errors import StageError
-from stages.core.files import read_json, write_json
+from stages.core.files import optional, read_kept, write_kept
 from stages.core.params import without
 from stages.core.paths import cache_folder
 from stages.core.roofline import bound
@@ -100,14 +100,19 @@ def answer(question: Question, say: Callable[[str], None] = lambda text: None) -
         StageError: the layout does not fit, the topology has too few devices, or the compiler fails for another reason
             than memory.
     """
-    file = cache_folder() / "plans" / f"{key_of(question)}.json"
-    if file.is_file():
-        return read_json(file)
+    file = cache_folder() / "plans" / key_of(question)
+    with optional("a kept plan cannot be read", say):
+        try:
+            if (kept := read_kept(file)) is not None:
+                return json.loads(kept)
+        except ValueError:
+            say(f"Warning: the kept plan {file.name} is damaged; it is made anew.")
     found = _compile(question, say)
     if not found["fits"] and not found["largest"] and question.blocks is None:
         # The compiler gave up before it had buffers to list. All blocks are alike: those of two tell them.
         found["largest"] = answer(dataclasses.replace(question, blocks=2), say)["largest"]
-    write_json(file, found)
+    with optional("the plan is not kept for later", say):
+        write_kept(file, json.dumps(found).encode())
     return found
 
 

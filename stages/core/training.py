@@ -21,6 +21,7 @@ import numpy as np
 from stages.core.batches import Batches
 from stages.core.checkpoint import Checkpoint, Store
 from stages.core.errors import StageError
+from stages.core.files import optional
 from stages.core.interruption import Interruption, Stopped
 from stages.core.measures import Growth
 from stages.core.optimizer import Schedule
@@ -106,6 +107,7 @@ class Watch(keras.callbacks.Callback):
         self._plan = plan
         self._interruption = interruption
         self._metrics: list[np.ndarray] | None = None
+        self._kept: int | None = history.steps or None
         self._first_step: int | None = None
         self._began = 0.0
         self._profiling = False
@@ -174,9 +176,11 @@ class Watch(keras.callbacks.Callback):
         if plan.store and not self.finished and (told_to_stop or step % plan.settings.checkpoint_every == 0):
             self._save()
         if told_to_stop and not self.finished:
+            kept = "which is kept" if self._kept == step else f"and step {self._kept or 'none'} is kept"
+            goes_on = "goes on from there" if self._kept else "begins anew"
             raise Stopped(
-                f"Stopped by {told_to_stop.name} after step {step} of {plan.steps}, which is kept. The same command "
-                "(or `dvc repro`) goes on from there.",
+                f"Stopped by {told_to_stop.name} after step {step} of {plan.steps}, {kept}. The same command "
+                f"(or `dvc repro`) {goes_on}.",
                 told_to_stop,
             )
         self.model.stop_training = self.finished
@@ -225,7 +229,7 @@ class Watch(keras.callbacks.Callback):
             yield f"optimizer/{index}", variable
 
     def _save(self) -> None:
-        """Write a checkpoint, unless the state is lost already."""
+        """Write a checkpoint, unless the state is lost already; what cannot be written never ends the run."""
         self.model.jax_state_sync()
         with self.history.timed("checkpoint"):
             arrays = {name: np.asarray(variable.value) for name, variable in self._variables()}
@@ -237,7 +241,9 @@ class Watch(keras.callbacks.Callback):
             if self.best is not None:
                 for variable, value in zip(self.model.trainable_variables, self.best, strict=True):
                     arrays[f"best/{variable.path}"] = value
-            self._plan.store.save(self.history.steps, arrays, asdict(self.history))
+            with optional(f"the checkpoint after step {self.history.steps} is not kept", self._plan.say):
+                self._plan.store.save(self.history.steps, arrays, asdict(self.history))
+                self._kept = self.history.steps
 
     def _validate(self) -> None:
         """Measure the held-out windows and put their loss beside the step; note the lowest and when to give up."""
@@ -280,9 +286,14 @@ class Watch(keras.callbacks.Callback):
         )
 
     def _stop_profile(self) -> None:
-        jax.profiler.stop_trace()
         self._profiling = False
-        self._plan.say(f"Wrote a JAX profile below {self._plan.profile}.")
+        try:
+            jax.profiler.stop_trace()
+        except Exception as error:
+            # Its writer has one type for all reasons; a profile is not worth the run.
+            self._plan.say(f"Warning: the JAX profile is not written ({str(error).splitlines()[0][:200]}).")
+        else:
+            self._plan.say(f"Wrote a JAX profile below {self._plan.profile}.")
 
 
 def put(variable: keras.Variable, value: np.ndarray) -> None:
