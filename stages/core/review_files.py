@@ -1,187 +1,187 @@
-"""Reviews, or pairs of prompt and response, from a person's own file: CSV, JSONL, Parquet, or text with one a line.
+"""Reviews, or pairs of prompt and response, from a person's own files.
 
-Purpose: read what people have, with errors that name the file, the line and the columns there are.
-Reads: the file that `prepare.train_file` or `prepare.validation_file` names.
+Purpose: which columns are read, and one rule for what stands in them, whatever the format: a text stands as it is, a
+number or a boolean becomes its text, null is empty, and anything else stops with file, row and column.
+Reads: the files that `prepare.train_file` or `prepare.validation_file` names.
 """
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Iterator
+import re
+from collections.abc import Callable
 from pathlib import Path
+from string import Formatter
 from typing import Any, NamedTuple
 
-from stages.core.errors import ParamsError
+from stages.core.errors import ParamsError, shown, shown_list
 from stages.core.reviews import Label, RawReview
+from stages.core.table_files import READERS, TWICE, Table, format_of, kind_of, read_table
+
+WHOLE_NUMBER = re.compile(r"(0|-?[1-9][0-9]{0,18})(\.0)?")
 
 
-def file_reviews(
-    path: Path, setting: str, text_column: str, label_column: str | None, prompt_column: str | None = None
-) -> list[RawReview]:
-    """Return the reviews of a file in its order; the ids are `<file name>:<row>`, rows from 0.
+class Template(NamedTuple):
+    """A text over columns: pieces of text, each with the column whose value follows it, or None."""
 
-    Args:
-        path: the file; its suffix names the format: .csv, .jsonl, .parquet or .txt, all text in UTF-8.
-        setting: the settings key that named it, for messages.
-        text_column: the column (JSON key) of the text, of pairs the response; a .txt file has none.
-        label_column: the column of the label, or None.
-        prompt_column: the column of the prompt; None: the rows are no pairs.
+    pieces: tuple[tuple[str, str | None], ...]
 
-    Raises:
-        ParamsError: no such file, another format, a column that is not there, or content that cannot be read.
-    """
-    readers = {".csv": _csv_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows, ".txt": _text_rows}
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise ParamsError(f"{setting} must end in one of {', '.join(readers)}. Received: {setting}={path}")
-    if not path.is_file():
-        raise ParamsError(f"{setting} must name a file that exists. Received: {setting}={path}")
-    columns = Columns(text_column, label_column, prompt_column)
-    if path.suffix.lower() == ".txt":
-        for name, column in (("label_column", label_column), ("prompt_column", prompt_column)):
-            if column is not None:
-                raise ParamsError(f"prepare.{name} must be null with a text file. Received: prepare.{name}={column}")
-    try:
-        rows = list(reader(path, columns))
-    except UnicodeDecodeError as error:
-        raise ParamsError(f"{setting} must be UTF-8 text. Received: {setting}={path} ({error})") from error
-    for row, (*texts, _) in enumerate(rows):
-        if any(isinstance(text, str) and not _is_unicode(text) for text in texts):
-            raise ParamsError(
-                f"{setting} must hold whole Unicode characters. Received: half of one in row {row} of {path}"
-            )
-    labels = _uniform([_label(label) for _, _, label in rows])
-    return [
-        RawReview(text, label, f"{path.name}:{row}", prompt, prompt_column is not None)
-        for row, ((text, prompt, _), label) in enumerate(zip(rows, labels, strict=True))
-    ]
+    @property
+    def columns(self) -> list[str]:
+        """The columns in it."""
+        return [column for _, column in self.pieces if column is not None]
+
+    def fill(self, values: dict[str, str | None]) -> str | None:
+        """Return the text, None if all its columns are blank; white space that a blank one leaves at the ends goes."""
+        if len(self.pieces) == 1 and not self.pieces[0][0]:
+            return values[self.columns[0]]
+        found = [values[column] or "" for column in self.columns]
+        if not any(value.strip() for value in found):
+            return None
+        text = "".join(piece + (values[column] or "" if column is not None else "") for piece, column in self.pieces)
+        return text if all(found) else text.strip()
 
 
 class Columns(NamedTuple):
-    """Which columns are read, by name; of pairs `text` is the response's."""
+    """What is read of a file: columns or templates over them; of pairs `text` is the response."""
 
     text: str
-    label: str | None
-    prompt: str | None
+    label: str | None = None
+    prompt: str | None = None
 
     @property
-    def named(self) -> dict[str, str]:
-        """The columns there must be, by the setting that names each."""
-        settings = {
+    def settings(self) -> dict[str, str]:
+        """What is read, by the setting that names it."""
+        named = {
             "text_column" if self.prompt is None else "response_column": self.text,
             "prompt_column": self.prompt,
             "label_column": self.label,
         }
-        return {setting: column for setting, column in settings.items() if column is not None}
+        return {setting: column for setting, column in named.items() if column is not None}
 
 
-Row = tuple[Any, Any, Any]
+def template(setting: str, column: str) -> Template:
+    """Return what a setting names: a column, or a template if there are columns in braces in it.
 
-
-def _csv_rows(path: Path, columns: Columns) -> Iterator[Row]:
-    """Yield the rows of a CSV file with a header line. "NA" and "null" are texts; only an empty cell is empty."""
-    import pandas as pd
-
-    texts = [column for column in (columns.text, columns.prompt) if column is not None]
+    Raises:
+        ParamsError: braces that do not match, or more than a name in them.
+    """
     try:
-        wanted = _check_columns(path, list(pd.read_csv(path, nrows=0, encoding="utf-8-sig").columns), columns)
-        frame = pd.read_csv(
-            path,
-            usecols=wanted,
-            dtype=dict.fromkeys(texts, str),
-            keep_default_na=False,
-            na_values=[""],
-            encoding="utf-8-sig",
+        parsed = list(Formatter().parse(column))
+    except ValueError as error:
+        raise ParamsError(
+            f"prepare.{setting} must be a column or a template such as '{{a}} {{b}}'. "
+            f"Received: prepare.{setting}={shown(column)} ({error})"
+        ) from error
+    if all(name is None for _, name, _, _ in parsed):
+        return Template((("", column),))
+    if any(name == "" or specification or conversion for _, name, specification, conversion in parsed):
+        raise ParamsError(
+            f"prepare.{setting} must have a column's name, and nothing else, in each pair of braces. "
+            f"Received: prepare.{setting}={shown(column)}"
         )
-    except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise ParamsError(f"{path} must be CSV with a header line. Received: {' '.join(str(error).split())}") from error
-    yield from _rows({name: frame[name].tolist() for name in wanted}, columns)
+    return Template(tuple((piece, name) for piece, name, _, _ in parsed))
 
 
-def _parquet_rows(path: Path, columns: Columns) -> Iterator[Row]:
-    """Yield the rows of a Parquet file."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+def file_reviews(path: Path, setting: str, columns: Columns, say: Callable[[str], None]) -> list[RawReview]:
+    """Return the reviews of a file in its order; the ids are `<file name>:<row>`, rows from 0.
 
-    try:
-        wanted = _check_columns(path, pq.read_schema(path).names, columns)
-        frame = pq.read_table(path, columns=wanted)
-    except pa.ArrowInvalid as error:
-        raise ParamsError(f"{path} must be a Parquet file. Received: {' '.join(str(error).split())}") from error
-    yield from _rows({name: frame.column(name).to_pylist() for name in wanted}, columns)
+    Args:
+        path: the file; its suffix names the format, see `stages.core.table_files`.
+        setting: the settings key that named it, for messages.
+        columns: what is read; a .txt file has only texts.
+        say: prints one line for the person.
 
-
-def _jsonl_rows(path: Path, columns: Columns) -> Iterator[Row]:
-    """Yield the rows of a file with one JSON object a line; an empty line is an empty review."""
-    keys: dict[str, None] = {}
-    rows: list[dict[str, Any]] = []
-    with path.open(encoding="utf-8-sig") as stream:
-        for number, line in enumerate(stream, start=1):
-            try:
-                row = json.loads(line) if line.strip() else {}
-            except ValueError as error:
+    Raises:
+        ParamsError: no such file, another format, a column that is not there, or content that cannot be used.
+        StageError: the file cannot be read.
+    """
+    suffix = format_of(path)
+    if suffix not in READERS:
+        raise ParamsError(
+            f"{setting} must end in one of {', '.join(READERS)}, or that and .gz. Received: {setting}={shown(path)}"
+        )
+    if not is_file(path):
+        raise ParamsError(f"{setting} must name a file that exists. Received: {setting}={shown(path)}")
+    if suffix == ".txt":
+        for name in ("prompt_column", "label_column"):
+            if name in columns.settings:
                 raise ParamsError(
-                    f"{path} must hold one JSON object a line. Received: line {number}: {error}"
-                ) from error
-            if not isinstance(row, dict):
-                raise ParamsError(
-                    f"{path} must hold one JSON object a line. Received: line {number} is a {type(row).__name__}"
+                    f"prepare.{name} must be null with a text file. "
+                    f"Received: prepare.{name}={shown(columns.settings[name])}"
                 )
-            keys.update(dict.fromkeys(row))
-            rows.append(row)
-    wanted = _check_columns(path, list(keys), columns)
-    yield from _rows({name: [row.get(name) for row in rows] for name in wanted}, columns)
+        table, wanted = read_table(path, []), [columns.text]
+        templates = {"text_column": Template((("", columns.text),))}
+    else:
+        templates = {name: template(name, column) for name, column in columns.settings.items()}
+        wanted = list(dict.fromkeys(column for each in templates.values() for column in each.columns))
+        table = read_table(path, wanted)
+        _check_columns(path, table, templates, say)
+    reviews: list[tuple[str | None, str | None, str | None]] = []
+    for place, row in table.rows:
+        values = {
+            column: _cell(value, path, place, None if suffix == ".txt" else column)
+            for column, value in zip(wanted, row, strict=True)
+        }
+        texts = {name: each.fill(values) for name, each in templates.items()}
+        text = texts.get("text_column", texts.get("response_column"))
+        reviews.append((text, texts.get("prompt_column"), texts.get("label_column")))
+    labels = labels_of([label for _, _, label in reviews])
+    return [
+        RawReview(text, label, f"{path.name}:{row}", prompt, columns.prompt is not None)
+        for row, ((text, prompt, _), label) in enumerate(zip(reviews, labels, strict=True))
+    ]
 
 
-def _text_rows(path: Path, columns: Columns) -> Iterator[Row]:
-    """Yield the lines of a text file, which has no columns."""
-    with path.open(encoding="utf-8-sig") as stream:
-        for line in stream:
-            yield line.rstrip("\n"), None, None
+def is_file(path: Path) -> bool:
+    """Return whether a path names a file; one that no file can have names none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
-def _rows(values: dict[str, list[Any]], columns: Columns) -> Iterator[Row]:
-    """Yield (text, prompt, label) of each row, None for what is not read."""
-    nothing = [None] * len(values[columns.text])
-    read = (nothing if name is None else values[name] for name in (columns.text, columns.prompt, columns.label))
-    yield from zip(*read, strict=True)
+def labels_of(texts: list[str | None]) -> list[Label]:
+    """Return labels as whole numbers if every one is such that fits 64 bits, else as they stand; None where blank.
 
-
-def _check_columns(path: Path, found: list[str], columns: Columns) -> list[str]:
-    """Return the columns to read, each once, when they are known to be there."""
-    for setting, column in columns.named.items():
-        if column not in found:
-            raise ParamsError(
-                f"prepare.{setting} must be a column of {path.name}: {', '.join(map(str, found)) or 'it has none'}. "
-                f"Received: prepare.{setting}={column}"
-            )
-    return list(dict.fromkeys(columns.named.values()))
-
-
-def _label(value: Any) -> Label:
-    """Return a label as an int, a string, or None for an empty cell."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return None
-    if isinstance(value, bool | int):
-        return int(value)
-    # A column of whole numbers with an empty cell comes as floats.
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    return str(value)
-
-
-def _uniform(labels: list[Label]) -> list[Label]:
-    """Return labels of one type: all ints, or, where one is a string, all strings."""
-    if any(isinstance(label, str) for label in labels):
-        return [None if label is None else str(label) for label in labels]
+    A zero in front makes a number a word: 01 is not 1. A table of decimal numbers has whole ones as 1.0.
+    """
+    labels = [text if text is not None and text.strip() else None for text in texts]
+    matches = [WHOLE_NUMBER.fullmatch(label) for label in labels if label is not None]
+    if all(match is not None and -(2**63) <= int(match[1]) < 2**63 for match in matches):
+        return [None if label is None else int(label.removesuffix(".0")) for label in labels]
     return labels
 
 
-def _is_unicode(text: str) -> bool:
-    """Return whether a text can be written as UTF-8: JSON can escape half of a surrogate pair."""
+def _check_columns(path: Path, table: Table, templates: dict[str, Template], say: Callable[[str], None]) -> None:
+    """Stop when a column is not there, and tell which are not used."""
+    for setting, each in templates.items():
+        for column in each.columns:
+            if column not in table.columns:
+                raise ParamsError(
+                    f"prepare.{setting} must be a column of {shown(path.name)}: "
+                    f"{shown_list(table.columns) or 'it has none'}. Received: prepare.{setting}={shown(column)}"
+                )
+    used = {column for each in templates.values() for column in each.columns}
+    if unused := [column for column in table.columns if column not in used]:
+        say(f"{shown(path.name)}: columns not used: {shown_list(unused)}.")
+
+
+def _cell(value: Any, path: Path, place: str, column: str | None) -> str | None:
+    """Return what stands in a cell as text, None for null."""
+    if value is None:
+        return None
+    where = f"in {place} of {shown(path)}" + ("" if column is None else f", column {shown(column, 40)}")
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if value is TWICE:
+        raise ParamsError(f"A key must be in an object once. Received: it is there twice {where}")
+    if not isinstance(value, str):
+        raise ParamsError(f"A cell must be a text, a number, a boolean or null. Received: {kind_of(value)} {where}")
+    if "\0" in value:
+        raise ParamsError(f"A cell must be text. Received: a NUL character {where}")
     try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        # JSON can escape half of a surrogate pair.
+        raise ParamsError(f"A cell must hold whole Unicode characters. Received: half of one {where}") from error
+    return value

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from stages.core.errors import ParamsError, StageError
 from stages.core.params import Prepare
+from stages.core.paths import own_path
 from stages.core.reviews import RawReview, Review, Tally, clean
 from stages.core.splitting import hold_out, shuffled
 
@@ -22,7 +23,8 @@ def prepare_reviews(
 ) -> tuple[dict[str, list[Review]], Tally]:
     """Return the reviews of `train` and `validation`, and what was read and left out.
 
-    A review that is in both parts of its source stays in `validation` and is left out of `train`.
+    A review that is in both parts of its source stays in `validation` and is left out of `train`; of `imdb_reviews`
+    with `duplicates: keep` it is the other way round.
 
     Args:
         settings: the section `prepare`.
@@ -35,36 +37,48 @@ def prepare_reviews(
         StageError: the source cannot be had, or nothing is left to train on.
     """
     train, validation = _open(settings, root, cache, say)
-    tally, seen = Tally(), set()
+    tally = Tally()
+    # What suits IMDb's reviews is not done to a person's own texts unasked.
+    own = settings.source == "files"
+    html_breaks = ("keep" if own else "newline") if settings.html_breaks == "auto" else settings.html_breaks
+    min_characters = settings.min_characters or (1 if own else 32)
 
     def cleaned(raw: Iterable[RawReview], known: set[tuple[str, str]]) -> Iterable[Review]:
-        return clean(raw, settings.html_breaks, settings.min_characters, known, tally)
+        return clean(raw, html_breaks, min_characters, settings.duplicates, known, tally)
+
+    def to_train(known: set[tuple[str, str]]) -> list[Review]:
+        # Shuffling needs them all; else reading ends with the last that is taken.
+        return list(islice(cleaned(train, known), None if settings.shuffle else settings.take))
+
+    def in_order(reviews: list[Review]) -> list[Review]:
+        return shuffled(reviews, settings.seed) if settings.shuffle else reviews
 
     if validation is None:
-        reviews = list(cleaned(train, seen))
-        held: list[Review] = []
+        reviews = in_order(list(cleaned(train, set())))
+        _check_some(reviews, "train on", tally)
+        # Of repeats that are kept the first stands for all: a review is trained on or held out.
+        once = list({review.content: review for review in reversed(reviews)}.values())[::-1]
+        _check_enough(settings.validation, once, tally)
+        held = hold_out(once, settings.validation, settings.seed)[1]
+        contents = {review.content for review in held}
+        left = [review for review in reviews if review.content not in contents]
+        tally.duplicates += len(reviews) - len(left) - len(held)
+        reviews = left
+    elif settings.source == "imdb_reviews" and settings.duplicates == "keep":
+        # The training part as it comes, the tutorial's; what is in both parts is not measured on.
+        reviews = in_order(to_train(set()))[: settings.take]
+        held = list(cleaned(validation, {review.content for review in reviews}))
+        _check_enough(settings.validation, held, tally)
+        held = hold_out(held, settings.validation, settings.seed)[1]
     else:
-        held = list(cleaned(validation, seen))
+        held = list(cleaned(validation, set()))
+        _check_some(held, "hold out", tally)
         if settings.source == "imdb_reviews":
-            _check_enough(settings.validation, held)
+            _check_enough(settings.validation, held, tally)
             held = hold_out(held, settings.validation, settings.seed)[1]
-        if not held:
-            raise StageError(f"No review is left to hold out: {_left_out(tally)}.\nSee prepare.min_characters.")
         # What the held-out part does not use may be trained on.
-        reviews = list(
-            islice(
-                cleaned(train, {review.content for review in held}),
-                # Shuffling needs them all; else reading ends with the last that is taken.
-                None if settings.shuffle else settings.take,
-            )
-        )
-    if settings.shuffle:
-        reviews = shuffled(reviews, settings.seed)
-    if validation is None:
-        _check_enough(settings.validation, reviews)
-        reviews, held = hold_out(reviews, settings.validation, settings.seed)
-    if not reviews:
-        raise StageError(f"No review is left to train on: {_left_out(tally)}.\nSee prepare.min_characters.")
+        reviews = in_order(to_train({review.content for review in held}))
+    _check_some(reviews, "train on", tally)
     return {"train": reviews[: settings.take], "validation": held}, tally
 
 
@@ -89,6 +103,7 @@ def describe(parts: dict[str, list[Review]], tally: Tally) -> dict[str, int | fl
         "empty": tally.empty,
         "too_short": tally.too_short,
         "duplicates": tally.duplicates,
+        "changed": tally.changed,
     }
     for part, reviews in parts.items():
         metrics[f"{part}_reviews"] = len(reviews)
@@ -103,9 +118,10 @@ def describe(parts: dict[str, list[Review]], tally: Tally) -> dict[str, int | fl
 def summary(parts: dict[str, list[Review]], tally: Tally) -> str:
     """Return one line for the person: how many reviews (or pairs) there are, and what was left out."""
     what = "reviews" if parts["train"][0].prompt is None else "pairs of prompt and response"
+    changed = f" In {tally.changed:,} HTML breaks or white space at the ends changed (prepare.html_breaks)."
     return (
         f"{len(parts['train']):,} {what} to train on and {len(parts['validation']):,} held out, "
-        f"of {tally.read:,} read. Left out: {_left_out(tally)}."
+        f"of {tally.read:,} read. Left out: {_left_out(tally)}.{changed if tally.changed else ''}"
     )
 
 
@@ -120,28 +136,32 @@ def _open(
     if settings.source == "imdb_reviews":
         from stages.core.imdb import full_reviews
 
-        data_dir = None if settings.data_dir is None else root / Path(settings.data_dir).expanduser()
+        data_dir = None if settings.data_dir is None else own_path(root, "prepare.data_dir", settings.data_dir)
         return full_reviews("train", data_dir, say), full_reviews("test", data_dir, say)
-    from stages.core.review_files import file_reviews
+    from stages.core.review_files import Columns, file_reviews
 
-    def read(name: str, value: str) -> list[RawReview]:
-        path = root / Path(value).expanduser()
-        if settings.prompt_column is None:
-            return file_reviews(path, f"prepare.{name}", settings.text_column, settings.label_column)
-        return file_reviews(
-            path, f"prepare.{name}", settings.response_column, settings.label_column, settings.prompt_column
-        )
+    columns = Columns(settings.response_column or settings.text_column, settings.label_column, settings.prompt_column)
 
-    held = None if settings.validation_file is None else read("validation_file", settings.validation_file)
-    return read("train_file", settings.train_file), held
+    def read(setting: str, value: str) -> list[RawReview]:
+        return file_reviews(own_path(root, setting, value), setting, columns, say)
+
+    held = None if settings.validation_file is None else read("prepare.validation_file", settings.validation_file)
+    return read("prepare.train_file", settings.train_file), held
 
 
-def _check_enough(count: int, reviews: list[Review]) -> None:
+def _check_some(reviews: list[Review], purpose: str, tally: Tally) -> None:
+    """Stop when no review is left."""
+    if not reviews:
+        hint = "\nSee prepare.min_characters." if tally.too_short else ""
+        raise StageError(f"No review is left to {purpose}: of {tally.read:,} read {_left_out(tally)}.{hint}")
+
+
+def _check_enough(count: int, reviews: list[Review], tally: Tally) -> None:
     """Stop when as many reviews as there are, or more, are to be held out."""
     if count >= len(reviews):
         raise ParamsError(
-            f"prepare.validation must be less than the number of reviews left after cleaning, {len(reviews):,}. "
-            f"Received: prepare.validation={count}"
+            f"prepare.validation must be less than the number of reviews left after cleaning, {len(reviews):,} "
+            f"(of {tally.read:,} read {_left_out(tally)}). Received: prepare.validation={count}"
         )
 
 

@@ -9,25 +9,26 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 Label = int | str | None
 HtmlBreaks = Literal["newline", "space", "keep"]
+Duplicates = Literal["drop", "keep"]
 
 BREAK = re.compile(r"[ \t]*<br\s*/?>[ \t]*", re.IGNORECASE)
 BREAKS = re.compile(r"\s*(?:<br\s*/?>\s*)+", re.IGNORECASE)
 
 
 class RawReview(NamedTuple):
-    """A review as its source has it: text and prompt may be of any type where a file has an empty or odd cell.
+    """A review as its source has it; a text or prompt that is not there is None.
 
     The prompt counts only where `is_pair` says so: a pair's cell may be empty too.
     """
 
-    text: Any
+    text: str | None
     label: Label
     id: str
-    prompt: Any = None
+    prompt: str | None = None
     is_pair: bool = False
 
 
@@ -47,12 +48,16 @@ class Review(NamedTuple):
 
 @dataclass
 class Tally:
-    """How many reviews were read, and how many were left out for what reason (the first that applies)."""
+    """How many reviews were read, and how many were left out for what reason (the first that applies).
+
+    `changed` counts those that are used with other characters than their source has.
+    """
 
     read: int = 0
     empty: int = 0
     too_short: int = 0
     duplicates: int = 0
+    changed: int = 0
 
 
 def clean_text(text: str, html_breaks: HtmlBreaks) -> str:
@@ -71,7 +76,12 @@ def clean_text(text: str, html_breaks: HtmlBreaks) -> str:
 
 
 def clean(
-    raw: Iterable[RawReview], html_breaks: HtmlBreaks, min_characters: int, seen: set[tuple[str, str]], tally: Tally
+    raw: Iterable[RawReview],
+    html_breaks: HtmlBreaks,
+    min_characters: int,
+    duplicates: Duplicates,
+    seen: set[tuple[str, str]],
+    tally: Tally,
 ) -> Iterator[Review]:
     """Yield the reviews that are used, in order, and count the others.
 
@@ -80,16 +90,14 @@ def clean(
         html_breaks: see `clean_text`; of a pair it goes for prompt and response.
         min_characters: shorter texts, white space at the ends not counted, are left out; of a pair the prompt's and the
             response's characters are counted together.
-        seen: the `content` of those that are used already, here or in another part; those yielded are added.
+        duplicates: `drop`: of several with the same content the first is used; `keep`: all are.
+        seen: the `content` of those that must not be used, being in another part; with `drop` those yielded are added.
         tally: counts, added to. A pair without a prompt or without a response is empty.
     """
     for review in raw:
         tally.read += 1
-        parts = [review.prompt, review.text] if review.is_pair else [review.text]
-        if not all(isinstance(part, str) for part in parts):
-            tally.empty += 1
-            continue
-        parts = [clean_text(part, html_breaks) for part in parts]
+        raw_parts = [review.prompt, review.text] if review.is_pair else [review.text]
+        parts = [clean_text(part or "", html_breaks) for part in raw_parts]
         lengths = [len(part.strip()) for part in parts]
         used = Review(parts[-1], review.label, review.id, parts[0] if review.is_pair else None)
         # A text of nothing but breaks is as good as none.
@@ -100,5 +108,7 @@ def clean(
         elif used.content in seen:
             tally.duplicates += 1
         else:
-            seen.add(used.content)
+            if duplicates == "drop":
+                seen.add(used.content)
+            tally.changed += parts != raw_parts
             yield used
