@@ -175,8 +175,8 @@ def _rows(
             yield Row(place, tuple(fields[index] for index in places))
         else:
             raise ParamsError(
-                f"{shown(path)} must have {len(header)} fields in every row, as in its header; a field with a "
-                f"delimiter, a quote or a line end in it stands in double quotes. Received: {len(fields)} fields in {place}"
+                f"{shown(path)} must have {len(header)} fields in every row, as in its header; a field that holds a "
+                f"delimiter, a quote or a line end stands in double quotes. Received: {len(fields)} fields in {place}"
             )
 
 
