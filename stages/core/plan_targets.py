@@ -15,7 +15,7 @@ from stages.core.architecture import Architecture, read_architecture
 from stages.core.layouts import make_layout
 from stages.core.mesh import MeshShape
 from stages.core.params import Fetch, Finetune, Layout, Load, Mesh, Plan, PlanStep, PlanTarget, Tokenize
-from stages.core.paths import cache_folder
+from stages.core.paths import cache_folder, own_path
 from stages.core.planning import Question
 from stages.core.registry import REGISTRY, name_of
 from stages.core.topology import cpu_devices
@@ -51,7 +51,7 @@ def architecture_of(params: Settings, step: PlanStep) -> tuple[str, Architecture
     if step.preset is None and params.fetch.source == "path":
         from stages.core.keras_folder import folder_format
 
-        folder = Path(params.fetch.path or "").expanduser()
+        folder = own_path(Path(), "fetch.path", params.fetch.path or "")
         return params.fetch.preset, read_architecture(folder, folder_format(folder))
     name = step.preset or params.fetch.preset
     known = REGISTRY.get(name_of(name))
