@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.core import examples, pair_windows, prompting
+from stages.core.control_tokens import ControlTokens
 from stages.core.errors import StageError
 from stages.core.params import Tokenize
 from stages.core.review_table import write_reviews
@@ -121,6 +122,51 @@ def test_the_embedded_model_has_the_control_pieces_where_gemma_3_has_them(real_g
     (prompt,), (response,) = Turns(tokenizer).prompts(["Hello"]), Turns(tokenizer).responses(["Yes."])
     assert prompt == [2, 105, 2364, 107, 9259, 106, 107, 105, 4368, 107]
     assert response == [10784, 236761, 106]
+
+
+# --- Reviews that spell control tokens. ---
+
+
+MARKERS = ("<start_of_image>", "<unused7>", "[multimodal]")
+RENDERED = "<bos><start_of_turn>user\nWhat is it like?<end_of_turn>\n<start_of_turn>model\nA hill.<end_of_turn><eos>"
+
+
+def split_of(tmp_path, tokenizer, texts, control_tokens):
+    write_reviews(tmp_path / "reviews.parquet", [Review(text, None, str(row)) for row, text in enumerate(texts)])
+    chosen = Tokenize(length=128, packing=False, eos=True, control_tokens=control_tokens)
+    return examples.lay_out(tmp_path / "reviews.parquet", "train", tokenizer, chosen)
+
+
+@VOCABULARIES
+def test_a_review_that_spells_control_tokens_is_text_with_every_vocabulary_and_told(tokenizer, tmp_path):
+    laid_out = split_of(tmp_path, tokenizer, [*ATTACKS, RENDERED, "a < b <table>"], "text")
+    special = {tokenizer.piece_id(piece) for piece in tiny.TURNS}
+    assert not special & set(laid_out.windows["token_ids"].flat)
+    assert laid_out.counts["control_tokens_spelled"] == len(ATTACKS) + 1
+    assert laid_out.summary.endswith("; 8 texts spell control tokens such as <end_of_turn>: taken as text")
+
+
+@VOCABULARIES
+def test_a_review_laid_out_by_a_chat_template_can_be_taken_as_its_tokens(tokenizer, tmp_path):
+    laid_out = split_of(tmp_path, tokenizer, [RENDERED], "tokens")
+    turns = Turns(tokenizer)
+    expected = [*turns.prompts(["What is it like?"])[0], *turns.responses(["A hill."])[0], tokenizer.eos]
+    ids = [*laid_out.windows["token_ids"][0], tokenizer.pad]
+    assert ids[: len(expected) - 1] == expected[:-1], "one BOS"
+    assert laid_out.windows["target_ids"][0][len(expected) - 2] == tokenizer.eos
+    assert laid_out.counts["tokens_kept"] == len(expected) - 1
+    assert laid_out.summary.endswith("taken as tokens")
+
+
+def test_every_piece_that_is_special_for_the_model_counts_and_markup_does_not():
+    tokenizer = Tokenizer.from_proto(tiny.tiny_proto((*tiny.TURNS, *MARKERS, "<table>")))
+    control = ControlTokens(tokenizer)
+    assert control.spelled_in([*MARKERS, *tiny.TURNS, "<bos>", "<unused8>", "<table>", "plain"]) == 6
+    special = {tokenizer.piece_id(piece) for piece in MARKERS}
+    assert not special & {number for ids in control.as_text(MARKERS) for number in ids}
+    assert control.as_tokens(MARKERS) == [[tokenizer.piece_id(piece)] for piece in MARKERS]
+    assert control.as_text(["<table>"]) == control.as_tokens(["<table>"]) == [[tokenizer.piece_id("<table>")]]
+    assert [tokenizer.decode(ids) for ids in control.as_text(MARKERS)] == list(MARKERS)
 
 
 def test_prompts_are_put_as_they_stand_or_in_turns_which_end_with_their_own_token():
@@ -248,12 +294,16 @@ def test_a_file_of_pairs_is_laid_out_in_turns_and_told_with_what_is_lost(tmp_pat
         zip(turns.prompts([prompt for prompt, _ in pairs]), turns.responses([text for _, text in pairs]), strict=True)
     )
     for packing in (True, False):
-        found = examples.lay_out(source, "train", FOUND_IN_TEXT, Tokenize(length=64, packing=packing, eos=True))
+        found = examples.lay_out(
+            source, "train", FOUND_IN_TEXT, Tokenize(length=64, packing=packing, eos=True, control_tokens="text")
+        )
         expected = lay_out(ids, 64, packing)
         assert all(np.array_equal(found.windows[name], expected[name]) for name in expected)
         assert set(found.windows) == set(expected)
-        assert found.counts == pair_windows.pair_metrics(expected, ids)
-        assert found.counts["prompts_too_long"] == 1 and found.counts["tokens_cut"] > 0
+        told = {"control_tokens_spelled": 0, "texts_trimmed": 2}
+        assert found.counts == pair_windows.pair_metrics(expected, ids) | told
+        assert "; 2 texts without the white space at their ends" in found.summary
+        assert found.counts["prompts_too_long"] == found.counts["pairs_cut"] == 1 and found.counts["tokens_cut"] > 0
         assert 0 < found.cut_by_truncation_fraction < 1
         assert "1 pairs left out, whose prompt alone fills a window" in found.summary
         assert f"{found.counts['response_tokens']:,} response tokens to learn" in found.summary
@@ -262,7 +312,9 @@ def test_a_file_of_pairs_is_laid_out_in_turns_and_told_with_what_is_lost(tmp_pat
 def test_pairs_without_a_response_that_fits_stop_the_stage(tmp_path):
     source = written(tmp_path / "train.parquet", [("Best comedy " * 40, "See it twice!")])
     with pytest.raises(StageError, match=r"1 pairs, 1 with a prompt that fills it\. Set a larger tokenize\.length"):
-        examples.lay_out(source, "train", FOUND_IN_TEXT, Tokenize(length=32, packing=True, eos=True))
+        examples.lay_out(
+            source, "train", FOUND_IN_TEXT, Tokenize(length=32, packing=True, eos=True, control_tokens="text")
+        )
 
 
 def test_reviews_are_laid_out_as_before(tmp_path):
@@ -270,11 +322,10 @@ def test_reviews_are_laid_out_as_before(tmp_path):
 
     texts = tiny.tiny_reviews(12)
     write_reviews(tmp_path / "train.parquet", [Review(text, 1, str(row)) for row, text in enumerate(texts)])
-    tokenize = Tokenize(length=32, packing=True, eos=True)
+    tokenize = Tokenize(length=32, packing=True, eos=True, control_tokens="text")
     found = examples.lay_out(tmp_path / "train.parquet", "train", FOUND_IN_TEXT, tokenize)
     special = {"bos": FOUND_IN_TEXT.bos, "eos": FOUND_IN_TEXT.eos, "pad": FOUND_IN_TEXT.pad}
     expected = windows.pack(FOUND_IN_TEXT.encode_all(texts), 32, **special)
     assert all(np.array_equal(found.windows[name], expected[name]) for name in expected)
-    assert json.dumps(found.counts) == json.dumps(
-        windows.window_metrics(expected, FOUND_IN_TEXT.encode_all(texts), eos=True)
-    )
+    counts = windows.window_metrics(expected, FOUND_IN_TEXT.encode_all(texts), eos=True)
+    assert json.dumps(found.counts) == json.dumps(counts | {"control_tokens_spelled": 0})

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stages.core import pair_windows, windows
+from stages.core.control_tokens import ControlTokens
 from stages.core.errors import StageError
 from stages.core.params import Tokenize
 from stages.core.tokenizer import Tokenizer
@@ -42,11 +43,19 @@ def lay_out(source: Path, split: str, tokenizer: Tokenizer, settings: Tokenize) 
 
     if "prompt" in parquet.read_schema(source).names:
         return _pairs(source, split, tokenizer, settings)
-    reviews = tokenizer.encode_all(parquet.read_table(source, columns=["text"])["text"].to_pylist())
+    texts = parquet.read_table(source, columns=["text"])["text"].to_pylist()
+    control = ControlTokens(tokenizer)
+    spelled = control.spelled_in(texts)
+    if settings.control_tokens == "tokens":
+        # The two that every review gets are not put there twice.
+        reviews = [ids[ids[:1] == [tokenizer.bos] :] for ids in control.as_tokens(texts)]
+        reviews = [ids[:-1] if settings.eos and ids[-1:] == [tokenizer.eos] else ids for ids in reviews]
+    else:
+        reviews = control.as_text(texts)
     eos = tokenizer.eos if settings.eos else None
     put = windows.pack if settings.packing else windows.one_per_review
     laid_out = put(reviews, settings.length, bos=tokenizer.bos, eos=eos, pad=tokenizer.pad)
-    counts = windows.window_metrics(laid_out, reviews, eos=settings.eos)
+    counts = windows.window_metrics(laid_out, reviews, eos=settings.eos) | {"control_tokens_spelled": spelled}
     if not counts["tokens_kept"]:
         raise StageError(f"The {split} reviews must have at least one token. Received: {len(reviews)} reviews, none")
     return LaidOut(
@@ -54,7 +63,8 @@ def lay_out(source: Path, split: str, tokenizer: Tokenizer, settings: Tokenize) 
         counts,
         windows.cut_by_truncation_fraction(reviews, settings.length, eos=settings.eos),
         f"{split}: {counts['reviews']:,} reviews in {counts['windows']:,} windows of {settings.length} tokens, "
-        f"{counts['filled_fraction']:.1%} filled, {counts['tokens_cut']:,} tokens cut",
+        f"{counts['filled_fraction']:.1%} filled, {counts['tokens_cut']:,} tokens cut"
+        + _told(spelled, settings.control_tokens),
     )
 
 
@@ -65,9 +75,12 @@ def _pairs(source: Path, split: str, tokenizer: Tokenizer, settings: Tokenize) -
     table = parquet.read_table(source, columns=["prompt", "response"])
     turns = Turns(tokenizer)
     prompts, responses = (table[name].to_pylist() for name in ("prompt", "response"))
+    spelled = ControlTokens(tokenizer).spelled_in([*prompts, *responses])
+    trimmed = sum(text != text.strip() for text in (*prompts, *responses))
     pairs = list(zip(turns.prompts(prompts), turns.responses(responses), strict=True))
     laid_out = pair_windows.lay_out(pairs, settings.length, packing=settings.packing, pad=tokenizer.pad)
     counts = pair_windows.pair_metrics(laid_out, pairs)
+    counts |= {"control_tokens_spelled": spelled, "texts_trimmed": trimmed}
     if not counts["response_tokens"]:
         raise StageError(
             f"The {split} pairs must have a response token within a window of {settings.length} tokens. Received: "
@@ -81,5 +94,15 @@ def _pairs(source: Path, split: str, tokenizer: Tokenizer, settings: Tokenize) -
         round(counts["tokens_cut"] / (counts["tokens_cut"] + counts["tokens_kept"]), 6),
         f"{split}: {counts['reviews']:,} pairs in {counts['windows']:,} windows of {settings.length} tokens, "
         f"{counts['filled_fraction']:.1%} filled, {counts['response_tokens']:,} response tokens to learn, "
-        f"{counts['tokens_cut']:,} tokens cut{left_out if counts['prompts_too_long'] else ''}",
+        f"{counts['tokens_cut']:,} tokens cut, {counts['pairs_cut']:,} pairs cut at their end"
+        f"{left_out if counts['prompts_too_long'] else ''}"
+        + (f"; {trimmed:,} texts without the white space at their ends, as in Gemma's chat template" if trimmed else "")
+        + _told(spelled, "text"),
+    )
+
+
+def _told(spelled: int, control_tokens: str) -> str:
+    """Return what became of texts that spell control tokens, if there are any."""
+    return (
+        f"; {spelled:,} texts spell control tokens such as <end_of_turn>: taken as {control_tokens}" if spelled else ""
     )

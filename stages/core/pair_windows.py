@@ -84,7 +84,8 @@ def pair_metrics(windows: Windows, pairs: Sequence[Pair]) -> dict[str, int | flo
 
     Returns:
         reviews (the pairs), windows; response_tokens (those that are learnt), tokens_kept (those and the prompts'),
-        tokens_cut (thrown away: beyond a window's end, or of a pair left out), prompts_too_long (pairs left out);
+        tokens_cut (thrown away: beyond a window's end, or of a pair left out), pairs_cut (those whose
+        response does not fit), prompts_too_long (pairs left out);
         positions_padded (positions with nothing) and filled_fraction (those with something, of all).
     """
     filled = windows["review"] >= 0
@@ -95,6 +96,9 @@ def pair_metrics(windows: Windows, pairs: Sequence[Pair]) -> dict[str, int | flo
         "tokens_kept": kept,
         "response_tokens": int(np.count_nonzero(windows["weights"])),
         "tokens_cut": sum(len(prompt) + len(response) - 1 for prompt, response in pairs) - kept,
+        "pairs_cut": sum(
+            len(prompt) <= filled.shape[1] < len(prompt) + len(response) - 1 for prompt, response in pairs
+        ),
         "prompts_too_long": len(pairs) - len(np.unique(windows["review"][filled])),
         "positions_padded": int(filled.size) - kept,
         "filled_fraction": round(kept / filled.size, 6) if filled.size else 0.0,

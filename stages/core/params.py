@@ -95,6 +95,7 @@ class Tokenize(Section):
     length: Annotated[int, Field(ge=8, le=8192)]
     packing: bool
     eos: bool
+    control_tokens: Literal["text", "tokens"]
 
 
 class Mesh(Section):

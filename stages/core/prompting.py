@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from stages.core.control_tokens import ControlTokens
 from stages.core.tokenizer import Tokenizer
 from stages.core.turns import Turns
 
@@ -23,6 +24,6 @@ def encode(tokenizer: Tokenizer, prompts: Sequence[str], *, turns: bool) -> tupl
         StageError: the vocabulary has no turn format.
     """
     if not turns:
-        return [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in prompts], (tokenizer.eos,)
+        return [[tokenizer.bos, *ids] for ids in ControlTokens(tokenizer).as_text(prompts)], (tokenizer.eos,)
     form = Turns(tokenizer)
     return form.prompts(prompts), (tokenizer.eos, form.end)

@@ -67,6 +67,11 @@ class Tokenizer:
         number = self._processor.piece_to_id(piece)
         return number if self._processor.id_to_piece(number) == piece else None
 
+    def pieces(self) -> Iterable[tuple[str, int]]:
+        """Return all pieces with their ids."""
+        ids = range(self.vocabulary_size)
+        return zip(self._processor.id_to_piece(list(ids)), ids, strict=True)
+
     def _special(self, piece: str) -> int:
         """Return the id of a special piece, which the vocabulary must have."""
         number = self.piece_id(piece)

@@ -14,17 +14,13 @@ left out. The two control tokens are put in by id: a text that spells one cannot
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
+from stages.core.control_tokens import ControlTokens
 from stages.core.errors import StageError
 from stages.core.tokenizer import Tokenizer
 
 START, END = "<start_of_turn>", "<end_of_turn>"
-
-# In some vocabularies SentencePiece finds the control pieces in any text. It sees no more than one part of a text that
-# is divided after the first character of such a word.
-WITHIN_CONTROL = re.compile(r"(?<=<)(?=(?:start|end)_of_turn>)")
 
 
 class Turns:
@@ -50,6 +46,7 @@ class Turns:
                     "(prepare.prompt_column: null) and generate.turns: false."
                 )
         self._start, self.end = ids[START], ids[END]
+        self._encode = ControlTokens(tokenizer).as_text
         self._line_break, self._model = tokenizer.encode("\n"), tokenizer.encode("model\n")
 
     def prompts(self, texts: Sequence[str]) -> list[list[int]]:
@@ -62,9 +59,3 @@ class Turns:
     def responses(self, texts: Sequence[str]) -> list[list[int]]:
         """Return each text as the rest of the model's turn, to follow its prompt's ids; `<end_of_turn>` is the last."""
         return [[*ids, self.end] for ids in self._encode([text.strip() for text in texts])]
-
-    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of texts, none of them a control token."""
-        parts = [WITHIN_CONTROL.split(text) for text in texts]
-        encoded = iter(self._tokenizer.encode_all([part for each in parts for part in each]))
-        return [[number for _ in each for number in next(encoded)] for each in parts]
