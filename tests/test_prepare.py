@@ -45,6 +45,7 @@ DEFAULTS = {
     "data_dir": None,
     "train_file": "reviews.jsonl",
     "validation_file": None,
+    "format": "columns",
     "text_column": "text",
     "prompt_column": None,
     "response_column": None,
@@ -62,7 +63,7 @@ def write_jsonl(path, rows):
 
 
 def read(path, text="text", label=None, prompt=None, say=str):
-    return file_reviews(path, "prepare.train_file", Columns(text, label, prompt), say)
+    return file_reviews([path], "prepare.train_file", Columns(text, label, prompt), say)
 
 
 def texts(reviews):
@@ -225,6 +226,7 @@ def test_the_metrics_count_everything_and_hold_no_time():
         "empty": 1,
         "too_short": 1,
         "duplicates": 1,
+        "other_conversations": 0,
         "changed": 0,
         "train_reviews": 4,
         "validation_reviews": 2,
@@ -621,6 +623,121 @@ def test_pairs_are_kept_apart_in_the_table(tmp_path):
     ]
     metrics = describe({"train": KEPT[:2], "validation": KEPT[2:]}, Tally(9, 3, 1, 1))
     assert metrics["characters_mean"] == round(sum(len(review.prompt + review.text) for review in KEPT) / 4, 1)
+
+
+# Layouts by their name, and files in numbers
+
+
+def exchanges(tmp_path, suffix, rows, **changes):
+    """Read rows, and return (prompt, response) of each that is used, and the counts."""
+    path = tmp_path / f"mine{suffix}"
+    if suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif suffix == ".json":
+        path.write_text(json.dumps(rows))
+    else:
+        write_jsonl(path, rows)
+    parts, tally = prepare(tmp_path, **OWN, train_file=path.name, **{"validation": 1, **changes})
+    found = {
+        int(review.id.rpartition(":")[2]): (review.prompt, review.text) for part in parts.values() for review in part
+    }
+    return [found[row] for row in sorted(found)], tally
+
+
+ALPACA = [
+    {"instruction": "Translate.", "input": f"sentence {row}" if row else "", "output": f"Satz {row}"}
+    for row in range(10)
+]
+ASKED = [("Translate." + (f"\n\nsentence {row}" if row else ""), f"Satz {row}") for row in range(10)]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+def test_alpaca_and_dolly_are_read_by_name_with_their_inputs(tmp_path, suffix):
+    assert exchanges(tmp_path, suffix, ALPACA, format="alpaca") == (ASKED, Tally(read=10))
+    names = {"instruction": "instruction", "input": "context", "output": "response"}
+    dolly = [{names[key]: value for key, value in row.items()} for row in ALPACA]
+    assert exchanges(tmp_path, suffix, dolly, format="dolly") == (ASKED, Tally(read=10))
+
+
+def test_a_template_puts_columns_together(tmp_path):
+    columns = {"prompt_column": "{instruction}\n\n{input}", "response_column": "{{{output}}}"}
+    found, _ = exchanges(tmp_path, ".jsonl", ALPACA, **columns)
+    assert found == [(prompt, f"{{{response}}}") for prompt, response in ASKED]
+    for wrong in ("{instruction", "{}", "{instruction!r}", "{instruction:>9}"):
+        with pytest.raises(ParamsError, match=r"prepare\.prompt_column must .*Received: prepare\.prompt_column=\{"):
+            exchanges(tmp_path, ".jsonl", ALPACA, **columns | {"prompt_column": wrong})
+    with pytest.raises(
+        ParamsError, match=r"must name columns of mine\.jsonl: instruction, input, output\. Received: .*nix"
+    ):
+        exchanges(tmp_path, ".jsonl", ALPACA, **columns | {"prompt_column": "{nix}"})
+    with pytest.raises(
+        ParamsError, match=r"prepare\.format must name columns of .* Received: prepare\.format=dolly, which"
+    ):
+        exchanges(tmp_path, ".jsonl", ALPACA, format="dolly")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+@pytest.mark.parametrize(
+    "format, keys, roles",
+    [("sharegpt", ("from", "value"), ("human", "gpt")), ("messages", ("role", "content"), ("user", "assistant"))],
+)
+def test_conversations_are_read_by_name_and_longer_ones_are_counted(tmp_path, suffix, format, keys, roles):
+    asked, said = roles
+    conversations = [
+        [(asked, "How?"), (said, "So.")],
+        [("system", "Be brief."), (asked, "Why?"), (said, "Because.")],
+        [(asked, "One"), (said, "two"), (asked, "three"), (said, "four")],
+        [(asked, "Nobody answers")],
+        [(said, "Nobody asked"), (asked, "me")],
+        [(asked, "Empty?"), (said, "")],
+        [],
+    ]
+    column = "conversations" if format == "sharegpt" else "messages"
+    rows = [{column: [dict(zip(keys, turn, strict=True)) for turn in turns], "id": "a"} for turns in conversations]
+    found, tally = exchanges(tmp_path, suffix, rows, format=format)
+    assert found == [("How?", "So."), ("Be brief.\n\nWhy?", "Because.")]
+    assert tally == Tally(read=7, empty=2, other_conversations=3)
+
+
+@pytest.mark.parametrize(
+    "turns, kind", [("Hi", "a text or number"), ([3], "3"), ([{"role": "user", "content": [1]}], "a list")]
+)
+def test_what_is_no_conversation_is_told_with_its_line(tmp_path, turns, kind):
+    with pytest.raises(ParamsError, match=rf"Received: ({kind}|a text or number without role) in line 2 of"):
+        exchanges(tmp_path, ".jsonl", [{"messages": []}, {"messages": turns}], format="messages")
+
+
+def test_files_in_a_list_or_a_pattern_are_read_one_after_the_other(tmp_path):
+    for folder, name, label in (("a", "one.csv", 1), ("b", "one.csv", 0), ("b", "two.csv", "x")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / name).write_text(f"text,label\n{folder} {name},{label}\n")
+    (tmp_path / "c[1].csv").write_text("text,label\nin brackets,3\n")
+    read_all = {"train_file": ["b/*.csv", "a/one.csv", "c[1].csv"], "label_column": "label", "validation": 1}
+    parts, _ = prepare(tmp_path, **read_all)
+    found = sorted((review.id, review.text, review.label) for part in parts.values() for review in part)
+    assert found == [
+        ("a/one.csv:0", "a one.csv", "1"),
+        ("b/one.csv:0", "b one.csv", "0"),
+        ("c[1].csv:0", "in brackets", "3"),
+        ("two.csv:0", "b two.csv", "x"),
+    ]
+    write_reviews(tmp_path / "out.parquet", parts["train"])
+    with pytest.raises(ParamsError, match=r"must find a file\. Received: prepare\.train_file=none/\*\.csv, which"):
+        prepare(tmp_path, **read_all | {"train_file": "none/*.csv"})
+
+
+def test_the_folders_of_the_movie_review_dataset_are_read_with_their_labels(tmp_path):
+    for name in ("pos", "neg"):
+        (tmp_path / "aclImdb" / name).mkdir(parents=True)
+        for number in range(3):
+            (tmp_path / "aclImdb" / name / f"{number}_9.txt").write_text(f"{name} {number}\nof two lines")
+    parts, _ = prepare(tmp_path, train_file="aclImdb", **OWN)
+    found = sorted((review.text, review.label) for part in parts.values() for review in part)
+    assert found == sorted(
+        (f"{name} {number}\nof two lines", int(name == "pos")) for name in ("pos", "neg") for number in range(3)
+    )
+    with pytest.raises(ParamsError, match=r"a folder that has \.txt files in folders pos and neg\. Received"):
+        prepare(tmp_path, train_file=".")
 
 
 # What is written

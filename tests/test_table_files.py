@@ -144,7 +144,7 @@ def all_whole(labels) -> bool:
 
 
 def reviews(path):
-    return file_reviews(path, "prepare.train_file", Columns("text", "label"), str)
+    return file_reviews([path], "prepare.train_file", Columns("text", "label"), str)
 
 
 ARROW = st.sampled_from(

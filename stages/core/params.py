@@ -65,8 +65,9 @@ class Prepare(Section):
     min_characters: Positive | None
     duplicates: Literal["drop", "keep"]
     data_dir: str | None
-    train_file: str | None
-    validation_file: str | None
+    train_file: str | Annotated[list[str], Field(min_length=1)] | None
+    validation_file: str | Annotated[list[str], Field(min_length=1)] | None
+    format: Literal["columns", "alpaca", "dolly", "sharegpt", "messages"]
     text_column: Annotated[str, Field(min_length=1)]
     prompt_column: Annotated[str, Field(min_length=1)] | None
     response_column: Annotated[str, Field(min_length=1)] | None
@@ -82,6 +83,8 @@ class Prepare(Section):
             raise ValueError("data_dir must be null unless source is imdb_reviews")
         if (self.prompt_column is None) != (self.response_column is None):
             raise ValueError("prompt_column and response_column must be given together or both be null")
+        if self.format != "columns" and (self.source != "files" or self.prompt_column is not None):
+            raise ValueError("format must be columns unless source is files and prompt_column null")
         if self.prompt_column is not None and self.source != "files":
             raise ValueError("prompt_column must be null unless source is files")
         if self.prompt_column is not None and self.prompt_column == self.response_column:

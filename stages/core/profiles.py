@@ -9,6 +9,7 @@ not name it, so that a profile gives the same whichever was applied before; all 
 from __future__ import annotations
 
 import difflib
+import glob
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,7 @@ PROFILES: dict[str, Profile] = {
         "prepare.data_dir=null",
         "prepare.train_file=null",
         "prepare.validation_file=null",
+        "prepare.format=columns",
         "prepare.prompt_column=null",
         "prepare.response_column=null",
         "tokenize.length=128",
@@ -172,6 +174,7 @@ OWN_DATA = (
     "prepare.data_dir",
     "prepare.train_file",
     "prepare.validation_file",
+    "prepare.format",
     "prepare.html_breaks",
     "prepare.min_characters",
     "prepare.duplicates",
@@ -202,7 +205,7 @@ def chosen(name: str, content: dict[str, Any]) -> dict[str, str]:
     if sources["fetch"] == "path" and "fetch" not in profile.about:
         kept = OWN_MODEL
     # A file that a profile named is not the person's own: no profile keeps what another wrote.
-    theirs = {each.values.get("prepare.train_file") for each in PROFILES.values()}
+    theirs = [each.values.get("prepare.train_file") for each in PROFILES.values()]
     own_data = sources["prepare"] == "files" and content["prepare"].get("train_file") not in theirs
     if own_data and "prepare" not in profile.about:
         kept = (*kept, *OWN_DATA)
@@ -250,6 +253,8 @@ def summary(name: str, params: Params, changes: Sequence[Change], root: Path, *,
         return f"params.yaml already has the settings of {name}."
     lines = [f"{len(changes)} settings {'would change' if dry_run else 'changed'} for {name}."]
     wanted = params.prepare.train_file
-    if wanted is not None and not own_path(root, "prepare.train_file", wanted).is_file():
+    if isinstance(wanted, str) and not (
+        glob.has_magic(wanted) or own_path(root, "prepare.train_file", wanted).exists()
+    ):
         lines.append(f"Not there yet: {wanted} (prepare.train_file), your data.")
     return "\n".join(lines)

@@ -7,15 +7,27 @@ Reads: the files that `prepare.train_file` or `prepare.validation_file` names.
 
 from __future__ import annotations
 
+import glob
 import re
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from string import Formatter
 from typing import Any, NamedTuple
 
 from stages.core.errors import ParamsError, shown, shown_list
+from stages.core.paths import own_path
 from stages.core.reviews import Label, RawReview
-from stages.core.table_files import READERS, TWICE, Table, format_of, kind_of, read_table
+from stages.core.table_files import READERS, TWICE, Table, format_of, kind_of, read_table, read_text
+
+PAIRS = {
+    "alpaca": ("{instruction}\n\n{input}", "output"),
+    "dolly": ("{instruction}\n\n{context}", "response"),
+}
+"""Prompt and response of a format, as templates over its columns."""
+
+CONVERSATIONS = {"sharegpt": ("conversations", "from", "value"), "messages": ("messages", "role", "content")}
+"""The column of a format that holds a list of turns, and the keys of a turn's role and text."""
 
 WHOLE_NUMBER = re.compile(r"(0|-?[1-9][0-9]{0,18})(\.0)?")
 
@@ -42,21 +54,46 @@ class Template(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """What is read of a file: columns or templates over them; of pairs `text` is the response."""
+    """What is read of a file: columns or templates over them; of pairs `text` is the response.
+
+    `format` is a name of `PAIRS` or `CONVERSATIONS` where that said which; in the latter `text` is a column whose cells
+    are lists of turns.
+    """
 
     text: str
     label: str | None = None
     prompt: str | None = None
+    format: str = "columns"
+
+    @property
+    def pairs(self) -> bool:
+        """Whether a row has a prompt and a response."""
+        return self.prompt is not None or self.format in CONVERSATIONS
 
     @property
     def settings(self) -> dict[str, str]:
         """What is read, by the setting that names it."""
         named = {
-            "text_column" if self.prompt is None else "response_column": self.text,
             "prompt_column": self.prompt,
+            "text_column" if self.prompt is None else "response_column": self.text,
             "label_column": self.label,
         }
         return {setting: column for setting, column in named.items() if column is not None}
+
+    def received(self, setting: str) -> tuple[str, str]:
+        """Return the setting that a person wrote for this one, and it with its value, for a message."""
+        if self.format != "columns" and setting != "label_column":
+            return "prepare.format", f"prepare.format={self.format}, which needs {shown(self.settings[setting])}"
+        return f"prepare.{setting}", f"prepare.{setting}={shown(self.settings[setting])}"
+
+
+def columns_of(format: str, text: str, label: str | None, prompt: str | None, response: str | None) -> Columns:
+    """Return what is read with the settings `format`, `text_column`, `label_column`, `prompt_column`, ..."""
+    if format in CONVERSATIONS:
+        return Columns(CONVERSATIONS[format][0], label, None, format)
+    if format in PAIRS:
+        prompt, response = PAIRS[format]
+    return Columns(response if response is not None else text, label, prompt, format)
 
 
 def template(setting: str, column: str) -> Template:
@@ -82,19 +119,77 @@ def template(setting: str, column: str) -> Template:
     return Template(tuple((piece, name) for piece, name, _, _ in parsed))
 
 
-def file_reviews(path: Path, setting: str, columns: Columns, say: Callable[[str], None]) -> list[RawReview]:
-    """Return the reviews of a file in its order; the ids are `<file name>:<row>`, rows from 0.
+def data_files(root: Path, setting: str, value: str | list[str]) -> list[Path]:
+    """Return the files (or folders) that a setting names, in its order; those that a pattern finds by name.
+
+    Raises:
+        ParamsError: a path that cannot exist, or a pattern that finds nothing.
+    """
+    found: list[Path] = []
+    for each in [value] if isinstance(value, str) else value:
+        path = own_path(root, setting, each)
+        if path.exists() or not glob.has_magic(each):
+            found.append(path)
+            continue
+        # pathlib's own takes no pattern that begins at the root.
+        matches = sorted(map(Path, glob.glob(str(path), recursive=True)))  # noqa: PTH207
+        if not matches:
+            raise ParamsError(f"{setting} must find a file. Received: {setting}={shown(each)}, which finds none")
+        found += matches
+    return found
+
+
+def file_reviews(paths: Sequence[Path], setting: str, columns: Columns, say: Callable[[str], None]) -> list[RawReview]:
+    """Return the reviews of files in their order; the ids are `<file name>:<row>`, rows from 0.
 
     Args:
-        path: the file; its suffix names the format, see `stages.core.table_files`.
-        setting: the settings key that named it, for messages.
+        paths: the files; a suffix names the format, see `stages.core.table_files`. A folder has folders `pos` and `neg`
+            (or one of them) with a text in each file, as the Large Movie Review Dataset has; the label is 1 or 0.
+        setting: the settings key that named them, for messages.
         columns: what is read; a .txt file has only texts.
         say: prints one line for the person.
 
     Raises:
         ParamsError: no such file, another format, a column that is not there, or content that cannot be used.
-        StageError: the file cannot be read.
+        StageError: a file cannot be read.
     """
+    names = Counter(path.name for path in paths)
+    read: list[tuple[str, Cells]] = []
+    for path in paths:
+        cells = _folder(path, setting) if is_folder(path) else _file(path, setting, columns, say)
+        name = path.name if names[path.name] == 1 else "/".join(path.parts[-2:])
+        read += [(f"{name}:{row}", each) for row, each in enumerate(cells)]
+    labels = labels_of([cells.label for _, cells in read])
+    return [
+        RawReview(cells.text, label, id, cells.prompt, columns.pairs, cells.other)
+        for (id, cells), label in zip(read, labels, strict=True)
+    ]
+
+
+class Cells(NamedTuple):
+    """What a row has, None for what it does not; `other`: a conversation of not just one prompt and one response."""
+
+    text: str | None
+    prompt: str | None = None
+    label: str | None = None
+    other: bool = False
+
+
+def _folder(path: Path, setting: str) -> Iterator[Cells]:
+    """Yield the texts below the folders `pos` and `neg`, by name."""
+    parts = {label: sorted((path / name).glob("*.txt")) for label, name in (("1", "pos"), ("0", "neg"))}
+    if not any(parts.values()):
+        raise ParamsError(
+            f"{setting} must name a file, or a folder that has .txt files in folders pos and neg. "
+            f"Received: {setting}={shown(path)}"
+        )
+    for label, files in parts.items():
+        for file in files:
+            yield Cells(_cell(read_text(file), file, "line 1", None), None, label)
+
+
+def _file(path: Path, setting: str, columns: Columns, say: Callable[[str], None]) -> Iterator[Cells]:
+    """Yield what the rows of a file have."""
     suffix = format_of(path)
     if suffix not in READERS:
         raise ParamsError(
@@ -103,39 +198,83 @@ def file_reviews(path: Path, setting: str, columns: Columns, say: Callable[[str]
     if not is_file(path):
         raise ParamsError(f"{setting} must name a file that exists. Received: {setting}={shown(path)}")
     if suffix == ".txt":
-        for name in ("prompt_column", "label_column"):
-            if name in columns.settings:
-                raise ParamsError(
-                    f"prepare.{name} must be null with a text file. "
-                    f"Received: prepare.{name}={shown(columns.settings[name])}"
-                )
-        table, wanted = read_table(path, []), [columns.text]
-        templates = {"text_column": Template((("", columns.text),))}
-    else:
-        templates = {name: template(name, column) for name, column in columns.settings.items()}
-        wanted = list(dict.fromkeys(column for each in templates.values() for column in each.columns))
-        table = read_table(path, wanted)
-        _check_columns(path, table, templates, say)
-    reviews: list[tuple[str | None, str | None, str | None]] = []
+        for name in columns.settings:
+            if name != "text_column" or columns.format != "columns":
+                key, received = columns.received(name)
+                allowed = "columns" if key == "prepare.format" else "null"
+                raise ParamsError(f"{key} must be {allowed} with a text file. Received: {received}")
+        for place, (line,) in read_table(path, []).rows:
+            yield Cells(_cell(line, path, place, None))
+        return
+    templates = {name: template(name, column) for name, column in columns.settings.items()}
+    wanted = list(dict.fromkeys(column for each in templates.values() for column in each.columns))
+    table = read_table(path, wanted)
+    _check_columns(path, table, columns, templates, say)
     for place, row in table.rows:
-        values = {
-            column: _cell(value, path, place, None if suffix == ".txt" else column)
-            for column, value in zip(wanted, row, strict=True)
-        }
+        found = dict(zip(wanted, row, strict=True))
+        if columns.format in CONVERSATIONS:
+            label = None if columns.label is None else _cell(found[columns.label], path, place, columns.label)
+            turns = _turns(found[columns.text], columns, path, place)
+            yield _exchange(turns)._replace(label=label)
+            continue
+        values = {column: _cell(value, path, place, column) for column, value in found.items()}
         texts = {name: each.fill(values) for name, each in templates.items()}
         text = texts.get("text_column", texts.get("response_column"))
-        reviews.append((text, texts.get("prompt_column"), texts.get("label_column")))
-    labels = labels_of([label for _, _, label in reviews])
-    return [
-        RawReview(text, label, f"{path.name}:{row}", prompt, columns.prompt is not None)
-        for row, ((text, prompt, _), label) in enumerate(zip(reviews, labels, strict=True))
-    ]
+        yield Cells(text, texts.get("prompt_column"), texts.get("label_column"))
+
+
+def _turns(value: Any, columns: Columns, path: Path, place: str) -> list[tuple[str, str | None]]:
+    """Return role and text of each turn of a conversation.
+
+    Raises:
+        ParamsError: it is no list of objects, or a role or text is none.
+    """
+    column, role, content = CONVERSATIONS[columns.format]
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise ParamsError(
+            f"A conversation must be a list of objects with {role} and {content}. "
+            f"Received: {kind_of(value)} in {place} of {shown(path)}, column {column}"
+        )
+    turns = []
+    for turn in value:
+        if not isinstance(turn, dict) or not isinstance(turn.get(role), str):
+            raise ParamsError(
+                f"A turn must be an object with {role} and {content}. "
+                f"Received: {kind_of(turn)} without {role} in {place} of {shown(path)}, column {column}"
+            )
+        turns.append((turn[role], _cell(turn.get(content), path, place, f"{column}.{content}")))
+    return turns
+
+
+def _exchange(turns: list[tuple[str, str | None]]) -> Cells:
+    """Return prompt and response of a conversation; a system's text comes before the prompt, as in Gemma's template."""
+    if not turns:
+        return Cells(None)
+    system = turns[0][1] if turns[0][0] in ("system", "developer") else None
+    turns = turns[1:] if turns[0][0] in ("system", "developer") else turns
+    roles = [role for role, _ in turns]
+    if len(roles) != 2 or roles[0] not in ("user", "human") or roles[1] not in ("assistant", "gpt", "model"):
+        return Cells(None, other=True)
+    prompt = turns[0][1]
+    if system and prompt and prompt.strip():
+        prompt = f"{system.strip()}\n\n{prompt}" if system.strip() else prompt
+    return Cells(turns[1][1], prompt)
 
 
 def is_file(path: Path) -> bool:
     """Return whether a path names a file; one that no file can have names none."""
     try:
         return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def is_folder(path: Path) -> bool:
+    """Return whether a path names a folder, as `is_file` does for a file."""
+    try:
+        return path.is_dir()
     except (OSError, ValueError):
         return False
 
@@ -152,14 +291,19 @@ def labels_of(texts: list[str | None]) -> list[Label]:
     return labels
 
 
-def _check_columns(path: Path, table: Table, templates: dict[str, Template], say: Callable[[str], None]) -> None:
+def _check_columns(
+    path: Path, table: Table, columns: Columns, templates: dict[str, Template], say: Callable[[str], None]
+) -> None:
     """Stop when a column is not there, and tell which are not used."""
     for setting, each in templates.items():
         for column in each.columns:
             if column not in table.columns:
+                key, received = columns.received(setting)
+                plain = column == columns.settings[setting] and columns.format == "columns"
+                what = "be a column" if plain else "name columns"
                 raise ParamsError(
-                    f"prepare.{setting} must be a column of {shown(path.name)}: "
-                    f"{shown_list(table.columns) or 'it has none'}. Received: prepare.{setting}={shown(column)}"
+                    f"{key} must {what} of {shown(path.name)}: {shown_list(table.columns) or 'it has none'}. "
+                    f"Received: {received}"
                 )
     used = {column for each in templates.values() for column in each.columns}
     if unused := [column for column in table.columns if column not in used]:

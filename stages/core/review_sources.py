@@ -103,6 +103,7 @@ def describe(parts: dict[str, list[Review]], tally: Tally) -> dict[str, int | fl
         "empty": tally.empty,
         "too_short": tally.too_short,
         "duplicates": tally.duplicates,
+        "other_conversations": tally.other_conversations,
         "changed": tally.changed,
     }
     for part, reviews in parts.items():
@@ -138,12 +139,18 @@ def _open(
 
         data_dir = None if settings.data_dir is None else own_path(root, "prepare.data_dir", settings.data_dir)
         return full_reviews("train", data_dir, say), full_reviews("test", data_dir, say)
-    from stages.core.review_files import Columns, file_reviews
+    from stages.core.review_files import columns_of, data_files, file_reviews
 
-    columns = Columns(settings.response_column or settings.text_column, settings.label_column, settings.prompt_column)
+    columns = columns_of(
+        settings.format,
+        settings.text_column,
+        settings.label_column,
+        settings.prompt_column,
+        settings.response_column,
+    )
 
-    def read(setting: str, value: str) -> list[RawReview]:
-        return file_reviews(own_path(root, setting, value), setting, columns, say)
+    def read(setting: str, value: str | list[str]) -> list[RawReview]:
+        return file_reviews(data_files(root, setting, value), setting, columns, say)
 
     held = None if settings.validation_file is None else read("prepare.validation_file", settings.validation_file)
     return read("prepare.train_file", settings.train_file), held
@@ -167,4 +174,6 @@ def _check_enough(count: int, reviews: list[Review], tally: Tally) -> None:
 
 def _left_out(tally: Tally) -> str:
     """Return the counts of reviews left out, in words."""
-    return f"{tally.empty:,} empty, {tally.too_short:,} too short, {tally.duplicates:,} duplicates"
+    other = f", {tally.other_conversations:,} conversations of not just one prompt and one response"
+    counts = f"{tally.empty:,} empty, {tally.too_short:,} too short, {tally.duplicates:,} duplicates"
+    return counts + (other if tally.other_conversations else "")

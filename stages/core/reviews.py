@@ -22,7 +22,8 @@ BREAKS = re.compile(r"\s*(?:<br\s*/?>\s*)+", re.IGNORECASE)
 class RawReview(NamedTuple):
     """A review as its source has it; a text or prompt that is not there is None.
 
-    The prompt counts only where `is_pair` says so: a pair's cell may be empty too.
+    The prompt counts only where `is_pair` says so: a pair's cell may be empty too. `other` marks a conversation that is
+    not just one prompt and one response.
     """
 
     text: str | None
@@ -30,6 +31,7 @@ class RawReview(NamedTuple):
     id: str
     prompt: str | None = None
     is_pair: bool = False
+    other: bool = False
 
 
 class Review(NamedTuple):
@@ -57,6 +59,7 @@ class Tally:
     empty: int = 0
     too_short: int = 0
     duplicates: int = 0
+    other_conversations: int = 0
     changed: int = 0
 
 
@@ -96,6 +99,9 @@ def clean(
     """
     for review in raw:
         tally.read += 1
+        if review.other:
+            tally.other_conversations += 1
+            continue
         raw_parts = [review.prompt, review.text] if review.is_pair else [review.text]
         parts = [clean_text(part or "", html_breaks) for part in raw_parts]
         lengths = [len(part.strip()) for part in parts]

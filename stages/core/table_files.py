@@ -70,6 +70,16 @@ def read_table(path: Path, wanted: Sequence[str]) -> Table:
         raise ParamsError(
             f"A data file's name must end in one of {', '.join(READERS)}, or that and .gz. Received: {shown(path)}"
         )
+    return reader(path, _bytes(path), wanted)
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a file that is one text; errors as of `read_table`."""
+    return _text(path, _bytes(path))
+
+
+def _bytes(path: Path) -> bytes:
+    """Return what a file holds, decompressed."""
     try:
         data = path.read_bytes()
         if path.suffix.lower() == ".gz":
@@ -82,7 +92,7 @@ def read_table(path: Path, wanted: Sequence[str]) -> Table:
         raise ParamsError(
             f"{shown(path)} must hold the data. Received: a pointer to them. Run `git lfs pull` (or `git annex get`)."
         )
-    return reader(path, data, wanted)
+    return data
 
 
 def format_of(path: Path) -> str:
