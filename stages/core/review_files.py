@@ -306,7 +306,7 @@ def _check_columns(
                     f"Received: {received}"
                 )
     used = {column for each in templates.values() for column in each.columns}
-    if unused := [column for column in table.columns if column not in used]:
+    if unused := [column for column in table.columns if column and column not in used]:
         say(f"{shown(path.name)}: columns not used: {shown_list(unused)}.")
 
 
