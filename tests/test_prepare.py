@@ -25,7 +25,7 @@ from stages.core.params import Prepare
 from stages.core.paths import REVIEWS
 from stages.core.profiles import PROFILES
 from stages.core.review_files import Columns, file_reviews
-from stages.core.review_sources import describe, prepare_reviews
+from stages.core.review_sources import describe, own_inputs, prepare_reviews
 from stages.core.review_table import write_reviews
 from stages.core.reviews import RawReview, Review, Tally, clean, clean_text
 from stages.core.splitting import hold_out, shuffled
@@ -724,6 +724,20 @@ def test_files_in_a_list_or_a_pattern_are_read_one_after_the_other(tmp_path):
     write_reviews(tmp_path / "out.parquet", parts["train"])
     with pytest.raises(ParamsError, match=r"must find a file\. Received: prepare\.train_file=none/\*\.csv, which"):
         prepare(tmp_path, **read_all | {"train_file": "none/*.csv"})
+
+
+def test_several_files_are_a_dependency_by_their_folder(tmp_path):
+    def place(value):
+        changes = {"train_file": value, "source": "files"}
+        return own_inputs(Prepare.model_validate(DEFAULTS | changes), tmp_path)["train_file"]
+
+    (tmp_path / "own" / "more").mkdir(parents=True)
+    for name in ("own/a.csv", "own/more/b.csv", "c.csv"):
+        (tmp_path / name).write_text("text\na\n")
+    assert place("own/a.csv") == tmp_path / "own/a.csv"
+    assert place("own") == place("own/*.csv") == place(["own/a.csv", "own/more/b.csv"]) == tmp_path / "own"
+    with pytest.raises(ParamsError, match=r"prepare\.train_file must name several files in a folder of their own"):
+        place(["own/a.csv", "c.csv"])
 
 
 def test_the_folders_of_the_movie_review_dataset_are_read_with_their_labels(tmp_path):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
 
-from stages.core.errors import ParamsError, StageError
+from stages.core.errors import ParamsError, StageError, shown
 from stages.core.params import Prepare
 from stages.core.paths import own_path
 from stages.core.reviews import RawReview, Review, Tally, clean
@@ -84,13 +84,38 @@ def prepare_reviews(
 
 def own_inputs(settings: Prepare, root: Path) -> dict[str, Path | None]:
     """Return the person's files and the dataset's folder by their keys; None for what the source does not read."""
-    named = {key: getattr(settings, key) for key in ("train_file", "validation_file", "data_dir")}
-    found = {key: None if value is None else root / Path(value).expanduser() for key, value in named.items()}
+    from stages.core.review_files import data_files
+
+    found: dict[str, Path | None] = {}
+    for key in ("train_file", "validation_file"):
+        value = getattr(settings, key)
+        found[key] = None if value is None else _one_place(f"prepare.{key}", value, data_files, root)
+    found["data_dir"] = None if settings.data_dir is None else own_path(root, "prepare.data_dir", settings.data_dir)
     if settings.source == "imdb_reviews":
         # Where TensorFlow Datasets keeps what it prepared, if no folder is named.
         default = Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
         found["data_dir"] = (found["data_dir"] or default) / "imdb_reviews"
     return found
+
+
+def _one_place(
+    setting: str, value: str | list[str], files: Callable[[Path, str, str | list[str]], list[Path]], root: Path
+) -> Path:
+    """Return the file that a setting names, or the folder of several: a file that comes to lie there counts too.
+
+    Raises:
+        ParamsError: the folder of several is the repository, or one that it is in, with all that the pipeline writes.
+    """
+    found = files(root, setting, value)
+    if isinstance(value, str) and found == [own_path(root, setting, value)]:
+        return found[0]
+    folder = Path(os.path.commonpath([os.path.normpath(path.parent) for path in found]))
+    if root.is_relative_to(folder):
+        raise ParamsError(
+            f"{setting} must name several files in a folder of their own, so that DVC sees a change of any. "
+            f"Received: {setting}={shown(value)}, in {shown(folder)}"
+        )
+    return folder
 
 
 def describe(parts: dict[str, list[Review]], tally: Tally) -> dict[str, int | float]:
