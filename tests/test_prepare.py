@@ -663,6 +663,11 @@ def test_a_template_puts_columns_together(tmp_path):
     columns = {"prompt_column": "{instruction}\n\n{input}", "response_column": "{{{output}}}"}
     found, _ = exchanges(tmp_path, ".jsonl", ALPACA, **columns)
     assert found == [(prompt, f"{{{response}}}") for prompt, response in ASKED]
+    named = [{"{x}": "in braces"}] * 2 + [{"{x}": "other"}]
+    parts, _ = prepare(
+        tmp_path, train_file=write_jsonl(tmp_path / "x.jsonl", named).name, text_column="{{x}}", validation=1
+    )
+    assert sorted(review.text for part in parts.values() for review in part) == ["in braces", "other"]
     for wrong in ("{instruction", "{}", "{instruction!r}", "{instruction:>9}"):
         with pytest.raises(ParamsError, match=r"prepare\.prompt_column must .*Received: prepare\.prompt_column=\{"):
             exchanges(tmp_path, ".jsonl", ALPACA, **columns | {"prompt_column": wrong})

@@ -110,7 +110,8 @@ def template(setting: str, column: str) -> Template:
             f"Received: prepare.{setting}={shown(column)} ({error})"
         ) from error
     if all(name is None for _, name, _, _ in parsed):
-        return Template((("", column),))
+        # {{ and }} stand for braces that are in a column's name.
+        return Template((("", "".join(piece for piece, *_ in parsed)),))
     if any(name == "" or specification or conversion for _, name, specification, conversion in parsed):
         raise ParamsError(
             f"prepare.{setting} must have a column's name, and nothing else, in each pair of braces. "

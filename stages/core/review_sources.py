@@ -144,7 +144,7 @@ def describe(parts: dict[str, list[Review]], tally: Tally) -> dict[str, int | fl
 def summary(parts: dict[str, list[Review]], tally: Tally) -> str:
     """Return one line for the person: how many reviews (or pairs) there are, and what was left out."""
     what = "reviews" if parts["train"][0].prompt is None else "pairs of prompt and response"
-    changed = f" In {tally.changed:,} HTML breaks or white space at the ends changed (prepare.html_breaks)."
+    changed = f" Changed: {tally.changed:,}, in HTML breaks or white space at the ends (prepare.html_breaks)."
     return (
         f"{len(parts['train']):,} {what} to train on and {len(parts['validation']):,} held out, "
         f"of {tally.read:,} read. Left out: {_left_out(tally)}.{changed if tally.changed else ''}"
