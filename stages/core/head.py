@@ -7,6 +7,7 @@ accumulates softmax x embedding, as flash attention does with values (https://ar
 gradient at once, two matrix products in all instead of three.
 
 With a mesh every device walks its own rows of the table and the parts are combined, so the table is never gathered.
+Where the axis does not divide the rows, rows of zeros are added at the end: no word, so they take no part in a softmax.
 
 Formulas, for a token with hidden state h, rows e_v and target t (c is the final-logit soft cap, or none):
     z_v = c tanh(h.e_v / c)        loss = log sum_v exp(z_v) - z_t
@@ -22,7 +23,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 # Rows of the table in one matrix product: large enough for full speed on a CPU core's share, small enough that a
@@ -37,7 +38,8 @@ MOST_TOKENS = 2048
 class HeadPlan:
     """How the head runs. Hashable: it is a static argument of the compiled function.
 
-    `mesh` None: one device. Else tokens are split over `batch_axis` and table rows over `vocabulary_axis`.
+    `mesh` None: one device. Else tokens are split over `batch_axis` and table rows over `vocabulary_axis`, whatever it
+    has devices.
     """
 
     soft_cap: float | None
@@ -49,6 +51,36 @@ class HeadPlan:
     most_tokens: int = MOST_TOKENS
 
 
+def padded(table: jax.Array, plan: HeadPlan) -> jax.Array:
+    """Return the table (vocabulary, hidden) with as many rows of zeros at the end as the axis wants to divide it."""
+    missing = 0 if plan.mesh is None else -table.shape[0] % plan.mesh.shape[plan.vocabulary_axis]
+    if not missing:
+        return table
+    # Held as the head splits it, so that no device makes the whole of what it takes a part of.
+    return jax.lax.with_sharding_constraint(
+        jnp.pad(table, ((0, missing), (0, 0))), NamedSharding(plan.mesh, P(plan.vocabulary_axis, None))
+    )
+
+
+def logits(hidden: jax.Array, table: jax.Array, vocabulary: int, plan: HeadPlan) -> jax.Array:
+    """Return the logits of a few tokens, soft cap and all.
+
+    Args:
+        hidden: (tokens, hidden), split over the batch axis.
+        table: as `padded` returns it, so that who calls this in a loop pads it once.
+        vocabulary: the rows that are words.
+        plan: soft cap and mesh.
+
+    Returns:
+        float32 (tokens, vocabulary).
+    """
+    z = jnp.einsum("nd,vd->nv", hidden, table, preferred_element_type=jnp.float32)
+    if plan.mesh is not None:
+        split = NamedSharding(plan.mesh, P(plan.batch_axis, plan.vocabulary_axis))
+        z = jax.lax.with_sharding_constraint(z, split)[:, :vocabulary]
+    return _cap(z, plan.soft_cap)
+
+
 def embed(table: jax.Array, token_ids: jax.Array, plan: HeadPlan) -> jax.Array:
     """Look up rows of the table: (vocabulary, hidden), int32 (batch, length) to (batch, length, hidden).
 
@@ -57,6 +89,7 @@ def embed(table: jax.Array, token_ids: jax.Array, plan: HeadPlan) -> jax.Array:
     """
     if plan.mesh is None:
         return jnp.take(table, token_ids, axis=0)
+    table = padded(table, plan)
     split_time = _splits_time(token_ids.shape[1], plan)
 
     def local(table: jax.Array, ids: jax.Array) -> jax.Array:
@@ -71,7 +104,6 @@ def embed(table: jax.Array, token_ids: jax.Array, plan: HeadPlan) -> jax.Array:
     )(table, token_ids)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def token_losses(
     hidden: jax.Array, table: jax.Array, target_ids: jax.Array, plan: HeadPlan
 ) -> tuple[jax.Array, jax.Array]:
@@ -87,20 +119,29 @@ def token_losses(
         float32 (batch, length) in nats, and bool (batch, length). The first is differentiable in `hidden`, and in
         `table` if `plan.table_is_trained`.
     """
-    loss, correct, _, _ = _forward(hidden, table, target_ids, plan, with_gradient=False)
+    return _token_losses(hidden, padded(table, plan), target_ids, plan, table.shape[0])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _token_losses(
+    hidden: jax.Array, table: jax.Array, target_ids: jax.Array, plan: HeadPlan, vocabulary: int
+) -> tuple[jax.Array, jax.Array]:
+    """Do so with a padded table, of which so many rows are words."""
+    loss, correct, _, _ = _forward(hidden, table, target_ids, plan, vocabulary, with_gradient=False)
     return loss, correct
 
 
 def _token_losses_forward(
-    hidden: jax.Array, table: jax.Array, target_ids: jax.Array, plan: HeadPlan
+    hidden: jax.Array, table: jax.Array, target_ids: jax.Array, plan: HeadPlan, vocabulary: int
 ) -> tuple[tuple[jax.Array, jax.Array], Any]:
-    loss, correct, log_sum, unit = _forward(hidden, table, target_ids, plan, with_gradient=True)
+    loss, correct, log_sum, unit = _forward(hidden, table, target_ids, plan, vocabulary, with_gradient=True)
     # A frozen table needs nothing but each token's own gradient for a loss of one.
     rest = (hidden, table, target_ids, log_sum) if plan.table_is_trained else None
     return (loss, correct), (unit, rest)
 
 
-def _token_losses_backward(plan: HeadPlan, residuals: Any, cotangents: Any) -> tuple[Any, Any, None]:
+def _token_losses_backward(plan: HeadPlan, vocabulary: int, residuals: Any, cotangents: Any) -> tuple[Any, Any, None]:
+    del vocabulary  # What the rows of zeros get ends with the padding.
     unit, rest = residuals
     weights = cotangents[0]
     hidden_gradient = (unit.astype(jnp.float32) * weights[..., None]).astype(unit.dtype)
@@ -110,15 +151,16 @@ def _token_losses_backward(plan: HeadPlan, residuals: Any, cotangents: Any) -> t
     return hidden_gradient, _table_gradient(hidden, table, target_ids, log_sum, weights, plan), None
 
 
-token_losses.defvjp(_token_losses_forward, _token_losses_backward)
+_token_losses.defvjp(_token_losses_forward, _token_losses_backward)
 
 
 def _forward(
-    hidden: jax.Array, table: jax.Array, target_ids: jax.Array, plan: HeadPlan, with_gradient: bool
+    hidden: jax.Array, table: jax.Array, target_ids: jax.Array, plan: HeadPlan, vocabulary: int, *, with_gradient: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """Loss, hit, log-sum-exp (batch, length) and the gradient of each token's loss in its hidden state."""
 
     split_time = plan.mesh is not None and _splits_time(target_ids.shape[1], plan)
+    is_padded = vocabulary < table.shape[0]
 
     def piece(hidden: jax.Array, table: jax.Array, target_ids: jax.Array) -> Any:
         if split_time:
@@ -127,7 +169,8 @@ def _forward(
         h = hidden.reshape(-1, hidden.shape[-1])
         offset = _offset(table, plan)
         targets = target_ids.reshape(-1) - offset
-        maximum, total, best, mixed = _walk(h, table, plan, with_gradient)
+        words = vocabulary - offset if is_padded else None
+        maximum, total, best, mixed = _walk(h, table, plan, words, with_gradient)
         # The target's own logit comes from its row, which one device holds.
         target_rows = _lookup(table, targets)
         target_logit = _cap(jnp.sum(h.astype(jnp.float32) * target_rows.astype(jnp.float32), axis=-1), plan.soft_cap)
@@ -196,14 +239,21 @@ def _pieces(rows: int, length: int, parts: int, most_tokens: int) -> int:
 
 
 def _walk(
-    h: jax.Array, table: jax.Array, plan: HeadPlan, with_gradient: bool
+    h: jax.Array, table: jax.Array, plan: HeadPlan, words: jax.Array | None, with_gradient: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
-    """Walk the device's rows: maximum, sum of exponentials, index of the maximum (tokens,), and the weighted rows."""
+    """Walk the device's rows: maximum, sum of exponentials, index of the maximum (tokens,), and the weighted rows.
+
+    `words` is how many of them are words, where rows were added; None: all.
+    """
     tokens = h.shape[0]
 
     def step(carry: Any, rows: jax.Array, start: jax.Array | int) -> Any:
         maximum, total, best, mixed = carry
         z = _cap(jnp.einsum("nd,vd->nv", h, rows, preferred_element_type=jnp.float32), plan.soft_cap)
+        slope = _slope(z, plan.soft_cap)
+        if words is not None:
+            # Not -inf: a device may hold no word at all, and its sum, of no weight then, must stay a number.
+            z = jnp.where(start + jnp.arange(rows.shape[0]) < words, z, jnp.finfo(z.dtype).min)
         block_maximum = jnp.max(z, axis=-1)
         # The first of equal maxima, as argmax would take; XLA computes two plain reductions faster than one argmax, and
         # on a CPU those of floats, which are exact for numbers of this size.
@@ -215,7 +265,7 @@ def _walk(
         p = jnp.exp(z - new_maximum[:, None])
         total = total * kept + jnp.sum(p, axis=-1)
         if with_gradient:
-            p = (p * _slope(z, plan.soft_cap)).astype(rows.dtype)
+            p = (p * slope).astype(rows.dtype)
             mixed = mixed * kept[:, None] + jnp.einsum("nv,vd->nd", p, rows, preferred_element_type=jnp.float32)
         return new_maximum, total, best, mixed
 

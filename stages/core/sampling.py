@@ -15,8 +15,6 @@ import jax
 import jax.numpy as jnp
 import keras
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from stages.core import decoder, head
 from stages.core.causal import CausalModel
@@ -103,6 +101,7 @@ def _generate(
     stop = settings.stop_ids[0]
     with keras.StatelessScope(state_mapping=list(zip(backbone.variables, values, strict=True))):
         table = backbone.token_embedding._embeddings.value.astype(backbone.token_embedding.compute_dtype)
+        vocabulary, table = table.shape[0], head.padded(table, plan)
 
         def advance(caches: Any, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, Any]:
             embedded = constrain(head.embed(table, tokens, plan), "hidden")
@@ -116,11 +115,7 @@ def _generate(
             return jnp.where(jnp.isin(token, jnp.array(settings.stop_ids)), stop, token)
 
         def pick(hidden: jax.Array, step: jax.Array) -> jax.Array:
-            z = jnp.einsum("nd,vd->nv", hidden, table, preferred_element_type=jnp.float32)
-            if plan.mesh is not None:
-                z = jax.lax.with_sharding_constraint(z, NamedSharding(plan.mesh, P("batch", "model")))
-            if backbone.token_embedding.logit_soft_cap is not None:
-                z = backbone.token_embedding.logit_soft_cap * jnp.tanh(z / backbone.token_embedding.logit_soft_cap)
+            z = head.logits(hidden, table, vocabulary, plan)
             if settings.temperature == 0.0:
                 return jnp.argmax(z, axis=-1).astype(jnp.int32)
             if settings.top_k is not None and settings.top_k < z.shape[-1]:
