@@ -174,7 +174,39 @@ def test_a_batch_of_products_that_the_tpu_compiler_writes_as_a_convolution_count
     assert hlo.costs(compiled.as_text()).matrix_flops == 4 * 2 * 64 * 256 * 128
 
 
+@has_libtpu
+@pytest.mark.parametrize(
+    "dtypes, passes", [(("float32", "float32"), 6), (("bfloat16", "float32"), 3), (("bfloat16", "bfloat16"), 1)]
+)
+def test_a_float32_product_takes_a_tpu_six_passes(devices, dtypes, passes):
+    import jax
+    from jax.sharding import SingleDeviceSharding
+
+    device = topology.describe("v5e:2x2").devices[0]
+    shapes = [jax.ShapeDtypeStruct((256, 256), dtype, sharding=SingleDeviceSharding(device)) for dtype in dtypes]
+
+    def product(a, b):
+        return jax.lax.dot_general(a, b, (((1,), (0,)), ((), ())), preferred_element_type="float32")
+
+    costs = hlo.costs(jax.jit(product).lower(*shapes).compile().as_text())
+    assert (costs.matrix_flops, costs.pass_flops) == (2 * 256**3, passes * 2 * 256**3)
+
+
 # --- The program is the one that finetune runs. ---
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_product_of_a_float32_step_asks_for_float32(presets, family, rank):
+    """A TPU would round what goes into a product to bfloat16, a GPU to TensorFloat-32."""
+    import jax
+
+    from stages.core.step_program import lower
+
+    program = lower(question(presets[family], "cpu:8", rank=rank).request, jax.devices()).lowered.as_text()
+    products = re.findall(r"stablehlo\.(?:dot_general|convolution).*", program)
+    assert len(products) > 30
+    assert [each for each in products if "precision = [HIGHEST, HIGHEST]" not in each] == []
 
 
 @pytest.mark.parametrize("family", FAMILIES)

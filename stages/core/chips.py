@@ -12,8 +12,8 @@ from dataclasses import dataclass
 class Chip:
     """A TPU chip's peaks.
 
-    `flops`: bfloat16 matrix operations a second. A float32 product at JAX's default precision runs through the same
-    units in one bfloat16 pass, so it has the same peak. `memory_bytes` and `memory_rate` (bytes a second): its HBM.
+    `flops`: bfloat16 matrix operations a second. A product of float32 numbers runs through the same units, six
+    times over (`hlo.ProgramCosts.pass_flops`). `memory_bytes` and `memory_rate` (bytes a second): its HBM.
     `link_rate`: bytes a second that the chip can send to its neighbours over all its links together, one way.
     """
 

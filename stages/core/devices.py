@@ -203,6 +203,9 @@ def _start(platform: str, count: int) -> None:
 
     if platform == "cpu":
         jax.config.update("jax_num_cpu_devices", count)
+    # A product of float32 numbers is one: by default a TPU rounds them to bfloat16 first (and XLA then keeps whole
+    # activations so), a GPU to TensorFloat-32. Products of bfloat16 numbers stay what they are.
+    jax.config.update("jax_default_matmul_precision", "highest")
     from stages.core.program_cache import keep_programs
 
     keep_programs(cache_folder() / "xla")

@@ -95,9 +95,13 @@ class Collective:
 
 @dataclass(frozen=True)
 class ProgramCosts:
-    """What one device does in one run of the program."""
+    """What one device does in one run of the program.
+
+    `pass_flops`: the matrix flops, each as often as a TPU's bfloat16 units do it for the precision that is asked for.
+    """
 
     matrix_flops: int
+    pass_flops: int
     memory_bytes: int
     collectives: dict[str, Collective]
 
@@ -121,12 +125,14 @@ def costs(text: str) -> ProgramCosts:
         text: `compiled.as_text()` of a program for one device of many (SPMD).
     """
     computations, entry = _parse(text)
-    flops = traffic = 0
+    flops = pass_flops = traffic = 0
     kinds: dict[str, list[int]] = {}
     chains: set[str] = set()
     for computation, times, fused in _reached(computations, entry):
         for instruction in computation.instructions.values():
-            flops += times * _matrix_flops(instruction, computation)
+            product = times * _matrix_flops(instruction, computation)
+            flops += product
+            pass_flops += product * _passes(instruction, computation)
             kind = instruction.opcode.removesuffix("-start")
             if kind in COLLECTIVES and _begins(instruction, chains):
                 size, wire = _collective_bytes(instruction, computation, kind)
@@ -136,7 +142,7 @@ def costs(text: str) -> ProgramCosts:
                         sums[place] += times * value
             if not fused:
                 traffic += times * _traffic(instruction, computation, computations)
-    return ProgramCosts(flops, traffic, {kind: Collective(*kinds[kind]) for kind in sorted(kinds)})
+    return ProgramCosts(flops, pass_flops, traffic, {kind: Collective(*kinds[kind]) for kind in sorted(kinds)})
 
 
 def largest_buffers(text: str, count: int) -> list[dict[str, Any]]:
@@ -300,6 +306,19 @@ def _matrix_flops(instruction: Instruction, computation: _Computation) -> int:
             {key: values[axis] for key, values in window.items() if axis < len(values)},
         )
     return 2 * products
+
+
+def _passes(instruction: Instruction, computation: _Computation) -> int:
+    """Return how often a TPU multiplies for a matrix product: its units take bfloat16 numbers.
+
+    At the highest precision a float32 number is three of them, and of nine products the three smallest are left out
+    (https://docs.jax.dev/en/latest/jax.lax.html#jax.lax.Precision); otherwise it is rounded to one.
+    """
+    if "operand_precision={highest,highest}" not in instruction.attributes:
+        return 1
+    arrays = (_array_of(name, computation) for name in instruction.operands[:2])
+    wide = sum(array is not None and array.bits == 32 for array in arrays)
+    return (1, 3, 6)[wide]
 
 
 def _window(attributes: str) -> dict[str, list[tuple[int, ...]]]:

@@ -32,7 +32,7 @@ LARGEST_BATCH = 512
 LAYOUTS = ["auto"]
 MODEL_AXIS = 8
 BATCH_PER_ROW = 8
-EXTRAPOLATED = ("temporary_bytes", "code_bytes", "flops", "moved_bytes", "wire_bytes")
+EXTRAPOLATED = ("temporary_bytes", "code_bytes", "flops", "pass_flops", "moved_bytes", "wire_bytes")
 
 Say = Callable[[str], None]
 
@@ -199,7 +199,7 @@ def figures_of(question: Question, topology: Topology, held: int, say: Say) -> d
     counts = [{kind: found["count"] for kind, found in each["collectives"].items()} for each in (few, more)]
     kinds = sorted({*counts[0], *counts[1]})
     needed = held + more["by_kind"]["batch"] + whole["temporary_bytes"] + whole["code_bytes"]
-    least = bound(topology, whole["flops"], whole["moved_bytes"], whole["wire_bytes"])
+    least = bound(topology, whole["pass_flops"], whole["moved_bytes"], whole["wire_bytes"])
     return {
         **base,
         **whole,

@@ -91,9 +91,10 @@ def answer(question: Question, say: Callable[[str], None] = lambda text: None) -
 
     Returns:
         Per device, in bytes, flops and seconds: `fits`, `argument_bytes`, `temporary_bytes`, `output_bytes`,
-        `aliased_bytes`, `needed_bytes`, `memory_bytes` (the chip's), `by_kind` of the arguments, `flops` and
-        `moved_bytes` of the compiled program, `collectives`, `least_seconds`, what limits it, and `least` by cause;
-        `compile_seconds`; the weights' table; the `largest` buffers. Where it does not fit: `fits` false, `asked_bytes`
+        `aliased_bytes`, `needed_bytes`, `memory_bytes` (the chip's), `by_kind` of the arguments, `flops`, `pass_flops`
+        (see `hlo.ProgramCosts`) and `moved_bytes` of the compiled program, `collectives`, `least_seconds`, what limits
+        it, and `least` by cause; `compile_seconds`; the weights' table; the `largest` buffers. Where it does not fit:
+        `fits` false, `asked_bytes`
         and the `largest` buffers as the compiler lists them or, where it stops before that, of two blocks.
 
     Raises:
@@ -159,7 +160,7 @@ def _compile(question: Question, say: Callable[[str], None]) -> dict[str, Any]:
         - memory.alias_size_in_bytes
         + memory.generated_code_size_in_bytes
     )
-    least = bound(topology, costs.matrix_flops, costs.memory_bytes, costs.wire_bytes)
+    least = bound(topology, costs.pass_flops, costs.memory_bytes, costs.wire_bytes)
     return {
         **found,
         "fits": found["memory_bytes"] is None or needed <= found["memory_bytes"],
@@ -170,6 +171,7 @@ def _compile(question: Question, say: Callable[[str], None]) -> dict[str, Any]:
         "code_bytes": memory.generated_code_size_in_bytes,
         "needed_bytes": needed,
         "flops": costs.matrix_flops,
+        "pass_flops": costs.pass_flops,
         "moved_bytes": costs.memory_bytes,
         "wire_bytes": costs.wire_bytes,
         "collectives": {kind: dataclasses.asdict(each) for kind, each in costs.collectives.items()},

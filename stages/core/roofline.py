@@ -2,7 +2,7 @@
 
 Purpose: what `plan` says of time. XLA's own `optimal_seconds` is not used: it came out negative for one program.
 
-    least = max(matrix flops / peak, bytes moved / memory rate, bytes sent / link rate)     (roofline model:
+    least = max(matrix passes / peak, bytes moved / memory rate, bytes sent / link rate)     (roofline model:
             https://doi.org/10.1145/1498765.1498785, with the interconnect as a third roof)
 
 All three count what the compiled program does on one device. Nothing can be faster; vector work, latencies and waiting
@@ -35,13 +35,13 @@ class Bound:
         return max(("compute", "memory", "network"), key=lambda name: getattr(self, name))
 
 
-def bound(topology: Topology, matrix_flops: float, memory_bytes: float, wire_bytes: float) -> Bound | None:
+def bound(topology: Topology, pass_flops: float, memory_bytes: float, wire_bytes: float) -> Bound | None:
     """Return the bound for one device's work, or None for CPU devices, whose peaks are not in the table."""
     chip = topology.chip
     if chip is None:
         return None
     return Bound(
-        compute=matrix_flops * topology.devices_per_chip / chip.flops,
+        compute=pass_flops * topology.devices_per_chip / chip.flops,
         memory=memory_bytes * topology.devices_per_chip / chip.memory_rate,
         network=wire_bytes / chip.link_rate,
     )
