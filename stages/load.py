@@ -34,7 +34,7 @@ def main(run: Run, dry_run: bool, public: str | None) -> None:
     from stages.core import measures, sharding, variants
     from stages.core.files import write_json
     from stages.core.layout import check_replication
-    from stages.core.layouts import make_layout
+    from stages.core.layouts import make_layout, replication_advice
     from stages.core.mesh import MeshShape
     from stages.core.paths import SHARDING
     from stages.core.plan_check import run_of, warn_before_running
@@ -47,7 +47,8 @@ def main(run: Run, dry_run: bool, public: str | None) -> None:
     description = variants.model_description("baseline", preset, params.load.dtype, mesh, params.mesh.devices, layout)
     model = variants.declare_model(description, preset.architecture, None)
     warn_before_running(run.paths.root, run_of(description), run.say)
-    fraction = check_replication(model.placements, mesh, params.layout.max_replicated_fraction)
+    advice = replication_advice(params.layout, preset.architecture, model.placements, mesh)
+    fraction = check_replication(model.placements, mesh, params.layout.max_replicated_fraction, advice)
     variants.fill_model(model, preset, {})
     variants.check_placed(model)
     report = sharding.report(
@@ -63,7 +64,7 @@ def main(run: Run, dry_run: bool, public: str | None) -> None:
 
     click.echo(sharding.block_table(model.placements))
     for fallback in layout.fallbacks:
-        run.say(f"Layout: {fallback.pattern} split over {fallback.used}, since {fallback.reason}.")
+        run.say(f"Layout: {fallback}")
     write_json(run.paths.write("models/baseline/model.json"), description)
     write_json(run.paths.write(SHARDING["baseline"]), report)
     run.write_metrics(

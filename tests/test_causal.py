@@ -125,6 +125,83 @@ def test_layouts_that_replicate_adapters_or_split_oddly_give_the_same_gradients(
         np.testing.assert_allclose(gradient, wanted_gradients[path], rtol=1e-3, atol=3e-5 * scale, err_msg=path)
 
 
+def sampled(model, prompts):
+    """The likeliest continuations by the model's own head and cache."""
+    from stages.core import sampling
+    from stages.core.causal import make_model
+
+    causal = make_model(model.backbone, model.jax_mesh, model.placements)
+    return sampling.generate(causal, prompts, sampling.SamplerSettings(3, 0.0, None, (511,)), 0)
+
+
+# 60 hidden, 6 heads, 120 units: what 3, 5 or 6 devices divide of it differs, and they never divide the vocabulary.
+ODD = {"hidden_dim": 60, "num_query_heads": 6, "num_key_value_heads": 3, "intermediate_dim": 120}
+ODD_MESHES = [(1, 3), (1, 5), (2, 3), (1, 6), (1, 7)]
+
+
+@pytest.fixture(scope="module")
+def odd_presets(devices, tmp_path_factory):
+    """A preset of each family whose dimensions few powers of two divide."""
+    from tests.tiny import write_tiny_preset
+
+    base = tmp_path_factory.mktemp("odd")
+    return {family: write_tiny_preset(base / family, family, num_layers=1, **ODD) for family in FAMILIES}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_odd_meshes_lengths_batches_and_prompts_come_to_what_one_device_does(odd_presets, family):
+    """Trains (gradients, with an adapter or in full), measures (the loss) and generates."""
+    import hypothesis
+    from hypothesis import strategies as some
+
+    @hypothesis.settings(
+        max_examples=4, deadline=None, database=None, derandomize=True, phases=[hypothesis.Phase.generate]
+    )
+    @hypothesis.given(
+        some.sampled_from(ODD_MESHES), some.integers(9, 25), some.integers(1, 3), some.sampled_from([0, 2])
+    )
+    def check(shape, length, batches, rank):
+        found = []
+        for mesh in ((1, 1), shape):
+            model = load_tiny(
+                odd_presets[family], mesh, rank=rank, targets=("query", "value", "ffw_gating", ".*output")
+            )
+            batch = windows(2 * batches, length)
+            found.append((*our_loss_and_gradients(model, batch), sampled(model, [[2, *range(9, length)], [2, 5]])))
+        (loss, gradients, text), (wanted, wanted_gradients, wanted_text) = found[::-1]
+        assert loss == pytest.approx(wanted, rel=2e-6)
+        assert text == wanted_text
+        for path, gradient in gradients.items():
+            scale = np.abs(wanted_gradients[path]).max()
+            np.testing.assert_allclose(gradient, wanted_gradients[path], rtol=1e-3, atol=3e-5 * scale, err_msg=path)
+
+    check()
+
+
+RANK_SPLIT = Layout.model_validate(
+    {
+        "name": "rules",
+        "rules": [
+            {"pattern": r".*/(query|value)/kernel", "spec": [None, None, "model"]},
+            {"pattern": r".*/(query|value)/lora_kernel_a", "spec": [None, None, "model"]},
+            {"pattern": r".*/(query|value)/lora_kernel_b", "spec": [None, "model"]},
+        ],
+        "max_replicated_fraction": 1.0,
+    }
+)
+
+
+def test_an_adapter_split_over_its_rank_gives_the_same_gradients(presets):
+    found = []
+    for shape, layout in (((1, 1), AUTO), ((1, 2), RANK_SPLIT)):
+        model = load_tiny(presets["gemma3"], shape, rank=2, layout=layout)
+        found.append(our_loss_and_gradients(model, windows(2)))
+    (wanted, wanted_gradients), (loss, gradients) = found
+    assert loss == pytest.approx(wanted, rel=2e-6)
+    for path, gradient in gradients.items():
+        np.testing.assert_allclose(gradient, wanted_gradients[path], rtol=1e-3, atol=1e-6, err_msg=path)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_recomputing_blocks_changes_no_gradient(presets, family):
     model = load_tiny(presets[family], (1, 4), rank=2)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
-from stages.core.layout import format_spec, replicated_fraction, resolve
-from stages.core.layouts import auto, make_layout, tutorial
+from stages.core.errors import StageError
+from stages.core.layout import check_replication, format_spec, replicated_fraction, resolve
+from stages.core.layouts import auto, make_layout, replication_advice, tutorial
 from stages.core.mesh import MeshShape
 from stages.core.params import Layout
 from tests.gemmas import GEMMAS, architecture, declared_weights
@@ -40,6 +42,20 @@ def test_auto_splits_nearly_everything_of_every_gemma_on_every_mesh(devices: int
         if shape[1] > 1:
             kernels = [each for each in placements if each.weight.path.endswith("/kernel")]
             assert all(each.splits("model") for each in kernels)
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (1, 6), (1, 7), (1, 12), (2, 7)], ids=str)
+def test_a_mesh_that_replicates_the_table_is_refused_with_the_axes_that_split_it(devices: int, shape):
+    mesh, named = MeshShape(shape), architecture("gemma3_270m")
+    settings = Layout(name="auto", rules=None, max_replicated_fraction=0.02)
+    placements = resolve(auto(named, mesh).rules, declared_weights("gemma3_270m"), mesh)
+    with pytest.raises(StageError, match="one that divides this model: ") as raised:
+        check_replication(placements, mesh, 0.02, replication_advice(settings, named, placements, mesh))
+    told = re.search(r"this model: ([\d, ]+), or raise", str(raised.value))[1]
+    for size in map(int, told.split(", ")):
+        other = MeshShape((1, size))
+        assert size <= mesh.devices
+        check_replication(resolve(auto(named, other).rules, declared_weights("gemma3_270m"), other), other, 0.02)
 
 
 def test_auto_splits_heads_where_they_divide():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +60,10 @@ class Fallback:
     wanted: str
     used: str
     reason: str
+
+    def __str__(self) -> str:
+        where = self.used if self.used == "replicated" else f"split over {self.used}"
+        return f"{self.pattern} {where}, since {self.reason}."
 
 
 @dataclass(frozen=True)
@@ -200,8 +204,13 @@ def replicated_fraction(placements: Sequence[Placement], mesh: MeshShape, axis: 
     return sum(placement.weight.bytes for placement in placements if not placement.splits(axis)) / total
 
 
-def check_replication(placements: Sequence[Placement], mesh: MeshShape, limit: float) -> float:
-    """Return the replicated fraction, or stop if it is beyond `limit` and list the largest replicated weights."""
+def check_replication(
+    placements: Sequence[Placement], mesh: MeshShape, limit: float, advice: Callable[[], str] | None = None
+) -> float:
+    """Return the replicated fraction, or stop if it is beyond `limit` and list the largest replicated weights.
+
+    `advice` tells what to do about it; by default that is to split them in the layout.
+    """
     fraction = replicated_fraction(placements, mesh)
     if fraction <= limit:
         return fraction
@@ -211,6 +220,6 @@ def check_replication(placements: Sequence[Placement], mesh: MeshShape, limit: f
     listed = "; ".join(f"{each.weight.path} {each.weight.shape} {each.weight.bytes:,} bytes" for each in replicated[:5])
     raise StageError(
         f"At most layout.max_replicated_fraction of the weights may be replicated over the free axis 'model'. "
-        f"Received: {fraction:.4f} > {limit} on mesh={mesh}. Largest: {listed}. Split them in the layout, or raise "
-        "the limit."
+        f"Received: {fraction:.4f} > {limit} on mesh={mesh}. Largest: {listed}. "
+        f"{advice() if advice else 'Split them in the layout'}, or raise the limit."
     )

@@ -15,13 +15,25 @@ Weight paths and shapes of a block (N query heads, K key/value heads, D hidden, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 
 from stages.core.architecture import Architecture
-from stages.core.layout import Fallback, NamedLayout, Rule, Spec, as_spec
+from stages.core.layout import (
+    Fallback,
+    NamedLayout,
+    Placement,
+    Rule,
+    Spec,
+    as_spec,
+    replicated_fraction,
+    resolve,
+)
 from stages.core.mesh import MeshShape
 from stages.core.params import Layout
 
+# Sizes of the model axis that a message lists at the most.
+AXES_TOLD = 6
 BLOCK = r"decoder_block_\d+"
 
 
@@ -37,6 +49,28 @@ def make_layout(settings: Layout, architecture: Architecture, mesh: MeshShape) -
         rules = [Rule(rule.pattern, as_spec(rule.spec)) for rule in settings.rules or ()]
         return NamedLayout("rules", tuple(rules))
     return tutorial() if settings.name == "tutorial" else auto(architecture, mesh)
+
+
+def replication_advice(
+    settings: Layout, architecture: Architecture, placements: Sequence[Placement], mesh: MeshShape
+) -> Callable[[], str] | None:
+    """Return what `check_replication` tells to do: for `auto` the model axes that split these weights far enough.
+
+    They are told in falling order, from the largest that the mesh has devices for; None for another layout.
+    """
+    if settings.name != "auto":
+        return None
+
+    def fits(size: int) -> bool:
+        trial = MeshShape((1, size), mesh.axis_names)
+        found = resolve(auto(architecture, trial).rules, [each.weight for each in placements], trial)
+        return replicated_fraction(found, trial) <= settings.max_replicated_fraction
+
+    def advice() -> str:
+        sizes = itertools.islice(filter(fits, range(mesh.devices, 0, -1)), AXES_TOLD)
+        return f"Set the model axis of mesh.shape to one that divides this model: {', '.join(map(str, sizes))}"
+
+    return advice
 
 
 def tutorial() -> NamedLayout:

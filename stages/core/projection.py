@@ -102,10 +102,11 @@ class Projections:
         if any("batch" in axes_of(axis) for spec in specs.values() for axis in spec):
             return None
         kernel = specs["kernel"]
-        # A device's parts fit each other only where the adapter is split as its kernel is; some layouts replicate it.
-        if "lora_kernel_a" in specs and (specs["lora_kernel_a"][:-1], specs["lora_kernel_b"][-1]) != (
-            kernel[:-1],
-            kernel[-1],
+        # A device's parts fit each other only where the adapter is split as its kernel is and has its rank whole; some
+        # layouts replicate it, and a person's own may split the rank.
+        if "lora_kernel_a" in specs and (specs["lora_kernel_a"], specs["lora_kernel_b"]) != (
+            (*kernel[:-1], None),
+            (None, kernel[-1]),
         ):
             return None
         return specs if any(axes_of(axis) for axis in kernel) else None

@@ -97,7 +97,7 @@ def dry_run(run: Run, preset: str | None) -> str:
         StageError: no manifest, a layout that does not fit, or more replication than the layout may have.
     """
     from stages.core import devices, gemmas
-    from stages.core.layouts import make_layout
+    from stages.core.layouts import make_layout, replication_advice
 
     params = run.params
     name, architecture = (preset, gemmas.architecture(preset)) if preset else fetched(run.paths)
@@ -109,7 +109,8 @@ def dry_run(run: Run, preset: str | None) -> str:
     placements = resolve_shapes(architecture, mesh, layout, params.load.dtype, tuning)
     # The gate of the load stage: over the weights that it loads.
     base = [each for each in placements if each.weight.kind == "weight"]
-    check_replication(base, mesh, params.layout.max_replicated_fraction)
+    advice = replication_advice(params.layout, architecture, base, mesh)
+    check_replication(base, mesh, params.layout.max_replicated_fraction, advice)
     return "\n".join([f"{name}, {params.load.dtype}", summary(placements, mesh, layout, tuning)])
 
 
@@ -147,10 +148,5 @@ def summary(placements: Sequence[Placement], mesh: MeshShape, layout: NamedLayou
         f"optimizer {held['optimizer']:,}).",
         f"Replicated fraction of the weights' bytes: {replicated_fraction(weights, mesh):.6f}.",
     ]
-    lines += [
-        f"Fallback: {each.pattern} split over {each.used}, since {each.reason}."
-        if each.used != "replicated"
-        else f"Fallback: {each.pattern} replicated, since {each.reason}."
-        for each in layout.fallbacks
-    ]
+    lines += [f"Fallback: {each}" for each in layout.fallbacks]
     return "\n".join(lines)
