@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from tests.tiny import CONFIGS, tiny_proto
+
 MODEL_TYPES = {"gemma": "gemma", "gemma2": "gemma2", "gemma3": "gemma3_text"}
 
 
@@ -110,6 +112,31 @@ def write_hugging_face(
         weight_map |= dict.fromkeys(part, name)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder
+
+
+def hugging_face_files(files: int = 1, padding: int = 0) -> dict[str, bytes]:
+    """The files of a tiny Gemma 3 as a hub has them, made without Keras; padding bytes make the first file larger."""
+    from safetensors.numpy import save
+
+    from stages.core.architecture import Architecture
+    from stages.core.keras_weights import stored_weights
+
+    architecture = Architecture("Gemma3Backbone", CONFIGS["gemma3"])
+    weights = {path: np.ones(shape, "f4") for path, (_, shape) in stored_weights(architecture).items()}
+    tensors = tensors_of("gemma3", weights)
+    content = {
+        "config.json": json.dumps(config_of("gemma3", CONFIGS["gemma3"])).encode(),
+        "tokenizer.model": tiny_proto(),
+    }
+    if files == 1:
+        return content | {"model.safetensors": save(tensors, {"padding": "x" * padding})}
+    weight_map = {}
+    for number in range(files):
+        name = f"model-{number + 1:05}-of-{files:05}.safetensors"
+        part = {key: tensors[key] for key in sorted(tensors)[number::files]}
+        content[name] = save(part)
+        weight_map |= dict.fromkeys(part, name)
+    return content | {"model.safetensors.index.json": json.dumps({"weight_map": weight_map}).encode()}
 
 
 def change_config(folder: Path, **values: Any) -> Path:

@@ -17,46 +17,29 @@ from stages.core.huggingface_preset import source_of
 from stages.core.paths import MANIFEST
 from stages.core.presets import read_manifest, verified_folder
 from tests import hub_server
-from tests.hugging_face import config_of
-from tests.tiny import CONFIGS
+from tests.hugging_face import config_of, hugging_face_files
+from tests.preset_folder import preset_files
+from tests.tiny import CONFIGS, tiny_proto
 
 ROOT = Path(__file__).parents[1]
 REPO = "google/gemma-tiny"
 PRESET = f"hf://{REPO}"
 COMMIT = "a" * 40
 FOLDER = "presets/google--gemma-tiny-huggingface-" + "a" * 40
-WEIGHTS = os.urandom(50_000)
-
-PLAIN = {
+OTHERS = {
     ".gitattributes": b"",
     "README.md": b"# A model",
-    "config.json": json.dumps(config_of("gemma3", CONFIGS["gemma3"])).encode(),
-    "model.safetensors": WEIGHTS,
     "pytorch_model.bin": b"a pickle",
     "modeling_gemma.py": b"raise SystemExit",
-    "tokenizer.model": b"vocabulary",
-    "tokenizer.json": b"{}",
 }
-KERAS = {
-    "README.md": b"# A preset",
-    "assets/tokenizer/vocabulary.spm": b"vocabulary",
-    "config.json": json.dumps({"class_name": "GemmaBackbone", "config": CONFIGS["gemma"]}).encode(),
-    "model.weights.h5": WEIGHTS,
-    "tokenizer.json": b"{}",
-    "task.json": b"{}",
-}
-INDEX = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
-SPLIT_PLAIN = {name: content for name, content in PLAIN.items() if name != "model.safetensors"} | {
-    "model.safetensors.index.json": json.dumps(INDEX).encode(),
-    "model-00001-of-00002.safetensors": WEIGHTS[:20_000],
-    "model-00002-of-00002.safetensors": WEIGHTS[20_000:],
-}
-SHARDS = {"weight_map": {"/layers/a/vars": "model_00000.weights.h5", "/layers/b/vars": ["model_00001.weights.h5"]}}
-SPLIT_KERAS = {name: content for name, content in KERAS.items() if name != "model.weights.h5"} | {
-    "model.weights.json": json.dumps(SHARDS).encode(),
-    "model_00000.weights.h5": WEIGHTS[:20_000],
-    "model_00001.weights.h5": WEIGHTS[20_000:],
-}
+PLAIN = OTHERS | hugging_face_files()
+WEIGHTS = PLAIN["model.safetensors"]
+SPLIT_PLAIN = OTHERS | hugging_face_files(files=2)
+KERAS = {"README.md": b"# A preset", "task.json": b"{}"} | preset_files()
+SHARDS = ["model_00000.weights.h5", "model_00001.weights.h5"]
+SPLIT_KERAS = {"README.md": b"# A preset", "task.json": b"{}"} | preset_files(SHARDS)
+SPLIT_KERAS["model.weights.json"] = json.dumps({"weight_map": {"/layers/a/vars": SHARDS}}).encode()
+ANOTHER_VOCABULARY = tiny_proto(control=True)
 LEFT_OUT = {".gitattributes", "README.md", "pytorch_model.bin", "modeling_gemma.py", "task.json"}
 
 
@@ -138,9 +121,8 @@ def test_only_the_files_that_make_the_preset_come_pinned_to_a_commit(hub, fetch,
     assert (found.preset, found.source, found.format) == (PRESET, "huggingface", kind)
     assert (found.handle, found.folder) == (f"hf://{REPO}@{COMMIT}", FOLDER)
     assert found.licence == {"name": "Gemma Terms of Use", "url": "https://ai.google.dev/gemma/terms"}
-    left_out = LEFT_OUT | ({"tokenizer.json"} if kind == "safetensors" else set())
     names = {file.name for file in found.files}
-    assert names == set(files) - left_out
+    assert names == set(files) - LEFT_OUT
     assert verified_folder(found, ROOT) == tmp_path / "cache" / FOLDER
     assert everything_below(tmp_path / "cache" / FOLDER) == names
     assert {name: (tmp_path / "cache" / FOLDER / name).read_bytes() for name in names} == {
@@ -180,7 +162,7 @@ def test_a_commit_that_only_begins_like_one_that_is_here_is_another(hub, fetch, 
 def test_a_revision_may_be_named_and_another_commit_lies_beside_the_first(hub, fetch, manifest):
     assert fetch().returncode == 0
     hub.branches["refs/pr/1"] = "b" * 40
-    hub.files["tokenizer.model"] = b"another vocabulary"
+    hub.files["tokenizer.model"] = ANOTHER_VOCABULARY
     run = fetch(f"{PRESET}@refs/pr/1")
     assert run.returncode == 0, run.stderr
     assert manifest().handle == f"hf://{REPO}@{'b' * 40}"
@@ -220,7 +202,7 @@ def test_clones_that_fetch_at_once_download_once(hub, fetch):
 
 def test_a_transfer_that_breaks_off_goes_on_where_it_was(hub, fetch, manifest):
     # The client writes ten megabytes at a time, and keeps what it has written.
-    hub.files["model.safetensors"] = os.urandom(1 << 20) * 12
+    hub.files |= hugging_face_files(padding=12 << 20)
     hub.cut = 11 << 20
     run = fetch()
     assert run.returncode == 0, run.stderr
@@ -312,7 +294,7 @@ def test_other_bytes_than_announced_are_fetched_once_more_and_then_refused(hub, 
 def test_other_bytes_under_the_same_commit_are_not_accepted_in_silence(hub, fetch, tmp_path):
     assert fetch().returncode == 0
     (tmp_path / "cache" / FOLDER / "tokenizer.model").unlink()
-    hub.files["tokenizer.model"] = b"another vocabulary"
+    hub.files["tokenizer.model"] = ANOTHER_VOCABULARY
     run = fetch()
     assert run.returncode == 1
     assert f"tokenizer.model of {REPO} came from Hugging Face with other bytes than the first time" in run.stderr

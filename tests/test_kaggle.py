@@ -22,6 +22,7 @@ from stages.core.paths import MANIFEST
 from stages.core.presets import fault
 from tests import kaggle_server
 from tests.kaggle_server import HANDLE
+from tests.preset_folder import weight_bytes
 
 ROOT = Path(__file__).parents[1]
 FETCH = [sys.executable, "-m", "stages.fetch", "--set", "fetch.source=kaggle", "--set", f"fetch.preset={HANDLE}"]
@@ -101,7 +102,7 @@ def test_a_transfer_that_breaks_off_goes_on_where_it_was_as_often_as_it_gets_fur
     kaggle, fetch, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(kaggle_client, "BROKEN_WAITS", (0.0, 0.0))
-    kaggle.files["model.weights.h5"] = os.urandom(5 << 20)
+    kaggle.files["model.weights.h5"] += os.urandom(5 << 20)
     kaggle.cut = (1 << 20) + 7  # kagglehub writes by the megabyte
     assert files_of(fetch(), tmp_path) == kaggle.files
     # Each time kagglehub begins with a request for the whole file and then asks for the rest.
@@ -110,7 +111,7 @@ def test_a_transfer_that_breaks_off_goes_on_where_it_was_as_often_as_it_gets_fur
 
 
 def test_a_run_that_is_killed_leaves_what_the_next_one_goes_on_with(kaggle, tmp_path):
-    kaggle.files["model.weights.h5"] = os.urandom(6 << 20)
+    kaggle.files["model.weights.h5"] += os.urandom(6 << 20)
     kaggle.files = {"model.weights.h5": kaggle.files.pop("model.weights.h5"), **kaggle.files}
     out = ["--out-root", str(tmp_path / "out")]
     partial = tmp_path / "home" / "kagglehub" / "models" / MODEL / "model.weights.h5"
@@ -148,7 +149,7 @@ def test_clones_that_fetch_at_once_download_once(kaggle, tmp_path):
 
 def test_a_model_of_many_files_comes_file_by_file_and_never_as_an_archive(kaggle, fetch, tmp_path):
     names = [f"model_{number:05}.weights.h5" for number in range(40)]
-    kaggle.files |= {name: name.encode() for name in names}
+    kaggle.files |= {name: weight_bytes(len(names), number) for number, name in enumerate(names)}
     del kaggle.files["model.weights.h5"]
     index = {"weight_map": {f"/layers/{name}": name for name in names}}
     kaggle.files["model.weights.json"] = json.dumps(index).encode()
@@ -243,7 +244,7 @@ def test_an_index_that_leads_out_of_the_folder_is_refused(kaggle, fetch):
 
 
 def test_a_disk_that_fills_up_is_told_in_two_lines(kaggle, tmp_path):
-    kaggle.files["model.weights.h5"] = os.urandom(3 << 20)
+    kaggle.files["model.weights.h5"] += os.urandom(3 << 20)
     limited = ["sh", "-c", 'ulimit -f 2000 && exec "$@"', "sh"]  # one or two megabytes, as the shell counts
     run = subprocess.run(
         [*limited, *FETCH, "--out-root", tmp_path / "out"], cwd=ROOT, capture_output=True, text=True, timeout=60
@@ -264,7 +265,7 @@ def test_a_download_that_would_fill_the_disk_is_not_begun(kaggle, fetch, tmp_pat
         pytest.skip("needs the right to mount a small disk")
     try:
         monkeypatch.setenv("KAGGLEHUB_CACHE", str(disk))
-        kaggle.files["model.weights.h5"] = os.urandom(2 << 20)
+        kaggle.files["model.weights.h5"] += os.urandom(2 << 20)
         with pytest.raises(
             StageError, match=rf"2 MB are needed in .* for the weights of {MODEL}\. Received: free=1 MB\nMake room"
         ):

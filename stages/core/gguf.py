@@ -7,6 +7,7 @@ Reads: one .gguf file (`general.architecture` must be gemma3). The format: the G
 
 from __future__ import annotations
 
+import math
 import os
 import struct
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 import gguf
 import numpy as np
 
+from stages.core.architecture import Architecture, brief, plain, refuse_pointer
 from stages.core.errors import StageError
 
 CHUNK_ELEMENTS = 1 << 19
@@ -25,15 +27,70 @@ CHUNK_ELEMENTS = 1 << 19
 GLOBAL_ROPE_WAVELENGTH = 1.0e6
 """keras-hub's Gemma3Backbone has it as a constant for its global layers (and 1.0e4 for the local ones)."""
 
+LARGEST_COUNT = 1 << 16
+"""Tensors, or metadata values, of a file: the largest Gemma 3 has some 800."""
+
+TABLE, HEAD = "token_embd.weight", "output.weight"
+
+# What a file may say of the model beside what is read, and the only values under which keras-hub computes the same.
+FIXED: dict[str, tuple[Any, ...]] = {
+    "attention.causal": (True,),
+    "rope.freq_base_swa": (1.0e4,),
+    "rope.scaling.type": ("linear", "none"),
+    "attention.sliding_window_pattern": (6,),
+    "pooling_type": (0,),
+    "expert_count": (0,),
+}
+READ = {
+    *("rope.freq_base", "block_count", "embedding_length", "feed_forward_length", "rope.scaling.factor"),
+    *("attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length"),
+    *("attention.sliding_window", "attention.layer_norm_rms_epsilon"),
+    *("attn_logit_softcapping", "final_logit_softcapping"),
+}
+HARMLESS = {"context_length", "vocab_size", "rope.scaling.finetuned", "rope.scaling.original_context_length"}
+
 UNKNOWN, USER_DEFINED, BYTE = 2, 4, 6
 """Token types; GGUF took over the numbers of SentencePiece's `ModelProto.SentencePiece.Type`."""
 
 
 class _Reader(gguf.GGUFReader):
-    """The package's reader, with arrays read at once: element by element, 262,144 tokens take it 12 s."""
+    """The package's reader, which believes every number of the file, with what a damaged or hostile one needs.
+
+    Arrays are read at once: element by element, 262,144 tokens take it 12 s.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with path.open("rb") as stream:
+            head = stream.read(24)
+        magic, version, tensors, values = struct.unpack("<4sIQQ", head)
+        if magic != b"GGUF":
+            raise ValueError("GGUF magic invalid")
+        if version & 0xFFFF == 0:
+            raise ValueError("it was written for machines of the other byte order")
+        if max(tensors, values) > LARGEST_COUNT:
+            raise ValueError(f"it states {tensors:,} tensors and {values:,} values")
+        super().__init__(path)
+        end = 0
+        for tensor in self.tensors:
+            # As llama.cpp demands: one after the other, each from the next multiple of the alignment.
+            if tensor.data_offset - self.data_offset != end:
+                raise ValueError(f"{tensor.name} does not follow the tensor before it")
+            end += -(-tensor.n_bytes // int(self.alignment)) * int(self.alignment)
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+        if offset + int(count) * np.dtype(dtype).itemsize > len(self.data):
+            raise ValueError("it breaks off")
+        return super()._get(offset, dtype, count, override_order)
+
+    def _get_tensor_info_field(self, orig_offs: int) -> Any:
+        field = super()._get_tensor_info_field(orig_offs)
+        dimensions = field.parts[3].tolist()
+        if not 1 <= len(dimensions) <= 4 or not 0 < math.prod(dimensions) <= 8 * len(self.data):
+            raise ValueError(f"{field.name} has the shape {dimensions[:4]}")
+        return field
 
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], list[int], list[Any]]:
-        if raw_type != gguf.GGUFValueType.ARRAY or self.byte_order == "S":
+        if raw_type != gguf.GGUFValueType.ARRAY:
             return super()._get_field_parts(orig_offs, raw_type)
         element = gguf.GGUFValueType(int(self._get(orig_offs, np.uint32)[0]))
         count = int(self._get(orig_offs + 4, np.uint64)[0])
@@ -43,12 +100,14 @@ class _Reader(gguf.GGUFReader):
             values = self._get(start, dtype, count)
             return 12 + int(values.nbytes), [values], [0], types
         if element != gguf.GGUFValueType.STRING:
-            return super()._get_field_parts(orig_offs, raw_type)
+            raise ValueError("it holds an array of arrays")
         content = np.asarray(self.data)
         length_at = struct.Struct("<Q").unpack_from
         strings, offset = [], start
         for _ in range(count):
             (length,) = length_at(content, offset)
+            if offset + 8 + length > len(content):
+                raise ValueError("it breaks off")
             strings.append(content[offset + 8 : offset + 8 + length])
             offset += 8 + length
         return offset - orig_offs, strings, list(range(count)), types
@@ -58,27 +117,49 @@ def _open(path: Path) -> _Reader:
     """Open a GGUF file of a Gemma 3 model.
 
     Raises:
-        StageError: it cannot be read, or holds another architecture.
+        StageError: it cannot be read, or holds another architecture, or says something that changes the computation.
     """
+    refuse_pointer(path)
     try:
         reader = _Reader(path)
-    except (OSError, ValueError, KeyError, IndexError, struct.error, UnicodeDecodeError) as error:
+    except (OSError, ValueError, KeyError, IndexError, OverflowError, struct.error) as error:
         raise StageError(
-            f"The model file must be a complete GGUF file ({error}). Received: path={path}. "
+            f"The model file must be a complete GGUF file ({plain(error)}). Received: path={path}. "
             "Delete it and run `python -m stages.fetch`."
         ) from error
     architecture = _field(reader, "general.architecture")
     if architecture != "gemma3":
         raise StageError(
-            f"The GGUF file must hold a Gemma 3 text model. Received: general.architecture={architecture!r} in {path}"
+            "The GGUF file must hold a Gemma 3 text model. "
+            f"Received: general.architecture={brief(architecture)} in {path}"
         )
+    for key in (key.removeprefix("gemma3.") for key in reader.fields if key.startswith("gemma3.")):
+        value = _field(reader, f"gemma3.{key}")
+        if key == "rope.dimension_count":
+            allowed: tuple[Any, ...] = (_field(reader, "gemma3.attention.key_length"),)
+        else:
+            allowed = FIXED.get(key, (value,) if key in READ | HARMLESS else ())
+        if value not in allowed:
+            raise StageError(
+                f"keras-hub's Gemma 3 cannot have gemma3.{plain(key)}={brief(value)}, or this project does not "
+                f"know the key. Received: path={path}"
+            )
     return reader
 
 
 def _field(reader: gguf.GGUFReader, key: str, default: Any = None) -> Any:
-    """Return a metadata value, or `default` where the file does not have it."""
+    """Return a metadata value, or `default` where the file does not have it.
+
+    Raises:
+        StageError: it is text that is no UTF-8.
+    """
     field = reader.get_field(key)
-    return default if field is None else field.contents()
+    try:
+        return default if field is None else field.contents()
+    except (ValueError, IndexError, TypeError) as error:
+        raise StageError(
+            f"The GGUF file must state {key} readably ({plain(error)}). Delete it and fetch it anew."
+        ) from error
 
 
 def read_architecture(path: Path) -> dict[str, Any]:
@@ -103,18 +184,21 @@ def _architecture(reader: gguf.GGUFReader, path: Path) -> dict[str, Any]:
     if wavelength != GLOBAL_ROPE_WAVELENGTH:
         raise StageError(
             f"keras-hub's Gemma 3 has a fixed global RoPE wavelength of {GLOBAL_ROPE_WAVELENGTH:g}. "
-            f"Received: gemma3.rope.freq_base={wavelength:g} in {path}"
+            f"Received: gemma3.rope.freq_base={brief(wavelength)} in {path}"
         )
     if need("attention.key_length") != need("attention.value_length"):
         raise StageError(f"Keys and values must have the same head size. Received: path={path}")
     names = {tensor.name: tensor for tensor in reader.tensors}
-    if "token_embd.weight" not in names:
-        raise StageError(f"The GGUF file must hold token_embd.weight, and does not. Received: path={path}")
-    return {
+    if TABLE not in names or len(names[TABLE].shape) != 2:
+        raise StageError(f"The GGUF file must hold {TABLE}, and does not. Received: path={path}")
+    epsilon = need("attention.layer_norm_rms_epsilon")
+    if not isinstance(epsilon, float) or not 0 < epsilon < 1:
+        raise StageError(f"The GGUF file must state a small epsilon. Received: {brief(epsilon)} in {path}")
+    found = {
         "class_name": "Gemma3Backbone",
         "config": {
             # Of the tensor, not of the token list: some files pad one and not the other.
-            "vocabulary_size": int(names["token_embd.weight"].shape[1]),
+            "vocabulary_size": int(names[TABLE].shape[1]),
             "image_size": 896,
             "num_layers": need("block_count"),
             "num_query_heads": need("attention.head_count"),
@@ -134,10 +218,12 @@ def _architecture(reader: gguf.GGUFReader, path: Path) -> dict[str, Any]:
             "global_rope_scaling_factor": _field(reader, "gemma3.rope.scaling.factor", 1.0),
             "vision_encoder": None,
             # Stored as float32: 9.999999974752427e-07 was written as 1e-06.
-            "layer_norm_epsilon": float(str(np.float32(need("attention.layer_norm_rms_epsilon")))),
+            "layer_norm_epsilon": float(str(np.float32(epsilon))),
             "dropout": 0,
         },
     }
+    Architecture(found["class_name"], found["config"])
+    return found
 
 
 class _Weight(NamedTuple):
@@ -163,13 +249,28 @@ class GgufWeights:
         for weight_path, (name, shape, kind) in _weight_table(_architecture(reader, path)["config"]).items():
             if name not in tensors:
                 raise StageError(f"The GGUF file must hold {name} (for {weight_path}). Received: path={path}")
-            tensor = tensors[name]
-            if int(np.prod(shape)) != tensor.n_elements:
+            tensor = tensors.pop(name)
+            if tensor.shape.tolist() != _stored_shape(shape, kind):
                 raise StageError(
                     f"The GGUF tensor {name} must have the values of shape {shape} (for {weight_path}). "
                     f"Received: shape={tuple(int(size) for size in tensor.shape)} in {path}"
                 )
+            if tensor.tensor_type.name.startswith("I") and not tensor.tensor_type.name.startswith("IQ"):
+                raise StageError(
+                    f"The GGUF tensor {name} must be of floats. Received: {tensor.tensor_type.name} in {path}"
+                )
             self._weights[weight_path] = _Weight(tensor, shape, kind)
+        table, head = self._weights["token_embedding/embeddings"].tensor, tensors.pop(HEAD, None)
+        if head is not None and (head.tensor_type != table.tensor_type or not np.array_equal(head.data, table.data)):
+            raise StageError(
+                f"The language head must be the embedding table, as in every Gemma. Received: {HEAD} in {path}, which "
+                f"differs from {TABLE}"
+            )
+        if tensors:
+            raise StageError(
+                "The GGUF file holds a tensor that a text Gemma 3 does not have. "
+                f"Received: {plain(min(tensors))} in {path}"
+            )
 
     def paths(self) -> list[str]:
         """Return the Keras weight paths, in the order of `backbone.weights`."""
@@ -236,6 +337,17 @@ def _weight_table(config: dict[str, Any]) -> dict[str, tuple[str, tuple[int, ...
             table[f"{block}/{name}"] = (f"{gguf_block}.{tensor}.weight", shape, kind)
     table["final_normalization/scale"] = ("output_norm.weight", (hidden,), "scale")
     return table
+
+
+def _stored_shape(shape: tuple[int, ...], kind: str) -> list[int]:
+    """Return the shape that GGUF states of a tensor: the axis that runs fastest first."""
+    if kind == "heads_first":
+        heads, hidden, head_dim = shape
+        return [hidden, heads * head_dim]
+    if kind == "heads_last":
+        heads, head_dim, hidden = shape
+        return [heads * head_dim, hidden]
+    return list(shape) if kind == "transposed" else list(shape[::-1])
 
 
 _LEADING_AXIS: dict[str, Callable[[tuple[int, ...]], tuple[bool, int]]] = {
@@ -307,15 +419,23 @@ def tokenizer_proto(path: Path) -> bytes:
     tokens = _field(reader, "tokenizer.ggml.tokens")
     scores = _field(reader, "tokenizer.ggml.scores")
     types = _field(reader, "tokenizer.ggml.token_type")
-    if kind != "llama" or not tokens or not scores or not types or not len(tokens) == len(scores) == len(types):
+    lists = all(isinstance(each, list) and each for each in (tokens, scores, types))
+    if kind != "llama" or not lists or not len(tokens) == len(scores) == len(types):
         raise StageError(
             "The GGUF file must hold a SentencePiece tokenizer (tokens, scores and types, of equal length). "
             f"Received: tokenizer.ggml.model={kind!r} in {path}"
         )
     special = {name: _field(reader, f"tokenizer.ggml.{name}_token_id") for name in ("padding", "eos", "bos", "unknown")}
     for name, number in special.items():
-        if number is None or number >= len(tokens):
+        if not isinstance(number, int) or not 0 <= number < len(tokens):
             raise StageError(f"The GGUF file must state tokenizer.ggml.{name}_token_id. Received: {number} in {path}")
+    kinds = set(sentencepiece_model_pb2.ModelProto.SentencePiece.Type.values())
+    if (
+        not all(isinstance(token, str) for token in tokens)
+        or not kinds.issuperset(types)
+        or not np.isfinite(scores).all()
+    ):
+        raise StageError(f"The GGUF file must hold tokens with scores and known types. Received: others in {path}")
     proto = sentencepiece_model_pb2.ModelProto()
     for number, (token, score, token_type) in enumerate(zip(tokens, scores, types, strict=True)):
         piece = proto.pieces.add()

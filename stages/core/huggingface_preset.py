@@ -28,7 +28,7 @@ from stages.core.downloads import UNWRITTEN, check_room, explain_unwritten, free
 from stages.core.errors import ParamsError, StageError
 from stages.core.fetch_check import Check
 from stages.core.files import read_json, write_json
-from stages.core.keras_folder import folder_format
+from stages.core.keras_folder import check_contents, folder_format
 from stages.core.paths import lend_a_home
 from stages.core.presets import LICENCE, Manifest, PresetFile, fault, sha256_with_progress
 from stages.core.redaction import brief, check_addresses, check_private, check_proxies, host_of, is_private, usable
@@ -257,6 +257,7 @@ def _restore(source: Source, preset: str, cache: Path, say: Callable[[str], None
         shutil.rmtree(folder / ".cache", ignore_errors=True)
     try:
         file_format = folder_format(folder)
+        check_contents(folder, file_format)
     except ParamsError as error:
         raise ParamsError(
             f"{source.repo} is no whole preset of a text Gemma. Received: fetch.preset={preset}\n{error}"

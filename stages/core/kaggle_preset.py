@@ -18,7 +18,7 @@ from stages.core.errors import StageError
 from stages.core.fetch_check import Check
 from stages.core.files import read_json, write_json
 from stages.core.kaggle_client import MAKE_ROOM, OTHER_PLACE, KaggleModel, KaggleRefused, is_wanted
-from stages.core.keras_folder import check_keras_folder, list_files
+from stages.core.keras_folder import check_contents, check_keras_folder, list_files
 from stages.core.presets import Manifest, PresetFile, fault
 from stages.core.registry import HANDLE, kaggle_handle, licence_of
 
@@ -151,10 +151,12 @@ def _restore(kaggle: KaggleModel, link: Path, record: Path) -> tuple[PresetFile,
     folder = _bring_all(kaggle) if files is None else _bring_again(kaggle, files, record)
     _refuse_strangers(folder)
     check_keras_folder(folder)
+    check_contents(folder, "keras")
     try:
         _point(link, folder)
         if files is None:
-            files = tuple(file for file in list_files(folder) if is_wanted(file.name))
+            names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+            files = list_files(folder, filter(is_wanted, names))
             write_json(record, [asdict(file) for file in files])
     except OSError as error:
         raise StageError(explain_unwritten(error, link.parent)) from error

@@ -6,21 +6,24 @@ Reads: the folder. Writes: nothing.
 
 from __future__ import annotations
 
-import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from stages.core.architecture import Architecture
+from stages.core import keras_weights, safetensors_weights
+from stages.core.architecture import plain, read_architecture, read_object, refuse_pointer
 from stages.core.errors import ParamsError, StageError, shown
 from stages.core.fetch_check import Check
 from stages.core.paths import own_path
 from stages.core.presets import LICENCE, Manifest, PresetFile, sha256_with_progress
+from stages.core.tokenizer import HUGGING_FACE_VOCABULARY, KERAS_VOCABULARY, load_tokenizer
 
-VOCABULARY = "assets/tokenizer/vocabulary.spm"
-HUGGING_FACE_VOCABULARY = "tokenizer.model"
 KERAS = ("keras", "keras_hub", "keras_nlp")  # keras-hub was keras-nlp when the first presets were written
 WANTED = "A preset folder as keras-hub's save_to_preset writes it was expected"
+
+MOST_SURPLUS_ROWS = 255
+"""Rows of the table without a piece: tables are padded to a multiple of 64, 128 or 256 rows."""
 
 
 def fetch_local(preset: str, path: str, root: Path) -> Manifest:
@@ -36,7 +39,10 @@ def fetch_local(preset: str, path: str, root: Path) -> Manifest:
     """
     folder = local_folder(path, root)
     file_format = folder_format(folder)
-    return Manifest(preset, "path", file_format, None, path, LICENCE, list_files(folder))
+    check_contents(folder, file_format)
+    return Manifest(
+        preset, "path", file_format, None, path, LICENCE, list_files(folder, needed_files(folder, file_format))
+    )
 
 
 def check_local(preset: str, path: str, root: Path) -> Check:
@@ -51,7 +57,7 @@ def check_local(preset: str, path: str, root: Path) -> Check:
         ParamsError: it does not exist or is not a preset.
     """
     folder = local_folder(path, root)
-    folder_format(folder)
+    check_contents(folder, folder_format(folder))
     return Check("path", f"{preset} ({path})", None, None, None, True, 0, shutil.disk_usage(folder).free)
 
 
@@ -68,7 +74,7 @@ def local_folder(path: str, root: Path) -> Path:
 
 
 def folder_format(folder: Path) -> str:
-    """Check that a folder holds a preset, and return the manifest's format: `keras` or `safetensors`.
+    """Check that a folder holds a preset's files, and return the manifest's format: `keras` or `safetensors`.
 
     Raises:
         ParamsError: it holds neither a keras-hub preset nor a Hugging Face checkpoint of a text Gemma, or half of one.
@@ -81,21 +87,68 @@ def folder_format(folder: Path) -> str:
     return "safetensors"
 
 
+def needed_files(folder: Path, file_format: str) -> list[str]:
+    """Return the names of the files that the stages read, and of no other.
+
+    Raises:
+        StageError: an index of weight files cannot be read.
+    """
+    if file_format == "keras":
+        weights = keras_weights.weight_files(folder)
+        names = [
+            "config.json",
+            KERAS_VOCABULARY,
+            *weights,
+            *([] if keras_weights.SINGLE in weights else [keras_weights.INDEX]),
+        ]
+    else:
+        weights = safetensors_weights.shard_files(folder)
+        single = safetensors_weights.SINGLE in weights
+        names = ["config.json", HUGGING_FACE_VOCABULARY, *weights, *([] if single else [safetensors_weights.INDEX])]
+    return sorted(names)
+
+
+def check_contents(folder: Path, file_format: str) -> None:
+    """Check that a preset's files fit one another: configuration, every tensor, and vocabulary; no weight is loaded.
+
+    Raises:
+        ParamsError: tells what does not fit, by name.
+    """
+    try:
+        for name in needed_files(folder, file_format):
+            refuse_pointer(folder / name)
+        architecture = read_architecture(folder, file_format)
+        if file_format == "keras":
+            with keras_weights.KerasWeights(folder, architecture):
+                pass
+        else:
+            safetensors_weights.SafetensorsWeights(folder).check_head()
+        pieces, rows = load_tokenizer(folder, file_format).vocabulary_size, architecture.config["vocabulary_size"]
+        if not 0 <= rows - pieces <= MOST_SURPLUS_ROWS:
+            raise StageError(
+                f"The vocabulary must be that of the model: as many pieces as its table has rows, or up to "
+                f"{MOST_SURPLUS_ROWS} fewer. Received: {pieces:,} pieces, {rows:,} rows in {folder}"
+            )
+    except ParamsError:
+        raise
+    except StageError as error:
+        raise ParamsError(f"The preset cannot be used. {error}") from error
+
+
 def check_safetensors_folder(folder: Path) -> None:
     """Check that a folder holds a Hugging Face checkpoint of a text Gemma, each file of it, with its vocabulary.
 
     Raises:
         ParamsError: names what is missing.
     """
-    from stages.core.safetensors_weights import INDEX, read_architecture, shard_files
-
     try:
-        read_architecture(folder)
-        missing = [name for name in shard_files(folder) if not (folder / name).is_file()]
+        read_architecture(folder, "safetensors")
+        missing = [name for name in safetensors_weights.shard_files(folder) if not (folder / name).is_file()]
     except StageError as error:
-        raise ParamsError(f"fetch.path: {error}") from error
+        raise ParamsError(f"The preset cannot be used. {error}") from error
     if missing:
-        raise ParamsError(f"Every file that {INDEX} names must be in {folder}. Missing: {', '.join(missing)}")
+        index = safetensors_weights.INDEX
+        raise ParamsError(f"Every file that {index} names must be in {folder}. Missing: {plain(', '.join(missing))}")
     if not (folder / HUGGING_FACE_VOCABULARY).is_file():
         raise ParamsError(
             f"A Hugging Face folder must hold {HUGGING_FACE_VOCABULARY}, the SentencePiece vocabulary. "
@@ -109,34 +162,29 @@ def check_keras_folder(folder: Path) -> None:
     Raises:
         ParamsError: names what is missing, or what does not belong there.
     """
-    _check_gemma(_config(folder), folder / "config.json")
-    index = folder / "model.weights.json"
-    if index.is_file():
-        missing = [name for name in _shards(index) if not (folder / name).is_file()]
-        if missing:
-            raise ParamsError(f"{WANTED}, with every shard that {index.name} names. Missing: {', '.join(missing)}")
-    elif not (folder / "model.weights.h5").is_file():
+    _check_gemma(_config(folder), folder)
+    try:
+        missing = [name for name in keras_weights.weight_files(folder) if not (folder / name).is_file()]
+    except StageError as error:
+        raise ParamsError(str(error)) from error
+    if missing == [keras_weights.SINGLE]:
         raise ParamsError(
             f"{WANTED}, with model.weights.h5, or model.weights.json and its shards. "
             f"Received: {folder} holds {_listing(folder)}"
         )
-    if not (folder / VOCABULARY).is_file():
-        raise ParamsError(f"{WANTED}, with {VOCABULARY}. Received: {folder} holds none")
+    if missing:
+        index = keras_weights.INDEX
+        raise ParamsError(f"{WANTED}, with every shard that {index} names. Missing: {plain(', '.join(missing))}")
+    if not (folder / KERAS_VOCABULARY).is_file():
+        raise ParamsError(f"{WANTED}, with {KERAS_VOCABULARY}. Received: {folder} holds none")
 
 
-def _check_gemma(config: dict[str, Any], path: Path) -> None:
+def _check_gemma(config: dict[str, Any], folder: Path) -> None:
     """Check that a configuration is a text Gemma's, and names no class from elsewhere.
 
     No stage makes objects out of a configuration; one that asks for foreign classes was meant for a program that does.
     """
-    try:
-        Architecture(config["class_name"], dict(config["config"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ParamsError(
-            f"{path} must hold the class_name and config of a backbone. Received: keys {', '.join(config)}"
-        ) from error
-    except StageError as error:
-        raise ParamsError(f"{path}: {error}") from error
+    path = folder / "config.json"
     waiting: list[Any] = [config]
     while waiting:
         part = waiting.pop()
@@ -145,58 +193,49 @@ def _check_gemma(config: dict[str, Any], path: Path) -> None:
             named = (part.get("class_name"), part.get("module"), part.get("registered_name"))
             origins = [str(name).split(">")[0].split(".")[0] for name in named[1:] if name and ("class_name" in part)]
             if named[0] == "__lambda__" or any(origin not in KERAS for origin in origins):
-                shown = ", ".join(str(name) for name in named if name is not None)
+                shown = ", ".join(plain(name) for name in named if name is not None)
                 raise ParamsError(f"{path} must name classes of Keras and keras-hub only. Received: {shown}")
         elif isinstance(part, list):
             waiting += part
+    try:
+        read_architecture(folder, "keras")
+    except StageError as error:
+        raise ParamsError(f"{path}: {error}") from error
 
 
-def list_files(folder: Path) -> tuple[PresetFile, ...]:
-    """Return every file below a folder, hashed, sorted by name; what begins with a point is passed over."""
-    names = sorted(
-        path.relative_to(folder).as_posix()
-        for path in folder.rglob("*")
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
-    return tuple(
-        PresetFile(name, (folder / name).stat().st_size, sha256_with_progress(folder / name)) for name in names
-    )
+def list_files(folder: Path, names: Iterable[str]) -> tuple[PresetFile, ...]:
+    """Return files of a folder, by their names below it, hashed and sorted; links are followed.
+
+    Raises:
+        StageError: a file cannot be read.
+    """
+    try:
+        return tuple(
+            PresetFile(name, (folder / name).stat().st_size, sha256_with_progress(folder / name))
+            for name in sorted(names)
+        )
+    except OSError as error:
+        raise StageError(
+            f"Every file of a preset must be readable. Received: {plain(error.filename)} ({error.strerror})"
+        ) from error
 
 
 def _config(folder: Path) -> dict[str, Any]:
     """Return the folder's configuration, which both kinds of preset call config.json."""
-    config = folder / "config.json"
-    if not config.is_file():
+    if not (folder / "config.json").is_file():
         raise ParamsError(
             f"{WANTED}, or a Hugging Face folder, with a config.json. Received: {folder} holds {_listing(folder)}"
         )
     try:
-        read = json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ParamsError(f"{config} must be JSON. Received: {error}") from error
-    if not isinstance(read, dict):
-        raise ParamsError(f"{config} must be a JSON object. Received: {type(read).__name__}")
-    return read
-
-
-def _shards(index: Path) -> list[str]:
-    """Return the file names that a sharded checkpoint's index points to, each once, sorted.
-
-    Keras writes one name or a list of names for each layer.
-    """
-    try:
-        targets = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ParamsError(
-            f"{index} must be the index that Keras writes, with a weight_map. Received: {error}"
-        ) from error
-    names = sorted({name for target in targets for name in ([target] if isinstance(target, str) else target)})
-    if outside := [name for name in names if Path(name).name != name]:
-        raise ParamsError(f"{index} must name files beside it. Received: {outside[0]}")
-    return names
+        return read_object(folder / "config.json")
+    except StageError as error:
+        raise ParamsError(str(error)) from error
 
 
 def _listing(folder: Path) -> str:
     """Return the first names in a folder, for a message."""
-    names = sorted(path.name for path in folder.iterdir())
+    try:
+        names = sorted(ascii(path.name)[1:-1] for path in folder.iterdir())
+    except OSError as error:
+        return f"nothing that may be read ({error.strerror})"
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "") or "nothing"

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import keras
     import numpy as np
 
+    from stages.core.architecture import Architecture
     from stages.core.gguf import GgufWeights
 
 
@@ -45,8 +46,12 @@ def weights_of(backbone: keras.Model) -> list[Weight]:
 
 
 @contextlib.contextmanager
-def open_source(folder: Path, file_format: str, backbone: keras.Model) -> Iterator[WeightSource]:
-    """Open a preset's weights."""
+def open_source(folder: Path, file_format: str, architecture: Architecture) -> Iterator[WeightSource]:
+    """Open a preset's weights.
+
+    Raises:
+        StageError: they are not those of the architecture.
+    """
     if file_format == "gguf":
         from stages.core.gguf import GgufWeights
 
@@ -59,7 +64,7 @@ def open_source(folder: Path, file_format: str, backbone: keras.Model) -> Iterat
     else:
         from stages.core.keras_weights import KerasWeights
 
-        with KerasWeights(folder, backbone) as source:
+        with KerasWeights(folder, architecture) as source:
             yield source
 
 
@@ -80,7 +85,8 @@ def fill(
         progress: called with the bytes in place so far, after each weight.
 
     Raises:
-        StageError: a weight in the file has another shape than the architecture says.
+        StageError: a weight in the file has another shape than the architecture says, is not of floats, or holds a
+            NaN or an infinity.
     """
     import jax
     import keras
@@ -105,7 +111,10 @@ def fill(
         shards = []
         for index, devices in holders.values():
             values = np.asarray(origin.read(variable.path, index))
-            values = np.ascontiguousarray(values.astype(variable.dtype, copy=False))
+            _refuse_codes(values, variable.path)
+            with np.errstate(over="ignore"):
+                values = np.ascontiguousarray(values.astype(variable.dtype, copy=False))
+            _refuse_non_finite(values, variable.path)
             # Waited for, so that the host holds one slice at a time. An array that shared the host's memory would be
             # copied, all of the model at once, by the first step that donates it: so it is copied now, bit by bit.
             held = [jax.device_put(values, device, may_alias=False) for device in devices]
@@ -119,6 +128,29 @@ def fill(
         if progress:
             done += placement.weight.bytes
             progress(done)
+
+
+def _refuse_codes(values: np.ndarray, path: str) -> None:
+    """Refuse whole numbers: the codes of a quantized weight are not its values."""
+    import ml_dtypes
+
+    if values.dtype.kind != "f" and values.dtype != ml_dtypes.bfloat16:
+        raise StageError(f"The weights must be plain floats, not quantized. Received: {path} of {values.dtype}.")
+
+
+def _refuse_non_finite(values: np.ndarray, path: str) -> None:
+    """Refuse a weight with which every loss would be a NaN."""
+    import numpy as np
+
+    # A number is finite unless all bits of its exponent are set; looked at in pieces, so that no copy is made.
+    bits, exponent = (np.uint16, 0x7F80) if values.dtype.itemsize == 2 else (np.uint32, 0x7F800000)
+    flat = values.reshape(-1).view(bits)
+    for start in range(0, flat.size, 1 << 20):
+        if ((flat[start : start + (1 << 20)] & exponent) == exponent).any():
+            raise StageError(
+                f"Every weight must be finite. Received: a NaN or an infinity in {path} ({values.dtype}).\n"
+                "The checkpoint is damaged, or its training diverged: take another one."
+            )
 
 
 class ArraySource:

@@ -7,10 +7,12 @@ Reads: `config.json` with `model_type` gemma, gemma2, gemma3_text, or gemma3 (it
 
 from __future__ import annotations
 
-import json
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from stages.core.architecture import Heads, HeadSize, Layers, Positive, Size, Typed, brief, parse, plain, read_object
 from stages.core.errors import StageError
 
 if TYPE_CHECKING:
@@ -23,23 +25,106 @@ BYTES_AN_OPENING = 1 << 26
 
 MODEL_TYPES = ("gemma", "gemma2", "gemma3_text", "gemma3")
 
-# What a Gemma 3 configuration leaves out when it is the library's own default.
-# Source: Gemma3TextConfig of https://github.com/huggingface/transformers.
-GEMMA3_DEFAULTS = {
-    "vocab_size": 262208,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 256,
-    "query_pre_attn_scalar": 256,
-    "sliding_window": 4096,
-}
-
 # Where the text tower's tensors lie, by what their names begin with; transformers has changed this over the years.
 PREFIXES = ("model.", "", "model.language_model.", "language_model.model.")
 
 # keras-hub fixes the wavelengths of rotary embeddings: of Gemma and Gemma 2, and of Gemma 3's windowed layers; and of
 # Gemma 3's other layers.
 LOCAL_WAVELENGTH, GLOBAL_WAVELENGTH = 1.0e4, 1.0e6
+
+
+# What a model is built as, by the last part of a name in `architectures`: all have the same tensors.
+CLASSES = re.compile(r"Gemma\d?(ForCausalLM|ForConditionalGeneration|(Text)?Model)")
+
+# Keys that change nothing of what is computed or trained here: numbers of tokens, how weights are initialised, how
+# transformers runs or generates, who wrote the file.
+HARMLESS = {
+    *("_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_name_or_path"),
+    *("attn_implementation", "bad_words_ids", "begin_suppress_tokens", "boi_token_index", "bos_token_id"),
+    *("cache_implementation", "chunk_size_feed_forward", "decoder_start_token_id", "diversity_penalty"),
+    *("do_sample", "dtype", "early_stopping", "encoder_no_repeat_ngram_size", "eoi_token_index", "eos_token_id"),
+    *("exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id", "forced_eos_token_id"),
+    *("id2label", "image_token_index", "initializer_range", "label2id", "length_penalty", "max_length"),
+    *("max_position_embeddings", "max_window_layers", "min_length", "mm_tokens_per_image", "model_type"),
+    *("no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences", "output_attentions"),
+    *("output_hidden_states", "output_scores", "pad_token_id", "prefix", "problem_type", "remove_invalid_values"),
+    *("repetition_penalty", "return_dict", "return_dict_in_generate", "sep_token_id", "suppress_tokens"),
+    *("task_specific_params", "temperature", "tf_legacy_loss", "tokenizer_class", "top_k", "top_p", "torch_dtype"),
+    *("torchscript", "transformers_version", "typical_p", "unsloth_fixed", "unsloth_version", "use_bfloat16"),
+    *("use_cache"),
+}
+
+# Keys that transformers acts on, and the only values under which keras-hub's Gemma computes the same; null is none.
+FIXED: dict[str, tuple[Any, ...]] = {
+    # An old Gemma says "gelu" in hidden_act and meant the tanh form.
+    "hidden_act": ("gelu_pytorch_tanh", "gelu"),
+    "hidden_activation": ("gelu_pytorch_tanh",),
+    "attention_bias": (False,),
+    "attention_dropout": (0,),
+    "tie_word_embeddings": (True,),
+    "use_bidirectional_attention": (False,),
+    "is_causal": (True,),
+    "is_decoder": (False, True),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "tie_encoder_decoder": (False,),
+    "pruned_heads": ({}, []),
+    "partial_rotary_factor": (1,),
+}
+
+
+class _Gemma(Typed):
+    """The keys of a Gemma that are read; a key that is left out means transformers' default (GemmaConfig)."""
+
+    vocab_size: Size = 256000
+    hidden_size: Size = 3072
+    intermediate_size: Size = 24576
+    num_hidden_layers: Layers = 28
+    num_attention_heads: Heads = 16
+    num_key_value_heads: Heads = 16
+    head_dim: HeadSize = 256
+    rms_norm_eps: Positive = 1e-6
+    rope_theta: Positive | None = None
+    rope_scaling: dict[str, Any] | None = None
+    rope_parameters: dict[str, Any] | None = None
+
+
+class _Gemma2(_Gemma):
+    """Gemma2Config."""
+
+    hidden_size: Size = 2304
+    intermediate_size: Size = 9216
+    num_hidden_layers: Layers = 26
+    num_attention_heads: Heads = 8
+    num_key_value_heads: Heads = 4
+    query_pre_attn_scalar: Positive = 256
+    sliding_window: Size = 4096
+    layer_types: list[str] | None = None
+    sliding_window_pattern: int | None = None
+    final_logit_softcapping: Positive | None = 30.0
+    attn_logit_softcapping: Positive | None = 50.0
+
+
+class _Gemma3(_Gemma2):
+    """Gemma3TextConfig."""
+
+    vocab_size: Size = 262208
+    rope_local_base_freq: Positive | None = None
+    final_logit_softcapping: Positive | None = None
+    attn_logit_softcapping: Positive | None = None
+
+
+class _Rope(Typed):
+    """How the rotary embeddings of one kind of layer are turned."""
+
+    rope_theta: Positive | None = None
+    rope_type: str | None = None
+    type: str | None = None
+    factor: Positive | None = None
+    partial_rotary_factor: float | None = None
+
+
+SCHEMAS: dict[str, type[_Gemma]] = {"gemma": _Gemma, "gemma2": _Gemma2, "gemma3_text": _Gemma3, "gemma3": _Gemma3}
 
 
 class _Tensor(NamedTuple):
@@ -50,25 +135,60 @@ class _Tensor(NamedTuple):
     kind: str
 
 
-def read_config(folder: Path) -> tuple[str, dict[str, Any]]:
+def read_config(folder: Path) -> tuple[str, _Gemma]:
     """Return the model type and the text model's configuration.
 
     Raises:
-        StageError: no readable `config.json`, or another model.
+        StageError: no readable `config.json`, another model, or a key or value that changes what the model computes.
     """
     path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StageError(f"A Hugging Face folder must hold a readable config.json ({error}).") from error
+    config = read_object(path)
     kind = config.get("model_type")
-    if kind not in MODEL_TYPES:
-        raise StageError(f"The model must be a text Gemma ({', '.join(MODEL_TYPES)}). Received: model_type={kind}.")
+    if not isinstance(kind, str) or kind not in MODEL_TYPES:
+        raise StageError(
+            f"The model must be a text Gemma ({', '.join(MODEL_TYPES)}). Received: model_type={plain(kind)}."
+        )
     if kind == "gemma3":
-        config = config.get("text_config")
-        if not isinstance(config, dict):
+        text = config.pop("text_config", None)
+        config.pop("vision_config", None)
+        if not isinstance(text, dict):
             raise StageError(f"A gemma3 configuration must hold a text_config. Received: none in {path}.")
-    return kind, {**GEMMA3_DEFAULTS, **config} if kind.startswith("gemma3") else config
+        # The outer part speaks for the whole model, and has no size of its own.
+        parse(Typed, _understood(config, path), f"{path}, outside of text_config,")
+        config = text
+    return kind, parse(SCHEMAS[kind], _understood(config, path), str(path))
+
+
+def _refuse(key: str, allowed: Any, received: Any, path: Path) -> None:
+    raise StageError(f"keras-hub's Gemma can only have {key}={allowed}. Received: {key}={brief(received)} in {path}.")
+
+
+def _understood(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return a configuration without the keys that change nothing and those whose values are all right.
+
+    Raises:
+        StageError: another class of model, quantized weights, or a value that keras-hub's Gemma cannot express.
+    """
+    if config.get("quantization_config") is not None:
+        method = config["quantization_config"]
+        method = method.get("quant_method", "quantized") if isinstance(method, dict) else method
+        raise StageError(
+            f"The weights must be plain floats, not quantized: take the checkpoint that it was made from. "
+            f"Received: quantization_config={brief(method)} in {path}"
+        )
+    built = config.get("architectures") or []
+    if not isinstance(built, list) or not all(isinstance(name, str) and CLASSES.fullmatch(name) for name in built):
+        _refuse("architectures", "Gemma...ForCausalLM", built, path)
+    for key, allowed in FIXED.items():
+        value = config.get(key)
+        if value is not None and not any(value == each and type(value) in (type(each), float) for each in allowed):
+            _refuse(key, allowed[0], value, path)
+    known = HARMLESS | FIXED.keys() | {"architectures"}
+    # A null of an unknown key says nothing; of a known one it is for the schema to judge.
+    fields = {*_Gemma3.model_fields, "_sliding_window_pattern"}
+    left = {key: value for key, value in config.items() if key not in known and (value is not None or key in fields)}
+    pattern = left.pop("_sliding_window_pattern", None)
+    return left if pattern is None else {"sliding_window_pattern": pattern, **left}
 
 
 def read_architecture(folder: Path) -> dict[str, Any]:
@@ -78,68 +198,50 @@ def read_architecture(folder: Path) -> dict[str, Any]:
         StageError: the configuration lacks something, or has something that keras-hub's Gemma cannot express.
     """
     kind, config = read_config(folder)
-
-    def need(key: str) -> Any:
-        if config.get(key) is None:
-            raise StageError(f"The configuration of a {kind} must state {key}, and does not. Received: {folder}.")
-        return config[key]
-
-    def refuse(key: str, allowed: Any, received: Any) -> None:
-        raise StageError(
-            f"keras-hub's Gemma can only have {key}={allowed}. Received: {key}={received} in {folder / 'config.json'}."
-        )
-
-    # An old Gemma says "gelu" in hidden_act, which transformers takes for the tanh form too.
-    if (activation := config.get("hidden_activation")) not in (None, "gelu_pytorch_tanh"):
-        refuse("hidden_activation", "gelu_pytorch_tanh", activation)
-    for key, allowed in (("attention_bias", False), ("tie_word_embeddings", True)):
-        if (value := config.get(key)) not in (None, allowed):
-            refuse(key, allowed, value)
-    if value := config.get("use_bidirectional_attention"):
-        refuse("use_bidirectional_attention", False, value)
-
-    heads, hidden, head_dim = need("num_attention_heads"), need("hidden_size"), need("head_dim")
-    layers, feed_forward = need("num_hidden_layers"), need("intermediate_size")
+    path = folder / "config.json"
     gemma3 = kind.startswith("gemma3")
+    heads, hidden, head_dim = config.num_attention_heads, config.hidden_size, config.head_dim
     arguments: dict[str, Any] = {
-        "vocabulary_size": need("vocab_size"),
-        "num_layers": layers,
+        "vocabulary_size": config.vocab_size,
+        "num_layers": config.num_hidden_layers,
         "num_query_heads": heads,
-        "num_key_value_heads": need("num_key_value_heads"),
+        "num_key_value_heads": config.num_key_value_heads,
         "hidden_dim": hidden,
         # GemmaBackbone counts both gate matrices, Gemma3Backbone counts one.
-        "intermediate_dim": feed_forward if gemma3 else 2 * feed_forward,
+        "intermediate_dim": config.intermediate_size if gemma3 else 2 * config.intermediate_size,
         "head_dim": head_dim,
-        "layer_norm_epsilon": config.get("rms_norm_eps") or 1e-6,
+        "layer_norm_epsilon": config.rms_norm_eps,
     }
-    if kind != "gemma":
-        scalar = need("query_pre_attn_scalar")
+    if isinstance(config, _Gemma2):
+        scalar = config.query_pre_attn_scalar
         if scalar not in (head_dim, hidden / heads):
-            refuse(
-                "query_pre_attn_scalar", f"{head_dim} (head_dim) or {hidden / heads:g} (hidden_size / heads)", scalar
-            )
+            allowed = f"{head_dim} (head_dim) or {hidden / heads:g} (hidden_size / heads)"
+            _refuse("query_pre_attn_scalar", allowed, scalar, path)
         period = 6 if gemma3 else 2
-        pattern = ["full_attention" if (index + 1) % period == 0 else "sliding_attention" for index in range(layers)]
-        if (types := config.get("layer_types")) not in (None, pattern):
-            refuse("layer_types", f"every {period}th full_attention", types)
-        if (given := config.get("sliding_window_pattern")) not in (None, period):
-            refuse("sliding_window_pattern", period, given)
+        layers = range(1, config.num_hidden_layers + 1)
+        pattern = ["full_attention" if number % period == 0 else "sliding_attention" for number in layers]
+        if config.layer_types not in (None, pattern):
+            _refuse("layer_types", f"every {period}th full_attention", config.layer_types, path)
+        if config.sliding_window_pattern not in (None, period):
+            _refuse("sliding_window_pattern", period, config.sliding_window_pattern, path)
         arguments |= {
             "query_head_dim_normalize": scalar == head_dim,
             "use_post_ffw_norm": True,
             "use_post_attention_norm": True,
-            "final_logit_soft_cap": config.get("final_logit_softcapping"),
-            "attention_logit_soft_cap": config.get("attn_logit_softcapping"),
+            "final_logit_soft_cap": config.final_logit_softcapping,
+            "attention_logit_soft_cap": config.attn_logit_softcapping,
             "use_sliding_window_attention": True,
-            "sliding_window_size": need("sliding_window"),
+            "sliding_window_size": config.sliding_window,
         }
-    rope = _rope(config, gemma3)
+    rope = _rope(config, path)
     for layer_kind, (wavelength, factor, form) in rope.items():
         wanted = GLOBAL_WAVELENGTH if layer_kind == "full_attention" and gemma3 else LOCAL_WAVELENGTH
         if wavelength != wanted:
-            refuse(f"rope_theta of {layer_kind}", f"{wanted:g}", wavelength)
-        if form not in (None, "default", "linear") or (factor != 1.0 and not gemma3):
-            refuse(f"rope scaling of {layer_kind}", "linear for Gemma 3 and none for others", f"{form} by {factor}")
+            _refuse(f"rope_theta of {layer_kind}", f"{wanted:g}", wavelength, path)
+        if form not in ("default", "linear") or (factor != 1.0 and not gemma3):
+            _refuse(
+                f"rope scaling of {layer_kind}", "linear for Gemma 3 and none for others", f"{form} by {factor}", path
+            )
     if gemma3:
         arguments |= {
             "image_size": 896,
@@ -150,27 +252,40 @@ def read_architecture(folder: Path) -> dict[str, Any]:
     return {"class_name": "Gemma3Backbone" if gemma3 else "GemmaBackbone", "config": arguments}
 
 
-def _rope(config: dict[str, Any], gemma3: bool) -> dict[str, tuple[float, float, str | None]]:
+def _rope(config: _Gemma, path: Path) -> dict[str, tuple[float, float, str]]:
     """Return wavelength, scaling factor and form of the rotary embeddings, by kind of layer.
 
     transformers 5 writes `rope_parameters` (for Gemma 3 one for each kind of layer); before, there were `rope_theta`,
     `rope_local_base_freq` and `rope_scaling`, the last for Gemma 3's full layers only.
     """
-    newer = config.get("rope_parameters") or {}
-    scaling = config.get("rope_scaling") or {}
-    whole = {
-        "rope_theta": config.get("rope_theta") or (GLOBAL_WAVELENGTH if gemma3 else LOCAL_WAVELENGTH),
-        **scaling,
-    }
-    windowed = {"rope_theta": config.get("rope_local_base_freq") or LOCAL_WAVELENGTH} if gemma3 else whole
-    found = {
-        "full_attention": {**whole, **(newer.get("full_attention", {}) if gemma3 else newer)},
-        "sliding_attention": {**windowed, **(newer.get("sliding_attention", {}) if gemma3 else newer)},
-    }
-    return {
-        kind: (each["rope_theta"], float(each.get("factor") or 1.0), each.get("rope_type") or each.get("type"))
-        for kind, each in found.items()
-    }
+    newer, scaling = config.rope_parameters or {}, config.rope_scaling or {}
+    if isinstance(config, _Gemma3):
+        if strange := newer.keys() - {"full_attention", "sliding_attention"}:
+            raise StageError(
+                f"rope_parameters of a Gemma 3 must be those of full_attention and sliding_attention. "
+                f"Received: {plain(min(strange))} in {path}"
+            )
+        parts = {
+            "full_attention": (config.rope_theta or GLOBAL_WAVELENGTH, scaling, newer.get("full_attention")),
+            "sliding_attention": (config.rope_local_base_freq or LOCAL_WAVELENGTH, {}, newer.get("sliding_attention")),
+        }
+    else:
+        parts = {"full_attention": (config.rope_theta or LOCAL_WAVELENGTH, scaling, newer)}
+    found = {}
+    for kind, (wavelength, older, given) in parts.items():
+        given = {} if given is None else given
+        rope = parse(_Rope, {**older, **given} if isinstance(given, dict) else given, f"{path}: rope of {kind}")
+        form = rope.rope_type or rope.type or "default"
+        # The plain form scales nothing, in transformers too, whatever factor stands beside it.
+        factor = (rope.factor or 1.0) if form != "default" else 1.0
+        if (form == "linear" and rope.factor is None) or (rope.rope_type or rope.type or form) != (rope.type or form):
+            _refuse(f"rope scaling of {kind}", "one rope_type with its factor", {**older, **given}, path)
+        if rope.factor not in (None, 1) and not (rope.rope_type or rope.type):
+            _refuse(f"rope scaling of {kind}", "a rope_type beside its factor", {**older, **given}, path)
+        if rope.partial_rotary_factor not in (None, 1):
+            _refuse("partial_rotary_factor", 1, rope.partial_rotary_factor, path)
+        found[kind] = (rope.rope_theta or wavelength, float(factor), form)
+    return found
 
 
 def shard_files(folder: Path) -> tuple[str, ...]:
@@ -181,16 +296,106 @@ def shard_files(folder: Path) -> tuple[str, ...]:
     """
     if (folder / SINGLE).is_file():
         return (SINGLE,)
-    try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        names = tuple(sorted(set(index["weight_map"].values())))
-        if outside := [name for name in names if Path(name).name != name]:
-            raise ValueError(f"{outside[0]} does not lie beside it")
-        return names
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    if not (folder / INDEX).is_file():
+        raise StageError(f"A Hugging Face folder must hold {SINGLE}, or {INDEX} with a weight_map. Received: {folder}")
+    return shards_of(read_object(folder / INDEX), folder / INDEX)
+
+
+def shards_of(index: dict[str, Any], path: Path) -> tuple[str, ...]:
+    """Return the file names that an index points to, each once, sorted.
+
+    Keras writes one name or a list of names for each layer, Hugging Face one for each tensor.
+
+    Raises:
+        StageError: it has no map, or one of something else than files beside it.
+    """
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise StageError(f"{path} must be an index with a weight_map. Received: keys {plain(', '.join(index))}")
+    names = set()
+    for target in weight_map.values():
+        for name in target if isinstance(target, list) else [target]:
+            if not isinstance(name, str) or not name or "\0" in name or Path(name).name != name:
+                raise StageError(
+                    f"{path} must name files beside it. Received: {plain(name)} (which does not lie there)"
+                )
+            names.add(name)
+    if not names:
+        raise StageError(f"{path} must be an index with a weight_map. Received: an empty one")
+    return tuple(sorted(names))
+
+
+class Stored(NamedTuple):
+    """What a header says of a tensor: its shape, its dtype as the format writes it, and the file."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    file: str
+
+
+# What the files may hold beside the weights: buffers that are worked out anew, and the other towers of a Gemma 3.
+BUFFERS = re.compile(r"(.*\.)?rotary_emb(_local)?\.(original_)?inv_freq")
+OTHER_TOWERS = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\..*")
+HEAD = re.compile(r"(.*\.)?lm_head\.weight")
+PLAIN_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def check_tensors(folder: Path, stored: Mapping[str, Stored]) -> dict[str, _Tensor]:
+    """Hold the tensors that the headers state against the configuration, and return where each weight comes from.
+
+    Args:
+        folder: with the `config.json`; the weights need not be there.
+        stored: by the tensor's name.
+
+    Raises:
+        StageError: a tensor is missing, unknown, of another shape, or not of plain floats; names it.
+    """
+    kind, _ = read_config(folder)
+    prefix = next((each for each in PREFIXES if f"{each}embed_tokens.weight" in stored), None)
+    if adapter := next((name for name in stored if ".lora_" in name), None):
         raise StageError(
-            f"A Hugging Face folder must hold {SINGLE}, or {INDEX} with a weight_map. Received: {folder} ({error})."
-        ) from error
+            f"The weights must be whole, and these are of a LoRA adapter that was not merged. "
+            f"Received: {plain(adapter)}\n"
+            "Merge it with PEFT's `merge_and_unload()` and save the model."
+        )
+    if prefix is None:
+        raise StageError(
+            "The weight files must hold the tensor model.embed_tokens.weight (also without model., or with "
+            f"language_model. in it), and do not. Received: {_some(stored)} in {folder}\n"
+            "Save the model itself with transformers' `save_pretrained`, without a wrapper around it."
+        )
+    table = _table(read_architecture(folder)["config"], prefix, kind)
+    wanted = {tensor.name: path for path, tensor in table.items()}
+    for path, tensor in table.items():
+        if tensor.name not in stored:
+            raise StageError(
+                f"The weight files must hold {tensor.name} (for {path}), and do not. Received: folder={folder}. "
+                "Download the checkpoint again."
+            )
+        if stored[tensor.name].shape != (shape := _stored_shape(tensor)):
+            raise StageError(
+                f"The tensor {tensor.name} (for {path}) must have the shape {shape} that config.json gives it. "
+                f"Received: shape={stored[tensor.name].shape} in {stored[tensor.name].file}."
+            )
+    for name, found in stored.items():
+        if name in wanted or HEAD.fullmatch(name):
+            if found.dtype not in PLAIN_FLOATS:
+                raise StageError(
+                    f"The weights must be plain floats ({', '.join(PLAIN_FLOATS)}), not quantized. Received: {name} "
+                    f"of {found.dtype} in {found.file}"
+                )
+        elif not BUFFERS.fullmatch(name) and not (kind == "gemma3" and OTHER_TOWERS.fullmatch(name)):
+            raise StageError(
+                f"The weight files hold a tensor that a text Gemma of this config.json does not have. "
+                f"Received: {plain(name)} in {found.file}"
+            )
+    return table
+
+
+def _some(names: Iterable[str]) -> str:
+    """Return the first of many names, for a message."""
+    listed = sorted(names)
+    return plain(", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")) or "none"
 
 
 class SafetensorsWeights:
@@ -200,34 +405,52 @@ class SafetensorsWeights:
         """Read the headers of all files and check that every weight is there; no weight is read yet.
 
         Raises:
-            StageError: a file is missing or damaged, a tensor is missing or has another shape.
+            StageError: a file is missing or damaged, a tensor is missing, unknown, or has another shape or dtype.
         """
         # Gives numpy the dtype bfloat16, which most checkpoints are in.
         import ml_dtypes  # noqa: F401
 
         self._folder = folder
-        self._file_of: dict[str, str] = {}
         self._opened: tuple[str, Any] | None = None
         self._bytes_read = 0
-        shapes: dict[str, tuple[int, ...]] = {}
+        self._stored: dict[str, Stored] = {}
         for file in shard_files(folder):
             with self._open(file) as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (the file is no mapping)
-                    self._file_of[name] = file
-                    shapes[name] = tuple(tensors.get_slice(name).get_shape())
-        kind, _ = read_config(folder)
-        prefix = next((each for each in PREFIXES if f"{each}embed_tokens.weight" in shapes), PREFIXES[0])
-        self._table = _table(read_architecture(folder)["config"], prefix, kind)
-        for path, tensor in self._table.items():
-            if tensor.name not in shapes:
+                    if name in self._stored:
+                        raise StageError(
+                            f"Each tensor must lie in one file. Received: {plain(name)} in {file} and in "
+                            f"{self._stored[name].file}"
+                        )
+                    part = tensors.get_slice(name)
+                    self._stored[name] = Stored(tuple(part.get_shape()), part.get_dtype(), file)
+        self._table = check_tensors(folder, self._stored)
+
+    def check_head(self) -> None:
+        """Check that a language head in the files is the embedding table, which takes its place here.
+
+        Raises:
+            StageError: it is another: the model would give other tokens.
+        """
+        import numpy as np
+
+        table = self._table["token_embedding/embeddings"].name
+        for head in (name for name in self._stored if HEAD.fullmatch(name)):
+            same = self._stored[head].shape == self._stored[table].shape
+            rows = self._stored[table].shape[0] if same else 0
+            step = max(1, BYTES_AN_OPENING // (8 * self._stored[table].shape[1]))
+            for start in range(0, rows, step):
+                parts = []
+                for name in (head, table):
+                    values = self._slices(self._stored[name].file).get_slice(name)[start : start + step]
+                    self._bytes_read += values.nbytes
+                    parts.append(values)
+                same = same and np.array_equal(*parts)
+            if not same:
                 raise StageError(
-                    f"The weight files must hold {tensor.name} (for {path}), and do not. Received: folder={folder}. "
-                    "Download the checkpoint again."
-                )
-            if shapes[tensor.name] != (wanted := _stored_shape(tensor)):
-                raise StageError(
-                    f"The tensor {tensor.name} (for {path}) must have the shape {wanted} that config.json gives it. "
-                    f"Received: shape={shapes[tensor.name]} in {self._file_of[tensor.name]}."
+                    f"The language head must be the embedding table, as in every Gemma. Received: {head} in "
+                    f"{self._stored[head].file}, which differs from {table}\n"
+                    "This project has no head of its own: it would compute other tokens than the checkpoint."
                 )
 
     def shape(self, path: str) -> tuple[int, ...]:
@@ -244,7 +467,7 @@ class SafetensorsWeights:
         import numpy as np
 
         name, shape, kind = self._table[path]
-        stored = self._slices(self._file_of[name]).get_slice(name)
+        stored = self._slices(self._stored[name].file).get_slice(name)
         cuts = [slice(*cut.indices(size)[:2]) for cut, size in zip(index, shape, strict=True)]
         if kind == "same":
             return stored[tuple(cuts)]
@@ -279,6 +502,8 @@ class SafetensorsWeights:
         from safetensors import SafetensorError, safe_open
 
         try:
+            if not (self._folder / file).is_file():
+                raise FileNotFoundError("no such file")
             return safe_open(self._folder / file, framework="np")
         except (OSError, SafetensorError) as error:
             raise StageError(

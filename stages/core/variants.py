@@ -154,7 +154,7 @@ def fill_model(model: LoadedModel, preset: Preset, trained: dict[str, Any]) -> N
     memory = loading.ArraySource(trained)
     total = sum(placement.weight.bytes for placement in model.placements)
     with (
-        loading.open_source(preset.folder, preset.manifest.format, model.backbone) as files,
+        loading.open_source(preset.folder, preset.manifest.format, preset.architecture) as files,
         bytes_bar("Loading weights", total) as show,
     ):
         loading.fill(
