@@ -122,7 +122,7 @@ def hugging_face_files(files: int = 1, padding: int = 0) -> dict[str, bytes]:
     from stages.core.keras_weights import stored_weights
 
     architecture = Architecture("Gemma3Backbone", CONFIGS["gemma3"])
-    weights = {path: np.ones(shape, "f4") for path, (_, shape) in stored_weights(architecture).items()}
+    weights = {path: np.full(shape, 2.0, "f4") for path, (_, shape) in stored_weights(architecture).items()}
     tensors = tensors_of("gemma3", weights)
     content = {
         "config.json": json.dumps(config_of("gemma3", CONFIGS["gemma3"])).encode(),

@@ -102,7 +102,7 @@ def test_a_transfer_that_breaks_off_goes_on_where_it_was_as_often_as_it_gets_fur
     kaggle, fetch, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(kaggle_client, "BROKEN_WAITS", (0.0, 0.0))
-    kaggle.files["model.weights.h5"] += os.urandom(5 << 20)
+    kaggle.files["model.weights.h5"] = kaggle.files["model.weights.h5"].ljust(5 << 20, b"x")
     kaggle.cut = (1 << 20) + 7  # kagglehub writes by the megabyte
     assert files_of(fetch(), tmp_path) == kaggle.files
     # Each time kagglehub begins with a request for the whole file and then asks for the rest.

@@ -161,3 +161,27 @@ def test_a_weight_of_another_shape_is_named(presets, tmp_path):
 def test_more_devices_than_there_are_is_told(presets):
     with pytest.raises(StageError, match="needs 16 devices and this machine has 8"):
         load_tiny(presets["gemma"], (2, 8))
+
+
+def test_the_names_and_shapes_of_weights_in_a_file_are_those_that_keras_gives_them(presets):
+    from stages.core.architecture import read_architecture
+    from stages.core.keras_weights import stored_weights
+
+    for family, folder in presets.items():
+        stored = stored_weights(read_architecture(folder, "keras"))
+        with h5py.File(folder / "model.weights.h5") as file:
+            found = {}
+            file.visititems(lambda name, each, found=found: found.update({name: each}))
+            found = {name: each.shape for name, each in found.items() if isinstance(each, h5py.Dataset)}
+        assert dict(stored.values()) == found, family
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_weight_that_is_not_finite_is_named_at_load(presets, tmp_path, dtype, value):
+    def spoil(path: Path) -> None:
+        with h5py.File(path, "a") as file:
+            file["layers/gemma_decoder_block_1/ffw_linear/vars/0"][3, 5] = value
+
+    with pytest.raises(StageError, match=r"finite\. Received: .* decoder_block_1/ffw_linear/kernel"):
+        load_tiny(damaged(presets["gemma"], tmp_path / "p", spoil), (1, 1), dtype=dtype)

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 
 from stages.core.errors import ParamsError, StageError
-from stages.core.keras_folder import check_keras_folder
+from stages.core.keras_folder import check_keras_folder, fetch_local
 from stages.core.safetensors_weights import shard_files
+from tests.hugging_face import hugging_face_files
 from tests.models import load_tiny
 from tests.preset_folder import make_preset
 
+ROOT = Path(__file__).parents[1]
 NORM = "layers/final_normalization/vars"
 
 
@@ -60,3 +65,84 @@ def test_an_index_of_safetensors_that_names_files_elsewhere_is_refused(tmp_path,
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
     with pytest.raises(StageError, match="must name files beside it"):
         shard_files(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["config", "keras config", "safetensors", "hdf5", "gguf"])
+def test_of_200_mutations_none_is_read_wrongly_ends_in_a_traceback_or_fills_the_memory(kind, devices, tmp_path):
+    if kind == "gguf":
+        from tests.test_gguf import write_gguf
+        from tests.tiny import tiny_backbone
+
+        write_gguf(tmp_path / "tiny.gguf", tiny_backbone("gemma3"), "F32")
+    elif kind in ("keras config", "hdf5"):
+        make_preset(tmp_path)
+    else:
+        for name, content in hugging_face_files().items():
+            (tmp_path / name).write_bytes(content)
+    command = [sys.executable, "-m", "tests.fuzz_presets", kind, str(tmp_path), "200", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["tried"], found["tracebacks"], found["wrong"]) == (200, [], [])
+    assert found["refused"] > 20
+
+
+def keras_preset(folder: Path, class_name: str = "GemmaBackbone", **changes) -> Path:
+    """The smallest preset with other arguments."""
+    make_preset(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["class_name"] = class_name
+    config["config"] |= changes
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+EMBEDDING = {"is_embedding_model": True, "pooling_intermediate_dim": 8, "embedding_dim": 4}
+POLICY = {"module": "keras", "class_name": "QuantizedDTypePolicy", "config": {"mode": "int8", "source_name": "float32"}}
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"class_name": "Gemma3Backbone", "image_size": None, **EMBEDDING}, "an embedding model predicts no tokens"),
+        ({"class_name": "Gemma3Backbone", "use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ({"dropout": 0.1}, "dropout 0"),
+        ({"dtype": POLICY}, "QuantizedDTypePolicy"),
+        ({"dtype": "int8_from_float32"}, "int8_from_float32"),
+        ({"num_layers": 10**9}, "num_layers=1000000000"),
+        ({"num_query_heads": 0}, "num_query_heads=0"),
+        ({"activation": "relu"}, "activation='relu'"),
+        ({"layer_norm_epsilon": 0.01}, "layer_norm_epsilon=0.01"),
+    ],
+    ids=lambda value: next(reversed(value)) if isinstance(value, dict) else "",
+)
+def test_a_keras_hub_preset_that_the_forward_pass_does_not_fit_is_refused_at_fetch(tmp_path, changes, said):
+    with pytest.raises(ParamsError, match=said):
+        fetch_local("mine", str(keras_preset(tmp_path, **changes)), tmp_path)
+
+
+@pytest.mark.parametrize("dtype, said", [("i1", "plain floats, not quantized"), ("u1", "not q"), ("V2", "not q")])
+def test_weights_of_codes_are_refused_at_fetch(tmp_path, dtype, said):
+    make_preset(tmp_path)
+    name = "layers/gemma_decoder_block/ffw_linear/vars/0"
+    with h5py.File(tmp_path / "model.weights.h5", "a") as file:
+        shape = file[name].shape
+        del file[name]
+        file.create_dataset(name, data=np.zeros(shape, dtype))
+    with pytest.raises(ParamsError, match=said):
+        fetch_local("mine", str(tmp_path), tmp_path)
+
+
+def test_a_weight_that_unfolds_from_few_bytes_and_one_that_nobody_wants_are_refused(tmp_path):
+    make_preset(tmp_path)
+    name = "layers/gemma_decoder_block/ffw_linear/vars/0"
+    with h5py.File(tmp_path / "model.weights.h5", "a") as file:
+        values = np.asarray(file[name])
+        file["layers/dense/vars/0"] = values
+    with pytest.raises(ParamsError, match=r"Received: layers/dense/vars/0"):
+        fetch_local("mine", str(tmp_path), tmp_path)
+    with h5py.File(tmp_path / "model.weights.h5", "a") as file:
+        del file["layers/dense"], file[name]
+        file.create_dataset(name, data=values, chunks=True, compression="gzip")
+    with pytest.raises(ParamsError, match="in one piece"):
+        fetch_local("mine", str(tmp_path), tmp_path)

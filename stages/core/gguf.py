@@ -70,12 +70,15 @@ class _Reader(gguf.GGUFReader):
         if max(tensors, values) > LARGEST_COUNT:
             raise ValueError(f"it states {tensors:,} tensors and {values:,} values")
         super().__init__(path)
-        end = 0
+        end = padded = 0
         for tensor in self.tensors:
             # As llama.cpp demands: one after the other, each from the next multiple of the alignment.
-            if tensor.data_offset - self.data_offset != end:
+            if tensor.data_offset - self.data_offset != padded:
                 raise ValueError(f"{tensor.name} does not follow the tensor before it")
-            end += -(-tensor.n_bytes // int(self.alignment)) * int(self.alignment)
+            end = padded + tensor.n_bytes
+            padded = -(-end // int(self.alignment)) * int(self.alignment)
+        if len(self.data) - self.data_offset not in (end, padded):
+            raise ValueError("it does not end where its last tensor does")
 
     def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
         if offset + int(count) * np.dtype(dtype).itemsize > len(self.data):

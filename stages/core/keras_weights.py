@@ -195,9 +195,12 @@ def _refuse_codes(dataset: Any, path: str) -> None:
     Raises:
         StageError: names the weight.
     """
-    kind, size = dataset.dtype.kind, dataset.dtype.itemsize
-    noted = dataset.attrs.get("dtype")
-    if not (kind == "f" and size in (2, 4, 8)) and not (kind == "V" and size == 2 and noted == "bfloat16"):
+    from h5py import h5t
+
+    stored, size = dataset.id.get_type(), dataset.dtype.itemsize
+    plain_float = any(stored.equal(kind) for kind in (h5t.IEEE_F16LE, h5t.IEEE_F32LE, h5t.IEEE_F64LE))
+    opaque = dataset.dtype.kind == "V" and size == 2 and dataset.attrs.get("dtype") == "bfloat16"
+    if not plain_float and not opaque:
         raise StageError(
             f"The weights must be plain floats, not quantized. Received: {path} of {dataset.dtype} in the "
             "file.\nSave the preset before `quantize`."
