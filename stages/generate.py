@@ -30,7 +30,8 @@ def main(run: Run, variant: str) -> None:
 
     causal = make_model(model.backbone, model.jax_mesh, model.placements)
     prompts, stops = prompting.encode(tokenizer, settings.prompts, turns=settings.turns)
-    sampler = sampling.SamplerSettings(settings.max_tokens, settings.temperature, settings.top_k, stops)
+    pieces = tokenizer.vocabulary_size
+    sampler = sampling.SamplerSettings(settings.max_tokens, settings.temperature, settings.top_k, stops, pieces)
     run.say(f"Generating up to {settings.max_tokens} tokens for each of {len(prompts)} prompts with {variant} ...")
     began = time.perf_counter()
     continued = sampling.generate(causal, prompts, sampler, settings.seed)

@@ -14,7 +14,7 @@ import pytest
 
 from stages.core.errors import ParamsError, StageError
 from stages.core.keras_folder import check_keras_folder, fetch_local
-from stages.core.safetensors_weights import shard_files
+from stages.core.safetensors_weights import weight_files
 from tests.hugging_face import hugging_face_files
 from tests.models import load_tiny
 from tests.preset_folder import make_preset
@@ -64,7 +64,7 @@ def test_an_index_of_keras_that_names_files_elsewhere_is_refused(tmp_path, name)
 def test_an_index_of_safetensors_that_names_files_elsewhere_is_refused(tmp_path, name):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
     with pytest.raises(StageError, match="must name files beside it"):
-        shard_files(tmp_path)
+        weight_files(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["config", "keras config", "safetensors", "hdf5", "gguf"])

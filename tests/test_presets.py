@@ -231,3 +231,73 @@ def test_an_index_without_a_map_is_refused(tmp_path):
     (folder / "model.weights.json").write_text("{}")
     with pytest.raises(ParamsError, match=r"model\.weights\.json must be an index with a weight_map"):
         check_keras_folder(folder)
+
+
+def test_only_the_files_that_are_read_are_listed_also_through_links(preset, tmp_path):
+    (preset / "assets").rename(tmp_path / "elsewhere")
+    (preset / "assets").symlink_to(tmp_path / "elsewhere")
+    for name in ("optimizer.pt", "README.md", "task.json"):
+        (preset / name).write_bytes(b"x")
+    manifest = fetch_local("tiny", str(preset), tmp_path)
+    assert [file.name for file in manifest.files] == NAMES
+    (tmp_path / "elsewhere" / "tokenizer" / "vocabulary.spm").write_bytes(b"another")
+    with pytest.raises(StageError, match=r"vocabulary\.spm is not the file"):
+        verified_folder(manifest, tmp_path)
+    (preset / "README.md").write_bytes(b"a line more")
+    assert fault(preset, manifest.files[1]) is None
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.weights.h5", "assets/tokenizer/vocabulary.spm"])
+def test_a_git_lfs_pointer_is_called_so(preset, tmp_path, name):
+    (preset / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+    with pytest.raises(ParamsError, match=r"a Git LFS pointer to it\nRun `git lfs install`"):
+        fetch_local("tiny", str(preset), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.weights.h5", "assets/tokenizer/vocabulary.spm"])
+def test_a_file_that_may_not_be_read_is_told_in_two_lines(preset, tmp_path, monkeypatch, name):
+    real = Path.open
+
+    def opened(path, *arguments, **more):
+        if path == preset / name:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *arguments, **more)
+
+    monkeypatch.setattr(Path, "open", opened)
+    with pytest.raises(StageError, match=r"must be readable\. Received: .*\(Permission denied\)") as caught:
+        fetch_local("tiny", str(preset), tmp_path)
+    assert len(str(caught.value).splitlines()) == 2
+
+
+def test_a_name_that_is_no_text_is_shown_as_it_can_be(tmp_path):
+    import os
+
+    (Path(os.fsdecode(bytes(tmp_path) + b"/\xff\x1b[31m"))).write_bytes(b"x")
+    with pytest.raises(ParamsError, match=r"holds .*udcff.*x1b\[31m") as caught:
+        fetch_local("tiny", str(tmp_path), tmp_path)
+    assert str(caught.value).isprintable()
+
+
+OTHERS = {
+    "adapter": (["adapter_config.json", "adapter_model.safetensors"], "a PEFT adapter without its model"),
+    "pickle": (["config.json", "pytorch_model.bin", "tokenizer.model"], r"weights as a pickle \(pytorch_model\.bin\)"),
+    "gguf": (["gemma.gguf"], r"a GGUF file \(gemma\.gguf\)"),
+    "cache of a model": (["refs/main", "blobs/a", "snapshots/b/config.json"], "Hugging Face's cache"),
+    "cache of all": (["models--google--gemma/refs/main"], "Hugging Face's cache"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_what_people_take_for_a_preset_is_called_by_what_it_is(tmp_path, case):
+    names, said = OTHERS[case]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(ParamsError, match=f"Received: {said}") as caught:
+        fetch_local("tiny", str(tmp_path), tmp_path)
+    assert len(str(caught.value).splitlines()) == 2
+
+
+def test_a_file_in_the_folder_is_not_the_folder(preset, tmp_path):
+    with pytest.raises(ParamsError, match="a preset's folder, not a file in it"):
+        fetch_local("tiny", str(preset / "model.weights.h5"), tmp_path)

@@ -14,8 +14,9 @@ from stages.core.errors import ParamsError, StageError
 from stages.core.keras_folder import fetch_local, folder_format
 from stages.core.safetensors_weights import SafetensorsWeights, read_architecture
 from stages.core.tokenizer import holds_vocabulary, load_tokenizer
+from tests import tokenizer_json
 from tests.conftest import FAMILIES
-from tests.hugging_face import change_config, write_hugging_face
+from tests.hugging_face import change_config, hugging_face_files, write_hugging_face
 from tests.models import load_tiny
 
 BATCH = {
@@ -256,3 +257,94 @@ def test_the_vocabulary_is_the_same_as_in_the_keras_hub_preset(presets, folders)
     assert holds_vocabulary("tokenizer.model")
     with pytest.raises(StageError, match=r"tokenizer\.model"):
         load_tokenizer(presets["gemma3"], "safetensors")
+
+
+@pytest.fixture
+def small(tmp_path) -> Path:
+    """The smallest folder, made without Keras."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    for name, content in hugging_face_files().items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+TABLE = "model.embed_tokens.weight"
+STRANGE = {
+    "another head": ({"lm_head.weight": lambda table: table + 1}, "lm_head.weight in model.safetensors, which differs"),
+    "a head of another size": ({"lm_head.weight": lambda table: table[:-1]}, "lm_head.weight"),
+    "codes": ({TABLE: lambda table: table.astype("i1")}, f"not quantized. Received: {TABLE} of I8"),
+    "a classifier": ({"score.weight": lambda table: table[:2]}, "Received: score.weight"),
+    "scales": ({"model.layers.0.mlp.up_proj.weight_scale": lambda table: table[0]}, "up_proj.weight_scale"),
+    "an adapter": ({"model.layers.0.self_attn.q_proj.lora_A.weight": lambda table: table}, "that was not merged"),
+    "more layers": ({"model.layers.2.mlp.up_proj.weight": lambda table: table}, "Received: model.layers.2.mlp.up_proj"),
+    "vision": ({"vision_tower.patch.weight": lambda table: table}, "Received: vision_tower.patch.weight"),
+}
+
+
+@pytest.mark.parametrize("case", STRANGE)
+def test_a_tensor_that_would_be_left_out_or_misread_is_named_at_fetch(small, case):
+    changes, said = STRANGE[case]
+    edit(small, lambda tensors: tensors.update({name: make(tensors[TABLE]) for name, make in changes.items()}))
+    with pytest.raises(ParamsError, match=re.escape(said)):
+        fetch_local("mine", str(small), small)
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+def test_a_head_that_is_the_table_and_buffers_are_no_obstacle(small, dtype, monkeypatch):
+    monkeypatch.setattr("stages.core.safetensors_weights.BYTES_AN_OPENING", 1000)
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, "f4")}
+    edit(small, lambda tensors: tensors.update(extra | {"lm_head.weight": tensors[TABLE].astype(dtype)}))
+    fetch_local("mine", str(small), small)
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "base_model.model.", "_orig_mod."])
+def test_names_in_a_wrapper_are_told_as_they_are(small, wrapper):
+    def wrap(tensors):
+        for name in list(tensors):
+            tensors[wrapper + name] = tensors.pop(name)
+
+    with pytest.raises(ParamsError, match=rf"Received: {wrapper}model\.embed_tokens\.weight"):
+        fetch_local("mine", str(edit(small, wrap)), small)
+
+
+@pytest.mark.parametrize(
+    "rows, fits", [(511, False), (512, True), (576, True), (767, True), (768, False), (6656, False)]
+)
+def test_the_table_has_the_rows_that_the_vocabulary_needs_and_few_more(small, rows, fits):
+    change_config(small, vocab_size=rows)
+    edit(small, lambda tensors: tensors.update({TABLE: np.ones((rows, tensors[TABLE].shape[1]), "f4")}))
+    if fits:
+        fetch_local("mine", str(small), small)
+    else:
+        with pytest.raises(ParamsError, match=rf"512 pieces, {rows:,} rows"):
+            fetch_local("mine", str(small), small)
+
+
+def test_a_folder_of_transformers_5_has_a_tokenizer_json_alone(small):
+    proto = (small / "tokenizer.model").read_bytes()
+    (small / "tokenizer.model").unlink()
+    (small / "tokenizer.json").write_text(json.dumps(tokenizer_json.tokenizer_json(proto, added=())))
+    manifest = fetch_local("mine", str(small), small)
+    assert [file.name for file in manifest.files] == ["config.json", "model.safetensors", "tokenizer.json"]
+
+
+def test_a_key_that_is_left_out_means_transformers_default(small):
+    config = change_config(small, model_type="gemma2", rope_scaling=None, rope_local_base_freq=None, rope_theta=None)
+    change_config(config, sliding_window_pattern=None, sliding_window=None, head_dim=None, query_pre_attn_scalar=None)
+    found = read_architecture(small)["config"]
+    assert (found["final_logit_soft_cap"], found["attention_logit_soft_cap"]) == (30, 50)
+    assert (found["sliding_window_size"], found["head_dim"]) == (4096, 256)
+
+
+def test_a_factor_beside_the_plain_form_of_rope_scales_nothing(small):
+    change_config(small, rope_scaling={"rope_type": "default", "factor": 8.0})
+    assert read_architecture(small)["config"]["global_rope_scaling_factor"] == 1.0
+
+
+def test_a_tensor_that_two_files_hold_is_refused(small):
+    for name, content in hugging_face_files(files=2).items():
+        (small / name).write_bytes(content)
+    (small / "model.safetensors").replace(small / "model-00002-of-00002.safetensors")
+    with pytest.raises(ParamsError, match="Each tensor must lie in one file"):
+        fetch_local("mine", str(small), small)

@@ -12,13 +12,13 @@ PROMPTS = [[2, 10, 11, 12], [2, 40], [2, 7, 8, 9, 300, 301, 302]]
 NO_STOP = 511
 
 
-def sample(model, prompts, *, temperature=0.0, top_k=None, stop_ids=(NO_STOP,), count=6, seed=0):
+def sample(model, prompts, *, temperature=0.0, top_k=None, stop_ids=(NO_STOP,), count=6, seed=0, pieces=None):
     """Run the sampler."""
     from stages.core import sampling
     from stages.core.causal import make_model
 
     causal = make_model(model.backbone, model.jax_mesh, model.placements)
-    settings = sampling.SamplerSettings(count, temperature, top_k, stop_ids)
+    settings = sampling.SamplerSettings(count, temperature, top_k, stop_ids, pieces)
     return sampling.generate(causal, prompts, settings, seed)
 
 
@@ -79,3 +79,14 @@ def test_among_the_likeliest_one_there_is_no_choice(presets):
     model = load_tiny(presets["gemma3"], (1, 1))
     assert sample(model, PROMPTS, temperature=5.0, top_k=1) == sample(model, PROMPTS)
     assert sample(model, PROMPTS, temperature=5.0, top_k=200) != sample(model, PROMPTS)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 4)], ids=str)
+@pytest.mark.parametrize("temperature", [0.0, 50.0])
+def test_a_row_of_the_table_without_a_piece_is_never_chosen(presets, shape, temperature):
+    model = load_tiny(presets["gemma"], shape)
+    free = sample(model, PROMPTS, temperature=temperature, count=12)
+    pieces = max(max(ids) for ids in free)
+    bound = sample(model, PROMPTS, temperature=temperature, count=12, pieces=pieces)
+    assert max(max(ids) for ids in bound) < pieces
+    assert bound != free

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import subprocess
 import sys
@@ -12,7 +14,7 @@ import pytest
 from stages.core.errors import StageError
 from stages.core.gguf import tokenizer_proto
 from stages.core.tokenizer import KERAS_VOCABULARY, Tokenizer, holds_vocabulary, load_tokenizer
-from tests import tiny
+from tests import tiny, tokenizer_json
 
 # Some compare with keras-hub's own, which has to be imported with the devices set up.
 pytestmark = pytest.mark.usefixtures("devices")
@@ -126,3 +128,56 @@ def test_the_tokenizer_imports_neither_tensorflow_nor_keras():
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def json_folder(folder: Path, change=lambda content: None) -> Path:
+    """A folder with a `tokenizer.json` of the recorded vocabulary."""
+    proto = base64.b64decode(json.loads(tokenizer_json.RECORDED.read_text())["proto"])
+    content = tokenizer_json.tokenizer_json(proto)
+    change(content)
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_a_tokenizer_json_with_added_tokens_gives_transformers_ids(tmp_path):
+    tokenizer = load_tokenizer(json_folder(tmp_path), "safetensors")
+    ids = json.loads(tokenizer_json.RECORDED.read_text())["ids"]
+    assert [tokenizer.encode(text) for text in tokenizer_json.TEXTS] == ids
+    assert tokenizer.encode_all(tokenizer_json.TEXTS) == ids
+    assert [tokenizer.decode(each) for each in ids] == tokenizer_json.TEXTS
+    assert (tokenizer.pad, tokenizer.eos, tokenizer.bos) == (0, 1, 2)
+    assert tokenizer.piece_id("[TOOL]") == tokenizer.vocabulary_size - 1 == 515
+
+
+def test_no_text_spells_a_control_token_whatever_the_vocabulary_is_kept_in(tmp_path):
+    ours = load_tokenizer(json_folder(tmp_path), "safetensors")
+    recorded = json.loads(tokenizer_json.RECORDED.read_text())
+    pieces = Tokenizer.from_proto(base64.b64decode(recorded["proto"]))
+    text = "<bos>a<eos><pad><unk><image_soft_token>"
+    assert ours.encode(text) == pieces.encode(text)
+    assert ours.decode([ours.bos, *ours.encode("Hi"), ours.eos, ours.pad, 10**6]) == "Hi"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content.pop("model"),
+        lambda content: content["model"].update(vocab=[]),
+        lambda content: content["model"].update(merges=[["x", 1]]),
+        lambda content: content.update(added_tokens=[{"id": 700, "content": "<new>"}]),
+        lambda content: content["added_tokens"][-1].update(id=900),
+        lambda content: [content["model"]["vocab"].pop("<bos>"), content["added_tokens"].pop(2)],
+    ],
+)
+def test_a_tokenizer_json_that_cannot_be_read_as_it_stands_is_a_person_s_error(tmp_path, change):
+    with pytest.raises(StageError):
+        load_tokenizer(json_folder(tmp_path, change), "safetensors")
+
+
+def test_tokens_that_were_added_beside_a_sentencepiece_model_are_not_left_out(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(tiny.tiny_proto())
+    (tmp_path / "added_tokens.json").write_text('{"<image_soft_token>": 512}')
+    assert load_tokenizer(tmp_path, "safetensors").vocabulary_size == 512
+    (tmp_path / "added_tokens.json").write_text('{"<|im_start|>": 512}')
+    with pytest.raises(StageError, match=r"Received: <\|im_start\|> in"):
+        load_tokenizer(tmp_path, "safetensors")

@@ -283,7 +283,7 @@ def _sampler(causal: CausalModel, tokenizer: Tokenizer, settings: Finetune, turn
     from stages.core.sampling import Sampler, SamplerSettings
 
     prompts, stops = prompting.encode(tokenizer, [settings.sample_prompt], turns=turns)
-    sampler = Sampler(causal, SamplerSettings(settings.sample_tokens, 0.0, None, stops))
+    sampler = Sampler(causal, SamplerSettings(settings.sample_tokens, 0.0, None, stops, tokenizer.vocabulary_size))
     return lambda: tokenizer.decode(sampler(prompts, 0)[0])
 
 

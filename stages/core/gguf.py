@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import gguf
 import numpy as np
 
-from stages.core.architecture import Architecture, brief, plain, refuse_pointer
 from stages.core.errors import StageError
+from stages.core.untrusted import brief, plain, refuse_pointer
 
 CHUNK_ELEMENTS = 1 << 19
 """Values dequantized at a time by a thread: their temporaries (some 8 MB) still fit in a core's cache."""
@@ -225,7 +225,11 @@ def _architecture(reader: gguf.GGUFReader, path: Path) -> dict[str, Any]:
             "dropout": 0,
         },
     }
-    Architecture(found["class_name"], found["config"])
+    for key in ("num_layers", "num_query_heads", "num_key_value_heads", "hidden_dim", "intermediate_dim", "head_dim"):
+        value = found["config"][key]
+        # Every block has tensors, so there are fewer blocks.
+        if not isinstance(value, int) or not 1 <= value <= (len(names) if key == "num_layers" else 1 << 22):
+            raise StageError(f"The GGUF file must state sizes of a Gemma 3. Received: {key}={brief(value)} in {path}")
     return found
 
 

@@ -23,6 +23,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, unquote
 
+from stages.core import keras_weights, safetensors_weights
 from stages.core.architecture import Architecture, read_architecture
 from stages.core.downloads import UNWRITTEN, check_room, explain_unwritten, free_bytes, one_at_a_time
 from stages.core.errors import ParamsError, StageError
@@ -33,6 +34,8 @@ from stages.core.paths import lend_a_home
 from stages.core.presets import LICENCE, Manifest, PresetFile, fault, sha256_with_progress
 from stages.core.redaction import brief, check_addresses, check_private, check_proxies, host_of, is_private, usable
 from stages.core.registry import EMBEDDING, HEALTH, REGISTRY, VISION, name_of, registered
+from stages.core.tokenizer import HUGGING_FACE_VOCABULARY, JSON_VOCABULARY
+from stages.core.untrusted import plain
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -47,8 +50,9 @@ KERAS_FILES = re.compile(
     r"config\.json|metadata\.json|tokenizer\.json|preprocessor\.json|assets/tokenizer/vocabulary\.spm"
     r"|model\.weights\.(h5|json)|model_\d+\.weights\.h5"
 )
-PLAIN_FILES = re.compile(r"config\.json|tokenizer\.model|model\.safetensors(\.index\.json)?")
+PLAIN_FILES = re.compile(r"config\.json|tokenizer\.(model|json)|added_tokens\.json|model\.safetensors(\.index\.json)?")
 PLAIN_SHARDS = re.compile(r"model-\d+-of-\d+\.safetensors")
+INDEXES = {keras_weights.INDEX: keras_weights, safetensors_weights.INDEX: safetensors_weights}
 WAITS = (1, 2, 4)  # seconds between attempts at a question that the Hub is too busy for
 LONGEST_WAIT = 60  # seconds, where the Hub names a time itself
 
@@ -248,12 +252,25 @@ def _restore(source: Source, preset: str, cache: Path, say: Callable[[str], None
         missing = [each for each in needed if _differs(folder, each)]
         check_room(folder, sum(each.size or 0 for each in missing), f"the files of {source.repo}")
         megabytes = sum(each.size or 0 for each in missing) / 1e6
+<<<<<<< HEAD
         say(f"Downloading {source.repo} from {_name()}: {megabytes:,.0f} MB in {len(missing)} files.")
         # The small configuration first: it tells whether the rest is worth having.
         for each in sorted(missing, key=lambda each: each.rfilename != CONFIG):
+=======
+        say(f"Downloading {source.repo} from Hugging Face: {megabytes:,.0f} MB in {len(missing)} files.")
+        # The small configuration first, then the index: they tell whether the rest is worth having.
+        for each in sorted(missing, key=lambda each: (each.rfilename != CONFIG, each.rfilename not in INDEXES)):
+>>>>>>> f42af53 (tokenizer.json with its added tokens is read; rows without a piece are never sampled; a sample never ends a run; a preset's list holds what is read; what is no preset is called by what it is)
             _download(source, commit, each, folder)
             if each.rfilename == CONFIG:
                 _checked_architecture(source, folder)
+            elif reader := INDEXES.get(each.rfilename):
+                names = {other.rfilename for other in needed}
+                if absent := [name for name in reader.weight_files(folder) if name not in names]:
+                    raise ParamsError(
+                        f"{source.repo} must hold every file that {each.rfilename} names. Missing: {plain(absent[0])}\n"
+                        f"See {source.page}/tree/{source.revision}."
+                    )
         shutil.rmtree(folder / ".cache", ignore_errors=True)
     try:
         file_format = folder_format(folder)
@@ -306,6 +323,11 @@ def _needed(source: Source, info: ModelInfo) -> list[RepoSibling]:
         wanted = [name for name in names if PLAIN_FILES.fullmatch(name)]
         if "model.safetensors" not in names:
             wanted += [name for name in names if PLAIN_SHARDS.fullmatch(name)]
+        if not names & {HUGGING_FACE_VOCABULARY, JSON_VOCABULARY}:
+            raise ParamsError(
+                f"{source.repo} must hold {HUGGING_FACE_VOCABULARY}, the SentencePiece vocabulary, or "
+                f"{JSON_VOCABULARY}. Received: neither\nSee {source.page}/tree/{source.revision}."
+            )
     else:
         raise ParamsError(
             f"{source.repo} must hold config.json with model.weights.h5 (keras-hub) or model.safetensors, whole or in "

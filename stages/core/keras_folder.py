@@ -12,12 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from stages.core import keras_weights, safetensors_weights
-from stages.core.architecture import plain, read_architecture, read_object, refuse_pointer
+from stages.core.architecture import read_architecture
 from stages.core.errors import ParamsError, StageError, shown
 from stages.core.fetch_check import Check
 from stages.core.paths import own_path
 from stages.core.presets import LICENCE, Manifest, PresetFile, sha256_with_progress
-from stages.core.tokenizer import HUGGING_FACE_VOCABULARY, KERAS_VOCABULARY, load_tokenizer
+from stages.core.tokenizer import (
+    HUGGING_FACE_VOCABULARY,
+    JSON_VOCABULARY,
+    KERAS_VOCABULARY,
+    load_tokenizer,
+    vocabulary_files,
+)
+from stages.core.untrusted import plain, read_object, refuse_pointer
 
 KERAS = ("keras", "keras_hub", "keras_nlp")  # keras-hub was keras-nlp when the first presets were written
 WANTED = "A preset folder as keras-hub's save_to_preset writes it was expected"
@@ -68,9 +75,42 @@ def local_folder(path: str, root: Path) -> Path:
         ParamsError: it does not exist.
     """
     folder = own_path(root, "fetch.path", path)
+    if folder.is_file():
+        raise ParamsError(f"fetch.path must name a preset's folder, not a file in it. Received: fetch.path={shown(path)}")
     if not folder.is_dir():
         raise ParamsError(f"fetch.path must name a folder that exists. Received: fetch.path={shown(path)}")
     return folder
+
+
+def _refuse_others(folder: Path) -> None:
+    """Refuse what people take for a model's folder, by what it is.
+
+    Raises:
+        ParamsError: names it, and what to do.
+    """
+    try:
+        names = {path.name for path in folder.iterdir()}
+    except OSError as error:
+        raise ParamsError(
+            f"{plain(folder)} must be readable. Received: {error.strerror}\nMend its permissions."
+        ) from error
+
+    def refuse(what: str, do: str) -> None:
+        raise ParamsError(f"A preset's folder was expected. Received: {what}, in {plain(folder)}\n{do}")
+
+    if {"refs", "snapshots"} <= names or any(name.startswith("models--") for name in names):
+        refuse("Hugging Face's cache", "Name the folder below snapshots/, or fetch the model with source: huggingface.")
+    if "adapter_config.json" in names and not names & {"model.safetensors", safetensors_weights.INDEX}:
+        refuse("a PEFT adapter without its model", "Merge it with PEFT's `merge_and_unload()`, and save the model.")
+    if names & {"model.safetensors", safetensors_weights.INDEX, keras_weights.SINGLE, keras_weights.INDEX}:
+        return
+    if gguf := sorted(name for name in names if name.endswith(".gguf")):
+        refuse(f"a GGUF file ({plain(gguf[0])})", "Take the same model in safetensors or as a keras-hub preset.")
+    if pickles := sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl"))):
+        refuse(
+            f"weights as a pickle ({plain(pickles[0])})",
+            "A pickle can run a program: save it with transformers' `save_pretrained(safe_serialization=True)`.",
+        )
 
 
 def folder_format(folder: Path) -> str:
@@ -79,6 +119,7 @@ def folder_format(folder: Path) -> str:
     Raises:
         ParamsError: it holds neither a keras-hub preset nor a Hugging Face checkpoint of a text Gemma, or half of one.
     """
+    _refuse_others(folder)
     # What tells a Hugging Face configuration: Keras writes a class_name instead.
     if "model_type" not in _config(folder):
         check_keras_folder(folder)
@@ -93,19 +134,10 @@ def needed_files(folder: Path, file_format: str) -> list[str]:
     Raises:
         StageError: an index of weight files cannot be read.
     """
-    if file_format == "keras":
-        weights = keras_weights.weight_files(folder)
-        names = [
-            "config.json",
-            KERAS_VOCABULARY,
-            *weights,
-            *([] if keras_weights.SINGLE in weights else [keras_weights.INDEX]),
-        ]
-    else:
-        weights = safetensors_weights.shard_files(folder)
-        single = safetensors_weights.SINGLE in weights
-        names = ["config.json", HUGGING_FACE_VOCABULARY, *weights, *([] if single else [safetensors_weights.INDEX])]
-    return sorted(names)
+    reader = keras_weights if file_format == "keras" else safetensors_weights
+    weights = reader.weight_files(folder)
+    index = [] if weights == (reader.SINGLE,) else [reader.INDEX]
+    return sorted({"config.json", *vocabulary_files(folder, file_format), *weights, *index})
 
 
 def check_contents(folder: Path, file_format: str) -> None:
@@ -143,16 +175,16 @@ def check_safetensors_folder(folder: Path) -> None:
     """
     try:
         read_architecture(folder, "safetensors")
-        missing = [name for name in safetensors_weights.shard_files(folder) if not (folder / name).is_file()]
+        missing = [name for name in safetensors_weights.weight_files(folder) if not (folder / name).is_file()]
     except StageError as error:
         raise ParamsError(f"The preset cannot be used. {error}") from error
     if missing:
         index = safetensors_weights.INDEX
         raise ParamsError(f"Every file that {index} names must be in {folder}. Missing: {plain(', '.join(missing))}")
-    if not (folder / HUGGING_FACE_VOCABULARY).is_file():
+    if not any((folder / name).is_file() for name in (HUGGING_FACE_VOCABULARY, JSON_VOCABULARY)):
         raise ParamsError(
-            f"A Hugging Face folder must hold {HUGGING_FACE_VOCABULARY}, the SentencePiece vocabulary. "
-            f"Received: {folder} holds {_listing(folder)}"
+            f"A Hugging Face folder must hold {HUGGING_FACE_VOCABULARY}, the SentencePiece vocabulary, or "
+            f"{JSON_VOCABULARY}. Received: {folder} holds {_listing(folder)}"
         )
 
 

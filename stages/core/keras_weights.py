@@ -12,9 +12,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from stages.core.architecture import Architecture, plain, read_object
+from stages.core.architecture import Architecture
 from stages.core.errors import StageError
 from stages.core.safetensors_weights import shards_of
+from stages.core.untrusted import plain, read_object
 
 if TYPE_CHECKING:
     import numpy as np

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from stages.core.architecture import Heads, HeadSize, Layers, Positive, Size, Typed, brief, parse, plain, read_object
 from stages.core.errors import StageError
+from stages.core.untrusted import Heads, HeadSize, Layers, Positive, Size, Typed, brief, parse, plain, read_object
 
 if TYPE_CHECKING:
     import numpy as np
@@ -288,7 +288,7 @@ def _rope(config: _Gemma, path: Path) -> dict[str, tuple[float, float, str]]:
     return found
 
 
-def shard_files(folder: Path) -> tuple[str, ...]:
+def weight_files(folder: Path) -> tuple[str, ...]:
     """Return the names of the weight files: the single one, or those that the index names.
 
     Raises:
@@ -414,7 +414,7 @@ class SafetensorsWeights:
         self._opened: tuple[str, Any] | None = None
         self._bytes_read = 0
         self._stored: dict[str, Stored] = {}
-        for file in shard_files(folder):
+        for file in weight_files(folder):
             with self._open(file) as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (the file is no mapping)
                     if name in self._stored:

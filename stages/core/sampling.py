@@ -24,13 +24,15 @@ from stages.core.causal import CausalModel
 class SamplerSettings:
     """How the next token is chosen; hashable, since the loop is compiled for it.
 
-    `temperature` 0.0 takes the likeliest; `top_k` None samples among all. Each of `stop_ids` ends a text.
+    `temperature` 0.0 takes the likeliest; `top_k` None samples among all. Each of `stop_ids` ends a text. `pieces` is
+    the size of the vocabulary: rows of the table beyond it stand for no text and are never chosen.
     """
 
     max_tokens: int
     temperature: float
     top_k: int | None
     stop_ids: tuple[int, ...]
+    pieces: int | None = None
 
 
 class Sampler:
@@ -116,6 +118,8 @@ def _generate(
 
         def pick(hidden: jax.Array, step: jax.Array) -> jax.Array:
             z = head.logits(hidden, table, vocabulary, plan)
+            if settings.pieces is not None and settings.pieces < z.shape[-1]:
+                z = jnp.where(jnp.arange(z.shape[-1]) < settings.pieces, z, -jnp.inf)
             if settings.temperature == 0.0:
                 return jnp.argmax(z, axis=-1).astype(jnp.int32)
             if settings.top_k is not None and settings.top_k < z.shape[-1]:

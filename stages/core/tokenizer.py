@@ -1,28 +1,112 @@
-"""Text to token ids and back, by the SentencePiece library alone.
+"""Text to token ids and back, by the SentencePiece library, or the tokenizers library for a `tokenizer.json`.
 
-Purpose: the same ids as keras-hub's tokenizers give, without importing TensorFlow (4 s) as those do.
-Reads: a preset folder: the .gguf file's tokenizer, `assets/tokenizer/vocabulary.spm`, or `tokenizer.model`.
+Purpose: the same ids as keras-hub's and transformers' tokenizers give, without importing TensorFlow (4 s) as those do.
+Reads: a preset folder: the .gguf file's tokenizer, `assets/tokenizer/vocabulary.spm`, `tokenizer.json`, or
+`tokenizer.model`.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 
 from stages.core.errors import StageError
+from stages.core.untrusted import plain, read_object
 
 KERAS_VOCABULARY = "assets/tokenizer/vocabulary.spm"
 """Where keras-hub's `save_to_preset` puts the SentencePiece model, below the preset's folder."""
 
 HUGGING_FACE_VOCABULARY = "tokenizer.model"
-"""Where Hugging Face folders of Gemma have it."""
+"""Where Hugging Face folders of Gemma have it, those of transformers 5 no longer."""
+
+JSON_VOCABULARY = "tokenizer.json"
+"""What transformers reads where it is there: it knows the tokens that a fine-tuning added."""
+
+ADDED_TOKENS = "added_tokens.json"
+"""Tokens that a `tokenizer.model` lacks, by their ids."""
+
+CONTROL = ("<pad>", "<eos>", "<bos>", "<unk>")
+"""Pieces that no text spells: SentencePiece finds them in none, so neither does the other library."""
+
+IMAGE = "<image_soft_token>"
+"""Stands for a part of an image in every Gemma 3, beyond the rows of a text model's table: no text spells it."""
+
+
+def vocabulary_files(folder: Path, file_format: str) -> list[str]:
+    """Return the names of the files that `load_tokenizer` reads in a `keras` or `safetensors` folder."""
+    if file_format == "keras":
+        return [KERAS_VOCABULARY]
+    if (folder / JSON_VOCABULARY).is_file():
+        return [JSON_VOCABULARY]
+    return [HUGGING_FACE_VOCABULARY, *([ADDED_TOKENS] if (folder / ADDED_TOKENS).is_file() else [])]
 
 
 def holds_vocabulary(name: str) -> bool:
     """Return whether a preset's file, by its name below the preset's folder, is what `load_tokenizer` reads."""
-    return name in (KERAS_VOCABULARY, HUGGING_FACE_VOCABULARY) or name.endswith(".gguf")
+    names = (KERAS_VOCABULARY, HUGGING_FACE_VOCABULARY, JSON_VOCABULARY, ADDED_TOKENS)
+    return name in names or name.endswith(".gguf")
+
+
+class _JsonProcessor:
+    """A `tokenizer.json` behind the methods of a SentencePieceProcessor that are used here."""
+
+    def __init__(self, content: dict[str, Any]) -> None:
+        """Read the file's content.
+
+        Raises:
+            StageError: the tokenizers library cannot read it, or gives a token another id than the file says.
+        """
+        from tokenizers import Tokenizer as Library
+
+        try:
+            words, added = content["model"]["vocab"], content.get("added_tokens") or []
+            stated = {token["content"]: token["id"] for token in added}
+            kept = []
+            for token in added:
+                if token["content"] not in (*CONTROL, IMAGE):
+                    kept.append(token)
+                elif token["content"] not in words:
+                    # The library counts on: a token that went would give its id to the next.
+                    kept.append({**token, "content": f"\ue000{token['content']}"})
+            self._library = Library.from_str(json.dumps({**content, "added_tokens": kept}))
+            self._library.no_truncation()
+            self._library.no_padding()
+            self._controls = {self._library.token_to_id(piece) for piece in CONTROL[:3]}
+            known = self._library.get_vocab(with_added_tokens=True)
+            self._size = 1 + max(number for word, number in known.items() if IMAGE not in word)
+            differing = [token["content"] for token in kept if known[token["content"]] != token["id"]]
+        except Exception as error:  # the library raises plain Exception
+            raise StageError(
+                f"The vocabulary must be a tokenizer.json as transformers writes it. Received: {plain(error)}"
+            ) from error
+        if differing:
+            raise StageError(
+                "Each added token of tokenizer.json must follow the one before it. "
+                f"Received: {plain(differing[0])} with the id {stated.get(differing[0])}"
+            )
+
+    def vocab_size(self) -> int:
+        return self._size
+
+    def piece_to_id(self, piece: str) -> int:
+        return -1 if (number := self._library.token_to_id(piece)) is None else number
+
+    def id_to_piece(self, number: int) -> str | None:
+        return None if number < 0 else self._library.id_to_token(number)
+
+    def encode(self, text: str | list[str], num_threads: int = 1) -> Any:
+        if isinstance(text, str):
+            return self._library.encode(text, add_special_tokens=False).ids
+        return [each.ids for each in self._library.encode_batch(text, add_special_tokens=False)]
+
+    def decode(self, ids: list[int]) -> str:
+        return self._library.decode(
+            [number for number in ids if number not in self._controls], skip_special_tokens=False
+        )
 
 
 class Tokenizer:
@@ -33,7 +117,7 @@ class Tokenizer:
         vocabulary_size: number of pieces; the model's embedding may have more rows.
     """
 
-    def __init__(self, processor: sentencepiece.SentencePieceProcessor) -> None:
+    def __init__(self, processor: sentencepiece.SentencePieceProcessor | _JsonProcessor) -> None:
         """Take the special ids from the pieces `<pad>`, `<eos>` and `<bos>`, as keras-hub does.
 
         Raises:
@@ -94,7 +178,8 @@ class Tokenizer:
 
         Pad, BOS and EOS leave no trace: they are control pieces, which SentencePiece decodes to nothing.
         """
-        return self._processor.decode([int(number) for number in ids])
+        # A row of the table without a piece has no text.
+        return self._processor.decode([int(number) for number in ids if 0 <= number < self.vocabulary_size])
 
 
 def load_tokenizer(folder: Path, format: str) -> Tokenizer:
@@ -115,11 +200,19 @@ def load_tokenizer(folder: Path, format: str) -> Tokenizer:
         if len(files) != 1:
             raise StageError(f"The preset folder must hold one .gguf file. Received: {len(files)} in {folder}")
         return Tokenizer.from_proto(tokenizer_proto(files[0]))
-    name, kind = {
-        "keras": (KERAS_VOCABULARY, "A keras-hub preset"),
-        "safetensors": (HUGGING_FACE_VOCABULARY, "A Hugging Face folder"),
-    }[format]
+    name, *more = vocabulary_files(folder, format)
+    kind = "A keras-hub preset" if format == "keras" else "A Hugging Face folder"
+    if name == JSON_VOCABULARY:
+        return Tokenizer(_JsonProcessor(read_object(folder / name)))
     try:
-        return Tokenizer.from_proto((folder / name).read_bytes())
-    except FileNotFoundError as error:
-        raise StageError(f"{kind} must hold {name}. Received: folder={folder}") from error
+        tokenizer = Tokenizer.from_proto((folder / name).read_bytes())
+    except OSError as error:
+        raise StageError(f"{kind} must hold {name}. Received: folder={folder} ({error.strerror})") from error
+    added = {piece for file in more for piece in read_object(folder / file)} - {IMAGE}
+    if unknown := sorted(piece for piece in added if tokenizer.piece_id(piece) is None):
+        raise StageError(
+            f"The vocabulary must hold the tokens that {ADDED_TOKENS} adds, and {name} does not. "
+            f"Received: {plain(unknown[0])} in {folder}\n"
+            f"Save the tokenizer with transformers' fast one, which writes {JSON_VOCABULARY}."
+        )
+    return tokenizer

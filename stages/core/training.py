@@ -171,7 +171,14 @@ class Watch(keras.callbacks.Callback):
         if plan.sample and step % plan.settings.sample_every == 0:
             self.model.jax_state_sync()
             with history.timed("sample"):
-                history.samples.append({"step": step, "prompt": plan.settings.sample_prompt, "text": plan.sample()})
+                try:
+                    text = plan.sample()
+                except Exception as error:  # a sample shows how the run goes; it must not end it
+                    text = ""
+                    plan.say(
+                        f"No sample after step {step}: {type(error).__name__}: {' '.join(str(error).split())[:150]}"
+                    )
+                history.samples.append({"step": step, "prompt": plan.settings.sample_prompt, "text": text})
         told_to_stop = self._interruption.received
         if plan.store and not self.finished and (told_to_stop or step % plan.settings.checkpoint_every == 0):
             self._save()
