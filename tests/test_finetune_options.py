@@ -320,3 +320,22 @@ def test_weights_that_are_not_finite_are_never_kept(presets, tmp_path, monkeypat
     with pytest.raises(StageError, match="Training diverged"):
         train(presets["gemma3"], wanted, given, store=store)
     assert store.newest(pytest.fail) is None
+
+
+def test_a_sample_that_fails_is_told_in_one_line_and_the_run_goes_on(presets, monkeypatch):
+    from stages.core import sampling
+    from stages.core.tokenizer import load_tokenizer
+
+    def fail(*_: object) -> None:
+        raise IndexError("a row\nwithout a piece")
+
+    monkeypatch.setattr(sampling.Sampler, "__call__", fail)
+    said: list[str] = []
+    wanted = settings(batch_size=2, steps=4, sample_every=2, sample_prompt="This movie was", sample_tokens=5)
+    tokenizer = load_tokenizer(presets["gemma"], "keras")
+    result, _ = train(presets["gemma"], wanted, tokenizer=tokenizer, say=said.append)
+    assert [row["step"] for row in result.history.rows][-1] == 4
+    assert [each["text"] for each in result.history.samples] == ["", ""]
+    assert [line for line in said if "sample" in line] == [
+        f"No sample after step {step}: IndexError: a row without a piece" for step in (2, 4)
+    ]
