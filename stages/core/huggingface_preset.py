@@ -252,15 +252,9 @@ def _restore(source: Source, preset: str, cache: Path, say: Callable[[str], None
         missing = [each for each in needed if _differs(folder, each)]
         check_room(folder, sum(each.size or 0 for each in missing), f"the files of {source.repo}")
         megabytes = sum(each.size or 0 for each in missing) / 1e6
-<<<<<<< HEAD
         say(f"Downloading {source.repo} from {_name()}: {megabytes:,.0f} MB in {len(missing)} files.")
-        # The small configuration first: it tells whether the rest is worth having.
-        for each in sorted(missing, key=lambda each: each.rfilename != CONFIG):
-=======
-        say(f"Downloading {source.repo} from Hugging Face: {megabytes:,.0f} MB in {len(missing)} files.")
         # The small configuration first, then the index: they tell whether the rest is worth having.
         for each in sorted(missing, key=lambda each: (each.rfilename != CONFIG, each.rfilename not in INDEXES)):
->>>>>>> f42af53 (tokenizer.json with its added tokens is read; rows without a piece are never sampled; a sample never ends a run; a preset's list holds what is read; what is no preset is called by what it is)
             _download(source, commit, each, folder)
             if each.rfilename == CONFIG:
                 _checked_architecture(source, folder)
