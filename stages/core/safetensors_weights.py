@@ -39,6 +39,7 @@ CLASSES = re.compile(r"Gemma\d?(ForCausalLM|ForConditionalGeneration|(Text)?Mode
 # Keys that change nothing of what is computed or trained here: numbers of tokens, how weights are initialised, how
 # transformers runs or generates, who wrote the file.
 HARMLESS = {
+    *("boi_token_id", "eoi_token_id", "gradient_checkpointing", "image_token_id", "transformers.js_config"),
     *("_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_name_or_path"),
     *("attn_implementation", "bad_words_ids", "begin_suppress_tokens", "boi_token_index", "bos_token_id"),
     *("cache_implementation", "chunk_size_feed_forward", "decoder_start_token_id", "diversity_penalty"),
