@@ -14,7 +14,7 @@ from stages.core.errors import ParamsError, StageError
 from stages.core.keras_folder import fetch_local, folder_format
 from stages.core.safetensors_weights import SafetensorsWeights, read_architecture
 from stages.core.tokenizer import holds_vocabulary, load_tokenizer
-from tests import tokenizer_json
+from tests import record_configs, tokenizer_json
 from tests.conftest import FAMILIES
 from tests.hugging_face import change_config, hugging_face_files, write_hugging_face
 from tests.models import load_tiny
@@ -348,3 +348,36 @@ def test_a_tensor_that_two_files_hold_is_refused(small):
     (small / "model.safetensors").replace(small / "model-00002-of-00002.safetensors")
     with pytest.raises(ParamsError, match="Each tensor must lie in one file"):
         fetch_local("mine", str(small), small)
+
+
+# As Google's own files have them, written by transformers 4.
+PUBLIC = {
+    "gemma-2b": {
+        **{"architectures": ["GemmaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 2},
+        **{"eos_token_id": 1, "head_dim": 256, "hidden_act": "gelu", "hidden_activation": None, "hidden_size": 2048},
+        **{"initializer_range": 0.02, "intermediate_size": 16384, "max_position_embeddings": 8192, "use_cache": True},
+        **{"model_type": "gemma", "num_attention_heads": 8, "num_hidden_layers": 18, "num_key_value_heads": 1},
+        **{"pad_token_id": 0, "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 10000.0, "vocab_size": 256000},
+        **{"torch_dtype": "bfloat16", "transformers_version": "4.38.1"},
+    },
+    "gemma-3-270m": {
+        **{"_sliding_window_pattern": 6, "architectures": ["Gemma3ForCausalLM"], "attention_bias": False},
+        **{"attention_dropout": 0.0, "attn_logit_softcapping": None, "eos_token_id": [1, 106], "head_dim": 256},
+        **{"final_logit_softcapping": None, "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 640},
+        **{"intermediate_size": 2048, "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 3},
+        **{"model_type": "gemma3_text", "num_attention_heads": 4, "num_hidden_layers": 18, "num_key_value_heads": 1},
+        **{"query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06, "rope_local_base_freq": 10000.0, "rope_scaling": None},
+        **{"rope_theta": 1000000.0, "sliding_window": 512, "use_bidirectional_attention": False, "vocab_size": 262144},
+    },
+}
+
+
+def test_what_transformers_writes_of_each_family_is_read(tmp_path):
+    recorded = json.loads(record_configs.RECORDED.read_text())
+    assert len(recorded) == 8
+    for name, config in (recorded | PUBLIC).items():
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        found = architecture.read_architecture(tmp_path, "safetensors").config
+        text = config.get("text_config", config)
+        default = 262208 if "Gemma3" in name else 256000
+        assert found["vocabulary_size"] == text.get("vocab_size", default), name

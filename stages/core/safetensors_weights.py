@@ -52,7 +52,7 @@ HARMLESS = {
     *("repetition_penalty", "return_dict", "return_dict_in_generate", "sep_token_id", "suppress_tokens"),
     *("task_specific_params", "temperature", "tf_legacy_loss", "tokenizer_class", "top_k", "top_p", "torch_dtype"),
     *("torchscript", "transformers_version", "typical_p", "unsloth_fixed", "unsloth_version", "use_bfloat16"),
-    *("use_cache"),
+    "use_cache",
 }
 
 # Keys that transformers acts on, and the only values under which keras-hub's Gemma computes the same; null is none.
