@@ -1,6 +1,7 @@
 """Records the `config.json` that transformers writes of each family, whole and without its defaults.
 
-Command (where transformers is installed): `python -m tests.record_configs` writes `tests/data/transformers_configs.json`.
+Command (where transformers is installed): `python -m tests.record_configs` writes
+`tests/data/transformers_configs.json`.
 """
 
 from __future__ import annotations
