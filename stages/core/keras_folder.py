@@ -76,7 +76,9 @@ def local_folder(path: str, root: Path) -> Path:
     """
     folder = own_path(root, "fetch.path", path)
     if folder.is_file():
-        raise ParamsError(f"fetch.path must name a preset's folder, not a file in it. Received: fetch.path={shown(path)}")
+        raise ParamsError(
+            f"fetch.path must name a preset's folder, not a file in it. Received: fetch.path={shown(path)}"
+        )
     if not folder.is_dir():
         raise ParamsError(f"fetch.path must name a folder that exists. Received: fetch.path={shown(path)}")
     return folder
