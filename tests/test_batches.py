@@ -90,7 +90,7 @@ def test_a_split_without_a_token_to_learn_is_told(devices, tmp_path):
     (tmp_path / "data/tokens").mkdir(parents=True)
     data = windows(3)
     np.savez(tmp_path / "data/tokens/validation.npz", **{**data, "weights": np.zeros_like(data["weights"])})
-    with pytest.raises(StageError, match="at least one token that is learnt. Received: none in 3 sequences"):
+    with pytest.raises(StageError, match=r"at least one token that is learnt\. Received: none in 3 sequences"):
         read_windows(Paths(tmp_path, tmp_path), "validation")
 
 

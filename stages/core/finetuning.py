@@ -260,10 +260,10 @@ def fit(
         )
 
     length = windows["train"]["token_ids"].shape[1]
-    whole = batches()
-    per_epoch = whole.steps_per_epoch
+    one_epoch = batches()
+    per_epoch = one_epoch.steps_per_epoch
     total = min(settings.epochs * per_epoch, settings.steps or settings.epochs * per_epoch)
-    check_length(settings, whole.batches_per_epoch, total, say)
+    check_length(settings, one_epoch.batches_per_epoch, total, say)
     optimizer = make_optimizer(settings, total)
     causal.compile(optimizer=optimizer, loss=None, jit_compile=True)
     optimizer.build(causal.trainable_variables)
@@ -280,7 +280,7 @@ def fit(
         settings,
         steps=total,
         steps_per_epoch=per_epoch,
-        positions_per_step=whole.positions_per_step,
+        positions_per_step=one_epoch.positions_per_step,
         reviews=windows["train"].get("review"),
         # Nothing is kept for a backward pass, so more fit at a time, and fewer calls cost less.
         held_out=Batches(windows["validation"], 4 * settings.batch_size, model.mesh_shape),
@@ -332,8 +332,8 @@ def fit(
         peak_host_bytes=measures.peak_host_bytes(),
         peak_device_bytes=_peak_device_bytes(),
         state_bytes=_state_bytes(causal),
-        flops_per_step=flops.step_flops(model.backbone, whole.batch_size * settings.gradient_accumulation, length),
-        positions_per_step=whole.positions_per_step,
+        flops_per_step=flops.step_flops(model.backbone, one_epoch.batch_size * settings.gradient_accumulation, length),
+        positions_per_step=one_epoch.positions_per_step,
         matrix_product_rate=flops.matrix_product_rate(),
         # Simulated devices are the same cores.
         devices=1 if model.platform == "cpu" else model.mesh_shape.devices,
