@@ -475,7 +475,7 @@ def _describe(problem: Any, content: dict, file_name: str, overridden: set[tuple
         named = {key: _at(content, key) for key in re.findall(r"\b[a-z_]+(?:\.\w+)+", message)}
         received = ", ".join(f"{key}={_spelled(value)}" for key, value in named.items())
         keys = [int(part) if part.isdigit() else part for part in next(iter(named)).split(".")]
-        by_option = overridden & {tuple(key.split(".")) for key in named}
+        by_option = any(tuple(key.split("."))[: len(option)] == option for key in named for option in overridden)
         place = "--set" if by_option else f"{file_name}:{_line(content, keys)}"
         return f"{place}: {message}. Received: {received}"
     if problem["type"] == "value_error":
