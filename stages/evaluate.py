@@ -13,6 +13,9 @@ import math
 import sys
 
 from stages.core.cli import Run, click, stage
+from stages.core.errors import StageError
+
+MOST_NATS = 700
 
 
 @stage
@@ -31,16 +34,35 @@ def main(run: Run, variant: str) -> None:
     causal.compile(optimizer=None, loss=None, jit_compile=True)
     pin_to_mesh(causal, model.jax_mesh)
     batches = Batches(windows, run.params.evaluate.batch_size, model.mesh_shape)
-    measured = causal.evaluate(batches, return_dict=True, verbose=1 if sys.stdout.isatty() else 2)
-    run.write_metrics(
-        f"evaluate-{variant}",
-        {
-            "loss": round(measured["loss"], 5),
-            "perplexity": round(math.exp(measured["loss"]), 4),
-            "token_accuracy": round(measured["accuracy"], 5),
-            "tokens": int((windows["weights"] > 0).sum()),
-        },
-    )
+    measured = causal.measure(batches, verbose=1 if sys.stdout.isatty() else 2)
+    run.write_metrics(f"evaluate-{variant}", metrics(variant, measured["loss"], measured["accuracy"], batches.tokens))
+
+
+def metrics(variant: str, loss: float, accuracy: float, tokens: int) -> dict[str, float | int]:
+    """Return `data/metrics/evaluate-<variant>.json`.
+
+    Args:
+        variant: the model that was measured.
+        loss: mean over the tokens, in nats.
+        accuracy: share of the tokens predicted, 0.0 to 1.0.
+        tokens: how many were measured.
+
+    Raises:
+        StageError: loss or perplexity is not finite.
+    """
+    # Beyond it exp is no float64: the model is no model of text any more.
+    if not math.isfinite(loss) or loss > MOST_NATS:
+        raise StageError(
+            f"The held-out loss must be a number of at most {MOST_NATS} nats a token. Received: loss={loss}, "
+            f"variant={variant}. Nothing was overwritten. Look at the weights that models/{variant} was made from, and "
+            "at finetune.learning_rate if it was tuned."
+        )
+    return {
+        "loss": round(loss, 5),
+        "perplexity": round(math.exp(loss), 4),
+        "token_accuracy": round(accuracy, 5),
+        "tokens": tokens,
+    }
 
 
 if __name__ == "__main__":

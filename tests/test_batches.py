@@ -32,16 +32,66 @@ def test_every_window_is_seen_once_and_what_is_missing_is_padded_without_weight(
     assert sorted(seen(batches)) == sorted(data["token_ids"][:, 1].tolist())
 
 
+@pytest.mark.parametrize(("count", "size"), [(3, 64), (3, 10**9), (1, 8)])
+def test_a_batch_is_no_larger_than_the_sequences_there_are(devices, count, size):
+    from stages.core.batches import Batches
+
+    batches = Batches(windows(count), size, MeshShape((1, 1)))
+    assert len(batches) == 1
+    assert len(batches[0][0]["token_ids"]) == count
+    assert seen(batches) == windows(count)["token_ids"][:, 1].tolist()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (4, 2)], ids=str)
+@pytest.mark.parametrize(("count", "size", "group"), [(7, 1, 4), (8, 2, 2), (5, 2, 3), (9, 3, 2)])
+def test_a_group_has_the_sequences_of_one_large_batch_and_ends_with_the_epoch(devices, count, size, group, shape):
+    from stages.core.batches import Batches
+
+    data = windows(count)
+    grouped = Batches(data, size, MeshShape(shape), seed=5, accumulation=group)
+    large = Batches(data, size * group, MeshShape((1, 1)), seed=5)
+    assert len(grouped) == len(large)
+    for step in range(len(grouped)):
+        (got,), (wanted,) = grouped[step], large[step]
+        assert got["token_ids"].shape[1:] == (group, 32)
+        assert got["token_ids"].shape[0] % shape[0] == 0
+        weighty = got["weights"].any(axis=2)
+        of_group = got["token_ids"].swapaxes(0, 1)[weighty.T]
+        assert of_group.tolist() == wanted["token_ids"][wanted["weights"].any(axis=1)].tolist()
+        assert grouped.tokens_of(0, step) == got["weights"].sum()
+    assert grouped.tokens == data["weights"].sum()
+
+
+def test_epochs_that_are_never_reached_cost_nothing(devices):
+    from stages.core.batches import Batches
+
+    batches = Batches(windows(9), 2, MeshShape((1, 1)), seed=0)
+    assert sorted(np.concatenate([batches.rows(10**9, step) for step in range(5)])) == list(range(9))
+    assert batches.rows(0, 0).tolist() == np.random.default_rng([0, 0]).permutation(9)[:2].tolist()
+
+
 def test_the_order_is_the_seeds_and_another_each_epoch(devices):
     from stages.core.batches import Batches
 
     data = windows(9)
-    first, again, other = (Batches(data, 2, MeshShape((1, 1)), seed=seed, epochs=2) for seed in (3, 3, 4))
+    first, again, other = (Batches(data, 2, MeshShape((1, 1)), seed=seed) for seed in (3, 3, 4))
     orders = [seen(first), seen(again), seen(other)]
     assert orders[0] == orders[1] != orders[2]
     first.epoch = 1
     assert seen(first) != orders[0]
     assert seen(Batches(data, 2, MeshShape((1, 1)))) == data["token_ids"][:, 1].tolist()
+
+
+def test_a_split_without_a_token_to_learn_is_told(devices, tmp_path):
+    from stages.core.batches import read_windows
+    from stages.core.errors import StageError
+    from stages.core.paths import Paths
+
+    (tmp_path / "data/tokens").mkdir(parents=True)
+    data = windows(3)
+    np.savez(tmp_path / "data/tokens/validation.npz", **{**data, "weights": np.zeros_like(data["weights"])})
+    with pytest.raises(StageError, match=r"at least one token that is learnt\. Received: none in 3 sequences"):
+        read_windows(Paths(tmp_path, tmp_path), "validation")
 
 
 def test_a_split_without_a_window_is_told(devices, tmp_path):

@@ -133,7 +133,7 @@ def test_a_run_in_two_processes_counts_two_compilations():
     from stages.core.finetuning import Result
     from stages.core.training import History
 
-    rows = [{"loss": 1.0, "tokens_per_second": 8.0}] * 6
+    rows = [{"loss": float(tokens), "tokens": tokens} for tokens in (1, 3, 3, 1, 5, 1)]
     history = History(rows=rows, step_seconds=[9.0, 1.0, 1.0, 5.0, 1.0, 1.0], first_steps=[0, 3], step_growth=5)
     result = Result(
         history,
@@ -143,6 +143,7 @@ def test_a_run_in_two_processes_counts_two_compilations():
         peak_device_bytes=7,
         state_bytes=3,
         flops_per_step=100,
+        positions_per_step=64,
         matrix_product_rate=50.0,
         devices=4,
         optimizer=None,
@@ -153,6 +154,21 @@ def test_a_run_in_two_processes_counts_two_compilations():
     assert metrics["peak_device_bytes"] == 7
     assert (metrics["state_bytes_per_device"], metrics["step_growth_bytes"]) == (3, 5)
     assert metrics["flops_share_of_peak"] == 0.5
+    # A step counts by its tokens, and a step that holds a compilation has no speed.
+    assert metrics["tokens"] == 14
+    assert metrics["loss_first"] == metrics["loss_last"] == round((1 + 9 + 9 + 1 + 25 + 1) / 14, 4)
+    assert metrics["tokens_per_second"] == (3 + 3 + 5 + 1) / 4
+    assert metrics["positions_per_second"] == 64.0
+
+
+def test_prompts_and_padding_are_positions_and_no_trained_tokens(presets):
+    given = data(6)
+    given["train"]["weights"][:, 4:] = 0.0
+    result, _ = train(presets["gemma3"], settings(batch_size=3, gradient_accumulation=2), given, shape=(2, 1))
+    (row,) = result.history.rows
+    assert row["tokens"] == 6 * 4
+    # Batches of 3 are padded to 4.
+    assert row["positions_per_second"] / row["tokens_per_second"] == pytest.approx(2 * 4 * 32 / 24)
 
 
 def test_windows_without_review_numbers_are_trained_on_too(presets):

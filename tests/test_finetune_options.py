@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from stages.core.errors import StageError
+from stages.core.errors import ParamsError, StageError
 from tests.finetunes import data, distance, settings, train
 from tests.models import load_tiny, open_tiny, windows
 
@@ -131,13 +131,175 @@ def test_a_schedule_reaches_the_optimizer(presets):
     assert distance(slow, start) == pytest.approx(distance(full, start) / 1000, rel=0.05)
 
 
-def test_accumulated_gradients_are_those_of_one_large_batch(presets, plain):
-    """Windows here have as many tokens each, so that the mean of two batches' means is the mean of both."""
-    large, of_large = train(presets["gemma3"], settings(batch_size=4))
-    small, of_small = train(presets["gemma3"], settings(batch_size=2, gradient_accumulation=2))
-    assert (large.history.steps, small.history.steps) == (2, 4)
-    assert distance(of_small, of_large) < 1e-5
-    assert distance(of_small, plain[1]) > 1e-3
+def unequal(count=7):
+    """Sequences whose targets are one or eighteen in turn, as those of short and long responses are."""
+    given = data(count)
+    for split in given.values():
+        split["weights"][:] = 0.0
+        split["weights"][::2, 5] = 1.0
+        split["weights"][1::2, 5:23] = 1.0
+    return given
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 2), (1, 8), (4, 1)], ids=str)
+@pytest.mark.parametrize("rank", [2, 0], ids=["lora", "full"])
+@pytest.mark.parametrize("given", [unequal, lambda: data(7)], ids=["unequal", "packed"])
+def test_accumulated_batches_are_one_batch_of_all_their_sequences(presets, given, rank, shape):
+    """Seven sequences: the last step of an epoch has three of its four batches."""
+    wanted = {"epochs": 2, "rank": rank, "epsilon": 1e-3, "validate_every": 1}
+    large, of_large = train(presets["gemma3"], settings(batch_size=4, **wanted), given(), shape=shape)
+    small, of_small = train(
+        presets["gemma3"], settings(batch_size=1, gradient_accumulation=4, **wanted), given(), shape=shape
+    )
+    assert large.history.steps == small.history.steps == 4
+    for one, other in zip(large.history.rows, small.history.rows, strict=True):
+        assert one["tokens"] == other["tokens"]
+        for key in ("loss", "accuracy", "validation_loss"):
+            assert one[key] == pytest.approx(other[key], rel=2e-5), key
+    assert distance(of_small, of_large) < 1e-4
+    assert small.metrics()["loss_last"] == pytest.approx(large.metrics()["loss_last"], abs=1e-4)
+
+
+@pytest.mark.parametrize("wanted", [{"lora_dropout": 0.5}, {"clip_norm": 1e-3}], ids=str)
+def test_a_group_drops_and_clips_as_a_whole(presets, wanted):
+    """Each batch of a group drops by a mask of its own; the norm is that of the group's gradient."""
+    changes = {"epsilon": 1e-3, "steps": 1, "learning_rate": 0.1, **wanted}
+    large = train(presets["gemma3"], settings(batch_size=4, **changes), unequal())[1]
+    small = train(presets["gemma3"], settings(batch_size=1, gradient_accumulation=4, **changes), unequal())[1]
+    assert (distance(small, large) < 1e-5) == ("clip_norm" in wanted)
+
+
+def test_steps_schedule_warm_up_validation_and_samples_count_updates(presets):
+    wanted = settings(
+        batch_size=1, gradient_accumulation=3, epochs=2, schedule="linear", warmup_steps=2, validate_every=2
+    )
+    rows = train(presets["gemma3"], wanted)[0].history.rows
+    assert [row["epoch"] for row in rows] == [1, 1, 1, 2, 2, 2]
+    assert [row["learning_rate"] for row in rows] == pytest.approx(
+        [wanted_rate("linear", step, 6, 2) for step in range(6)], rel=1e-5
+    )
+    assert [row["step"] for row in rows if row["validation_loss"] is not None] == [2, 4, 6]
+    assert train(presets["gemma3"], wanted.model_copy(update={"steps": 4}))[0].history.steps == 4
+
+
+def test_more_batches_than_an_epoch_has_are_not_accumulated(presets):
+    with pytest.raises(ParamsError, match=r"at most the batches of an epoch, 4\. Received: .*=5"):
+        train(presets["gemma3"], settings(batch_size=2, gradient_accumulation=5, epochs=3))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, []),
+        ({"warmup_steps": 4}, ["warmup_steps=4"]),
+        ({"warmup_steps": 3, "steps": 4}, []),
+        ({"early_stopping": 1}, ["early_stopping=1"]),
+        ({"early_stopping": 1, "validate_every": 3}, []),
+        ({"early_stopping": 1, "epochs": 2}, []),
+        ({"steps": 5}, ["steps=5"]),
+        ({"gradient_accumulation": 2, "warmup_steps": 2, "steps": 3}, ["warmup_steps=2", "steps=3"]),
+    ],
+    ids=str,
+)
+def test_a_setting_that_does_nothing_in_a_run_of_this_length_is_told_in_one_line(changes, told):
+    from stages.core.finetuning import check_length
+
+    wanted = settings(**changes)
+    per_epoch = math.ceil(4 / wanted.gradient_accumulation)
+    said = []
+    total = min(wanted.epochs * per_epoch, wanted.steps or 10**9)
+    check_length(wanted, batches=4, steps=total, say=said.append)
+    assert len(said) == len(told)
+    for line, name in zip(said, told, strict=True):
+        assert f"Warning: finetune.{name} does nothing" in line and "\n" not in line
+
+
+@pytest.mark.parametrize("changes", [{"beta_1": 0.5}, {"beta_2": 0.9}, {"epsilon": 1e-2}], ids=str)
+def test_adams_own_settings_reach_the_weights(presets, plain, changes):
+    assert distance(train(presets["gemma3"], settings(batch_size=2, **changes))[1], plain[1]) > 1e-4
+
+
+def test_an_update_is_keras_formula_with_epsilon_outside_of_the_bias_correction(devices):
+    import keras
+
+    from stages.core.optimizer import make_optimizer
+
+    optimizer = make_optimizer(settings(beta_1=0.8, beta_2=0.9, epsilon=0.5, weight_decay=0.0), 3)
+    weight = keras.Variable(np.ones(3, "f4"))
+    optimizer.build([weight])
+    mean = square = 0.0
+    value = np.ones(3)
+    for step, gradient in enumerate(([1.0, -2.0, 3.0], [0.5, 0.5, -1.0]), 1):
+        gradient = np.array(gradient)
+        optimizer.apply([gradient.astype("f4")], [weight])
+        mean, square = 0.8 * mean + 0.2 * gradient, 0.9 * square + 0.1 * gradient**2
+        rate = 0.01 * math.sqrt(1 - 0.9**step) / (1 - 0.8**step)
+        value = value - rate * mean / (np.sqrt(square) + 0.5)
+    np.testing.assert_allclose(np.asarray(weight.value), value, rtol=1e-6)
+
+
+# --- What was done is what was asked ---
+
+
+@pytest.mark.parametrize("rank", [0, 2], ids=["full", "lora"])
+def test_a_run_that_changes_no_bit_fails(presets, rank, monkeypatch):
+    import keras
+
+    monkeypatch.setattr(keras.optimizers.AdamW, "update_step", lambda *arguments: None)
+    with pytest.raises(StageError, match=r"changed no bit.*Received: steps=1, learning_rate=0\.01.*Set a higher"):
+        train(presets["gemma3"], settings(batch_size=2, steps=1, rank=rank, weight_decay=0.0))
+    if rank:
+        # The decay alone moves A, and an adapter without B does nothing still.
+        with pytest.raises(StageError, match="changed no bit"):
+            load = settings(batch_size=2, steps=1, rank=rank, weight_decay=0.5)
+            finetuning_of_a_new_adapter(presets["gemma3"], load)
+
+
+def finetuning_of_a_new_adapter(preset, wanted):
+    from stages.core import finetuning
+
+    model = load_tiny(preset, (1, 1), rank=wanted.rank, random_b=False)
+    return finetuning.fit(model, data(), wanted)
+
+
+def test_every_weight_in_bfloat16_is_refused_where_a_baseline_of_it_is_met(presets):
+    from stages.core import finetuning
+    from tests.models import describe
+
+    preset = open_tiny(presets["gemma3"])
+    with pytest.raises(StageError, match=r"must be mixed_bfloat16 .*finetune\.rank=0"):
+        finetuning.load_trainable(preset, describe(preset, (1, 1), dtype="bfloat16"), settings(rank=0))
+
+
+def test_every_weight_learns_in_mixed_bfloat16(presets):
+    result, weights = train(presets["gemma3"], settings(batch_size=4, epochs=4, rank=0), dtype="mixed_bfloat16")
+    losses = [row["loss"] for row in result.history.rows]
+    assert losses[-1] < losses[0] - 0.05
+    assert {array.dtype.name for array in weights.values()} == {"float32"}
+
+
+def test_a_pass_that_keras_cuts_short_is_finished_in_training_and_fails_in_measuring(presets, plain, monkeypatch):
+    """As KERAS_MAX_STEPS_PER_EPOCH cuts it."""
+    from stages.core.batches import Batches
+    from stages.core.causal import make_model
+
+    monkeypatch.setattr(Batches, "__len__", lambda self: 1)
+    result, weights = train(presets["gemma3"], settings(batch_size=2))
+    assert result.history.steps == 4
+    assert distance(weights, plain[1]) == 0.0
+    model = load_tiny(presets["gemma3"], (1, 1), rank=2)
+    causal = make_model(model.backbone, model.jax_mesh, model.placements)
+    causal.compile(optimizer=None, loss=None)
+    with pytest.raises(StageError, match=r"expected 232 tokens\. Received: tokens=58"):
+        causal.measure(Batches(data()["train"], 2, model.mesh_shape))
+
+
+def test_a_step_that_trains_fewer_tokens_than_its_sequences_have_fails(presets, monkeypatch):
+    from stages.core.batches import Batches
+
+    monkeypatch.setattr(Batches, "tokens_of", lambda self, epoch, step: 59)
+    with pytest.raises(StageError, match=r"must train all 59 tokens of its sequences\. Received: tokens=58"):
+        train(presets["gemma3"], settings(batch_size=2))
 
 
 def test_gradients_beyond_the_norm_are_scaled_down(presets, plain):

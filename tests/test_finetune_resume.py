@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import random
 import resource
@@ -24,7 +25,7 @@ from stages.core.interruption import Interruption, Stopped
 from tests.conftest import ROOT
 from tests.tiny import tiny_reviews
 
-# Everything that a checkpoint has to carry: dropout, schedule, half-full gradient accumulators, the best weights,
+# Everything that a checkpoint has to carry: dropout, schedule, groups of batches, the best weights,
 # several epochs, a batch axis.
 SETTINGS = {
     "rank": 2,
@@ -138,8 +139,9 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(trial: Trial):
 
 
 def curve_without_speed(trial: Trial, name: str) -> list[list[str]]:
-    lines = (trial.folder / name / "data/plots/finetune.csv").read_text().splitlines()
-    return [line.split(",")[:4] + line.split(",")[5:] for line in lines]
+    with (trial.folder / name / "data/plots/finetune.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    return [[value for key, value in row.items() if not key.endswith("_per_second")] for row in rows]
 
 
 def test_a_loss_that_is_not_finite_leaves_what_an_earlier_run_wrote(trial: Trial):

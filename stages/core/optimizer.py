@@ -29,7 +29,7 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
 
         Args:
             settings: learning_rate (the peak), schedule, warmup_steps.
-            steps: batches of the whole run.
+            steps: updates of the whole run.
         """
         super().__init__()
         self._peak = settings.learning_rate
@@ -64,15 +64,16 @@ def make_optimizer(settings: Finetune, steps: int) -> keras.optimizers.Optimizer
 
     Args:
         settings: the training settings.
-        steps: batches of the whole run, which the schedule ends with.
+        steps: updates of the whole run, which the schedule ends with.
     """
     changes = settings.schedule != "constant" or settings.warmup_steps > 0
-    accumulation = settings.gradient_accumulation
     optimizer = keras.optimizers.AdamW(
         learning_rate=Schedule(settings, steps) if changes else settings.learning_rate,
         weight_decay=settings.weight_decay,
+        beta_1=settings.beta_1,
+        beta_2=settings.beta_2,
+        epsilon=settings.epsilon,
         global_clipnorm=settings.clip_norm,
-        gradient_accumulation_steps=accumulation if accumulation > 1 else None,
     )
     optimizer.exclude_from_weight_decay(var_names=["bias", "scale"])
     return optimizer

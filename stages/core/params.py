@@ -20,7 +20,14 @@ from stages.core.errors import ParamsError, shown
 MOST_VALUES = 10_000
 
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
-Positive = Annotated[int, Field(ge=1, le=2**63 - 1)]
+# No run counts further; beyond, integers of JAX and numpy overflow.
+Positive = Annotated[int, Field(ge=1, le=10**9)]
+BatchSize = Annotated[int, Field(ge=1, le=65536)]
+Dtype = Literal["float32", "bfloat16", "mixed_bfloat16"]
+
+# AdamW works in the dtype of what it trains. Bfloat16 has 8 bits: 0.999 is 1.0 there, so that every step is exactly 0.
+NOT_IN_FULL = "bfloat16"
+IN_FULL = "must be mixed_bfloat16 (float32 weights, bfloat16 arithmetic) or float32 where every weight is trained"
 
 # What a setting has no influence on. DISPLAY: any result of the run (what is printed, how often a checkpoint is kept);
 # dvc.yaml does not list it. RUN: the compiled train step (how long the run is, the size of a step); `plan` does not
@@ -87,6 +94,8 @@ class Prepare(Section):
             raise ValueError("format must be columns unless source is files and prompt_column null")
         if self.prompt_column is not None and self.source != "files":
             raise ValueError("prompt_column must be null unless source is files")
+        if self.label_column is not None and self.source != "files":
+            raise ValueError("label_column must be null unless source is files")
         if self.prompt_column is not None and self.prompt_column == self.response_column:
             raise ValueError("prompt_column and response_column must name two columns")
         return self
@@ -138,25 +147,31 @@ class Layout(Section):
 class Load(Section):
     """The dtype the model is held and run in."""
 
-    dtype: Literal["float32", "bfloat16", "mixed_bfloat16"]
+    dtype: Dtype
 
 
 class Finetune(Section):
-    """The training run."""
+    """The training run.
+
+    The bounds of real numbers are those beyond which float32 overflows or rounds to nothing, or no run can learn.
+    """
 
     rank: Annotated[int, Field(ge=0, le=512)]
-    alpha: Annotated[float, Field(gt=0)] | None
+    alpha: Annotated[float, Field(gt=0, le=1e4)] | None
     targets: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
     lora_dropout: Annotated[float, Field(ge=0, lt=1)]
     epochs: Annotated[Positive, RUN]
     steps: Annotated[Positive | None, RUN]
-    batch_size: Positive
-    gradient_accumulation: Positive
+    batch_size: BatchSize
+    gradient_accumulation: BatchSize
     learning_rate: Annotated[float, Field(gt=0, le=1), RUN]
     schedule: Literal["constant", "linear", "cosine"]
-    warmup_steps: Annotated[int, Field(ge=0)]
+    warmup_steps: Annotated[int, Field(ge=0, le=10**9)]
     weight_decay: Annotated[float, Field(ge=0, le=1)]
-    clip_norm: Annotated[float, Field(gt=0)] | None
+    beta_1: Annotated[float, Field(ge=0, le=0.9999), RUN]
+    beta_2: Annotated[float, Field(ge=0, le=0.99999), RUN]
+    epsilon: Annotated[float, Field(gt=0, le=1), RUN]
+    clip_norm: Annotated[float, Field(gt=0, le=1e12)] | None
     rematerialize: bool
     validate_every: Annotated[Positive | None, RUN]
     early_stopping: Annotated[Positive | None, RUN]
@@ -176,8 +191,13 @@ class Finetune(Section):
                 re.compile(target)
             except re.error as error:
                 raise ValueError(f"targets must be names or regular expressions; {target!r} is not: {error}") from error
+        for name in ("learning_rate", "clip_norm", "epsilon"):
+            if (value := getattr(self, name)) is not None and value < 1e-12:
+                raise ValueError(f"{name} must be at least 1.0e-12")
         if self.rank == 0 and self.lora_dropout:
             raise ValueError("lora_dropout must be 0.0 with rank: 0, which has no adapter")
+        if self.rank == 0 and self.alpha is not None:
+            raise ValueError("alpha must be null with rank: 0, which has no adapter")
         return self
 
 
@@ -191,11 +211,17 @@ class Generate(Section):
     top_k: Positive | None
     seed: Seed
 
+    @model_validator(mode="after")
+    def _logits_over_temperature_are_finite(self) -> Generate:
+        if 0 < self.temperature < 0.01:
+            raise ValueError("temperature must be 0.0 (the likeliest token) or at least 0.01")
+        return self
+
 
 class Evaluate(Section):
     """How the held-out loss is measured."""
 
-    batch_size: Positive
+    batch_size: BatchSize
 
 
 MeshList = Annotated[list[Positive], Field(min_length=2, max_length=2)]
@@ -206,7 +232,7 @@ class PlanStep(Section):
     """A train step to plan for; what it leaves out (null) is as in the other sections."""
 
     preset: Annotated[str, Field(min_length=1)] | None = None
-    dtype: Literal["float32", "bfloat16", "mixed_bfloat16"] | None = None
+    dtype: Dtype | None = None
     length: Annotated[int, Field(ge=8, le=8192)] | None = None
     rank: Annotated[int, Field(ge=0, le=512)] | None = None
     rematerialize: bool | None = None
@@ -218,7 +244,7 @@ class PlanTarget(PlanStep):
     topology: TopologyName
     mesh: MeshList | None = None
     layout: Literal["auto", "tutorial"] | None = None
-    batch_size: Positive | None = None
+    batch_size: BatchSize | None = None
     step: Literal["ours", "tutorial"] | None = None
 
 
@@ -228,7 +254,7 @@ class PlanSearch(PlanStep):
     topology: TopologyName
     meshes: Annotated[list[MeshList], Field(min_length=1)] | None = None
     layouts: Annotated[list[Literal["auto", "tutorial"]], Field(min_length=1)] | None = None
-    largest_batch: Positive | None = None
+    largest_batch: BatchSize | None = None
 
 
 class PlanScaling(PlanStep):
@@ -236,7 +262,7 @@ class PlanScaling(PlanStep):
 
     topologies: Annotated[list[TopologyName], Field(min_length=1)]
     model_axis: Positive | None = None
-    batch_per_row: Positive | None = None
+    batch_per_row: BatchSize | None = None
     layout: Literal["auto", "tutorial"] | None = None
 
 
@@ -261,6 +287,19 @@ class Params(Section):
     generate: Generate
     evaluate: Evaluate
     plan: Plan
+
+    @model_validator(mode="after")
+    def _what_is_trained_in_full_can_learn(self) -> Params:
+        if self.finetune.rank == 0 and self.load.dtype == NOT_IN_FULL:
+            raise ValueError(f"load.dtype {IN_FULL} (finetune.rank: 0)")
+        steps: dict[str, PlanStep | None] = {f"targets.{i}": target for i, target in enumerate(self.plan.targets)}
+        for name, step in {**steps, "search": self.plan.search, "scaling": self.plan.scaling}.items():
+            if step is None:
+                continue
+            rank = self.finetune.rank if step.rank is None else step.rank
+            if rank == 0 and (step.dtype or self.load.dtype) == NOT_IN_FULL:
+                raise ValueError(f"dtype in plan.{name} {IN_FULL} (rank: 0)")
+        return self
 
 
 def without(settings: Section, *changes: str) -> dict[str, Any]:
@@ -431,10 +470,25 @@ def _describe(problem: Any, content: dict, file_name: str, overridden: set[tuple
     if problem["type"] == "missing":
         return f"{place}: {name} is missing; every setting must be written out (git shows the default)."
     message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    if problem["type"] == "value_error" and not location:
+        # Of several sections: the message names its keys in full, the one to change first.
+        named = {key: _at(content, key) for key in re.findall(r"\b[a-z_]+(?:\.\w+)+", message)}
+        received = ", ".join(f"{key}={_spelled(value)}" for key, value in named.items())
+        keys = [int(part) if part.isdigit() else part for part in next(iter(named)).split(".")]
+        by_option = any(tuple(key.split("."))[: len(option)] == option for key in named for option in overridden)
+        place = "--set" if by_option else f"{file_name}:{_line(content, keys)}"
+        return f"{place}: {message}. Received: {received}"
     if problem["type"] == "value_error":
-        message = message if not name else f"{name}.{message}"
+        message = f"{name}.{message}"
         return f"{place}: {message}. Received: {_flat(plain(node), message)}"
     return f"{place}: {name} {message[0].lower() + message[1:]}. Received: {name}={_spelled(plain(node))}"
+
+
+def _at(content: Any, key: str) -> Any:
+    """Return the plain value at a dotted key."""
+    for part in key.split("."):
+        content = content[int(part) if part.isdigit() else part]
+    return plain(content)
 
 
 def _section_in(annotation: Any) -> type[Section] | None:

@@ -211,7 +211,8 @@ def figures_of(question: Question, topology: Topology, held: int, say: Say) -> d
 
 
 def _speed(question: Question, seconds: float | None, limit: str | None) -> dict[str, Any]:
-    tokens = question.request.settings.batch_size * question.request.length
+    settings = question.request.settings
+    tokens = settings.batch_size * settings.gradient_accumulation * question.request.length
     return {
         "least_seconds": seconds,
         "least_limit": limit,

@@ -60,6 +60,7 @@ PROFILES: dict[str, Profile] = {
         "prepare.format=columns",
         "prepare.prompt_column=null",
         "prepare.response_column=null",
+        "prepare.label_column=null",
         "tokenize.length=128",
         "tokenize.packing=true",
         "tokenize.eos=true",
@@ -80,6 +81,9 @@ PROFILES: dict[str, Profile] = {
         "finetune.schedule=constant",
         "finetune.warmup_steps=0",
         "finetune.weight_decay=0.01",
+        "finetune.beta_1=0.9",
+        "finetune.beta_2=0.999",
+        "finetune.epsilon=1.0e-7",
         "finetune.clip_norm=null",
         "finetune.rematerialize=false",
         "generate.turns=false",
@@ -180,6 +184,7 @@ OWN_DATA = (
     "prepare.duplicates",
     "prepare.prompt_column",
     "prepare.response_column",
+    "prepare.label_column",
     "generate.turns",
 )
 OWN_MODEL = ("fetch.source", "fetch.preset", "fetch.path")
@@ -212,7 +217,7 @@ def chosen(name: str, content: dict[str, Any]) -> dict[str, str]:
     elif sources["prepare"] == values["prepare.source"] == "imdb_reviews":
         kept = (*kept, "prepare.data_dir")
     elif own_data and values["prepare.source"] == "files":
-        kept = (*kept, "prepare.train_file", "prepare.validation_file")
+        kept = (*kept, "prepare.train_file", "prepare.validation_file", "prepare.label_column")
         if content["prepare"].get("prompt_column") is not None:
             kept = (*kept, "prepare.prompt_column", "prepare.response_column")
     return {key: value for key, value in values.items() if key not in kept}

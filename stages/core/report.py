@@ -44,7 +44,16 @@ METRICS = (
     "evaluate-baseline",
     "evaluate-tuned",
 )
-CURVE_COLUMNS = ("step", "loss", "epoch", "accuracy", "tokens_per_second", "learning_rate", "validation_loss")
+CURVE_COLUMNS = (
+    "step",
+    "loss",
+    "epoch",
+    "accuracy",
+    "tokens_per_second",
+    "positions_per_second",
+    "learning_rate",
+    "validation_loss",
+)
 KINDS = {"weight": "weights", "lora": "LoRA", "optimizer": "optimizer"}
 PACKAGES = ("keras", "keras-hub", "jax", "jaxlib")
 # C0 controls other than tab and newline have no meaning in HTML; Unicode has a visible picture for each (U+2400 on).
@@ -383,7 +392,8 @@ def facts(inputs: Inputs) -> list[tuple[str, str, str]]:
     if "loss_first" in tuned and "loss_last" in tuned:
         move = f"{quantity('loss', tuned['loss_first'])} → {quantity('loss', tuned['loss_last'])}"
         found.append(("Training loss, first → last", move, "nats a token"))
-    add("Training speed", tuned, "tokens_per_second")
+    add("Trained tokens per second", tuned, "tokens_per_second")
+    add("Positions per second", tuned, "positions_per_second", "prompts and padding included")
     add("Step, median", tuned, "step_seconds_median")
     add("Compilation", tuned, "compile_seconds")
     add("Peak host memory, tuning", tuned, "peak_host_bytes")
@@ -417,7 +427,8 @@ def curve_charts(curve: dict[str, list[float]], before: float | None = None) -> 
     charts = [line_chart("Loss", "nats a token", steps, curve["loss"], held_out, before, breaks)]
     for column, title, unit, factor in (
         ("accuracy", "Next token right", "% of tokens", 100.0),
-        ("tokens_per_second", "Speed", "tokens/s", 1.0),
+        ("tokens_per_second", "Trained tokens per second", "tokens/s", 1.0),
+        ("positions_per_second", "Positions per second", "positions/s", 1.0),
         ("learning_rate", "Learning rate", "", 1.0),
     ):
         values = [value * factor for value in curve.get(column, [])]

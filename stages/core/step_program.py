@@ -119,7 +119,8 @@ def _ours(request: StepRequest, mesh: jax.sharding.Mesh) -> tuple[keras.Model, l
     with declared_only():
         model.optimizer.build(model.trainable_variables)
     types = dict.fromkeys(INPUTS, np.int32) | {"weights": np.float32}
-    return model, placements, ({name: _batch(request, mesh, kind) for name, kind in types.items()},)
+    group = settings.gradient_accumulation
+    return model, placements, ({name: _batch(request, mesh, kind, group) for name, kind in types.items()},)
 
 
 def _tutorial(request: StepRequest, mesh: jax.sharding.Mesh) -> tuple[keras.Model, list[Placement], Any]:
@@ -147,6 +148,8 @@ def _tutorial(request: StepRequest, mesh: jax.sharding.Mesh) -> tuple[keras.Mode
     return model, placements, data
 
 
-def _batch(request: StepRequest, mesh: jax.sharding.Mesh, kind: type) -> jax.ShapeDtypeStruct:
+def _batch(request: StepRequest, mesh: jax.sharding.Mesh, kind: type, group: int = 1) -> jax.ShapeDtypeStruct:
+    """A step's array, as `Batches` lays it out."""
     rows = padded_size(request.settings.batch_size, request.mesh)
-    return jax.ShapeDtypeStruct((rows, request.length), kind, sharding=NamedSharding(mesh, P("batch", None)))
+    shape = (rows, request.length) if group == 1 else (rows, group, request.length)
+    return jax.ShapeDtypeStruct(shape, kind, sharding=NamedSharding(mesh, P("batch")))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import keras
 import numpy as np
 
@@ -73,14 +74,14 @@ class History:
 class Plan:
     """What a run is to do, beside its settings.
 
-    `reviews` has the review number of each position of each training window (-1: none). `sample` continues the
-    prompt. `store` None: no checkpoints.
+    A step is an update of the weights. `reviews` has the review number of each position of each training sequence (-1:
+    none). `sample` continues the prompt. `store` None: no checkpoints.
     """
 
     settings: Finetune
     steps: int
     steps_per_epoch: int
-    tokens_per_step: int
+    positions_per_step: int
     reviews: np.ndarray | None
     held_out: Batches
     store: Store | None
@@ -148,17 +149,23 @@ class Watch(keras.callbacks.Callback):
             history.step_growth = max(grown, history.step_growth or 0)
         self._growth = None
         step = history.steps + 1
+        epoch, within = divmod(step - 1, plan.steps_per_epoch)
         rate = learning_rate(self.model.optimizer, plan.settings, step - 1)
         if not math.isfinite(loss):
             raise self._diverged(f"the loss is {loss}", step)
+        tokens, given = int(logs["batch_tokens"]), self.batches.tokens_of(epoch, within)
+        if tokens != given:
+            raise StageError(f"Step {step} must train all {given} tokens of its sequences. Received: tokens={tokens}.")
         history.step_seconds.append(seconds)
         history.rows.append(
             {
                 "step": step,
-                "epoch": (step - 1) // plan.steps_per_epoch + 1,
+                "epoch": epoch + 1,
                 "loss": loss,
                 "accuracy": accuracy,
-                "tokens_per_second": plan.tokens_per_step / seconds,
+                "tokens": tokens,
+                "tokens_per_second": tokens / seconds,
+                "positions_per_second": plan.positions_per_step / seconds,
                 "learning_rate": rate,
                 "validation_loss": None,
             }
@@ -210,7 +217,8 @@ class Watch(keras.callbacks.Callback):
         if self.history.best_loss is not None:
             self.best = [arrays[f"best/{variable.path}"] for variable in self.model.trainable_variables]
         if self.model.dropout_step is not None:
-            put(self.model.dropout_step, np.int32(checkpoint.step))
+            # It counts batches.
+            put(self.model.dropout_step, np.int32(checkpoint.step * self._plan.settings.gradient_accumulation))
 
     def restore_best(self) -> None:
         """Take the weights of the lowest held-out loss, if that was watched."""
@@ -259,7 +267,7 @@ class Watch(keras.callbacks.Callback):
         with history.timed("validation"):
             # `evaluate` counts in the same metrics as the epoch does.
             kept = [np.asarray(variable.value) for variable in self.model.metrics_variables]
-            loss = self.model.evaluate(self._plan.held_out, return_dict=True, verbose=0)["loss"]
+            loss = self.model.measure(self._plan.held_out)["loss"]
             for variable, value in zip(self.model.metrics_variables, kept, strict=True):
                 put(variable, value)
         if not math.isfinite(loss):
@@ -301,6 +309,20 @@ class Watch(keras.callbacks.Callback):
             self._plan.say(f"Warning: the JAX profile is not written ({str(error).splitlines()[0][:200]}).")
         else:
             self._plan.say(f"Wrote a JAX profile below {self._plan.profile}.")
+
+
+@jax.jit
+def bit_sums(values: list[jax.Array]) -> jax.Array:
+    """Return two sums over the bits of each array, uint32 (arrays, 2), computed where its shards lie.
+
+    That of arrays which differ in a bit is another but for one chance in 2**32 or less.
+    """
+
+    def sums(value: jax.Array) -> jax.Array:
+        bits = jax.lax.bitcast_convert_type(value, f"uint{8 * value.dtype.itemsize}").astype("uint32")
+        return jnp.stack([jnp.sum(bits, dtype="uint32"), jnp.sum(bits * bits, dtype="uint32")])
+
+    return jnp.stack([sums(value) for value in values])
 
 
 def put(variable: keras.Variable, value: np.ndarray) -> None:
