@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 
 import numpy as np
 import pytest
 
+from stages import evaluate
+from stages.core.errors import StageError
 from tests.finetunes import data, settings, train
 from tests.gemmas import architecture
 from tests.models import load_tiny, windows
@@ -175,3 +178,10 @@ def test_windows_without_review_numbers_are_trained_on_too(presets):
     given = data()
     del given["train"]["review"]
     assert train(presets["gemma3"], settings(batch_size=2, steps=1), given)[0].history.steps == 1
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, 709.8])
+def test_a_held_out_loss_that_is_no_number_or_has_no_perplexity_is_told(loss):
+    with pytest.raises(StageError, match=r"at most 700 nats a token\. Received: loss=.*, variant=tuned"):
+        evaluate.metrics("tuned", loss, 0.5, 10)
+    assert evaluate.metrics("tuned", 1.0, 0.5, 10)["perplexity"] == 2.7183

@@ -185,3 +185,12 @@ def test_a_weight_that_is_not_finite_is_named_at_load(presets, tmp_path, dtype, 
 
     with pytest.raises(StageError, match=r"finite\. Received: .* decoder_block_1/ffw_linear/kernel"):
         load_tiny(damaged(presets["gemma"], tmp_path / "p", spoil), (1, 1), dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int32", "bool"])
+def test_codes_never_become_weights(presets, dtype):
+    model = load_tiny(presets["gemma"], (1, 1))
+    codes = {each.weight.path: np.ones(each.weight.shape, dtype) for each in model.placements}
+    source = loading.ArraySource(codes)
+    with pytest.raises(StageError, match=rf"plain floats, not quantized\. Received: .* of {dtype}"):
+        loading.fill(model.backbone, model.placements, model.mesh, lambda path: source)
