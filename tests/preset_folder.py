@@ -27,12 +27,12 @@ SMALLEST = {
 CONFIG = {"class_name": "GemmaBackbone", "registered_name": "keras_hub>GemmaBackbone", "config": SMALLEST}
 
 
-def weight_bytes(files: int = 1, number: int = 0) -> bytes:
-    """The content of one of the preset's weight files."""
+def weight_bytes(files: int = 1, number: int = 0, value: float = 1.0) -> bytes:
+    """The content of one of the preset's weight files, all its weights of one value."""
     content = io.BytesIO()
     with h5py.File(content, "w") as file:
         for name, shape in sorted(stored_weights(Architecture(CONFIG["class_name"], SMALLEST)).values())[number::files]:
-            file[name] = np.ones(shape, "f4")
+            file[name] = np.full(shape, value, "f4")
     return content.getvalue()
 
 

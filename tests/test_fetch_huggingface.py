@@ -360,7 +360,7 @@ def test_a_copy_in_hugging_faces_own_cache_is_taken_from_there(hub, fetch, tmp_p
         ({"class_name": "LlamaBackbone", "config": {}}, "backbone=LlamaBackbone"),
         ({"class_name": "Gemma3Backbone", "config": {"vision_encoder": {}}}, "a Gemma with a vision encoder"),
         (config_of("gemma3", CONFIGS["gemma3"]) | {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
-        ([], "list"),
+        ([], "config.json must be a JSON object"),
     ],
     ids=["another family", "another backbone", "vision", "embedding", "no configuration"],
 )

@@ -55,7 +55,7 @@ def files_of(manifest, tmp_path):
 def test_models_that_share_variation_and_version_keep_apart(kaggle, tmp_path, other):
     cache, said = tmp_path / "cache", []
     first = fetch_kaggle(HANDLE, cache, said.append)
-    kaggle.files["model.weights.h5"] = b"the weights of another owner or model"
+    kaggle.files["model.weights.h5"] = weight_bytes(value=2.0)
     preset = f"kaggle://{other}/keras/tiny_gemma/3"
     assert not check_kaggle(preset, cache).present
     second = fetch_kaggle(preset, cache, said.append)

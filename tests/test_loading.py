@@ -159,7 +159,7 @@ def test_a_weight_of_another_shape_is_named(presets, tmp_path):
 
 
 def test_more_devices_than_there_are_is_told(presets):
-    with pytest.raises(StageError, match="needs 16 devices and this machine has 8"):
+    with pytest.raises(StageError, match="needs 16 devices and this process has 8"):
         load_tiny(presets["gemma"], (2, 8))
 
 

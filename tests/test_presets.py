@@ -35,8 +35,8 @@ def preset(tmp_path):
     return make_preset(tmp_path / "preset")
 
 
-def manifest_of(folder):
-    return Manifest("tiny", "path", "keras", None, str(folder), LICENCE, list_files(folder, NAMES))
+def manifest_of(folder, names=NAMES):
+    return Manifest("tiny", "path", "keras", None, str(folder), LICENCE, list_files(folder, names))
 
 
 def test_a_manifest_is_read_as_it_was_written(preset, tmp_path):

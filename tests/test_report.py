@@ -528,7 +528,7 @@ def test_the_headline_tells_perplexity_loss_and_accuracy_before_and_after_with_t
     [
         "Parameters268,365,440",
         "Trained parameters267,264 0.100 % of them",
-        "Training speed131 tokens/s",
+        "Trained tokens per second131 tokens/s",
         "Step, median1.87 s",
         "Compilation21.6 s",
         "Peak host memory, tuning3.30 GiB",

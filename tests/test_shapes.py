@@ -201,7 +201,7 @@ def test_a_dry_run_of_the_embedded_preset_counts_what_the_registry_does(clone, r
     from tests.conftest import REAL_CACHE
     from tests.test_presets import manifest_of
 
-    manifest = manifest_of(real_gguf.parent)
+    manifest = manifest_of(real_gguf.parent, [file.name for file in real_gguf.parent.iterdir()])
     import dataclasses
 
     (clone / "models/preset").mkdir(parents=True)
