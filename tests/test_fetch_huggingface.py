@@ -480,13 +480,17 @@ def test_the_host_that_is_asked_is_named(hub, fetch, tmp_path):
     assert run.stdout.startswith(f"source       huggingface ({host})\n"), run.stderr
 
 
-@pytest.mark.parametrize("flaw", ["\x0b", "\x0c", "\x00", "\x7f", "\u201c", "utf-16", "utf-16-le"])
-@pytest.mark.parametrize("place", ["variable", "file"])
+FLAWS = ["\x0b", "\x0c", "\x7f", "\u201c"]
+
+
+# No environment holds a zero byte, as UTF-16 has them.
+@pytest.mark.parametrize(
+    ("place", "flaw"),
+    [*(("variable", flaw) for flaw in FLAWS), *(("file", flaw) for flaw in [*FLAWS, "\x00", "utf-16", "utf-16-le"])],
+)
 def test_a_token_of_other_characters_is_refused_and_not_shown(hub, fetch, tmp_path, place, flaw):
     token = "hf_aSentinel" if flaw.startswith("utf") else f"hf_aSen{flaw}tinel"
     content = token.encode(flaw if flaw.startswith("utf") else "utf-8")
-    if place == "variable" and b"\0" in content:
-        pytest.skip("no environment can hold it")
     stored = tmp_path / "home" / "huggingface" / "token"
     stored.parent.mkdir(parents=True)
     if place == "file":

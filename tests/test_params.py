@@ -83,6 +83,15 @@ def test_a_wrong_value_is_told_in_one_line_with_what_was_received(override: str)
     assert "Received: " in str(raised.value)
 
 
+def test_an_entry_of_a_list_is_told_where_the_list_stands(tmp_path: Path):
+    with pytest.raises(ParamsError, match=r"^--set: mesh\.shape\.0 must be"):
+        read_params(DEFAULT, ("mesh.shape=[0, 8]",))
+    file = tmp_path / "params.yaml"
+    file.write_text(DEFAULT.read_text().replace("shape: [1, 8]", "shape: [0, 8]"))
+    with pytest.raises(ParamsError, match=r"^params\.yaml:\d+: mesh\.shape\.0 must be"):
+        read_params(file, ("finetune.rank=2",))
+
+
 @pytest.mark.parametrize(
     ("overrides", "hint"),
     [

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.core.errors import StageError
-from stages.core.untrusted import Heads, HeadSize, Layers, Positive, Size, Typed, brief, parse, plain, read_object
+from stages.core.errors import StageError, shown
+from stages.core.untrusted import Heads, HeadSize, Layers, Positive, Size, Typed, brief, parse, read_object
 
 if TYPE_CHECKING:
     import keras
@@ -77,7 +77,7 @@ class Architecture:
         if self.class_name not in BACKBONES:
             raise StageError(
                 f"The preset must be a text Gemma ({' or '.join(BACKBONES)}). "
-                f"Received: backbone={plain(self.class_name)}."
+                f"Received: backbone={shown(self.class_name)}."
             )
         if self.config.get("vision_encoder") is not None:
             raise StageError(
@@ -141,11 +141,11 @@ def read_architecture(folder: Path, file_format: str) -> Architecture:
     if not isinstance(content.get("class_name"), str) or not isinstance(content.get("config"), dict):
         raise StageError(
             f"{folder / 'config.json'} must hold the class_name and config of a backbone. "
-            f"Received: keys {plain(', '.join(content))}"
+            f"Received: keys {shown(', '.join(content))}"
         )
     if unknown := content.keys() - KERAS_KEYS:
         raise StageError(
-            f"{folder / 'config.json'} has a key that Keras does not write. Received: {plain(min(unknown))}"
+            f"{folder / 'config.json'} has a key that Keras does not write. Received: {shown(min(unknown))}"
         )
     arguments = content["config"]
     _refuse_quantized(arguments.get("dtype"))

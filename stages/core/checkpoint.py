@@ -69,7 +69,7 @@ class Store:
             except Timeout:
                 say("Another run of the same settings, data and code is going on; waiting for it.")
                 self._lock.acquire()
-            except NotImplementedError as error:
+            except NotImplementedError as error:  # how filelock tells of a file system without locks
                 raise OSError(errno.ENOLCK, "the file system has no locks", str(self.folder.parent)) from error
 
     def save(self, step: int, arrays: Mapping[str, np.ndarray], state: Mapping[str, Any]) -> None:

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import gguf
 import numpy as np
 
-from stages.core.errors import StageError
-from stages.core.untrusted import brief, plain, refuse_pointer
+from stages.core.errors import StageError, shown
+from stages.core.untrusted import brief, refuse_pointer
 
 CHUNK_ELEMENTS = 1 << 19
 """Values dequantized at a time by a thread: their temporaries (some 8 MB) still fit in a core's cache."""
@@ -127,7 +127,7 @@ def _open(path: Path) -> _Reader:
         reader = _Reader(path)
     except (OSError, ValueError, KeyError, IndexError, OverflowError, struct.error) as error:
         raise StageError(
-            f"The model file must be a complete GGUF file ({plain(error)}). Received: path={path}. "
+            f"The model file must be a complete GGUF file ({shown(error)}). Received: path={path}. "
             "Delete it and run `python -m stages.fetch`."
         ) from error
     architecture = _field(reader, "general.architecture")
@@ -144,7 +144,7 @@ def _open(path: Path) -> _Reader:
             allowed = FIXED.get(key, (value,) if key in READ | HARMLESS else ())
         if value not in allowed:
             raise StageError(
-                f"keras-hub's Gemma 3 cannot have gemma3.{plain(key)}={brief(value)}, or this project does not "
+                f"keras-hub's Gemma 3 cannot have gemma3.{shown(key)}={brief(value)}, or this project does not "
                 f"know the key. Received: path={path}"
             )
     return reader
@@ -161,7 +161,7 @@ def _field(reader: gguf.GGUFReader, key: str, default: Any = None) -> Any:
         return default if field is None else field.contents()
     except (ValueError, IndexError, TypeError) as error:
         raise StageError(
-            f"The GGUF file must state {key} readably ({plain(error)}). Delete it and fetch it anew."
+            f"The GGUF file must state {key} readably ({shown(error)}). Delete it and fetch it anew."
         ) from error
 
 
@@ -276,7 +276,7 @@ class GgufWeights:
         if tensors:
             raise StageError(
                 "The GGUF file holds a tensor that a text Gemma 3 does not have. "
-                f"Received: {plain(min(tensors))} in {path}"
+                f"Received: {shown(min(tensors))} in {path}"
             )
 
     def paths(self) -> list[str]:

@@ -26,7 +26,7 @@ from urllib.parse import quote, unquote
 from stages.core import keras_weights, safetensors_weights
 from stages.core.architecture import Architecture, read_architecture
 from stages.core.downloads import UNWRITTEN, check_room, explain_unwritten, free_bytes, one_at_a_time
-from stages.core.errors import ParamsError, StageError
+from stages.core.errors import ParamsError, StageError, shown
 from stages.core.fetch_check import Check
 from stages.core.files import read_json, write_json
 from stages.core.keras_folder import check_contents, folder_format
@@ -35,7 +35,6 @@ from stages.core.presets import LICENCE, Manifest, PresetFile, fault, sha256_wit
 from stages.core.redaction import brief, check_addresses, check_private, check_proxies, host_of, is_private, usable
 from stages.core.registry import EMBEDDING, HEALTH, REGISTRY, VISION, name_of, registered
 from stages.core.tokenizer import HUGGING_FACE_VOCABULARY, JSON_VOCABULARY
-from stages.core.untrusted import plain
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -262,7 +261,7 @@ def _restore(source: Source, preset: str, cache: Path, say: Callable[[str], None
                 names = {other.rfilename for other in needed}
                 if absent := [name for name in reader.weight_files(folder) if name not in names]:
                     raise ParamsError(
-                        f"{source.repo} must hold every file that {each.rfilename} names. Missing: {plain(absent[0])}\n"
+                        f"{source.repo} must hold every file that {each.rfilename} names. Missing: {shown(absent[0])}\n"
                         f"See {source.page}/tree/{source.revision}."
                     )
         shutil.rmtree(folder / ".cache", ignore_errors=True)

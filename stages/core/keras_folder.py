@@ -13,7 +13,7 @@ from typing import Any
 
 from stages.core import keras_weights, safetensors_weights
 from stages.core.architecture import read_architecture
-from stages.core.errors import ParamsError, StageError, shown
+from stages.core.errors import ParamsError, StageError, shown, shown_list
 from stages.core.fetch_check import Check
 from stages.core.paths import own_path
 from stages.core.presets import LICENCE, Manifest, PresetFile, sha256_with_progress
@@ -24,7 +24,7 @@ from stages.core.tokenizer import (
     load_tokenizer,
     vocabulary_files,
 )
-from stages.core.untrusted import plain, read_object, refuse_pointer
+from stages.core.untrusted import read_object, refuse_pointer
 
 KERAS = ("keras", "keras_hub", "keras_nlp")  # keras-hub was keras-nlp when the first presets were written
 WANTED = "A preset folder as keras-hub's save_to_preset writes it was expected"
@@ -94,11 +94,11 @@ def _refuse_others(folder: Path) -> None:
         names = {path.name for path in folder.iterdir()}
     except OSError as error:
         raise ParamsError(
-            f"{plain(folder)} must be readable. Received: {error.strerror}\nMend its permissions."
+            f"{shown(folder)} must be readable. Received: {error.strerror}\nMend its permissions."
         ) from error
 
     def refuse(what: str, do: str) -> None:
-        raise ParamsError(f"A preset's folder was expected. Received: {what}, in {plain(folder)}\n{do}")
+        raise ParamsError(f"A preset's folder was expected. Received: {what}, in {shown(folder)}\n{do}")
 
     if {"refs", "snapshots"} <= names or any(name.startswith("models--") for name in names):
         refuse("Hugging Face's cache", "Name the folder below snapshots/, or fetch the model with source: huggingface.")
@@ -107,10 +107,10 @@ def _refuse_others(folder: Path) -> None:
     if names & {"model.safetensors", safetensors_weights.INDEX, keras_weights.SINGLE, keras_weights.INDEX}:
         return
     if gguf := sorted(name for name in names if name.endswith(".gguf")):
-        refuse(f"a GGUF file ({plain(gguf[0])})", "Take the same model in safetensors or as a keras-hub preset.")
+        refuse(f"a GGUF file ({shown(gguf[0])})", "Take the same model in safetensors or as a keras-hub preset.")
     if pickles := sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl"))):
         refuse(
-            f"weights as a pickle ({plain(pickles[0])})",
+            f"weights as a pickle ({shown(pickles[0])})",
             "A pickle can run a program: save it with transformers' `save_pretrained(safe_serialization=True)`.",
         )
 
@@ -182,7 +182,7 @@ def check_safetensors_folder(folder: Path) -> None:
         raise ParamsError(f"The preset cannot be used. {error}") from error
     if missing:
         index = safetensors_weights.INDEX
-        raise ParamsError(f"Every file that {index} names must be in {folder}. Missing: {plain(', '.join(missing))}")
+        raise ParamsError(f"Every file that {index} names must be in {folder}. Missing: {shown(', '.join(missing))}")
     if not any((folder / name).is_file() for name in (HUGGING_FACE_VOCABULARY, JSON_VOCABULARY)):
         raise ParamsError(
             f"A Hugging Face folder must hold {HUGGING_FACE_VOCABULARY}, the SentencePiece vocabulary, or "
@@ -208,7 +208,7 @@ def check_keras_folder(folder: Path) -> None:
         )
     if missing:
         index = keras_weights.INDEX
-        raise ParamsError(f"{WANTED}, with every shard that {index} names. Missing: {plain(', '.join(missing))}")
+        raise ParamsError(f"{WANTED}, with every shard that {index} names. Missing: {shown(', '.join(missing))}")
     if not (folder / KERAS_VOCABULARY).is_file():
         raise ParamsError(f"{WANTED}, with {KERAS_VOCABULARY}. Received: {folder} holds none")
 
@@ -227,8 +227,8 @@ def _check_gemma(config: dict[str, Any], folder: Path) -> None:
             named = (part.get("class_name"), part.get("module"), part.get("registered_name"))
             origins = [str(name).split(">")[0].split(".")[0] for name in named[1:] if name and ("class_name" in part)]
             if named[0] == "__lambda__" or any(origin not in KERAS for origin in origins):
-                shown = ", ".join(plain(name) for name in named if name is not None)
-                raise ParamsError(f"{path} must name classes of Keras and keras-hub only. Received: {shown}")
+                received = shown_list([name for name in named if name is not None])
+                raise ParamsError(f"{path} must name classes of Keras and keras-hub only. Received: {received}")
         elif isinstance(part, list):
             waiting += part
     try:
@@ -250,7 +250,7 @@ def list_files(folder: Path, names: Iterable[str]) -> tuple[PresetFile, ...]:
         )
     except OSError as error:
         raise StageError(
-            f"Every file of a preset must be readable. Received: {plain(error.filename)} ({error.strerror})"
+            f"Every file of a preset must be readable. Received: {shown(error.filename)} ({error.strerror})"
         ) from error
 
 

@@ -13,9 +13,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from stages.core.architecture import Architecture
-from stages.core.errors import StageError
+from stages.core.errors import StageError, shown
 from stages.core.safetensors_weights import shards_of
-from stages.core.untrusted import plain, read_object
+from stages.core.untrusted import read_object
 
 if TYPE_CHECKING:
     import numpy as np
@@ -101,7 +101,7 @@ class KerasWeights:
             except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, OverflowError) as error:
                 raise StageError(
                     f"The weight files must be complete HDF5 files as Keras writes them. Received: "
-                    f"{plain(error)} in {folder}. Fetch the preset again: `python -m stages.fetch`."
+                    f"{shown(error)} in {folder}. Fetch the preset again: `python -m stages.fetch`."
                 ) from error
         except BaseException:
             self.__exit__(None, None, None)
@@ -141,7 +141,7 @@ class KerasWeights:
         if strange := next((name for name in datasets if not SEEDS.fullmatch(f"/{name}")), None):
             raise StageError(
                 "The preset's weight files hold a weight that its architecture does not have. "
-                f"Received: {plain(strange)} in {datasets[strange][0].filename}"
+                f"Received: {shown(strange)} in {datasets[strange][0].filename}"
             )
 
     def __enter__(self) -> KerasWeights:

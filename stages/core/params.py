@@ -459,7 +459,9 @@ def _describe(problem: Any, content: dict, file_name: str, overridden: set[tuple
         elif problem["type"] in ("missing", "extra_forbidden"):
             location.append(part)
     name = ".".join(str(part) for part in location)
-    place = "--set" if tuple(location) in overridden else f"{file_name}:{_line(content, location)}"
+    # A value of the option may be a list, of which an entry is wrong.
+    by_option = any(tuple(location[: len(option)]) == option for option in overridden)
+    place = "--set" if by_option else f"{file_name}:{_line(content, location)}"
     if problem["type"] == "extra_forbidden":
         parent = Params
         for part in location[:-1]:

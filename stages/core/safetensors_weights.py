@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from stages.core.errors import StageError
-from stages.core.untrusted import Heads, HeadSize, Layers, Positive, Size, Typed, brief, parse, plain, read_object
+from stages.core.errors import StageError, shown
+from stages.core.untrusted import Heads, HeadSize, Layers, Positive, Size, Typed, brief, parse, read_object
 
 if TYPE_CHECKING:
     import numpy as np
@@ -147,7 +147,7 @@ def read_config(folder: Path) -> tuple[str, _Gemma]:
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in MODEL_TYPES:
         raise StageError(
-            f"The model must be a text Gemma ({', '.join(MODEL_TYPES)}). Received: model_type={plain(kind)}."
+            f"The model must be a text Gemma ({', '.join(MODEL_TYPES)}). Received: model_type={shown(kind)}."
         )
     if kind == "gemma3":
         text = config.pop("text_config", None)
@@ -264,7 +264,7 @@ def _rope(config: _Gemma, path: Path) -> dict[str, tuple[float, float, str]]:
         if strange := newer.keys() - {"full_attention", "sliding_attention"}:
             raise StageError(
                 f"rope_parameters of a Gemma 3 must be those of full_attention and sliding_attention. "
-                f"Received: {plain(min(strange))} in {path}"
+                f"Received: {shown(min(strange))} in {path}"
             )
         parts = {
             "full_attention": (config.rope_theta or GLOBAL_WAVELENGTH, scaling, newer.get("full_attention")),
@@ -312,13 +312,13 @@ def shards_of(index: dict[str, Any], path: Path) -> tuple[str, ...]:
     """
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict):
-        raise StageError(f"{path} must be an index with a weight_map. Received: keys {plain(', '.join(index))}")
+        raise StageError(f"{path} must be an index with a weight_map. Received: keys {shown(', '.join(index))}")
     names = set()
     for target in weight_map.values():
         for name in target if isinstance(target, list) else [target]:
             if not isinstance(name, str) or not name or "\0" in name or Path(name).name != name:
                 raise StageError(
-                    f"{path} must name files beside it. Received: {plain(name)} (which does not lie there)"
+                    f"{path} must name files beside it. Received: {shown(name)} (which does not lie there)"
                 )
             names.add(name)
     if not names:
@@ -356,7 +356,7 @@ def check_tensors(folder: Path, stored: Mapping[str, Stored]) -> dict[str, _Tens
     if adapter := next((name for name in stored if ".lora_" in name), None):
         raise StageError(
             f"The weights must be whole, and these are of a LoRA adapter that was not merged. "
-            f"Received: {plain(adapter)}\n"
+            f"Received: {shown(adapter)}\n"
             "Merge it with PEFT's `merge_and_unload()` and save the model."
         )
     if prefix is None:
@@ -388,7 +388,7 @@ def check_tensors(folder: Path, stored: Mapping[str, Stored]) -> dict[str, _Tens
         elif not BUFFERS.fullmatch(name) and not (kind == "gemma3" and OTHER_TOWERS.fullmatch(name)):
             raise StageError(
                 f"The weight files hold a tensor that a text Gemma of this config.json does not have. "
-                f"Received: {plain(name)} in {found.file}"
+                f"Received: {shown(name)} in {found.file}"
             )
     return table
 
@@ -396,7 +396,7 @@ def check_tensors(folder: Path, stored: Mapping[str, Stored]) -> dict[str, _Tens
 def _some(names: Iterable[str]) -> str:
     """Return the first of many names, for a message."""
     listed = sorted(names)
-    return plain(", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")) or "none"
+    return shown(", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")) or "none"
 
 
 class SafetensorsWeights:
@@ -420,7 +420,7 @@ class SafetensorsWeights:
                 for name in tensors.keys():  # noqa: SIM118 (the file is no mapping)
                     if name in self._stored:
                         raise StageError(
-                            f"Each tensor must lie in one file. Received: {plain(name)} in {file} and in "
+                            f"Each tensor must lie in one file. Received: {shown(name)} in {file} and in "
                             f"{self._stored[name].file}"
                         )
                     part = tensors.get_slice(name)

@@ -14,8 +14,8 @@ from typing import Any
 
 import sentencepiece
 
-from stages.core.errors import StageError
-from stages.core.untrusted import plain, read_object
+from stages.core.errors import StageError, shown
+from stages.core.untrusted import read_object
 
 KERAS_VOCABULARY = "assets/tokenizer/vocabulary.spm"
 """Where keras-hub's `save_to_preset` puts the SentencePiece model, below the preset's folder."""
@@ -81,12 +81,12 @@ class _JsonProcessor:
             differing = [token["content"] for token in kept if known[token["content"]] != token["id"]]
         except Exception as error:  # the library raises plain Exception
             raise StageError(
-                f"The vocabulary must be a tokenizer.json as transformers writes it. Received: {plain(error)}"
+                f"The vocabulary must be a tokenizer.json as transformers writes it. Received: {shown(error)}"
             ) from error
         if differing:
             raise StageError(
                 "Each added token of tokenizer.json must follow the one before it. "
-                f"Received: {plain(differing[0])} with the id {stated.get(differing[0])}"
+                f"Received: {shown(differing[0])} with the id {stated.get(differing[0])}"
             )
 
     def vocab_size(self) -> int:
@@ -212,7 +212,7 @@ def load_tokenizer(folder: Path, format: str) -> Tokenizer:
     if unknown := sorted(piece for piece in added if tokenizer.piece_id(piece) is None):
         raise StageError(
             f"The vocabulary must hold the tokens that {ADDED_TOKENS} adds, and {name} does not. "
-            f"Received: {plain(unknown[0])} in {folder}\n"
+            f"Received: {shown(unknown[0])} in {folder}\n"
             f"Save the tokenizer with transformers' fast one, which writes {JSON_VOCABULARY}."
         )
     return tokenizer

@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from stages.core.errors import StageError
+from stages.core.errors import StageError, shown
 
 # Far above any Gemma, and low enough that no table over layers or rows of a mistaken preset fills the memory.
 Layers = Annotated[int, Field(ge=1, le=512)]
@@ -63,12 +63,6 @@ def brief(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def plain(text: object) -> str:
-    """Return a stranger's words for a message, such as a file's name: at most 200 characters, all of them printable."""
-    words = ascii(str(text))[1:-1].replace("\\\\", "\\").replace("\\'", "'")
-    return words if len(words) <= 200 else words[:197] + "..."
-
-
 def read_object(path: Path) -> dict[str, Any]:
     """Return the JSON object that a file of a preset holds.
 
@@ -90,7 +84,7 @@ def read_object(path: Path) -> dict[str, Any]:
             raise ValueError(f"it has {size:,} bytes")
         read = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once, parse_constant=refuse)
     except (OSError, ValueError, RecursionError) as error:
-        raise StageError(f"{path} must be JSON that can be read. Received: {plain(error)}") from error
+        raise StageError(f"{path} must be JSON that can be read. Received: {shown(error)}") from error
     if not isinstance(read, dict):
         raise StageError(f"{path} must be a JSON object. Received: {type(read).__name__}")
     return read
@@ -107,7 +101,7 @@ def refuse_pointer(path: Path) -> None:
             begins = stream.read(64)
     except OSError as error:
         raise StageError(
-            f"Every file of a preset must be readable. Received: {plain(path)} ({error.strerror})\n"
+            f"Every file of a preset must be readable. Received: {shown(path)} ({error.strerror})\n"
             "Mend its permissions, or put the file there."
         ) from error
     if begins.startswith(b"version https://git-lfs.github.com/spec/"):
