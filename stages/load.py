@@ -27,9 +27,9 @@ def main(run: Run, dry_run: bool, public: str | None) -> None:
     if public and not dry_run:
         raise ParamsError(f"--preset goes with --dry-run; load takes the fetched preset. Received: --preset={public}")
     if dry_run:
-        from stages.core import shapes
+        from stages.core.dry_run import dry_run as describe
 
-        click.echo(shapes.dry_run(run, public))
+        click.echo(describe(run, public))
         return
     from stages.core import measures, sharding, variants
     from stages.core.files import write_json

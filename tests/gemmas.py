@@ -13,10 +13,10 @@ __all__ = ["GEMMAS", "architecture", "declared_weights"]
 @functools.cache
 def declared_weights(preset: str, rank: int = 0) -> list[Weight]:
     """A checkpoint's weights without values, with LoRA kernels on query and value if there is a rank."""
-    from stages.core import lora
-    from stages.core.architecture import build_backbone
+    from stages.core import lora_kernels
+    from stages.core.backbone import build_backbone
     from stages.core.loading import weights_of
 
     backbone = build_backbone(architecture(preset), "float32")
-    lora.declare(backbone, rank, None, ("query", "value"))
+    lora_kernels.declare(backbone, rank, None, ("query", "value"))
     return weights_of(backbone)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from stages.core import loading, lora, variants
+from stages.core import loading, lora_kernels, variants
 from stages.core.architecture import read_architecture
 from stages.core.keras_folder import fetch_local
 from stages.core.layouts import make_layout
@@ -48,7 +48,7 @@ def load_tiny(
     adapters = {}
     for weight in loading.weights_of(model.backbone):
         if weight.kind == "lora":
-            adapters[weight.path] = lora.first_value(weight.path, weight.shape, seed=0)
+            adapters[weight.path] = lora_kernels.first_value(weight.path, weight.shape, seed=0)
             if random_b and weight.path.endswith("_b"):
                 adapters[weight.path] = (
                     np.random.default_rng(len(weight.path)).normal(0, 0.1, weight.shape).astype("f4")

@@ -82,8 +82,8 @@ def test_a_profile_opens_in_tensorboard_and_perfetto(measured):
 
 
 def test_the_flops_of_gemma_3_270m_are_those_of_a_count_by_hand(devices):
-    from stages.core import lora
-    from stages.core.architecture import build_backbone
+    from stages.core import lora_kernels
+    from stages.core.backbone import build_backbone
     from stages.core.flops import step_flops
 
     blocks = 18 * (640 * 256 * (4 + 1 + 1 + 4) + 3 * 640 * 2048)
@@ -91,10 +91,10 @@ def test_the_flops_of_gemma_3_270m_are_those_of_a_count_by_hand(devices):
     attention = 12 * 128 * (4 * 256) * 18
     adapters = 18 * (4 * 640 * 4 + 4 * (4 * 256) + 640 * 4 + 4 * 256)
     backbone = build_backbone(architecture("gemma3_270m"), "float32")
-    lora.declare(backbone, 4, None, ["query", "value"])
+    lora_kernels.declare(backbone, 4, None, ["query", "value"])
     assert step_flops(backbone, 1, 128) == 128 * (4 * (blocks + head) + 6 * adapters + attention)
     whole = build_backbone(architecture("gemma3_270m"), "float32")
-    lora.declare(whole, 0, None, ["query", "value"])
+    lora_kernels.declare(whole, 0, None, ["query", "value"])
     assert step_flops(whole, 2, 128) == 256 * (6 * (blocks + head) + attention)
 
 

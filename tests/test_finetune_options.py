@@ -41,11 +41,11 @@ TARGETS = {
 
 
 def declared(preset, targets):
-    from stages.core import lora
-    from stages.core.architecture import build_backbone
+    from stages.core import lora_kernels
+    from stages.core.backbone import build_backbone
 
     backbone = build_backbone(open_tiny(preset).architecture, "float32")
-    lora.declare(backbone, 2, None, targets)
+    lora_kernels.declare(backbone, 2, None, targets)
     return backbone
 
 

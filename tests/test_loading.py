@@ -115,7 +115,7 @@ def test_no_weight_that_is_split_is_read_whole_and_no_slice_twice(presets, shape
 
 
 def test_nothing_random_is_made_on_the_way(presets):
-    from stages.core.architecture import build_backbone
+    from stages.core.backbone import build_backbone
 
     backbone = build_backbone(open_tiny(presets["gemma"]).architecture, "float32")
     assert all(variable._value is None for variable in backbone.weights)

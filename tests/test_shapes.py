@@ -100,8 +100,9 @@ def test_a_27b_on_32_devices_resolves_in_the_memory_of_its_names(record_property
 import json, resource, time
 from stages.core import devices
 devices.configure("simulated", 1)
-devices.import_keras_hub()
-from stages.core import gemmas, layouts, loading, lora, shapes
+from stages.core import backbone
+backbone.import_keras_hub()
+from stages.core import gemmas, layouts, loading, lora_kernels, shapes
 from stages.core.mesh import MeshShape
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before, began = peak(), time.perf_counter()

@@ -1,4 +1,4 @@
-"""A Gemma's shape without its weights: the backbone's class and arguments, and a backbone that allocates nothing.
+"""A Gemma's shape without its weights: the backbone's class and arguments.
 
 Purpose: everything about a preset that layouts, loading and planning need before a byte of weights is read.
 Reads: `config.json` of a keras-hub preset or of a Hugging Face folder, or the metadata of a GGUF file.
@@ -6,18 +6,13 @@ Reads: `config.json` of a keras-hub preset or of a Hugging Face folder, or the m
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from stages.core.errors import StageError, shown
 from stages.core.untrusted import Heads, HeadSize, Layers, Positive, Size, Typed, brief, parse, read_object
-
-if TYPE_CHECKING:
-    import keras
 
 EPSILON = 1e-6
 """keras-hub builds every block's norms with it, whatever the backbone's argument says."""
@@ -175,35 +170,3 @@ def _refuse_quantized(dtype: Any) -> None:
             f"The weights must be plain floats, not quantized: save the preset before `quantize`. "
             f"Received: dtype={brief(dtype)}"
         )
-
-
-def build_backbone(architecture: Architecture, dtype: str) -> keras.Model:
-    """Return the keras-hub backbone with all its variables declared and none allocated.
-
-    Its variables have shapes, dtypes and paths, but no values and no layout: `loading.fill` gives them both.
-
-    Args:
-        architecture: class and arguments.
-        dtype: a Keras dtype policy name: `float32`, `bfloat16` or `mixed_bfloat16`.
-    """
-    from stages.core.devices import import_keras_hub
-
-    backbone_class = getattr(import_keras_hub().models, architecture.class_name)
-    with declared_only():
-        return backbone_class(**architecture.config, dtype=dtype, name="backbone")
-
-
-@contextlib.contextmanager
-def declared_only() -> Iterator[None]:
-    """Within this block new Keras variables get a shape, a dtype and a path, and no value.
-
-    `from_preset` would fill them with random numbers first and throw these away. Keras keeps a list of such variables
-    and would initialise them when any later stateless scope ends, so they are taken off it.
-    """
-    import keras
-    from keras.src.backend.common import global_state
-
-    before = list(global_state.get_global_attribute("uninitialized_variables", [], set_to_default=True))
-    with keras.StatelessScope(initialize_variables=False):
-        yield
-    global_state.set_global_attribute("uninitialized_variables", before)

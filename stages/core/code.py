@@ -25,6 +25,7 @@ PLUMBING = {
         for name in (
             "cli",
             "code",
+            "dry_run",
             "errors",
             "fetch_check",
             "inputs",

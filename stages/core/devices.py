@@ -12,7 +12,6 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from types import ModuleType
 
 import click
 
@@ -209,23 +208,3 @@ def _start(platform: str, count: int) -> None:
     from stages.core.program_cache import keep_programs
 
     keep_programs(cache_folder() / "xla")
-
-
-def import_keras_hub() -> ModuleType:
-    """Import keras-hub without TensorFlow, which it takes for optional and needs for its tokenizers only.
-
-    It would cost four of six seconds at each start, print notes, and take an accelerator's memory away from JAX. Our
-    tokenizer is the sentencepiece library's.
-    """
-    if "keras_hub" not in sys.modules:
-        hidden = [name for name in ("tensorflow", "tensorflow_text") if name not in sys.modules]
-        # None makes Python raise ImportError, as if the package were not installed.
-        sys.modules.update(dict.fromkeys(hidden))
-        try:
-            import keras_hub
-        finally:
-            for name in hidden:
-                del sys.modules[name]
-    import keras_hub
-
-    return keras_hub

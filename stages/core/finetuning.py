@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.core import adapter, fingerprint, flops, loading, lora, measures
+from stages.core import adapter, fingerprint, flops, loading, lora_kernels, measures
 from stages.core.checkpoint import Store
 from stages.core.errors import ParamsError, StageError
 from stages.core.files import sha256
@@ -107,7 +107,7 @@ def load_trainable(preset: Preset, description: dict[str, Any], settings: Finetu
     tuning = {"rank": settings.rank, "alpha": settings.alpha, "targets": settings.targets}
     model = declare_model(description, preset.architecture, tuning)
     first = {
-        weight.path: lora.first_value(weight.path, weight.shape, settings.seed)
+        weight.path: lora_kernels.first_value(weight.path, weight.shape, settings.seed)
         for weight in loading.weights_of(model.backbone)
         if weight.kind == "lora"
     }

@@ -16,8 +16,9 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from stages.core import loading, lora
-from stages.core.architecture import Architecture, build_backbone, declared_only
+from stages.core import loading, lora_kernels
+from stages.core.architecture import Architecture
+from stages.core.backbone import build_backbone, declared_only
 from stages.core.batches import INPUTS, padded_size
 from stages.core.causal import make_model
 from stages.core.layout import NamedLayout, Placement, resolve
@@ -105,7 +106,7 @@ def lower(request: StepRequest, devices: Sequence[Any]) -> StepProgram:
 def _ours(request: StepRequest, mesh: jax.sharding.Mesh) -> tuple[keras.Model, list[Placement], Any]:
     settings = request.settings
     backbone = build_backbone(request.architecture, request.dtype)
-    lora.declare(backbone, settings.rank, settings.alpha, settings.targets)
+    lora_kernels.declare(backbone, settings.rank, settings.alpha, settings.targets)
     placements = resolve(request.layout.rules, loading.weights_of(backbone), request.mesh)
     model = make_model(
         backbone,

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.core import adapter, devices, loading, lora
-from stages.core.architecture import Architecture, build_backbone, read_architecture
+from stages.core import adapter, devices, loading, lora_kernels
+from stages.core.architecture import Architecture, read_architecture
+from stages.core.backbone import build_backbone
 from stages.core.errors import StageError
 from stages.core.files import read_json
 from stages.core.layout import NamedLayout, Placement, Rule, as_spec, resolve
@@ -141,7 +142,7 @@ def declare_model(
 
     backbone = build_backbone(architecture, description["dtype"])
     if tuning:
-        lora.declare(backbone, tuning["rank"], tuning["alpha"], tuning["targets"])
+        lora_kernels.declare(backbone, tuning["rank"], tuning["alpha"], tuning["targets"])
     rules = [Rule(rule["pattern"], as_spec(rule["spec"]), rule["optional"]) for rule in description["layout"]["rules"]]
     placements = resolve(rules, loading.weights_of(backbone), mesh_shape)
     mesh = meshes.device_mesh(mesh_shape)

@@ -98,7 +98,9 @@ def run_side(side: str, folder: Path) -> dict[str, float]:
         # With TensorFlow, which its tokenizer needs.
         import keras_hub  # noqa: F401
     else:
-        devices.import_keras_hub()
+        from stages.core import backbone
+
+        backbone.import_keras_hub()
     import gguf  # noqa: F401
     import h5py  # noqa: F401
     import jax
