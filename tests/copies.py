@@ -20,7 +20,7 @@ def copy_repository(folder: Path) -> Path:
     for name in listed:
         if name and (ROOT / name).is_file() and not name.startswith(("tests/", "data/metrics/")) and name != "dvc.lock":
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, folder / name)
+            shutil.copy2(ROOT / name, folder / name, follow_symlinks=False)
     for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "A copy"]):
         subprocess.run(["git", *IDENTITY, *command], cwd=folder, check=True)
     return folder

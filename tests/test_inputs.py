@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 from pathlib import Path
 
 import pandas
 import pytest
 
 from stages.core.inputs import declare
+from stages.core.params import read_params
 from stages.core.paths import Paths
-from tests.copies import copy_repository, dvc, ran
+from tests.conftest import ROOT
+from tests.copies import IDENTITY, copy_repository, dvc, ran
+from tests.test_dag import STAGES
 from tests.test_pipeline import change
 
 pytestmark = pytest.mark.xdist_group("pipeline")
 
 
-def test_the_place_of_an_input_is_an_empty_file_or_a_link(tmp_path: Path):
+def test_the_place_of_an_input_is_a_link_to_the_persons_file_or_to_none(tmp_path: Path):
     paths = Paths(tmp_path / "repository", tmp_path / "repository")
     place = tmp_path / "repository/data/inputs/prepare/train_file"
+    none = (ROOT / "data/inputs/none").read_text()
     declare(paths, "prepare", "train_file", None)
-    assert place.read_bytes() == b"" and not place.is_symlink()
+    assert (str(place.readlink()), place.read_text()) == ("../none", none)
     for name, link in (("repository/own/mine.csv", "../../../own/mine.csv"), ("mine.csv", str(tmp_path / "mine.csv"))):
         file = tmp_path / name
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -32,7 +37,16 @@ def test_the_place_of_an_input_is_an_empty_file_or_a_link(tmp_path: Path):
     assert place.read_text() == "mine.csv", "a trial leaves the pipeline alone"
     (tmp_path / "mine.csv").unlink()
     declare(paths, "prepare", "train_file", None)
-    assert place.read_bytes() == b"" and not place.is_symlink()
+    assert (str(place.readlink()), place.read_text()) == ("../none", none)
+
+
+def test_every_place_of_an_input_is_a_link_in_git():
+    listed = ["git", "ls-files", "--stage", "data/inputs"]
+    lines = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    modes = {line.split("\t")[1]: line.split()[0] for line in lines}
+    assert modes.pop("data/inputs/none") == "100644"
+    assert set(modes.values()) == {"120000"}
+    assert set(modes) == {path for stage in STAGES.values() for path in stage["deps"] if path.startswith("data/inputs/")}
 
 
 def reviews(start: int) -> list[str]:
@@ -96,3 +110,42 @@ def test_an_edit_of_a_preset_folder_or_of_a_dataset_is_seen(repository: Path, tm
     manifest = (repository / "models/preset/manifest.json").read_bytes()
     assert ran(dvc(repository, "repro", "fetch")) == {"fetch"}
     assert (repository / "models/preset/manifest.json").read_bytes() != manifest
+
+
+# --- Experiments with data of the person's own. ---
+
+
+@pytest.fixture
+def on_own_data(repository: Path) -> Path:
+    """A repository whose `own/mine.csv`, which git does not know, was prepared; nothing of it is committed."""
+    (repository / "own").mkdir()
+    (repository / "own/mine.csv").write_text(rows(0))
+    own = {"source": "files", "train_file": "own/mine.csv", "min_characters": 1, "validation": 2}
+    change(repository, "prepare", **own)
+    assert prepare(repository) == {"prepare"}
+    return repository
+
+
+def test_an_experiment_leaves_the_persons_own_files_and_settings_as_they_are(on_own_data: Path):
+    assert ran(dvc(on_own_data, "exp", "run", "prepare", "-S", "prepare.seed=1")) == {"prepare"}
+    assert (on_own_data / "own/mine.csv").read_text() == rows(0)
+    settings = read_params(on_own_data / "params.yaml").prepare
+    assert (settings.train_file, settings.seed) == ("own/mine.csv", 1)
+
+
+def test_an_experiment_in_a_copy_reads_the_folder_that_is_named_for_it(on_own_data: Path):
+    assert ran(dvc(on_own_data, "exp", "run", "--temp", "-C", "own", "prepare", "-S", "prepare.seed=1")) == {"prepare"}
+    assert (on_own_data / "own/mine.csv").read_text() == rows(0)
+
+
+def test_an_experiment_in_a_copy_reads_a_file_by_its_absolute_path(repository: Path, tmp_path: Path):
+    (tmp_path / "mine.csv").write_text(rows(0))
+    change(repository, "prepare", source="files", train_file=str(tmp_path / "mine.csv"), min_characters=1, validation=2)
+    assert ran(dvc(repository, "exp", "run", "--temp", "prepare", "-S", "prepare.seed=1")) == {"prepare"}
+
+
+def test_an_experiment_in_a_copy_reads_what_dvc_keeps(on_own_data: Path):
+    dvc(on_own_data, "add", "own/mine.csv")
+    for command in (["add", "-A"], ["commit", "-qm", "Own data"]):
+        subprocess.run(["git", *IDENTITY, *command], cwd=on_own_data, check=True)
+    assert ran(dvc(on_own_data, "exp", "run", "--temp", "prepare", "-S", "prepare.seed=1")) == {"prepare"}
