@@ -13,7 +13,7 @@ from stages.core.inputs import declare
 from stages.core.params import read_params
 from stages.core.paths import Paths
 from tests.conftest import ROOT
-from tests.copies import IDENTITY, copy_repository, dvc, ran
+from tests.copies import copy_repository, dvc, ran
 from tests.test_dag import STAGES
 from tests.test_pipeline import change
 
@@ -46,7 +46,9 @@ def test_every_place_of_an_input_is_a_link_in_git():
     modes = {line.split("\t")[1]: line.split()[0] for line in lines}
     assert modes.pop("data/inputs/none") == "100644"
     assert set(modes.values()) == {"120000"}
-    assert set(modes) == {path for stage in STAGES.values() for path in stage["deps"] if path.startswith("data/inputs/")}
+    assert set(modes) == {
+        path for stage in STAGES.values() for path in stage["deps"] if path.startswith("data/inputs/")
+    }
 
 
 def reviews(start: int) -> list[str]:
@@ -142,10 +144,3 @@ def test_an_experiment_in_a_copy_reads_a_file_by_its_absolute_path(repository: P
     (tmp_path / "mine.csv").write_text(rows(0))
     change(repository, "prepare", source="files", train_file=str(tmp_path / "mine.csv"), min_characters=1, validation=2)
     assert ran(dvc(repository, "exp", "run", "--temp", "prepare", "-S", "prepare.seed=1")) == {"prepare"}
-
-
-def test_an_experiment_in_a_copy_reads_what_dvc_keeps(on_own_data: Path):
-    dvc(on_own_data, "add", "own/mine.csv")
-    for command in (["add", "-A"], ["commit", "-qm", "Own data"]):
-        subprocess.run(["git", *IDENTITY, *command], cwd=on_own_data, check=True)
-    assert ran(dvc(on_own_data, "exp", "run", "--temp", "prepare", "-S", "prepare.seed=1")) == {"prepare"}

@@ -79,9 +79,6 @@ def test_a_profile_is_valid_and_changes_what_it_says_and_nothing_else(name: str)
     )
     comments = [[line for line in each.splitlines() if line.strip().startswith("#")] for each in (DEFAULT, text)]
     assert comments[0] == comments[1]
-    untouched = [line for line in DEFAULT.splitlines() if line not in text.splitlines()]
-    # A list in lines of its own has a line an entry.
-    assert len(untouched) <= len(changes) + 2
 
 
 def test_what_no_profile_speaks_of_stays():
@@ -137,20 +134,19 @@ def test_files_of_plain_text_get_the_columns_of_pairs_under_instruct():
 
 OWN_STYLE = """\
 # My settings
-a: {one: 1, two: [1, 2], three: null}  # flow
+a: {one: 1, two: [1, 2]} # flow
 b:
   one: 5.0e-5   # why
   two:
-  three: ~
-  # about four
+  three:
+  # about four, five and six
   four:
-    - {x: 1}
-    - {x: 2}
-  # about five
-  five: "text"
+  - {x: 1}
+  - {x: 2}
+  five: text
   six:
-    - p
-    - q
+  - p
+  - q
 
 c: {four: []}
 """
@@ -160,17 +156,15 @@ c: {four: []}
     "key, written, old, new",
     [
         ("a.one", "2", "one: 1,", "one: 2,"),
-        ("a.two", "[3]", "two: [1, 2],", "two: [3],"),
-        ("a.three", '"x"', "three: null}", 'three: "x"}'),
         ("b.one", "1.0e-3", "one: 5.0e-5   # why", "one: 1.0e-3   # why"),
         ("b.two", "5", "  two:\n", "  two: 5\n"),
-        ("b.three", "true", "three: ~", "three: true"),
-        ("b.four", "[]", "  four:\n    - {x: 1}\n    - {x: 2}\n", "  four: []\n"),
-        ("b.four", "\n    - {x: 3}", "    - {x: 1}\n    - {x: 2}\n", "    - {x: 3}\n"),
-        ("b.five", "\n    - {x: 3}", 'five: "text"', "five:\n    - {x: 3}"),
-        ("b.five", "", 'five: "text"', "five: null"),
-        ("b.six", "[r]", "  six:\n    - p\n    - q\n", "  six: [r]\n"),
-        ("c.four", "\n    - {x: 3}\n    - {x: 4}", "{four: []}", "{four: [{x: 3}, {x: 4}]}"),
+        ("b.three", "true", "three:\n", "three: true\n"),
+        ("b.four", "[]", "  four:\n  - {x: 1}\n  - {x: 2}\n", "  four: []\n"),
+        ("b.four", "[{x: 3}]", "  - {x: 1}\n  - {x: 2}\n", "  - x: 3\n"),
+        ("b.five", "[{x: 3}]", "five: text", "five:\n  - x: 3"),
+        ("b.five", "", "five: text", "five:"),
+        ("b.five", "'1'", "five: text", "five: '1'"),
+        ("c.four", "[3, 4]", "{four: []}", "{four: [3, 4]}"),
     ],
 )
 def test_a_value_is_replaced_where_it_stands_and_nothing_else(key, written, old, new):
@@ -187,10 +181,10 @@ def test_several_values_are_replaced_at_once_and_equal_ones_stay_as_they_are_wri
     text, changes = rewrite(
         OWN_STYLE, {"b.three": "null", "b.one": "0.00005", "a.one": "3", "b.five": "x"}, "mine.yaml"
     )
-    assert text == OWN_STYLE.replace("one: 1,", "one: 3,").replace('"text"', "x")
+    assert text == OWN_STYLE.replace("one: 1,", "one: 3,").replace("text", "x")
     assert [(change.key, change.old, change.new) for change in changes] == [
         ("a.one", "1", "3"),
-        ("b.five", '"text"', "x"),
+        ("b.five", "text", "x"),
     ]
 
 
@@ -198,7 +192,8 @@ def test_several_values_are_replaced_at_once_and_equal_ones_stay_as_they_are_wri
     "text, message",
     [
         ("b: {one: 1}\n", r"mine\.yaml: b\.two is missing; every setting must be written out"),
-        ("a: &x {two: 1}\nb: *x\n", r"cannot be changed in place\. Received: b\.two"),
+        ("a: &x {two: 1}\nb: *x\n", r"cannot be changed\. Received: b\.two"),
+        ("b:\n  two:\n  - 1\n  # why\n  c: 1\n", r"between a list and the next key .* Received: # why\. Move it above"),
         ("b: [\n", r"is not valid YAML"),
         ("- b\n", r"must hold sections"),
     ],

@@ -3,8 +3,8 @@
 Purpose: `dvc.yaml` cannot name a path that stands in `params.yaml` and may be null. So it names a fixed place for each,
 `data/inputs/<stage>/<key>`: a link to the person's file or folder, or to `data/inputs/none`, which the stage that reads
 it puts there. DVC hashes what the link points at: an edit reruns the stage, and its run cache keeps the versions apart.
-Always a link, never a file: where git knows a file and finds a link, `dvc exp run` writes the file through the link, over
-the person's own, and loses the changed settings.
+Always a link, never a file: where git knows a file and finds a link, `dvc exp run` writes the file through the link,
+over the person's own, and loses the changed settings.
 Writes: `data/inputs/`. They are in git, as the settings are: a changed link belongs with a changed `params.yaml`.
 """
 

@@ -1,9 +1,8 @@
 """The ready settings: what `python -m stages.profile` writes into `params.yaml`.
 
-Purpose: each run that people ask for, in one place. A value is the YAML that comes to stand in the file, so that what
-is written reads like what was there. A key that any profile names goes back to quickstart's value under those that do
-not name it, so that a profile gives the same whichever was applied before; all other keys (prompts, seeds, checkpoints,
-...) are the person's and stay.
+Purpose: each run that people ask for, in one place, a value as YAML. A key that any profile names goes back to
+quickstart's value under those that do not name it, so that a profile gives the same whichever was applied before; all
+other keys (prompts, seeds, checkpoints, ...) are the person's and stay.
 """
 
 from __future__ import annotations
@@ -89,8 +88,8 @@ PROFILES: dict[str, Profile] = {
         "generate.turns=false",
         "generate.temperature=0.0",
         "plan.targets="
-        '\n    - {preset: gemma_7b_en, topology: "v3:2x2", mesh: [1, 8], layout: auto, dtype: float32, batch_size: 2, '
-        'length: 128, rank: 4}\n    - {topology: "v5e:2x4"}\n    - {topology: "cpu:8"}',
+        '[{preset: gemma_7b_en, topology: "v3:2x2", mesh: [1, 8], layout: auto, dtype: float32, batch_size: 2, '
+        'length: 128, rank: 4}, {topology: "v5e:2x4"}, {topology: "cpu:8"}]',
         about=("fetch", "prepare"),
     ),
     # https://ai.google.dev/gemma/docs/core/distributed_tuning: `take(2000)` of batches of 2, reviews as they come, cut
@@ -109,7 +108,7 @@ PROFILES: dict[str, Profile] = {
         "mesh.devices=real",
         "layout.name=tutorial",
         "finetune.learning_rate=5.0e-5",
-        'plan.targets=\n    - {topology: "v3:2x2"}',
+        'plan.targets=[{topology: "v3:2x2"}]',
         about=("fetch", "prepare"),
     ),
     "kaggle-tpu-v5e-8": _profile(
@@ -126,7 +125,7 @@ PROFILES: dict[str, Profile] = {
         "finetune.schedule=cosine",
         "finetune.warmup_steps=10",
         # Beside it the tutorial's own step, to compare with.
-        'plan.targets=\n    - {topology: "v5e:2x4"}\n    - {topology: "v5e:2x4", layout: tutorial, step: tutorial}',
+        'plan.targets=[{topology: "v5e:2x4"}, {topology: "v5e:2x4", layout: tutorial, step: tutorial}]',
     ),
     "gpu-single": _profile(
         "Gemma 3 270M, one GPU, mixed bfloat16; set fetch for a larger Gemma",
@@ -135,7 +134,7 @@ PROFILES: dict[str, Profile] = {
         "mesh.devices=real",
         "load.dtype=mixed_bfloat16",
         "finetune.batch_size=8",
-        'plan.targets=\n    - {topology: "cpu:1"}',
+        'plan.targets=[{topology: "cpu:1"}]',
     ),
     "gpus-8": _profile(
         "Gemma 7B, eight GPUs of 16 GB or more, mixed bfloat16",
@@ -146,7 +145,7 @@ PROFILES: dict[str, Profile] = {
         "load.dtype=mixed_bfloat16",
         "finetune.batch_size=8",
         "finetune.learning_rate=1.0e-4",
-        'plan.targets=\n    - {topology: "cpu:8"}',
+        'plan.targets=[{topology: "cpu:8"}]',
     ),
     "full-parameter": _profile(
         "every weight of Gemma 3 270M instead of LoRA: four times the memory, a smaller step size",
@@ -155,7 +154,7 @@ PROFILES: dict[str, Profile] = {
         "finetune.schedule=cosine",
         "finetune.warmup_steps=10",
         "finetune.clip_norm=1.0",
-        'plan.targets=\n    - {topology: "v5e:2x4"}',
+        'plan.targets=[{topology: "v5e:2x4"}]',
     ),
     "instruct": _profile(
         "Gemma 3 270M instruct, your pairs of prompt and response (pairs.jsonl), Gemma's turn format",
@@ -167,7 +166,7 @@ PROFILES: dict[str, Profile] = {
         "prepare.response_column=response",
         "tokenize.length=256",
         "generate.turns=true",
-        'plan.targets=\n    - {topology: "v5e:2x4"}',
+        'plan.targets=[{topology: "v5e:2x4"}]',
         about=("fetch", "prepare"),
     ),
 }
