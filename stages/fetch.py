@@ -60,14 +60,8 @@ def main(run: Run, check: bool) -> None:
             raise StageError(trouble)
         return
     folder = None if wanted.path is None else run.paths.root / Path(wanted.path).expanduser()
-    try:
-        inputs.declare(run.paths, "fetch", "path", folder)
-        write_manifest(run.paths.write(MANIFEST), manifest)
-    except OSError as error:
-        raise StageError(
-            f"{MANIFEST} must be writable. Received: {error.filename or run.paths.out_root} ({error.strerror})\n"
-            "Mend the rights or make room, and run this again; the files are here."
-        ) from error
+    inputs.declare(run.paths, "fetch", "path", folder)
+    write_manifest(run.paths.write(MANIFEST), manifest)
     size = sum(file.size for file in manifest.files)
     run.say(
         f"{manifest.preset}: {len(manifest.files)} files, {size / 1e6:,.0f} MB. "

@@ -166,7 +166,8 @@ def test_a_manifest_that_cannot_be_written_is_told_in_two_lines(tmp_path):
     (tmp_path / "out" / "models" / "preset").write_text("in the way")
     run = fetch(tmp_path / "out", "source=path", f"path={folder}", "preset=mine")
     assert run.returncode == 1
-    assert run.stderr.startswith(f"Error: {MANIFEST} must be writable. Received: ")
+    place = tmp_path / "out" / "models" / "preset"
+    assert run.stderr.startswith(f"Error: It must be possible to read and write {place}. Received: Not a directory")
     assert len(run.stderr.splitlines()) == 2
 
 

@@ -13,7 +13,9 @@ import pytest
 
 from stages.core import files
 from stages.core.adapter import save
+from stages.core.paths import MAKERS, maker_of
 from tests.conftest import ROOT
+from tests.test_dag import STAGES
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
@@ -103,6 +105,41 @@ def test_an_output_that_cannot_be_written_ends_in_two_lines(tmp_path):
         rf"Error: It must be possible to read and write {tmp_path}/out\S*\. Received: Not a directory", what
     )
     assert "--out-root" in remedy
+
+
+SHADOW = """
+import sys
+class Heavy:
+    def find_spec(self, name, path=None, target=None):
+        if name in ("jax", "keras", "pandas", "tensorflow"):
+            sys.exit("it began to work")
+sys.meta_path.insert(0, Heavy())
+import runpy
+runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize("relative, command", MAKERS.items())
+def test_a_stage_that_could_not_write_an_output_ends_in_two_lines_before_it_works(relative, command, tmp_path):
+    name, *options = command.split()
+    # A file where the output's folder would be (`models` and `data` themselves hold those of other stages).
+    folder = tmp_path / Path(*Path(relative).parts[:2])
+    folder.parent.mkdir()
+    folder.write_text("a file")
+    command = [sys.executable, "-c", SHADOW, f"stages.{name}", *options, "--out-root", str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1, result.stderr
+    what, remedy = result.stderr.strip().splitlines()
+    assert what == f"Error: It must be possible to read and write {folder}. Received: Not a directory"
+    assert "--out-root" in remedy
+
+
+def test_the_makers_write_all_that_dvc_knows_of():
+    for name, stage in STAGES.items():
+        written = [path for entry in stage.get("metrics", []) for path in entry] + stage.get("outs", [])
+        for variant in ("baseline", "tuned") if "matrix" in stage else ("",):
+            expected = f"python -m stages.{name}" + (f" --variant {variant}" if variant else "")
+            assert {maker_of(path.replace("${item.variant}", variant)) for path in written} == {expected}
 
 
 WITHOUT_HOME = """

@@ -25,7 +25,7 @@ from stages.core.errors import ParamsError, StageError
 from stages.core.files import explain, write_json
 from stages.core.installed import check_installed
 from stages.core.params import Params, read_params
-from stages.core.paths import Paths, lend_a_home, metrics
+from stages.core.paths import Paths, check_outputs, lend_a_home, metrics
 from stages.core.redaction import guard_standard_error
 
 REQUIREMENTS = "requirements.txt"
@@ -53,6 +53,8 @@ def stage(function: Callable[..., None]) -> click.Command:
 
     Exit codes: 0 done, 1 the task failed, 2 a wrong setting or call, 130 interrupted.
     """
+    # Not `__module__`, which is `__main__` in a script that is run.
+    name = Path(function.__code__.co_filename).stem
 
     @click.option(
         "--set",
@@ -81,6 +83,9 @@ def stage(function: Callable[..., None]) -> click.Command:
             if writes and (root / REQUIREMENTS).is_file():
                 check_installed(root / REQUIREMENTS)
             run = Run(params, Paths(root, (out_root or root).resolve()), verbose)
+            if writes:
+                variant = options.get("variant")
+                check_outputs(run.paths.out_root, f"{name} --variant {variant}" if variant else name)
             function(run, **options)
 
     return click.command(help=function.__doc__)(command)

@@ -37,5 +37,8 @@ def write_curve(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def write_samples(path: Path, samples: list[dict[str, Any]]) -> None:
-    """Write the samples, one JSON object a line: step, prompt and text. No sample makes an empty file."""
-    write_text(path, "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
+    """Write the samples, one JSON object a line: step, prompt and text. No sample makes one empty line.
+
+    Of an empty file DVC would warn at each look.
+    """
+    write_text(path, "\n".join(json.dumps(sample, ensure_ascii=False) for sample in samples) + "\n")

@@ -7,6 +7,7 @@ from there what an earlier trial left, else from the repository.
 from __future__ import annotations
 
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,29 +108,54 @@ class Paths:
         return path
 
 
+# The stage that writes what begins so, as it is called; a stage of two variants once for each.
+MAKERS = {
+    "models/preset": "fetch",
+    "data/imdb": "prepare",
+    "data/metrics/prepare": "prepare",
+    "data/tokens": "tokenize",
+    "data/metrics/tokenize": "tokenize",
+    "models/baseline": "load",
+    "data/sharding/base": "load",
+    "data/metrics/load": "load",
+    "models/tuned": "finetune",
+    "data/sharding/tuned": "finetune",
+    "data/plots": "finetune",
+    "data/metrics/finetune": "finetune",
+    "data/generated/baseline": "generate --variant baseline",
+    "data/metrics/generate-baseline": "generate --variant baseline",
+    "data/generated/tuned": "generate --variant tuned",
+    "data/metrics/generate-tuned": "generate --variant tuned",
+    "data/metrics/evaluate-baseline": "evaluate --variant baseline",
+    "data/metrics/evaluate-tuned": "evaluate --variant tuned",
+    "data/sharding/plan": "plan",
+    "data/metrics/plan": "plan",
+    "data/report": "report",
+}
+
+
 def maker_of(relative: str) -> str:
     """Return the command of the stage that writes a path."""
-    makers = {
-        "models/preset": "fetch",
-        "data/imdb": "prepare",
-        "data/tokens": "tokenize",
-        "models/baseline": "load",
-        "data/sharding/base": "load",
-        "models/tuned": "finetune",
-        "data/sharding/tuned": "finetune",
-        "data/sharding/plan": "plan",
-        "data/plots": "finetune",
-        "data/generated/baseline": "generate --variant baseline",
-        "data/generated/tuned": "generate --variant tuned",
-        "data/metrics/evaluate-baseline": "evaluate --variant baseline",
-        "data/metrics/evaluate-tuned": "evaluate --variant tuned",
-        "data/metrics/generate-baseline": "generate --variant baseline",
-        "data/metrics/generate-tuned": "generate --variant tuned",
-        "data/report": "report",
-    }
-    for prefix, stage in makers.items():
+    for prefix, stage in MAKERS.items():
         if relative.startswith(prefix):
             return f"python -m stages.{stage}"
-    if relative.startswith("data/metrics/"):
-        return f"python -m stages.{Path(relative).stem}"
     return "dvc repro"
+
+
+def check_outputs(out_root: Path, stage: str) -> None:
+    """Stop at once if a folder that a stage will write to takes no file, rather than after minutes of work.
+
+    Args:
+        out_root: the folder that outputs go to.
+        stage: as in `MAKERS`; one that is not there writes nothing.
+
+    Raises:
+        OSError: `filename` is the folder, or the nearest one above it that is there.
+    """
+    places = [out_root / relative for relative, maker in MAKERS.items() if maker == stage]
+    for folder in {next(path for path in (place, *place.parents) if path.exists()) for place in places}:
+        try:
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            error.filename, error.filename2 = str(folder), None
+            raise
