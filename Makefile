@@ -4,18 +4,28 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: venv repro test clean
+.PHONY: venv repro test clean repository
 
-# The stamp is newer than the requirements once they are installed; a broken installation leaves none.
+# The stamp is newer than the requirements once they are installed; a broken installation leaves none. It holds the
+# folder that it was made in: the commands of an environment that was moved do not start, so that one is made anew.
 venv: $(VENV)/.installed
+
+MOVED := $(filter-out $(CURDIR),$(shell cat $(VENV)/.installed 2>/dev/null))
+ifneq ($(MOVED),)
+.PHONY: $(VENV)/.installed
+endif
 
 $(VENV)/.installed: requirements.txt requirements-dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 14) else "Python 3.11, 3.12 or 3.13 is needed, this is " + sys.version.split()[0] + "; name one with make PYTHON=...")'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(if $(MOVED),--clear) $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
-	touch $@
+	echo $(CURDIR) > $@
 
-repro: venv
+# What a ZIP download lacks.
+repository:
+	@test -e .git || { echo "DVC works in a git repository, and this folder is none: run \`git init\` first." >&2; exit 1; }
+
+repro: repository venv
 	dvc repro
 
 test: venv

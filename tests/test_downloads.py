@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import venv
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -51,6 +52,14 @@ def program(wheel):
 
 def names_in(folder):
     return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+def test_a_python_without_pip_is_told_what_to_install(index, tmp_path, monkeypatch):
+    wheel = index.add("some-data", "1.0", {"a.bin": CONTENT})
+    venv.create(tmp_path / "venv", symlinks=True)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "venv/bin/python"))
+    with pytest.raises(StageError, match=r"this Python has none\. Received: .*\n.*uv pip install -r requirements\.txt"):
+        download_wheel(wheel, tmp_path / "cache")
 
 
 def test_a_wheel_is_downloaded_once_and_then_taken_from_the_cache(index, tmp_path):

@@ -25,3 +25,7 @@ def test_every_pin_has_a_wheel(system: str, version: str):
     if result.returncode and any(words in result.stderr for words in UNREACHABLE):
         pytest.skip(f"no package index answers: {result.stderr[-200:]}")
     assert result.returncode == 0, result.stderr[-2000:]
+
+
+def test_pip_is_required_since_the_stages_run_it_and_uv_brings_none():
+    assert any(line.startswith("pip==") for line in (ROOT / "requirements.txt").read_text().splitlines())

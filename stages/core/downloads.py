@@ -211,7 +211,7 @@ def _explain(output: str, wheel: Wheel, *, stable: bool) -> str:
     if "No module named pip" in output:
         return (
             f"pip is needed to download {wanted}, and this Python has none. Received: python={sys.executable}\n"
-            "Install it with `python -m ensurepip`, then run this again."
+            "Run `pip install -r requirements.txt` (uv: `uv pip install -r requirements.txt`), then this again."
         )
     if re.search(SAYS_FULL, output):
         return f"The disk filled up while {wanted} was downloaded.\n{MAKE_ROOM}"

@@ -23,6 +23,7 @@ TOOLS = {
     "kagglehub",
     "kagglesdk",
     "keras-nlp",
+    "pip",
     "pydantic",
     "rich",
     "ruamel.yaml",
