@@ -13,6 +13,7 @@ import pytest
 
 from stages.core import files
 from stages.core.adapter import save
+from stages.core.curve import write_samples
 from stages.core.paths import MAKERS, maker_of
 from tests.conftest import ROOT
 from tests.test_dag import STAGES
@@ -79,6 +80,14 @@ def test_what_is_kept_is_given_back_only_as_it_was_written(tmp_path):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
         with pytest.raises(ValueError, match="SHA-256"):
             files.read_kept(path)
+
+
+def test_no_samples_make_a_file_that_is_not_empty_since_dvc_would_warn_of_it(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    write_samples(path, [])
+    assert path.read_text() == "\n"
+    write_samples(path, [{"step": 1}, {"step": 2}])
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
 # --- As a person sees it. ---

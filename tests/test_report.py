@@ -249,7 +249,7 @@ def write_generations(root: Path, variant: str, pairs) -> None:
 def write_samples(root: Path, samples) -> None:
     path = root / "data/plots/samples.jsonl"
     lines = [json.dumps({"step": step, "prompt": prompt, "text": text}) for step, prompt, text in samples]
-    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def plan() -> dict:
