@@ -27,8 +27,8 @@ def repository(real_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """A copy of the repository in which `dvc repro` was run with the settings as they are, but a third of the steps."""
     folder = copy_repository(tmp_path_factory.mktemp("default"))
     params = (folder / "params.yaml").read_text()
-    assert params.count("\n  steps: null\n") == 1
-    (folder / "params.yaml").write_text(params.replace("\n  steps: null\n", "\n  steps: 60\n"))
+    assert params.count("\n  steps:\n") == 1
+    (folder / "params.yaml").write_text(params.replace("\n  steps:\n", "\n  steps: 60\n"))
     dvc(folder, "repro", GEMMA_TUNING_CACHE=str(REAL_CACHE))
     return folder
 

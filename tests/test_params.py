@@ -87,7 +87,7 @@ def test_an_entry_of_a_list_is_told_where_the_list_stands(tmp_path: Path):
     with pytest.raises(ParamsError, match=r"^--set: mesh\.shape\.0 must be"):
         read_params(DEFAULT, ("mesh.shape=[0, 8]",))
     file = tmp_path / "params.yaml"
-    file.write_text(DEFAULT.read_text().replace("shape: [1, 8]", "shape: [0, 8]"))
+    file.write_text(DEFAULT.read_text().replace("  shape:\n  - 1\n", "  shape:\n  - 0\n"))
     with pytest.raises(ParamsError, match=r"^params\.yaml:\d+: mesh\.shape\.0 must be"):
         read_params(file, ("finetune.rank=2",))
 
