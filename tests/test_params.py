@@ -172,7 +172,9 @@ def test_a_value_without_end_is_told_in_a_line_of_bounded_length(tmp_path: Path,
     if where == "file":
         path, overrides = tmp_path / "params.yaml", ()
         key, _, value = override.removeprefix("finetune.").partition("=")
-        path.write_text(re.sub(rf"(?m)^  {key}:.*(\n  (- |  ).*)*$", f"  {key}: {value}", DEFAULT.read_text()))
+        # The first, finetune's; its list is in lines.
+        text = re.sub(rf"(?m)^  {key}:.*(\n  - .*)*$", f"  {key}: {value}", DEFAULT.read_text(), count=1)
+        path.write_text(text)
         hint = hint.replace("takes a YAML value", "is not valid YAML")
         # What holds itself is None to ruamel when it reads a file.
         hint = "finetune.targets" if "itself" in hint else hint
