@@ -2,6 +2,11 @@
 
 The reference is `tests/data/reference_training.npz`. `python -m tests.record_training` records it again, in an
 environment made from requirements-benchmarks.txt: needed when tests/training_cases.py changes, and only then.
+
+Both sides compute in float32 and add in other orders. Measured on each case, on meshes (1, 1) and (2, 4): losses differ
+by at most 3e-7 of themselves, weights by at most 5e-5 of the largest change within their tensor. Faults put into either
+side (a mean of the batches' means, epsilon inside the bias correction, norms decayed, no clipping, pieces that see each
+other, another scale of LoRA, another order) change a weight by 2e-1 of that or more.
 """
 
 from __future__ import annotations
@@ -11,7 +16,7 @@ import json
 import numpy as np
 import pytest
 
-from stages.core import finetuning, lora
+from stages.core import finetuning, lora_kernels
 from stages.core.architecture import read_architecture
 from stages.core.presets import LICENCE, Manifest
 from stages.core.variants import Preset
@@ -20,8 +25,10 @@ from tests.hugging_face import tensors_of
 from tests.models import describe
 from tests.training_cases import CASES, CONFIGS, RECORDED, first_adapter, first_weights, sequences
 
-LOSS = 1e-5
-WEIGHTS = 1e-4
+LOSS = 3e-6
+"""Largest difference of a loss, relative to it."""
+WEIGHTS = 3e-4
+"""Largest difference of a weight, relative to the largest change of one within its tensor."""
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +54,7 @@ def folders(devices, tmp_path_factory):
 def test_a_run_is_the_one_done_by_hand(name, folders, recorded, monkeypatch):
     case = CASES[name]
     wanted, adapter, folder = settings(**case.settings), first_adapter(case), folders / case.family
-    monkeypatch.setattr(lora, "first_value", lambda path, *_: adapter[path])
+    monkeypatch.setattr(lora_kernels, "first_value", lambda path, *_: adapter[path])
     # The folder is not fetched: it needs no tokenizer, and so has none.
     manifest = Manifest(case.family, "path", "safetensors", None, str(folder), LICENCE, ())
     preset = Preset(manifest, folder, read_architecture(folder, manifest.format))
