@@ -3,10 +3,11 @@
 The reference is `tests/data/reference_training.npz`. `python -m tests.record_training` records it again, in an
 environment made from requirements-benchmarks.txt: needed when tests/training_cases.py changes, and only then.
 
-Both sides compute in float32 and add in other orders. Measured on each case, on meshes (1, 1) and (2, 4): losses differ
-by at most 3e-7 of themselves, weights by at most 5e-5 of the largest change within their tensor. Faults put into either
-side (a mean of the batches' means, epsilon inside the bias correction, norms decayed, no clipping, pieces that see each
-other, another scale of LoRA, another order) change a weight by 2e-1 of that or more.
+Both sides compute in float32 and add in other orders. Measured: losses differ by at most 4e-7 of themselves, weights by at
+most 5e-5 of the largest change within their tensor; the tolerances leave room for other processors. Faults put into one
+side (a mean of the batches' means, epsilon inside the bias correction, norms decayed, no decay, no clipping, pieces that
+see each other, prompts trained on, another scale of LoRA, a schedule one step late, another order) each move a weight
+by more than 1e-1 of that change wherever they act.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from tests.training_cases import CASES, CONFIGS, RECORDED, first_adapter, first_
 
 LOSS = 3e-6
 """Largest difference of a loss, relative to it."""
-WEIGHTS = 3e-4
+WEIGHTS = 2e-4
 """Largest difference of a weight, relative to the largest change of one within its tensor."""
 
 
