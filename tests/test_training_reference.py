@@ -3,11 +3,11 @@
 The reference is `tests/data/reference_training.npz`. `python -m tests.record_training` records it again, in an
 environment made from requirements-benchmarks.txt: needed when tests/training_cases.py changes, and only then.
 
-Both sides compute in float32 and add in other orders. Measured: losses differ by at most 4e-7 of themselves, weights by at
-most 5e-5 of the largest change within their tensor; the tolerances leave room for other processors. Faults put into one
-side (a mean of the batches' means, epsilon inside the bias correction, norms decayed, no decay, no clipping, pieces that
-see each other, prompts trained on, another scale of LoRA, a schedule one step late, another order) each move a weight
-by more than 1e-1 of that change wherever they act.
+Both sides compute in float32 and add in other orders. Measured: losses differ by at most 4e-7 of themselves, weights by
+at most 5e-5 of the largest change within their tensor; the tolerances leave room for other processors. Faults put into
+one side (a mean of the batches' means, epsilon inside the bias correction, norms decayed, no decay, no clipping, pieces
+that see each other, prompts trained on, another scale of LoRA, a schedule one step late, another order) each move a
+weight by more than 1e-1 of that change wherever they act.
 """
 
 from __future__ import annotations
