@@ -27,6 +27,13 @@ class LaidOut:
     summary: str
 
 
+def holds_pairs(source: Path) -> bool:
+    """Return whether a Parquet file holds pairs of prompt and response, and not single texts."""
+    from pyarrow import parquet
+
+    return "prompt" in parquet.read_schema(source).names
+
+
 def lay_out(source: Path, split: str, tokenizer: Tokenizer, settings: Tokenize) -> LaidOut:
     """Turn a split into windows.
 
@@ -41,7 +48,7 @@ def lay_out(source: Path, split: str, tokenizer: Tokenizer, settings: Tokenize) 
     """
     from pyarrow import parquet
 
-    if "prompt" in parquet.read_schema(source).names:
+    if holds_pairs(source):
         return _pairs(source, split, tokenizer, settings)
     texts = parquet.read_table(source, columns=["text"])["text"].to_pylist()
     control = ControlTokens(tokenizer)
