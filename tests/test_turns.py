@@ -311,6 +311,51 @@ def test_a_file_of_pairs_is_laid_out_in_turns_and_told_with_what_is_lost(tmp_pat
         assert f"{found.counts['response_tokens']:,} response tokens to learn" in found.summary
 
 
+# What the chat template of google/gemma-2-9b-it makes of two prompts with their responses.
+CONVERSATION = ("Name a film. ", "Heat.", "Another?", "Ran.\n")
+SPELLED = (
+    "<bos><start_of_turn>user\nName a film.<end_of_turn>\n<start_of_turn>model\nHeat.<end_of_turn>\n"
+    "<start_of_turn>user\nAnother?<end_of_turn>\n<start_of_turn>model\nRan.<end_of_turn>\n"
+)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_conversation_is_one_sequence_as_the_chat_template_spells_it_with_the_loss_on_every_response(
+    tmp_path, packing
+):
+    rows = [Review(CONVERSATION[3], None, "0", CONVERSATION[2], CONVERSATION[:2]), Review("Alien.", None, "1", "One?")]
+    write_reviews(tmp_path / "train.parquet", rows)
+    tokenize = Tokenize(length=128, packing=packing, eos=True, control_tokens="text")
+    found = examples.lay_out(tmp_path / "train.parquet", "train", FOUND_IN_TEXT, tokenize)
+    places = found.windows["review"] == 0
+    ids, targets, weights = (found.windows[name][places] for name in ("token_ids", "target_ids", "weights"))
+    assert np.array_equal(ids[1:], targets[:-1])
+    assert spelled(FOUND_IN_TEXT, [*ids.tolist(), int(targets[-1])]) + "\n" == SPELLED
+    assert spelled(FOUND_IN_TEXT, targets[weights == 1].tolist()) == "Heat.<end_of_turn>Ran.<end_of_turn>"
+    # What has one prompt and response beside it is laid out as ever.
+    alone = examples.lay_out(
+        written(tmp_path / "alone.parquet", [("One?", "Alien.")]), "train", FOUND_IN_TEXT, tokenize
+    )
+    for name in ("token_ids", "target_ids", "weights"):
+        assert np.array_equal(
+            found.windows[name][found.windows["review"] == 1], alone.windows[name][alone.windows["review"] == 0]
+        )
+    assert found.counts["reviews"] == 2
+    assert found.counts["response_tokens"] == (found.windows["weights"] == 1).sum()
+    assert found.counts["texts_trimmed"] == 2
+
+
+def test_a_conversation_that_is_longer_than_a_sequence_is_cut_at_its_end_and_counted(tmp_path):
+    rows = [Review("Ran.", None, "0", "Another? " * 40, ("Name a film.", "Heat."))]
+    write_reviews(tmp_path / "train.parquet", rows)
+    tokenize = Tokenize(length=48, packing=True, eos=True, control_tokens="text")
+    found = examples.lay_out(tmp_path / "train.parquet", "train", FOUND_IN_TEXT, tokenize)
+    (weights, targets) = (found.windows[name][0] for name in ("weights", "target_ids"))
+    assert spelled(FOUND_IN_TEXT, targets[weights == 1].tolist()) == "Heat.<end_of_turn>"
+    assert (found.counts["pairs_cut"], found.counts["prompts_too_long"]) == (1, 0)
+    assert found.counts["tokens_cut"] + found.counts["tokens_kept"] > 48
+
+
 def test_pairs_without_a_response_that_fits_stop_the_stage(tmp_path):
     source = written(tmp_path / "train.parquet", [("Best comedy " * 40, "See it twice!")])
     with pytest.raises(StageError, match=r"1 pairs, 1 with a prompt that fills it\. Set a larger tokenize\.length"):

@@ -79,12 +79,16 @@ def _pairs(source: Path, split: str, tokenizer: Tokenizer, settings: Tokenize) -
     """Turn a split of pairs into windows."""
     from pyarrow import parquet
 
-    table = parquet.read_table(source, columns=["prompt", "response"])
+    table = parquet.read_table(source)
     turns = Turns(tokenizer)
-    prompts, responses = (table[name].to_pylist() for name in ("prompt", "response"))
-    spelled = ControlTokens(tokenizer).spelled_in([*prompts, *responses])
-    trimmed = sum(text != text.strip() for text in (*prompts, *responses))
-    pairs = list(zip(turns.prompts(prompts), turns.responses(responses), strict=True))
+    conversations = list(zip(table["prompt"].to_pylist(), table["response"].to_pylist(), strict=True))
+    if "earlier" in table.column_names:
+        earlier = table["earlier"].to_pylist()
+        conversations = [(*before, *last) for before, last in zip(earlier, conversations, strict=True)]
+    texts = [text for each in conversations for text in each]
+    spelled = ControlTokens(tokenizer).spelled_in(texts)
+    trimmed = sum(text != text.strip() for text in texts)
+    pairs = turns.conversations(conversations)
     laid_out = pair_windows.lay_out(pairs, settings.length, packing=settings.packing, pad=tokenizer.pad)
     counts = pair_windows.pair_metrics(laid_out, pairs)
     counts |= {"control_tokens_spelled": spelled, "texts_trimmed": trimmed}

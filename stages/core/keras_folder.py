@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.core import keras_weights, safetensors_weights
-from stages.core.architecture import read_architecture
+from stages.core.architecture import Architecture, read_architecture
 from stages.core.errors import ParamsError, StageError, shown, shown_list
 from stages.core.fetch_check import Check
 from stages.core.paths import own_path
@@ -157,16 +157,25 @@ def check_contents(folder: Path, file_format: str) -> None:
                 pass
         else:
             safetensors_weights.SafetensorsWeights(folder).check_head()
-        pieces, rows = load_tokenizer(folder, file_format).vocabulary_size, architecture.config["vocabulary_size"]
-        if not 0 <= rows - pieces <= MOST_SURPLUS_ROWS:
-            raise StageError(
-                f"The vocabulary must be that of the model: as many pieces as its table has rows, or up to "
-                f"{MOST_SURPLUS_ROWS} fewer. Received: {pieces:,} pieces, {rows:,} rows in {folder}"
-            )
+        check_vocabulary(folder, file_format, architecture)
     except ParamsError:
         raise
     except StageError as error:
         raise ParamsError(f"The preset cannot be used. {error}") from error
+
+
+def check_vocabulary(folder: Path, file_format: str, architecture: Architecture) -> None:
+    """Check that a preset's vocabulary is of the size of the model's table.
+
+    Raises:
+        StageError: it is not, or cannot be read.
+    """
+    pieces, rows = load_tokenizer(folder, file_format).vocabulary_size, architecture.config["vocabulary_size"]
+    if not 0 <= rows - pieces <= MOST_SURPLUS_ROWS:
+        raise StageError(
+            f"The vocabulary must be that of the model: as many pieces as its table has rows, or up to "
+            f"{MOST_SURPLUS_ROWS} fewer. Received: {pieces:,} pieces, {rows:,} rows in {folder}"
+        )
 
 
 def check_safetensors_folder(folder: Path) -> None:

@@ -40,7 +40,8 @@ def warn_of_another_format(
 
     Args:
         tokenizer: of the preset.
-        trained: the arrays of the training sequences (`stages.core.windows`); in the turn format if `<end_of_turn>` is one of the targets trained on.
+        trained: the arrays of the training sequences, see `stages.core.windows`; they are in the turn format if
+            `<end_of_turn>` is one of the targets trained on.
         turns: as for `encode`.
         say: shows one line to the person.
     """
