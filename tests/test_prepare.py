@@ -933,6 +933,20 @@ def test_a_damaged_dataset_is_told(full_dataset, tmp_path):
         list(full_reviews("train", folder, str))
 
 
+def test_what_tensorflow_datasets_says_of_a_folder_is_cut_and_made_safe(tmp_path):
+    from stages.core import imdb
+
+    with (
+        pytest.raises(StageError, match="imdb_reviews is damaged") as caught,
+        imdb._whole(tmp_path),
+    ):
+        raise ValueError("a name\n\x1b[2J" + "x" * 5000)
+    first, second = str(caught.value).splitlines()
+    assert len(first) < 200 and first.isprintable()
+    assert "ValueError: 'a name\\n\\x1b[2Jxxx" in first
+    assert second.endswith(str(tmp_path))
+
+
 def test_a_folder_without_the_dataset_is_a_wrong_setting(tmp_path):
     run = run_stage(tmp_path / "out", "source=imdb_reviews", f"data_dir={tmp_path}")
     assert run.returncode == 2
