@@ -7,6 +7,7 @@ Reads: `config.json` with `model_type` gemma, gemma2, gemma3_text, or gemma3 (it
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -291,6 +292,12 @@ def _rope(config: _Gemma, path: Path) -> dict[str, tuple[float, float, str]]:
     found = {}
     for kind, (wavelength, older, given) in parts.items():
         given = {} if given is None else given
+        # transformers 4 takes the one and transformers 5 the other, key by key.
+        if isinstance(given, dict) and any(given[key] != older[key] for key in given.keys() & older.keys()):
+            raise StageError(
+                f"{path} must say the same in rope_scaling and rope_parameters of {kind}. "
+                f"Received: {brief(older)} and {brief(given)}"
+            )
         rope = parse(_Rope, {**older, **given} if isinstance(given, dict) else given, f"{path}: rope of {kind}")
         form = rope.rope_type or rope.type or "default"
         # The plain form scales nothing, in transformers too, whatever factor stands beside it.
@@ -301,6 +308,11 @@ def _rope(config: _Gemma, path: Path) -> dict[str, tuple[float, float, str]]:
             _refuse(f"rope scaling of {kind}", "a rope_type beside its factor", {**older, **given}, path)
         if rope.partial_rotary_factor not in (None, 1):
             _refuse("partial_rotary_factor", 1, rope.partial_rotary_factor, path)
+        stated = config.rope_theta if kind == "full_attention" else getattr(config, "rope_local_base_freq", None)
+        if rope.rope_theta and stated not in (None, rope.rope_theta):
+            raise StageError(
+                f"{path} must state one rope_theta of {kind}. Received: {brief(stated)} and {brief(rope.rope_theta)}"
+            )
         found[kind] = (rope.rope_theta or wavelength, float(factor), form)
     return found
 
@@ -432,8 +444,10 @@ def check_tensors(folder: Path, stored: Mapping[str, Stored]) -> dict[str, _Tens
     wanted = {tensor.name: path for path, tensor in table.items()}
     for path, tensor in table.items():
         if tensor.name not in stored:
+            others = [name for name in stored if name not in wanted]
             raise StageError(
-                f"The weight files must hold {tensor.name} (for {path}), and do not. Received: {_some(stored)}. "
+                f"The weight files must hold {tensor.name} (for {path}), and do not. Received: "
+                f"{_some(difflib.get_close_matches(tensor.name, others, cutoff=0) or stored)}. "
                 "Download the checkpoint again."
             )
         if stored[tensor.name].shape != (shape := _stored_shape(tensor)):
