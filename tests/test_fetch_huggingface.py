@@ -494,10 +494,29 @@ def test_a_repository_without_weights_or_vocabulary_is_refused(hub, fetch):
     run = fetch()
     assert run.returncode == 2
     assert "tokenizer.model, the SentencePiece vocabulary" in run.stderr
-    del hub.files["model.safetensors"]
+    del hub.files["model.safetensors"], hub.files["pytorch_model.bin"]
     run = fetch()
     assert run.returncode == 2
     assert "must hold config.json with model.weights.h5 (keras-hub) or model.safetensors" in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("files", "what"),
+    [
+        ({"adapter_config.json": b"{}", "adapter_model.safetensors": b""}, "a PEFT adapter without its model"),
+        ({"model-Q4_K_M.gguf": b""}, r"a GGUF file \(model-Q4_K_M\.gguf\)"),
+        ({"config.json": b"{}", "pytorch_model.bin": b""}, r"weights as a pickle \(pytorch_model\.bin\)"),
+    ],
+    ids=["adapter", "gguf", "pickle"],
+)
+def test_a_repository_of_something_else_is_said_to_be_what_it_is(files, what):
+    from huggingface_hub.hf_api import ModelInfo
+
+    from stages.core.huggingface_preset import _needed
+
+    info = ModelInfo(id=REPO, siblings=[{"rfilename": name} for name in files])
+    with pytest.raises(ParamsError, match=rf"{REPO} must be a preset\. Received: {what}\n"):
+        _needed(source_of(PRESET), info)
 
 
 @pytest.mark.parametrize(

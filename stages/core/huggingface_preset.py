@@ -30,7 +30,7 @@ from stages.core.downloads import UNWRITTEN, check_room, explain_unwritten, free
 from stages.core.errors import ParamsError, StageError, shown
 from stages.core.fetch_check import Check
 from stages.core.files import read_json, write_json
-from stages.core.keras_folder import check_contents, check_vocabulary, folder_format
+from stages.core.keras_folder import check_contents, check_vocabulary, folder_format, other_kind
 from stages.core.paths import lend_a_home
 from stages.core.presets import LICENCE, Manifest, PresetFile, fault, sha256_with_progress
 from stages.core.redaction import brief, check_addresses, check_private, check_proxies, host_of, is_private, usable
@@ -391,6 +391,8 @@ def _needed(source: Source, info: ModelInfo) -> list[RepoSibling]:
         ParamsError: it has no configuration or no weights that could be read.
     """
     names = {each.rfilename for each in info.siblings or ()}
+    if other := other_kind(names):
+        raise ParamsError(f"{source.repo} must be a preset. Received: {other[0]}\n{other[1]}")
     if CONFIG in names and names & {"model.weights.h5", "model.weights.json"}:
         wanted = [name for name in names if KERAS_FILES.fullmatch(name)]
     elif CONFIG in names and names & {"model.safetensors", "model.safetensors.index.json"}:
