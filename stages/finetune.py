@@ -23,7 +23,7 @@ from stages.core.cli import Run, click, stage
 )
 def main(run: Run, profile: Path | None) -> None:
     """Fine-tune the sharded model."""
-    from stages.core import adapter, finetuning, sharding, variants
+    from stages.core import adapter, finetuning, prompting, sharding, variants
     from stages.core.files import write_json
     from stages.core.layout import Fallback
     from stages.core.paths import CURVE, SAMPLES, SHARDING
@@ -43,6 +43,7 @@ def main(run: Run, profile: Path | None) -> None:
 
     windows = {split: read_windows(run.paths, split) for split in ("train", "validation")}
     warn_before_running(run.paths.root, run_of(description, settings, windows["train"]["token_ids"].shape[1]), run.say)
+    prompting.warn_of_another_format(tokenizer, windows["train"], turns=turns, say=run.say)
     store = finetuning.checkpoints(run.paths, description, model.platform, settings, run.say)
     result = finetuning.fit(
         model,

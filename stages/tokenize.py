@@ -14,8 +14,9 @@ from stages.core.paths import MANIFEST, REVIEWS, TOKENS
 @stage
 def main(run: Run) -> None:
     """Turn reviews into windows of tokens: packed, or cut to one a review."""
-    from stages.core.examples import lay_out
+    from stages.core.examples import holds_pairs, lay_out
     from stages.core.presets import read_manifest, verified_folder
+    from stages.core.registry import is_base
     from stages.core.tokenizer import holds_vocabulary, load_tokenizer
     from stages.core.windows import write_windows
 
@@ -26,6 +27,11 @@ def main(run: Run) -> None:
     vocabulary = [file.name for file in manifest.files if holds_vocabulary(file.name)]
     tokenizer = load_tokenizer(verified_folder(manifest, run.paths.root, only=vocabulary), manifest.format)
     metrics: dict[str, object] = {}
+    if holds_pairs(sources["train"]) and manifest.source != "path" and is_base(manifest.preset):
+        run.say(
+            f"Warning: these are pairs of prompt and response, and {manifest.preset} is a base preset, which does not "
+            "know Gemma's turn format. An instruct preset learns from fewer of them."
+        )
     for split, source in sources.items():
         laid_out = lay_out(source, split, tokenizer, settings)
         write_windows(run.paths.write(TOKENS[split]), laid_out.windows)

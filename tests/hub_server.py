@@ -38,6 +38,8 @@ class Hub:
         self.asked: list[str] = []
         self.downloaded: list[str] = []
         self.ranges: list[str] = []
+        self.beginnings: list[str] = []
+        self.knows_ranges = True
         self.url = ""
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
@@ -96,25 +98,29 @@ class Hub:
         if self.stumbles and request.command == "GET":
             self.stumbles -= 1
             return self._refuse(request, 500)
-        start = 0
-        if wanted := request.headers.get("Range"):
-            self.ranges.append(wanted)
-            start = int(wanted.removeprefix("bytes=").partition("-")[0])
-        request.send_response(206 if start else 200)
+        start, end = 0, len(content)
+        wanted = request.headers.get("Range", "") if self.knows_ranges else ""
+        if wanted:
+            first, _, last = wanted.removeprefix("bytes=").partition("-")
+            start, end = int(first), min(int(last) + 1, len(content)) if last else len(content)
+        request.send_response(206 if wanted else 200)
         request.send_header("X-Repo-Commit", commit)
         request.send_header("ETag", f'"{digest}"')
-        request.send_header("Content-Length", str(len(content) - start))
-        if start:
-            request.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        request.send_header("Content-Length", str(end - start))
+        if wanted:
+            request.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(content)}")
         request.end_headers()
         if request.command == "HEAD":
             return
-        self.downloaded.append(name)
-        end = len(content)
-        if name == "model.safetensors" and self.cut:
-            end, self.cut = start + self.cut, 0
+        if request.headers.get("Range", "").startswith("bytes=0-"):
+            self.beginnings.append(name)
+        else:
+            self.downloaded.append(name)
+            self.ranges += [wanted] if wanted else []
+            if name == "model.safetensors" and self.cut:
+                end, self.cut = start + self.cut, 0
+                request.close_connection = True
         request.wfile.write(content[start:end])
-        request.close_connection = end < len(content)
 
     def _refuse(self, request: BaseHTTPRequestHandler, status: int, code: str = "", message: str = "") -> None:
         request.send_response(status)

@@ -10,6 +10,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from stages.core.errors import ParamsError, StageError
@@ -277,7 +278,7 @@ def test_without_a_network_and_when_it_is_forbidden_it_is_said_so(fetch):
 
 
 def test_other_bytes_than_announced_are_fetched_once_more_and_then_refused(hub, fetch, tmp_path):
-    hub.altered["model.safetensors"] = WEIGHTS[::-1]
+    hub.altered["model.safetensors"] = WEIGHTS[:-1] + b"?"
     run = fetch()
     assert run.returncode == 1
     lines = run.stderr.splitlines()
@@ -288,7 +289,7 @@ def test_other_bytes_than_announced_are_fetched_once_more_and_then_refused(hub, 
     hub.altered.clear()
     hub.downloaded.clear()
     assert fetch().returncode == 0
-    assert hub.downloaded == ["model.safetensors", "tokenizer.model"]
+    assert hub.downloaded == ["model.safetensors"]
 
 
 def test_other_bytes_under_the_same_commit_are_not_accepted_in_silence(hub, fetch, tmp_path):
@@ -375,6 +376,111 @@ def test_another_model_is_refused_before_its_weights_are_downloaded(hub, fetch, 
     assert hub.downloaded == ["config.json"]
 
 
+def changed_tensors(change, files=1):
+    """The files of a plain checkpoint whose tensors are other ones."""
+    from safetensors.numpy import load, save
+
+    content = hugging_face_files(files)
+    for name in [name for name in content if name.endswith(".safetensors")]:
+        content[name] = save(change(load(content[name])))
+    return content
+
+
+def renamed(name):
+    return lambda tensors: {name(key): value for key, value in tensors.items()}
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+QUERY = "model.layers.0.self_attn.q_proj"
+UNUSABLE = {
+    "an unknown tensor": (
+        changed_tensors(lambda tensors: tensors | {"score.weight": np.zeros((2, 64), "f4")}),
+        "Received: score.weight in model.safetensors",
+    ),
+    "another shape": (
+        changed_tensors(lambda tensors: tensors | {UP: np.zeros((64, 64), "f4")}),
+        f"The tensor {UP} (for decoder_block_1/ffw_gating_2/kernel) must have the shape (128, 64) that config.json",
+    ),
+    "a tensor that is missing": (
+        changed_tensors(lambda tensors: {key: value for key, value in tensors.items() if key != UP}),
+        f"The weight files must hold {UP}",
+    ),
+    "codes": (
+        changed_tensors(lambda tensors: tensors | {UP: np.zeros((128, 64), "i1")}),
+        f"must be plain floats (F64, F32, F16, BF16), not quantized. Received: {UP} of I8",
+    ),
+    "an adapter": (
+        changed_tensors(lambda tensors: tensors | {f"{QUERY}.lora_A.weight": np.zeros((4, 64), "f4")}),
+        f"of a LoRA adapter that was not merged. Received: {QUERY}.lora_A.weight",
+    ),
+    "a wrapper": (
+        changed_tensors(renamed(lambda name: f"module.{name}")),
+        "Received: module.model.embed_tokens.weight, module.model.layers.0.input_layernorm.weight, ",
+    ),
+    "a tensor in two files": (
+        changed_tensors(lambda tensors: tensors | {UP: np.zeros((128, 64), "f4")}, files=2),
+        f"Each tensor must lie in one file. Received: {UP} in model-00002-of-00002.safetensors and in model-00001-of",
+    ),
+    "a missing shard": (
+        {name: content for name, content in SPLIT_PLAIN.items() if name != "model-00002-of-00002.safetensors"},
+        "must hold every file that model.safetensors.index.json names. Missing: model-00002-of-00002.safetensors",
+    ),
+    "an end that is missing": (PLAIN | {"model.safetensors": WEIGHTS[:-8]}, "bytes that its header states. Received: "),
+    "no header": (
+        PLAIN | {"model.safetensors": b"PK\x03\x04" + WEIGHTS},
+        "must begin with the length of a safetensors",
+    ),
+    "another vocabulary": (
+        changed_tensors(lambda tensors: tensors | {"model.embed_tokens.weight": np.zeros((1000, 64), "f4")})
+        | {"config.json": json.dumps(config_of("gemma3", CONFIGS["gemma3"]) | {"vocab_size": 1000}).encode()},
+        "as many pieces as its table has rows, or up to 255 fewer. Received: 512 pieces, 1,000 rows in google/gemma-ti",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("flaw", "how"),
+    [*((flaw, "fetch") for flaw in UNUSABLE), ("another shape", "check"), ("a missing shard", "check")],
+)
+def test_what_could_not_be_used_is_refused_before_its_weights_are_downloaded(hub, fetch, ask, flaw, how):
+    hub.files, reason = UNUSABLE[flaw]
+    if how == "check":
+        said = ask("check_huggingface")
+    else:
+        run = fetch()
+        assert run.returncode == 2
+        said = run.stderr.partition("Wrong setting: ")[2]
+    assert said.startswith(REPO)
+    assert reason in said
+    assert 1 <= len(said.splitlines()) <= 2
+    assert {name for name in hub.downloaded if name.endswith(".safetensors")} == set()
+
+
+def test_a_preset_of_keras_hubs_with_another_vocabulary_is_refused_before_its_weights_are_downloaded(hub, fetch):
+    config = json.loads(KERAS["config.json"])
+    config["config"]["vocabulary_size"] = 1000
+    hub.files = KERAS | {"config.json": json.dumps(config).encode()}
+    run = fetch()
+    assert run.returncode == 2
+    assert "The vocabulary must be that of the model" in run.stderr
+    assert "model.weights.h5" not in hub.downloaded
+
+
+def test_a_hub_that_knows_no_ranges_sends_no_more_than_the_header_that_is_read(hub, ask):
+    hub.knows_ranges = False
+    hub.files = hugging_face_files(padding=300_000)
+    assert ask("check_huggingface")["trouble"] is None
+    # A header that is longer than what is read at first is asked for once more.
+    assert hub.beginnings == ["model.safetensors"] * 2
+
+
+def test_a_repository_with_the_weights_whole_and_in_parts_comes_whole(hub, fetch, manifest):
+    hub.files = SPLIT_PLAIN | PLAIN
+    run = fetch()
+    assert run.returncode == 0, run.stderr
+    assert {file.name for file in manifest().files} == {"config.json", "tokenizer.model", "model.safetensors"}
+
+
 def test_what_the_hub_knows_of_the_model_is_enough_to_refuse_it(hub, fetch):
     hub.information["config"] = {"model_type": "gemma4"}
     run = fetch()
@@ -388,10 +494,29 @@ def test_a_repository_without_weights_or_vocabulary_is_refused(hub, fetch):
     run = fetch()
     assert run.returncode == 2
     assert "tokenizer.model, the SentencePiece vocabulary" in run.stderr
-    del hub.files["model.safetensors"]
+    del hub.files["model.safetensors"], hub.files["pytorch_model.bin"]
     run = fetch()
     assert run.returncode == 2
     assert "must hold config.json with model.weights.h5 (keras-hub) or model.safetensors" in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("files", "what"),
+    [
+        ({"adapter_config.json": b"{}", "adapter_model.safetensors": b""}, "a PEFT adapter without its model"),
+        ({"model-Q4_K_M.gguf": b""}, r"a GGUF file \(model-Q4_K_M\.gguf\)"),
+        ({"config.json": b"{}", "pytorch_model.bin": b""}, r"weights as a pickle \(pytorch_model\.bin\)"),
+    ],
+    ids=["adapter", "gguf", "pickle"],
+)
+def test_a_repository_of_something_else_is_said_to_be_what_it_is(files, what):
+    from huggingface_hub.hf_api import ModelInfo
+
+    from stages.core.huggingface_preset import _needed
+
+    info = ModelInfo(id=REPO, siblings=[{"rfilename": name} for name in files])
+    with pytest.raises(ParamsError, match=rf"{REPO} must be a preset\. Received: {what}\n"):
+        _needed(source_of(PRESET), info)
 
 
 @pytest.mark.parametrize(
@@ -522,7 +647,8 @@ def test_a_check_tells_who_one_is_what_was_agreed_to_and_what_it_would_cost(hub,
         "host": hub.url.partition("//")[2],
         "trouble": None,
     }
-    assert hub.downloaded == []
+    # Of the weights no more than the header was asked for.
+    assert (sorted(hub.downloaded), hub.beginnings) == (["config.json", "tokenizer.model"], ["model.safetensors"])
     assert not (tmp_path / "cache").exists()
 
 

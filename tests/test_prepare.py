@@ -25,7 +25,7 @@ from stages.core.params import Prepare
 from stages.core.paths import REVIEWS
 from stages.core.profiles import PROFILES
 from stages.core.review_files import Columns, file_reviews
-from stages.core.review_sources import describe, own_inputs, prepare_reviews
+from stages.core.review_sources import describe, own_inputs, prepare_reviews, summary
 from stages.core.review_table import write_reviews
 from stages.core.reviews import RawReview, Review, Tally, clean, clean_text
 from stages.core.splitting import hold_out, shuffled
@@ -629,7 +629,7 @@ def test_pairs_are_kept_apart_in_the_table(tmp_path):
 
 
 def exchanges(tmp_path, suffix, rows, **changes):
-    """Read rows, and return (prompt, response) of each that is used, and the counts."""
+    """Read rows, and return (prompt, response) of each that is used, or all turns, and the counts."""
     path = tmp_path / f"mine{suffix}"
     if suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(rows), path)
@@ -639,7 +639,9 @@ def exchanges(tmp_path, suffix, rows, **changes):
         write_jsonl(path, rows)
     parts, tally = prepare(tmp_path, **OWN, train_file=path.name, **{"validation": 1, **changes})
     found = {
-        int(review.id.rpartition(":")[2]): (review.prompt, review.text) for part in parts.values() for review in part
+        int(review.id.rpartition(":")[2]): (*review.earlier, review.prompt, review.text)
+        for part in parts.values()
+        for review in part
     }
     return [found[row] for row in sorted(found)], tally
 
@@ -686,12 +688,18 @@ def test_a_template_puts_columns_together(tmp_path):
     "format, keys, roles",
     [("sharegpt", ("from", "value"), ("human", "gpt")), ("messages", ("role", "content"), ("user", "assistant"))],
 )
-def test_conversations_are_read_by_name_and_longer_ones_are_counted(tmp_path, suffix, format, keys, roles):
+def test_conversations_are_read_by_name_and_those_of_another_order_are_counted(tmp_path, suffix, format, keys, roles):
     asked, said = roles
     conversations = [
         [(asked, "How?"), (said, "So.")],
         [("system", "Be brief."), (asked, "Why?"), (said, "Because.")],
         [(asked, "One"), (said, "two"), (asked, "three"), (said, "four")],
+        [("system", " "), (asked, "One"), (said, "two"), (asked, "three"), (said, "five")],
+        [(asked, "One"), (said, "two"), (asked, "Nobody answers")],
+        [(asked, "One"), (said, "two"), (said, "three"), (asked, "four")],
+        [(asked, "One"), ("tool", "two")],
+        [("system", "Nobody speaks")],
+        [(asked, "One"), (said, ""), (asked, "three"), (said, "four")],
         [(asked, "Nobody answers")],
         [(said, "Nobody asked"), (asked, "me")],
         [(asked, "Empty?"), (said, "")],
@@ -700,8 +708,13 @@ def test_conversations_are_read_by_name_and_longer_ones_are_counted(tmp_path, su
     column = "conversations" if format == "sharegpt" else "messages"
     rows = [{column: [dict(zip(keys, turn, strict=True)) for turn in turns], "id": "a"} for turns in conversations]
     found, tally = exchanges(tmp_path, suffix, rows, format=format)
-    assert found == [("How?", "So."), ("Be brief.\n\nWhy?", "Because.")]
-    assert tally == Tally(read=7, empty=2, other_conversations=3)
+    assert found == [
+        ("How?", "So."),
+        ("Be brief.\n\nWhy?", "Because."),
+        ("One", "two", "three", "four"),
+        ("One", "two", "three", "five"),
+    ]
+    assert tally == Tally(read=13, empty=3, other_conversations=6)
 
 
 @pytest.mark.parametrize(
@@ -710,6 +723,33 @@ def test_conversations_are_read_by_name_and_longer_ones_are_counted(tmp_path, su
 def test_what_is_no_conversation_is_told_with_its_line(tmp_path, turns, kind):
     with pytest.raises(ParamsError, match=rf"Received: ({kind}|a text or number without role) in line 2 of"):
         exchanges(tmp_path, ".jsonl", [{"messages": []}, {"messages": turns}], format="messages")
+
+
+def test_what_is_said_of_conversations_counts_the_longer_ones(tmp_path):
+    turns = [{"role": role, "content": "One"} for role in ("user", "assistant")]
+    write_jsonl(
+        tmp_path / "mine.jsonl", [{"messages": turns * count} for count in (1, 2, 3)] + [{"messages": turns[:1]}]
+    )
+    parts, tally = prepare(tmp_path, **OWN, train_file="mine.jsonl", validation=1, format="messages")
+    said = summary(parts, tally)
+    assert "1 conversations in which user and model do not take turns" in said
+    assert "With more than one prompt and response: 2." in said
+
+
+@pytest.mark.parametrize(
+    ("suffix", "row"),
+    [
+        (".jsonl", {"message_tree_id": "a", "tree_state": "ready", "prompt": {"text": "How?", "replies": []}}),
+        (
+            ".parquet",
+            {"message_tree_id": "a", "message_id": "a", "parent_id": None, "text": "How?", "role": "prompter"},
+        ),
+    ],
+    ids=["trees", "flat"],
+)
+def test_openassistants_trees_are_refused_by_name_with_what_to_do(tmp_path, suffix, row):
+    with pytest.raises(ParamsError, match=r"has trees of messages, as OpenAssistant .* prepare\.format: messages"):
+        exchanges(tmp_path, suffix, [row] * 3, format="messages")
 
 
 def test_files_in_a_list_or_a_pattern_are_read_one_after_the_other(tmp_path):
@@ -891,6 +931,20 @@ def test_a_damaged_dataset_is_told(full_dataset, tmp_path):
     next(folder.rglob("dataset_info.json")).write_text("{")
     with pytest.raises(StageError, match=r"imdb_reviews is damaged\. Received: "):
         list(full_reviews("train", folder, str))
+
+
+def test_what_tensorflow_datasets_says_of_a_folder_is_cut_and_made_safe(tmp_path):
+    from stages.core import imdb
+
+    with (
+        pytest.raises(StageError, match="imdb_reviews is damaged") as caught,
+        imdb._whole(tmp_path),
+    ):
+        raise ValueError("a name\n\x1b[2J" + "x" * 5000)
+    first, second = str(caught.value).splitlines()
+    assert len(first) < 200 and first.isprintable()
+    assert "ValueError: 'a name\\n\\x1b[2Jxxx" in first
+    assert second.endswith(str(tmp_path))
 
 
 def test_a_folder_without_the_dataset_is_a_wrong_setting(tmp_path):

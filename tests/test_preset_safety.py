@@ -87,6 +87,39 @@ def test_of_200_mutations_none_is_read_wrongly_ends_in_a_traceback_or_fills_the_
     assert found["refused"] > 20
 
 
+def test_a_weight_whose_place_in_the_file_was_changed_is_refused(tmp_path):
+    make_preset(tmp_path)
+    path, name = tmp_path / "model.weights.h5", "layers/gemma_decoder_block/attention/value_dense/vars/0"
+    original = path.read_bytes()
+    with h5py.File(path) as file:
+        start, count = file[name].id.get_offset(), file[name].id.get_storage_size()
+    place = original.index(start.to_bytes(8, "little") + count.to_bytes(8, "little"))
+    # By 32 bytes to the left there is free room in the file; elsewhere what HDF5 needs to find its datasets.
+    for moved in (start - 32, start - 8, start + 8, start + 16, start + count - 1, start - 256, 0):
+        path.write_bytes(original[:place] + moved.to_bytes(8, "little") + original[place + 8 :])
+        with pytest.raises(ParamsError, match="The preset cannot be used"):
+            fetch_local("mine", str(tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_file_that_keras_writes_is_taken_for_a_changed_one(tmp_path, devices, dtype):
+    import ml_dtypes  # noqa: F401 (numpy's bfloat16)
+    from keras.src.saving.saving_lib import H5IOStore
+
+    from stages.core.keras_weights import _refuse_moved
+
+    store, rng = H5IOStore(tmp_path / "model.weights.h5", mode="w"), np.random.default_rng(0)
+    for number in range(30):
+        for name, shape in (("attention/query_dense", (4, 64, 16)), ("pre_norm", (63,)), ("ffw_linear", (64, 127))):
+            store.make(f"layers/gemma_decoder_block_{number}/{name}/vars")["0"] = rng.normal(size=shape).astype(dtype)
+    store.close()
+    datasets = {}
+    with h5py.File(tmp_path / "model.weights.h5") as file:
+        file.visititems(lambda name, found: datasets.update({name: found} if isinstance(found, h5py.Dataset) else {}))
+        assert len(datasets) == 90
+        _refuse_moved(datasets)
+
+
 def keras_preset(folder: Path, class_name: str = "GemmaBackbone", **changes) -> Path:
     """The smallest preset with other arguments."""
     make_preset(folder)

@@ -9,7 +9,7 @@ import pytest
 from stages.core import gemmas
 from stages.core.errors import ParamsError
 from stages.core.presets import LICENCE
-from stages.core.registry import EMBEDDING, OTHERS, REGISTRY, VISION, kaggle_handle, licence_of, registered
+from stages.core.registry import EMBEDDING, OTHERS, REGISTRY, VISION, is_base, kaggle_handle, licence_of, registered
 
 
 @pytest.fixture(scope="module")
@@ -105,3 +105,30 @@ def test_each_preset_comes_with_its_own_terms():
     unread = "terms on the model's page"
     assert licence_of("c2s_scale_gemma_2_2b_en") == {"name": unread, "url": f"{page}keras/cell2sentence"}
     assert licence_of("kaggle://somebody/tuned/keras/mine/1") == {"name": unread, "url": f"{page}somebody/tuned"}
+
+
+@pytest.mark.parametrize(
+    ("preset", "base"),
+    [
+        ("gemma3_270m", True),
+        ("kaggle://keras/gemma2/keras/gemma2_2b_en/2", True),
+        ("hf://keras/gemma3_1b", True),
+        ("hf://google/gemma-3-1b-pt@main", True),
+        ("hf://google/gemma-3-270m", True),
+        ("hf://unsloth/gemma-2-9b", True),
+        ("gemma3_instruct_270m", False),
+        ("hf://keras/gemma3_instruct_1b", False),
+        ("hf://google/gemma-3-1b-it", False),
+        ("hf://google/gemma-3-270m-it", False),
+        ("hf://somebody/my-gemma-2b", False),
+        ("kaggle://somebody/mine/keras/gemma3_270m/1", False),
+        ("my own", False),
+    ],
+)
+def test_base_models_are_known_by_name_and_of_others_nothing_is_claimed(preset, base):
+    assert is_base(preset) is base
+
+
+def test_of_each_instruct_preset_of_the_registry_it_is_known_that_it_is_no_base_model():
+    assert not any(is_base(name) for name in REGISTRY if "instruct" in name)
+    assert all(is_base(name) for name in gemmas.GEMMAS)

@@ -14,9 +14,9 @@ from stages.core.errors import ParamsError, StageError
 from stages.core.keras_folder import fetch_local, folder_format
 from stages.core.safetensors_weights import SafetensorsWeights, read_architecture
 from stages.core.tokenizer import holds_vocabulary, load_tokenizer
-from tests import record_configs, tokenizer_json
+from tests import record_configs, tiny, tokenizer_json
 from tests.conftest import FAMILIES
-from tests.hugging_face import change_config, hugging_face_files, write_hugging_face
+from tests.hugging_face import change_config, config_of, hugging_face_files, write_hugging_face
 from tests.models import load_tiny
 
 BATCH = {
@@ -217,6 +217,42 @@ def test_a_missing_tensor_is_named_with_the_weight_it_is_for(copy):
         StageError, match=r"model\.layers\.1\.mlp\.up_proj\.weight \(for decoder_block_1/ffw_gating_2/k"
     ):
         load_tiny(folder, (1, 1))
+
+
+def test_beside_a_missing_tensor_the_nearest_that_is_there_is_named(copy):
+    # As PEFT names the weights that its adapters are beside.
+    name = "model.layers.1.self_attn.q_proj"
+    folder = edit(copy(), lambda tensors: tensors.update({f"{name}.base_layer.weight": tensors.pop(f"{name}.weight")}))
+    with pytest.raises(ParamsError, match=rf"must hold {name}\.weight .* Received: .*q_proj\.base_layer\.weight"):
+        fetch_local("mine", str(folder), folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {
+                "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+                "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6}},
+            },
+            r"the same in rope_scaling and rope_parameters of full_attention\. Received: .*8\.0.* and .*4\.0",
+        ),
+        (
+            {"rope_theta": 1e4, "rope_scaling": None, "rope_parameters": {"full_attention": {"rope_theta": 1e6}}},
+            r"must state one rope_theta of full_attention\. Received: 10000 and 1000000$",
+        ),
+        (
+            {"rope_local_base_freq": 1e6, "rope_parameters": {"sliding_attention": {"rope_theta": 1e4}}},
+            r"must state one rope_theta of sliding_attention",
+        ),
+    ],
+    ids=["the factor", "the wavelength", "the wavelength of windowed layers"],
+)
+def test_a_configuration_that_says_two_things_of_its_rotary_embeddings_is_refused(tmp_path, changes, said):
+    config = config_of("gemma3", tiny.CONFIGS["gemma3"]) | changes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(StageError, match=said):
+        read_architecture(tmp_path)
 
 
 def test_a_tensor_of_another_shape_is_named_with_both_shapes(copy):

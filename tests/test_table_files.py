@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import bz2
 import codecs
 import csv
 import gzip
 import io
 import json
+import lzma
 import random
 from decimal import Decimal
 
@@ -240,6 +242,30 @@ def test_a_partition_in_the_folders_name_adds_no_column(tmp_path):
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "label=7" / "mine.parquet")
     with pytest.raises(ParamsError, match=r"label_column must be a column of mine\.parquet: text\."):
         reviews(tmp_path / "label=7" / "mine.parquet")
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (gzip.compress(b'{"text": "a"}'), r"gzip data, whose name ends in \.gz"),
+        (bz2.compress(b"a"), "bzip2 data"),
+        (lzma.compress(b"a"), "xz data"),
+        (b"PK\x03\x04...", r"a ZIP archive \(or a spreadsheet\)"),
+        (b"\x28\xb5\x2f\xfd...", "Zstandard data"),
+    ],
+    ids=["gzip", "bzip2", "xz", "zip", "zstd"],
+)
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_another_kind_of_file_under_a_text_files_name_is_said_to_be_what_it_is(folder, suffix, content, kind):
+    (folder / f"mine{suffix}").write_bytes(content)
+    with pytest.raises(ParamsError, match=rf"mine\{suffix} must be text, as its name says\. Received: {kind}$"):
+        reviews(folder / f"mine{suffix}")
+
+
+def test_a_parquet_file_under_a_text_files_name_is_said_to_be_one(folder):
+    pq.write_table(pa.table({"text": ["a"]}), folder / "mine.csv")
+    with pytest.raises(ParamsError, match=r"Received: Parquet data, whose name ends in \.parquet$"):
+        reviews(folder / "mine.csv")
 
 
 def test_a_decimal_keeps_its_digits(folder):

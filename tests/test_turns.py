@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from itertools import groupby
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from stages.core import examples, pair_windows, prompting
 from stages.core.control_tokens import ControlTokens
 from stages.core.errors import StageError
+from stages.core.keras_folder import list_files
 from stages.core.params import Tokenize
 from stages.core.review_table import write_reviews
 from stages.core.reviews import Review
@@ -309,6 +311,51 @@ def test_a_file_of_pairs_is_laid_out_in_turns_and_told_with_what_is_lost(tmp_pat
         assert f"{found.counts['response_tokens']:,} response tokens to learn" in found.summary
 
 
+# What the chat template of google/gemma-2-9b-it makes of two prompts with their responses.
+CONVERSATION = ("Name a film. ", "Heat.", "Another?", "Ran.\n")
+SPELLED = (
+    "<bos><start_of_turn>user\nName a film.<end_of_turn>\n<start_of_turn>model\nHeat.<end_of_turn>\n"
+    "<start_of_turn>user\nAnother?<end_of_turn>\n<start_of_turn>model\nRan.<end_of_turn>\n"
+)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_conversation_is_one_sequence_as_the_chat_template_spells_it_with_the_loss_on_every_response(
+    tmp_path, packing
+):
+    rows = [Review(CONVERSATION[3], None, "0", CONVERSATION[2], CONVERSATION[:2]), Review("Alien.", None, "1", "One?")]
+    write_reviews(tmp_path / "train.parquet", rows)
+    tokenize = Tokenize(length=128, packing=packing, eos=True, control_tokens="text")
+    found = examples.lay_out(tmp_path / "train.parquet", "train", FOUND_IN_TEXT, tokenize)
+    places = found.windows["review"] == 0
+    ids, targets, weights = (found.windows[name][places] for name in ("token_ids", "target_ids", "weights"))
+    assert np.array_equal(ids[1:], targets[:-1])
+    assert spelled(FOUND_IN_TEXT, [*ids.tolist(), int(targets[-1])]) + "\n" == SPELLED
+    assert spelled(FOUND_IN_TEXT, targets[weights == 1].tolist()) == "Heat.<end_of_turn>Ran.<end_of_turn>"
+    # What has one prompt and response beside it is laid out as ever.
+    alone = examples.lay_out(
+        written(tmp_path / "alone.parquet", [("One?", "Alien.")]), "train", FOUND_IN_TEXT, tokenize
+    )
+    for name in ("token_ids", "target_ids", "weights"):
+        assert np.array_equal(
+            found.windows[name][found.windows["review"] == 1], alone.windows[name][alone.windows["review"] == 0]
+        )
+    assert found.counts["reviews"] == 2
+    assert found.counts["response_tokens"] == (found.windows["weights"] == 1).sum()
+    assert found.counts["texts_trimmed"] == 2
+
+
+def test_a_conversation_that_is_longer_than_a_sequence_is_cut_at_its_end_and_counted(tmp_path):
+    rows = [Review("Ran.", None, "0", "Another? " * 40, ("Name a film.", "Heat."))]
+    write_reviews(tmp_path / "train.parquet", rows)
+    tokenize = Tokenize(length=48, packing=True, eos=True, control_tokens="text")
+    found = examples.lay_out(tmp_path / "train.parquet", "train", FOUND_IN_TEXT, tokenize)
+    (weights, targets) = (found.windows[name][0] for name in ("weights", "target_ids"))
+    assert spelled(FOUND_IN_TEXT, targets[weights == 1].tolist()) == "Heat.<end_of_turn>"
+    assert (found.counts["pairs_cut"], found.counts["prompts_too_long"]) == (1, 0)
+    assert found.counts["tokens_cut"] + found.counts["tokens_kept"] > 48
+
+
 def test_pairs_without_a_response_that_fits_stop_the_stage(tmp_path):
     source = written(tmp_path / "train.parquet", [("Best comedy " * 40, "See it twice!")])
     with pytest.raises(StageError, match=r"1 pairs, 1 with a prompt that fills it\. Set a larger tokenize\.length"):
@@ -329,3 +376,72 @@ def test_reviews_are_laid_out_as_before(tmp_path):
     assert all(np.array_equal(found.windows[name], expected[name]) for name in expected)
     counts = windows.window_metrics(expected, FOUND_IN_TEXT.encode_all(texts), eos=True)
     assert json.dumps(found.counts) == json.dumps(counts | {"control_tokens_spelled": 0})
+
+
+# --- Warnings: a preset or a setting that does not go with pairs. ---
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A function that tokenizes rows of training data as the stage does, with a preset of some name; what it said."""
+    from stages.core.presets import LICENCE, Manifest, write_manifest
+    from tests.conftest import ROOT
+    from tests.preset_folder import make_preset
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GEMMA_TUNING_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    files = list_files(make_preset(tmp_path / "cache" / "tiny"), ["assets/tokenizer/vocabulary.spm"])
+    for name in ("models/preset", "data/imdb"):
+        (tmp_path / name).mkdir(parents=True)
+
+    def tokenize(rows, preset, source="kaggle"):
+        folder = str(tmp_path / "cache" / "tiny") if source == "path" else "tiny"
+        manifest = Manifest(preset, source, "keras", None, folder, LICENCE, files)
+        write_manifest(tmp_path / "models/preset/manifest.json", manifest)
+        for split in ("train", "validation"):
+            write_reviews(tmp_path / f"data/imdb/{split}.parquet", rows)
+        importlib.import_module("stages.tokenize").main([], standalone_mode=False)
+        return np.load(tmp_path / "data/tokens/train.npz")
+
+    return tokenize
+
+
+PAIRS = [Review("See it twice!", None, "0", "This was"), Review("Avoid it.", None, "1", "And this?")]
+TEXTS = [Review(text, None, str(row)) for row, text in enumerate(tiny.tiny_reviews(2))]
+
+
+@pytest.mark.parametrize(
+    ("rows", "preset", "source", "warned"),
+    [
+        (PAIRS, "gemma3_270m", "kaggle", True),
+        (PAIRS, "gemma3_instruct_270m", "kaggle", False),
+        (TEXTS, "gemma3_270m", "kaggle", False),
+        # A folder's preset is a label.
+        (PAIRS, "gemma3_270m", "path", False),
+    ],
+)
+def test_pairs_tokenized_for_a_base_preset_are_warned_of_in_one_line(project, capfd, rows, preset, source, warned):
+    project(rows, preset, source)
+    warnings = [line for line in capfd.readouterr().err.splitlines() if line.startswith("Warning: ")]
+    assert len(warnings) == warned
+    assert all(f"{preset} is a base preset" in line for line in warnings)
+
+
+@pytest.mark.parametrize(
+    ("rows", "turns", "warned"), [(PAIRS, False, True), (PAIRS, True, False), (TEXTS, False, False)]
+)
+def test_training_on_turns_while_prompts_are_not_put_in_them_is_warned_of_in_one_line(project, rows, turns, warned):
+    said = []
+    trained = project(rows, "gemma3_instruct_270m")
+    prompting.warn_of_another_format(FOUND_IN_TEXT, trained, turns=turns, say=said.append)
+    assert len(said) == warned
+    assert all("generate.turns: true" in line and "\n" not in line for line in said)
+
+
+def test_a_vocabulary_without_turns_warns_of_none(project):
+    said = []
+    trained = project(TEXTS, "gemma3_270m")
+    without = Tokenizer.from_proto(tiny.tiny_proto(turns=()))
+    prompting.warn_of_another_format(without, trained, turns=False, say=said.append)
+    assert said == []

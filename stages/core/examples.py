@@ -27,6 +27,13 @@ class LaidOut:
     summary: str
 
 
+def holds_pairs(source: Path) -> bool:
+    """Return whether a Parquet file holds pairs of prompt and response, and not single texts."""
+    from pyarrow import parquet
+
+    return "prompt" in parquet.read_schema(source).names
+
+
 def lay_out(source: Path, split: str, tokenizer: Tokenizer, settings: Tokenize) -> LaidOut:
     """Turn a split into windows.
 
@@ -41,7 +48,7 @@ def lay_out(source: Path, split: str, tokenizer: Tokenizer, settings: Tokenize) 
     """
     from pyarrow import parquet
 
-    if "prompt" in parquet.read_schema(source).names:
+    if holds_pairs(source):
         return _pairs(source, split, tokenizer, settings)
     texts = parquet.read_table(source, columns=["text"])["text"].to_pylist()
     control = ControlTokens(tokenizer)
@@ -72,12 +79,16 @@ def _pairs(source: Path, split: str, tokenizer: Tokenizer, settings: Tokenize) -
     """Turn a split of pairs into windows."""
     from pyarrow import parquet
 
-    table = parquet.read_table(source, columns=["prompt", "response"])
+    table = parquet.read_table(source)
     turns = Turns(tokenizer)
-    prompts, responses = (table[name].to_pylist() for name in ("prompt", "response"))
-    spelled = ControlTokens(tokenizer).spelled_in([*prompts, *responses])
-    trimmed = sum(text != text.strip() for text in (*prompts, *responses))
-    pairs = list(zip(turns.prompts(prompts), turns.responses(responses), strict=True))
+    conversations = list(zip(table["prompt"].to_pylist(), table["response"].to_pylist(), strict=True))
+    if "earlier" in table.column_names:
+        earlier = table["earlier"].to_pylist()
+        conversations = [(*before, *last) for before, last in zip(earlier, conversations, strict=True)]
+    texts = [text for each in conversations for text in each]
+    spelled = ControlTokens(tokenizer).spelled_in(texts)
+    trimmed = sum(text != text.strip() for text in texts)
+    pairs = turns.conversations(conversations)
     laid_out = pair_windows.lay_out(pairs, settings.length, packing=settings.packing, pad=tokenizer.pad)
     counts = pair_windows.pair_metrics(laid_out, pairs)
     counts |= {"control_tokens_spelled": spelled, "texts_trimmed": trimmed}

@@ -15,6 +15,7 @@ import hashlib
 import os
 import re
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -29,12 +30,13 @@ from stages.core.downloads import UNWRITTEN, check_room, explain_unwritten, free
 from stages.core.errors import ParamsError, StageError, shown
 from stages.core.fetch_check import Check
 from stages.core.files import read_json, write_json
-from stages.core.keras_folder import check_contents, folder_format
+from stages.core.keras_folder import check_contents, check_vocabulary, folder_format, other_kind
 from stages.core.paths import lend_a_home
 from stages.core.presets import LICENCE, Manifest, PresetFile, fault, sha256_with_progress
 from stages.core.redaction import brief, check_addresses, check_private, check_proxies, host_of, is_private, usable
 from stages.core.registry import EMBEDDING, HEALTH, REGISTRY, VISION, name_of, registered
 from stages.core.tokenizer import HUGGING_FACE_VOCABULARY, JSON_VOCABULARY
+from stages.core.untrusted import read_object
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -51,7 +53,9 @@ KERAS_FILES = re.compile(
 )
 PLAIN_FILES = re.compile(r"config\.json|tokenizer\.(model|json)|added_tokens\.json|model\.safetensors(\.index\.json)?")
 PLAIN_SHARDS = re.compile(r"model-\d+-of-\d+\.safetensors")
-INDEXES = {keras_weights.INDEX: keras_weights, safetensors_weights.INDEX: safetensors_weights}
+INDEXES = {keras_weights.INDEX, safetensors_weights.INDEX}
+WEIGHTS = re.compile(r".*\.(h5|safetensors)")
+FIRST_READ = 1 << 17  # bytes; the headers of most files fit into so many, and are had with one question
 WAITS = (1, 2, 4)  # seconds between attempts at a question that the Hub is too busy for
 LONGEST_WAIT = 60  # seconds, where the Hub names a time itself
 
@@ -125,7 +129,7 @@ def fetch_huggingface(preset: str, cache: Path, say: Callable[[str], None]) -> M
 
 
 def check_huggingface(preset: str, cache: Path) -> Check:
-    """Tell whether a preset could be fetched, and what it would cost; nothing is downloaded.
+    """Tell whether a preset could be fetched, and what it would cost; of its weights only the headers are downloaded.
 
     Raises:
         ParamsError: not a handle of a text Gemma.
@@ -143,9 +147,13 @@ def check_huggingface(preset: str, cache: Path) -> Check:
             handle = f"hf://{source.repo}@{info.sha}"
             if info.gated:
                 consent = _has_consented(api, source)
-        _refuse_other_models(source, info.config)
-        folder = source.folder(cache, str(info.sha))
-        size = sum(each.size or 0 for each in _needed(source, info) if not present and _differs(folder, each))
+            _refuse_other_models(source, info.config)
+            needed, folder = _needed(source, info), source.folder(cache, str(info.sha))
+            missing = [each for each in needed if not present and _differs(folder, each)]
+            size = sum(each.size or 0 for each in missing)
+            if missing and consent is not False:
+                with tempfile.TemporaryDirectory() as aside:
+                    _inspect(source, str(info.sha), needed, Path(aside))
     except StageError as error:
         # What is here needs no Hub.
         if not present or isinstance(error, ParamsError):
@@ -252,18 +260,11 @@ def _restore(source: Source, preset: str, cache: Path, say: Callable[[str], None
         check_room(folder, sum(each.size or 0 for each in missing), f"the files of {source.repo}")
         megabytes = sum(each.size or 0 for each in missing) / 1e6
         say(f"Downloading {source.repo} from {_name()}: {megabytes:,.0f} MB in {len(missing)} files.")
-        # The small configuration first, then the index: they tell whether the rest is worth having.
-        for each in sorted(missing, key=lambda each: (each.rfilename != CONFIG, each.rfilename not in INDEXES)):
-            _download(source, commit, each, folder)
-            if each.rfilename == CONFIG:
-                _checked_architecture(source, folder)
-            elif reader := INDEXES.get(each.rfilename):
-                names = {other.rfilename for other in needed}
-                if absent := [name for name in reader.weight_files(folder) if name not in names]:
-                    raise ParamsError(
-                        f"{source.repo} must hold every file that {each.rfilename} names. Missing: {shown(absent[0])}\n"
-                        f"See {source.page}/tree/{source.revision}."
-                    )
+        if any(WEIGHTS.fullmatch(each.rfilename) for each in missing):
+            _inspect(source, commit, needed, folder)
+        for each in missing:
+            if _differs(folder, each):
+                _download(source, commit, each, folder)
         shutil.rmtree(folder / ".cache", ignore_errors=True)
     try:
         file_format = folder_format(folder)
@@ -284,6 +285,86 @@ def _restore(source: Source, preset: str, cache: Path, say: Callable[[str], None
     write_json(_record(source, cache, commit), record | {"files": [asdict(file) for file in files]})
     _remember(source, cache, commit)
     return _manifest(source, preset, cache, commit, record)
+
+
+def _inspect(source: Source, commit: str, needed: list[RepoSibling], folder: Path) -> None:
+    """Bring the small files of a preset, and check whether the weights are worth having, by their headers.
+
+    What is checked: every key of the configuration, every file that an index names, name, shape and dtype of every
+    tensor of a plain checkpoint, and that the vocabulary has the size of the table. The headers of keras-hub's HDF5
+    files are spread over them, so that these are checked when they are here.
+
+    Raises:
+        ParamsError: the preset could not be used; says why.
+    """
+    files = {each.rfilename: each for each in needed}
+
+    def bring(name: str) -> None:
+        if _differs(folder, files[name]):
+            _download(source, commit, files[name], folder)
+
+    bring(CONFIG)
+    architecture = _checked_architecture(source, folder)
+    plain = any(name.endswith(".safetensors") for name in files)
+    try:
+        weights: tuple[str, ...] = (safetensors_weights.SINGLE,) if plain else ()
+        for name in INDEXES & files.keys():
+            bring(name)
+            weights = safetensors_weights.shards_of(read_object(folder / name), folder / name)
+            if absent := [shard for shard in weights if shard not in files]:
+                raise ParamsError(
+                    f"{source.repo} must hold every file that {name} names. Missing: {shown(absent[0])}\n"
+                    f"See {source.page}/tree/{source.revision}."
+                )
+        if plain:
+            stored: dict[str, safetensors_weights.Stored] = {}
+            for name in weights:
+                for tensor, entry in _header(source, commit, files[name]).items():
+                    if tensor in stored:
+                        raise safetensors_weights.twice(tensor, name, stored[tensor].file)
+                    stored[tensor] = entry
+            safetensors_weights.check_tensors(folder, stored)
+        for name in files:
+            if not WEIGHTS.fullmatch(name):
+                bring(name)
+        check_vocabulary(folder, "safetensors" if plain else "keras", architecture)
+    except ParamsError:
+        raise
+    except StageError as error:
+        # The folder is none of the person's.
+        raise ParamsError(f"{source.repo} cannot be used. {str(error).replace(str(folder), source.repo)}") from error
+
+
+def _header(source: Source, commit: str, file: RepoSibling) -> dict[str, safetensors_weights.Stored]:
+    """Return the tensors of a safetensors file at the Hub; no more than its beginning is read.
+
+    Raises:
+        StageError: it has no header that can be read.
+    """
+    name = file.rfilename
+    start = _asked(lambda: _beginning(source, commit, name, FIRST_READ))
+    if len(start) < (end := safetensors_weights.header_end(start, name)):
+        start = _asked(lambda: _beginning(source, commit, name, end))
+    return safetensors_weights.read_header(start, name, file.size)
+
+
+def _beginning(source: Source, commit: str, name: str, count: int) -> bytes:
+    """Return the first bytes of a file at the Hub, fewer if it has no more; a server may send all, and is not heard."""
+    hub = _hub()
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+    address = hub.hf_hub_url(source.repo, name, revision=commit)
+    headers = {**build_hf_headers(), "Range": f"bytes=0-{count - 1}", "Accept-Encoding": "identity"}
+    content = bytearray()
+    with get_session().stream("GET", address, headers=headers) as response:
+        if response.is_error:
+            response.read()
+        hf_raise_for_status(response)
+        for block in response.iter_bytes():
+            content += block
+            if len(content) >= count:
+                break
+    return bytes(content[:count])
 
 
 def _information(api: HfApi, source: Source, cache: Path) -> ModelInfo:
@@ -310,11 +391,15 @@ def _needed(source: Source, info: ModelInfo) -> list[RepoSibling]:
         ParamsError: it has no configuration or no weights that could be read.
     """
     names = {each.rfilename for each in info.siblings or ()}
+    if other := other_kind(names):
+        raise ParamsError(f"{source.repo} must be a preset. Received: {other[0]}\n{other[1]}")
     if CONFIG in names and names & {"model.weights.h5", "model.weights.json"}:
         wanted = [name for name in names if KERAS_FILES.fullmatch(name)]
     elif CONFIG in names and names & {"model.safetensors", "model.safetensors.index.json"}:
         wanted = [name for name in names if PLAIN_FILES.fullmatch(name)]
-        if "model.safetensors" not in names:
+        if safetensors_weights.SINGLE in names:
+            wanted = [name for name in wanted if name != safetensors_weights.INDEX]
+        else:
             wanted += [name for name in names if PLAIN_SHARDS.fullmatch(name)]
         if not names & {HUGGING_FACE_VOCABULARY, JSON_VOCABULARY}:
             raise ParamsError(

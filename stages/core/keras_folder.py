@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.core import keras_weights, safetensors_weights
-from stages.core.architecture import read_architecture
+from stages.core.architecture import Architecture, read_architecture
 from stages.core.errors import ParamsError, StageError, shown, shown_list
 from stages.core.fetch_check import Check
 from stages.core.paths import own_path
@@ -97,22 +97,30 @@ def _refuse_others(folder: Path) -> None:
             f"{shown(folder)} must be readable. Received: {error.strerror}\nMend its permissions."
         ) from error
 
-    def refuse(what: str, do: str) -> None:
-        raise ParamsError(f"A preset's folder was expected. Received: {what}, in {shown(folder)}\n{do}")
+    if other := other_kind(names):
+        raise ParamsError(f"A preset's folder was expected. Received: {other[0]}, in {shown(folder)}\n{other[1]}")
 
+
+def other_kind(names: Iterable[str]) -> tuple[str, str] | None:
+    """Return what the files of a folder or repository are instead of a preset, and what to do; None if nothing known.
+
+    Args:
+        names: of the files, and of folders beside them.
+    """
+    names = set(names)
     if {"refs", "snapshots"} <= names or any(name.startswith("models--") for name in names):
-        refuse("Hugging Face's cache", "Name the folder below snapshots/, or fetch the model with source: huggingface.")
-    if "adapter_config.json" in names and not names & {"model.safetensors", safetensors_weights.INDEX}:
-        refuse("a PEFT adapter without its model", "Merge it with PEFT's `merge_and_unload()`, and save the model.")
-    if names & {"model.safetensors", safetensors_weights.INDEX, keras_weights.SINGLE, keras_weights.INDEX}:
-        return
+        do = "Name the folder below snapshots/, or fetch the model with source: huggingface."
+        return "Hugging Face's cache", do
+    if "adapter_config.json" in names and not names & {safetensors_weights.SINGLE, safetensors_weights.INDEX}:
+        return "a PEFT adapter without its model", "Merge it with PEFT's `merge_and_unload()`, and save the model."
+    if names & {safetensors_weights.SINGLE, safetensors_weights.INDEX, keras_weights.SINGLE, keras_weights.INDEX}:
+        return None
     if gguf := sorted(name for name in names if name.endswith(".gguf")):
-        refuse(f"a GGUF file ({shown(gguf[0])})", "Take the same model in safetensors or as a keras-hub preset.")
+        return f"a GGUF file ({shown(gguf[0])})", "Take the same model in safetensors or as a keras-hub preset."
     if pickles := sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl"))):
-        refuse(
-            f"weights as a pickle ({shown(pickles[0])})",
-            "A pickle can run a program: save it with transformers' `save_pretrained(safe_serialization=True)`.",
-        )
+        do = "A pickle can run a program: save it with transformers' `save_pretrained(safe_serialization=True)`."
+        return f"weights as a pickle ({shown(pickles[0])})", do
+    return None
 
 
 def folder_format(folder: Path) -> str:
@@ -157,16 +165,25 @@ def check_contents(folder: Path, file_format: str) -> None:
                 pass
         else:
             safetensors_weights.SafetensorsWeights(folder).check_head()
-        pieces, rows = load_tokenizer(folder, file_format).vocabulary_size, architecture.config["vocabulary_size"]
-        if not 0 <= rows - pieces <= MOST_SURPLUS_ROWS:
-            raise StageError(
-                f"The vocabulary must be that of the model: as many pieces as its table has rows, or up to "
-                f"{MOST_SURPLUS_ROWS} fewer. Received: {pieces:,} pieces, {rows:,} rows in {folder}"
-            )
+        check_vocabulary(folder, file_format, architecture)
     except ParamsError:
         raise
     except StageError as error:
         raise ParamsError(f"The preset cannot be used. {error}") from error
+
+
+def check_vocabulary(folder: Path, file_format: str, architecture: Architecture) -> None:
+    """Check that a preset's vocabulary is of the size of the model's table.
+
+    Raises:
+        StageError: it is not, or cannot be read.
+    """
+    pieces, rows = load_tokenizer(folder, file_format).vocabulary_size, architecture.config["vocabulary_size"]
+    if not 0 <= rows - pieces <= MOST_SURPLUS_ROWS:
+        raise StageError(
+            f"The vocabulary must be that of the model: as many pieces as its table has rows, or up to "
+            f"{MOST_SURPLUS_ROWS} fewer. Received: {pieces:,} pieces, {rows:,} rows in {folder}"
+        )
 
 
 def check_safetensors_folder(folder: Path) -> None:

@@ -7,6 +7,8 @@ Reads: `model.weights.h5`, or `model.weights.json` and the files it names.
 
 from __future__ import annotations
 
+import bisect
+import io
 import re
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +26,12 @@ SINGLE, INDEX = "model.weights.h5", "model.weights.json"
 
 # What a file may hold beside the weights: the counters of random numbers that dropout layers keep.
 SEEDS = re.compile(r".*/seed_generator(_state)?/.*")
+
+# How the structures of HDF5 begin: the file's signature, four capitals, a version 1 object header (version, reserved
+# byte, number of messages, reference count 1) or its continuation (a message's type, size, flags), or a group's names.
+STRUCTURE = re.compile(rb"\x89HDF|[A-Z]{4}|\x01\0..\x01\0\0\0|[\x01-\x17]\0..[\0-\x3f]\0\0\0|[a-z_\d]{4}", re.DOTALL)
+LARGEST_ROOM = 1 << 16
+"""Bytes of free room that are looked through for a structure; HDF5 takes room in blocks of 2 KiB."""
 
 
 def weight_files(folder: Path) -> tuple[str, ...]:
@@ -137,12 +145,14 @@ class KerasWeights:
                     f"Received: shape={dataset.shape} in the file."
                 )
             _refuse_codes(dataset, path)
-        _refuse_shared(self._found)
         if strange := next((name for name in datasets if not SEEDS.fullmatch(f"/{name}")), None):
             raise StageError(
                 "The preset's weight files hold a weight that its architecture does not have. "
                 f"Received: {shown(strange)} in {datasets[strange][0].filename}"
             )
+        seeds = {name: file[stored_as] for name, (file, stored_as) in datasets.items()}
+        stored = {name: each for name, each in seeds.items() if each.id.get_offset() is not None}
+        _refuse_moved(self._found | stored)
 
     def __enter__(self) -> KerasWeights:
         return self
@@ -210,18 +220,90 @@ def _refuse_codes(dataset: Any, path: str) -> None:
         raise StageError(f"The weights must be stored as Keras writes them, in one piece. Received: {path} is not.")
 
 
-def _refuse_shared(datasets: dict[str, Any]) -> None:
-    """Refuse a file in which two weights are the same bytes, or lie beyond its end.
+def _refuse_moved(datasets: dict[str, Any]) -> None:
+    """Refuse a file in which a weight is not where it was written: among other bytes, beyond the end, or moved.
+
+    HDF5 keeps no checksum of where a dataset's bytes are. But without these bytes the rest of the file must read as it
+    does with them. And what follows a weight is another one, free room (zeros) or a structure of the format, which its
+    first bytes tell: the values of a weight that is said to be elsewhere are none.
+
+    Args:
+        datasets: all of the files, by name or path.
 
     Raises:
-        StageError: names a weight.
+        StageError: names a weight, or the file.
+
+    Source: HDF5 File Format Specification 3.0, sections II to IV (signatures, version 1 object headers).
     """
-    ends: dict[str, int] = {}
-    for path, each in sorted(datasets.items(), key=lambda item: item[1].id.get_offset()):
-        file, start, size = each.file.filename, each.id.get_offset(), each.id.get_storage_size()
-        if start < ends.get(file, 0) or start + size > Path(file).stat().st_size:
+    import h5py
+
+    places: dict[str, list[tuple[int, int, str]]] = {}
+    for path, each in datasets.items():
+        places.setdefault(each.file.filename, []).append((each.id.get_offset(), each.id.get_storage_size(), path))
+    for file, found in places.items():
+        size = Path(file).stat().st_size
+        with Path(file).open("rb") as stream:
+            end, before = 0, "the file's beginning"
+            for start, count, path in [*sorted(found), (size, 0, "the file's end")]:
+                if start < end or start + count > size or not _is_structure(stream, end, start):
+                    raise StageError(
+                        f"Each weight must be where the file was written with it. Received: {before} or {path}, at "
+                        f"{start:,} of {file}, is not. Fetch the preset again: `python -m stages.fetch`."
+                    )
+                end, before = start + count, path
+        weights = [range(start, start + count) for start, count, _ in found]
+        with (
+            _Blanked(file, weights) as stream,
+            h5py.File(stream, "r") as blanked,
+            h5py.File(file, "r") as whole,
+        ):
+            same = _datasets(blanked) == _datasets(whole)
+        if not same:
             raise StageError(
-                f"Each weight must have bytes of its own in the file. Received: {path} at {start:,} of {file}. "
+                f"Each weight must have bytes of its own in its file. Received: one in {file} has not. "
                 "Fetch the preset again: `python -m stages.fetch`."
             )
-        ends[file] = start + size
+
+
+def _is_structure(stream: Any, start: int, end: int) -> bool:
+    """Return whether the bytes between two places begin as HDF5's structures do, or are free room."""
+    stream.seek(start)
+    content = stream.read(min(end - start, LARGEST_ROOM)).lstrip(b"\0")
+    return not content or STRUCTURE.match(content) is not None
+
+
+def _datasets(file: Any) -> list[tuple[Any, ...]]:
+    """Return what a file says of its datasets, but for their values."""
+    import h5py
+
+    found: list[tuple[Any, ...]] = []
+
+    def note(name: str, each: Any) -> None:
+        if isinstance(each, h5py.Dataset):
+            place = each.id.get_offset(), each.id.get_storage_size()
+            found.append((name, each.shape, each.dtype, *place, str(each.attrs.get("dtype"))))
+
+    file.visititems(note)
+    return found
+
+
+class _Blanked(io.FileIO):
+    """A file in which some places read as bytes of ones, which no structure of HDF5 is made of."""
+
+    def __init__(self, path: str, places: list[range]) -> None:
+        super().__init__(path, "rb")
+        self._places = sorted(places, key=lambda place: place.start)
+        self._starts = [place.start for place in self._places]
+
+    def readinto(self, buffer: Any) -> int:
+        """Read as a file does."""
+        start = self.tell()
+        count = super().readinto(buffer) or 0
+        view = memoryview(buffer).cast("B")
+        for place in self._places[max(0, bisect.bisect_right(self._starts, start) - 1) :]:
+            if place.start >= start + count:
+                break
+            first, last = max(place.start - start, 0), min(place.stop - start, count)
+            if first < last:
+                view[first:last] = b"\xff" * (last - first)
+        return count

@@ -14,24 +14,25 @@ import numpy as np
 
 from stages.core.windows import Windows
 
-Pair = tuple[Sequence[int], Sequence[int]]
+Pair = Sequence[Sequence[int]]
+"""Token ids of prompt (BOS first) and response; of a conversation any number of both in turn."""
 
 
 def lay_out(pairs: Sequence[Pair], length: int, *, packing: bool, pad: int) -> Windows:
     """Lay pairs into windows.
 
     A pair of p prompt and r response tokens takes p + r - 1 positions: its inputs are all tokens but the last, its
-    targets all but the first, and a weight is 1 where the target is of the response.
+    targets all but the first, and a weight is 1 where the target is of a response.
 
     Args:
-        pairs: token ids of prompt (BOS first) and response.
+        pairs: each laid out as a whole.
         length: tokens a window, at least 1.
         packing: several pairs a window, in segments that do not see each other; else one, and no `segment_ids` and
             `positions`.
         pad: id where nothing is.
     """
-    rows = [row for row, (prompt, _) in enumerate(pairs) if len(prompt) <= length]
-    sizes = {row: min(len(pairs[row][0]) + len(pairs[row][1]) - 1, length) for row in rows}
+    rows = [row for row, (prompt, *_) in enumerate(pairs) if len(prompt) <= length]
+    sizes = {row: min(_positions(pairs[row]), length) for row in rows}
     bins = _best_fit(sizes, length) if packing else [[row] for row in rows]
     shape = (len(bins), length)
     windows = {
@@ -45,12 +46,12 @@ def lay_out(pairs: Sequence[Pair], length: int, *, packing: bool, pad: int) -> W
     for window, held in enumerate(bins):
         place = 0
         for segment, row in enumerate(held, start=1):
-            prompt, response = pairs[row]
-            ids, size = [*prompt, *response], sizes[row]
+            ids, size = [token for turn in pairs[row] for token in turn], sizes[row]
+            is_response = [place % 2 for place, turn in enumerate(pairs[row]) for _ in turn]
             part = window, slice(place, place + size)
             windows["token_ids"][part] = ids[:size]
             windows["target_ids"][part] = ids[1 : size + 1]
-            windows["weights"][part] = np.arange(1, size + 1) >= len(prompt)
+            windows["weights"][part] = is_response[1 : size + 1]
             windows["segment_ids"][part] = segment
             windows["positions"][part] = np.arange(size)
             windows["review"][part] = row
@@ -58,6 +59,11 @@ def lay_out(pairs: Sequence[Pair], length: int, *, packing: bool, pad: int) -> W
     if not packing:
         del windows["segment_ids"], windows["positions"]
     return windows
+
+
+def _positions(pair: Pair) -> int:
+    """Return how many positions a pair takes: its tokens, but for the last, which nothing follows."""
+    return sum(map(len, pair)) - 1
 
 
 def _best_fit(sizes: dict[int, int], length: int) -> list[list[int]]:
@@ -95,10 +101,8 @@ def pair_metrics(windows: Windows, pairs: Sequence[Pair]) -> dict[str, int | flo
         "windows": len(filled),
         "tokens_kept": kept,
         "response_tokens": int(np.count_nonzero(windows["weights"])),
-        "tokens_cut": sum(len(prompt) + len(response) - 1 for prompt, response in pairs) - kept,
-        "pairs_cut": sum(
-            len(prompt) <= filled.shape[1] < len(prompt) + len(response) - 1 for prompt, response in pairs
-        ),
+        "tokens_cut": sum(map(_positions, pairs)) - kept,
+        "pairs_cut": sum(len(pair[0]) <= filled.shape[1] < _positions(pair) for pair in pairs),
         "prompts_too_long": len(pairs) - len(np.unique(windows["review"][filled])),
         "positions_padded": int(filled.size) - kept,
         "filled_fraction": round(kept / filled.size, 6) if filled.size else 0.0,

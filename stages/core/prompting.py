@@ -5,11 +5,15 @@ Purpose: `generate` and the samples of `finetune` put prompts the same way.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from stages.core.control_tokens import ControlTokens
 from stages.core.tokenizer import Tokenizer
-from stages.core.turns import Turns
+from stages.core.turns import END, Turns
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def encode(tokenizer: Tokenizer, prompts: Sequence[str], *, turns: bool) -> tuple[list[list[int]], tuple[int, ...]]:
@@ -27,3 +31,22 @@ def encode(tokenizer: Tokenizer, prompts: Sequence[str], *, turns: bool) -> tupl
         return [[tokenizer.bos, *ids] for ids in ControlTokens(tokenizer).as_text(prompts)], (tokenizer.eos,)
     form = Turns(tokenizer)
     return form.prompts(prompts), (tokenizer.eos, form.end)
+
+
+def warn_of_another_format(
+    tokenizer: Tokenizer, trained: Mapping[str, np.ndarray], *, turns: bool, say: Callable[[str], None]
+) -> None:
+    """Say so where the training data are in Gemma's turn format and the prompts are not put in it.
+
+    Args:
+        tokenizer: of the preset.
+        trained: the arrays of the training sequences, see `stages.core.windows`; they are in the turn format if
+            `<end_of_turn>` is one of the targets trained on.
+        turns: as for `encode`.
+        say: shows one line to the person.
+    """
+    if not turns and ((trained["target_ids"] == tokenizer.piece_id(END)) & (trained["weights"] > 0)).any():
+        say(
+            "Warning: the training data are in Gemma's turn format, and with generate.turns: false no prompt is put "
+            "in it. Set generate.turns: true, or the outputs are not what was trained."
+        )

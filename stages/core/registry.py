@@ -95,6 +95,9 @@ REGISTRY: dict[str, Registered] = {
 """By keras-hub's preset name. A tuned form (instruct, 1.1, CodeGemma, ShieldGemma, C2S, MedGemma's text model) has the
 architecture, and the number of parameters, of the preset that it was tuned from."""
 
+BASE = re.compile(r"gemma-(2b|7b|2-(2b|9b|27b)|3-270m|3-(1b|4b|12b|27b)-pt)")
+"""Names of Google's base models at Hugging Face, those that are not instruction-tuned (`-it`)."""
+
 VISION: dict[str, str | None] = {
     "gemma3_4b": "gemma3_4b_text",
     "gemma3_instruct_4b": "gemma3_instruct_4b_text",
@@ -163,6 +166,19 @@ def name_of(preset: str) -> str:
     if preset.startswith("hf://keras/"):
         return preset.removeprefix("hf://keras/").partition("@")[0]
     return preset
+
+
+def is_base(preset: str) -> bool:
+    """Return whether a preset is known to be a base model, which no dialogue was trained into; unknown ones are not.
+
+    Args:
+        preset: keras-hub's name, or a handle; of one at Hugging Face the model's name counts, whoever hands it on.
+    """
+    name = name_of(preset)
+    if name in REGISTRY:
+        return REGISTRY[name].like == name
+    handle, _, _ = name.partition("@")
+    return handle.startswith("hf://") and BASE.fullmatch(handle.rpartition("/")[2]) is not None
 
 
 def kaggle_handle(preset: str) -> tuple[str, int]:

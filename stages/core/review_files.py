@@ -162,18 +162,23 @@ def file_reviews(paths: Sequence[Path], setting: str, columns: Columns, say: Cal
         read += [(f"{name}:{row}", each) for row, each in enumerate(cells)]
     labels = labels_of([cells.label for _, cells in read])
     return [
-        RawReview(cells.text, label, id, cells.prompt, columns.pairs, cells.other)
+        RawReview(cells.text, label, id, cells.prompt, columns.pairs, cells.other, cells.earlier)
         for (id, cells), label in zip(read, labels, strict=True)
     ]
 
 
 class Cells(NamedTuple):
-    """What a row has, None for what it does not; `other`: a conversation of not just one prompt and one response."""
+    """What a row has, None for what it does not.
+
+    Of a conversation, prompt and text are the last exchange, and `earlier` the turns before it; `other`: it is one in
+    which prompts and responses do not take turns.
+    """
 
     text: str | None
     prompt: str | None = None
     label: str | None = None
     other: bool = False
+    earlier: tuple[str | None, ...] = ()
 
 
 def _folder(path: Path, setting: str) -> Iterator[Cells]:
@@ -216,7 +221,7 @@ def _file(path: Path, setting: str, columns: Columns, say: Callable[[str], None]
         if columns.format in CONVERSATIONS:
             label = None if columns.label is None else _cell(found[columns.label], path, place, columns.label)
             turns = _turns(found[columns.text], columns, path, place)
-            yield _exchange(turns)._replace(label=label)
+            yield _conversation(turns)._replace(label=label)
             continue
         values = {column: _cell(value, path, place, column) for column, value in found.items()}
         texts = {name: each.fill(values) for name, each in templates.items()}
@@ -249,19 +254,20 @@ def _turns(value: Any, columns: Columns, path: Path, place: str) -> list[tuple[s
     return turns
 
 
-def _exchange(turns: list[tuple[str, str | None]]) -> Cells:
-    """Return prompt and response of a conversation; a system's text comes before the prompt, as in Gemma's template."""
+def _conversation(turns: list[tuple[str, str | None]]) -> Cells:
+    """Return the turns of a conversation; a system's text comes before the first prompt, as in Gemma's template."""
     if not turns:
         return Cells(None)
     system = turns[0][1] if turns[0][0] in ("system", "developer") else None
     turns = turns[1:] if turns[0][0] in ("system", "developer") else turns
-    roles = [role for role, _ in turns]
-    if len(roles) != 2 or roles[0] not in ("user", "human") or roles[1] not in ("assistant", "gpt", "model"):
+    speakers = [role not in ("user", "human") for role, _ in turns]
+    known = all(role in ("user", "human", "assistant", "gpt", "model") for role, _ in turns)
+    if not known or not speakers or speakers != [False, True] * (len(turns) // 2):
         return Cells(None, other=True)
-    prompt = turns[0][1]
-    if system and prompt and prompt.strip():
-        prompt = f"{system.strip()}\n\n{prompt}" if system.strip() else prompt
-    return Cells(turns[1][1], prompt)
+    texts = [text for _, text in turns]
+    if system and system.strip() and texts[0] and texts[0].strip():
+        texts[0] = f"{system.strip()}\n\n{texts[0]}"
+    return Cells(texts[-1], texts[-2], earlier=tuple(texts[:-2]))
 
 
 def is_file(path: Path) -> bool:
@@ -300,6 +306,12 @@ def _check_columns(
         for column in each.columns:
             if column not in table.columns:
                 key, received = columns.received(setting)
+                if "message_tree_id" in table.columns:
+                    raise ParamsError(
+                        f"{shown(path.name)} has trees of messages, as OpenAssistant publishes them, with several "
+                        f"replies to a message. Received: {received}. Write one path of each tree as a list of turns, "
+                        "and read it with prepare.format: messages"
+                    )
                 plain = column == columns.settings[setting] and columns.format == "columns"
                 what = "be a column" if plain else "name columns"
                 raise ParamsError(

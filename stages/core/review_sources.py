@@ -43,10 +43,10 @@ def prepare_reviews(
     html_breaks = ("keep" if own else "newline") if settings.html_breaks == "auto" else settings.html_breaks
     min_characters = settings.min_characters or (1 if own else 32)
 
-    def cleaned(raw: Iterable[RawReview], known: set[tuple[str, str]]) -> Iterable[Review]:
+    def cleaned(raw: Iterable[RawReview], known: set[tuple[str, ...]]) -> Iterable[Review]:
         return clean(raw, html_breaks, min_characters, settings.duplicates, known, tally)
 
-    def to_train(known: set[tuple[str, str]]) -> list[Review]:
+    def to_train(known: set[tuple[str, ...]]) -> list[Review]:
         # Shuffling needs them all; else reading ends with the last that is taken.
         return list(islice(cleaned(train, known), None if settings.shuffle else settings.take))
 
@@ -121,7 +121,8 @@ def _one_place(
 def describe(parts: dict[str, list[Review]], tally: Tally) -> dict[str, int | float]:
     """Return the metrics: counts, the mean length in characters of all reviews kept, and the share of positive ones.
 
-    The share is there only where the labels are 0 and 1. A pair's length is that of prompt and response together.
+    The share is there only where the labels are 0 and 1. A pair's length is that of prompt and response together, a
+    conversation's that of all turns.
     """
     metrics: dict[str, int | float] = {
         "reviews_read": tally.read,
@@ -144,10 +145,12 @@ def describe(parts: dict[str, list[Review]], tally: Tally) -> dict[str, int | fl
 def summary(parts: dict[str, list[Review]], tally: Tally) -> str:
     """Return one line for the person: how many reviews (or pairs) there are, and what was left out."""
     what = "reviews" if parts["train"][0].prompt is None else "pairs of prompt and response"
+    several = sum(bool(review.earlier) for reviews in parts.values() for review in reviews)
+    longer = f" With more than one prompt and response: {several:,}." if several else ""
     changed = f" Changed: {tally.changed:,}, in HTML breaks or white space at the ends (prepare.html_breaks)."
     return (
         f"{len(parts['train']):,} {what} to train on and {len(parts['validation']):,} held out, "
-        f"of {tally.read:,} read. Left out: {_left_out(tally)}.{changed if tally.changed else ''}"
+        f"of {tally.read:,} read. Left out: {_left_out(tally)}.{longer}{changed if tally.changed else ''}"
     )
 
 
@@ -199,6 +202,6 @@ def _check_enough(count: int, reviews: list[Review], tally: Tally) -> None:
 
 def _left_out(tally: Tally) -> str:
     """Return the counts of reviews left out, in words."""
-    other = f", {tally.other_conversations:,} conversations of not just one prompt and one response"
+    other = f", {tally.other_conversations:,} conversations in which user and model do not take turns"
     counts = f"{tally.empty:,} empty, {tally.too_short:,} too short, {tally.duplicates:,} duplicates"
     return counts + (other if tally.other_conversations else "")

@@ -1,4 +1,4 @@
-"""The Parquet files of reviews: columns text, label, id; of pairs: prompt, response, label, id.
+"""The Parquet files of reviews: columns text, label, id; of pairs: prompt, response, label, id; of longer ones earlier.
 
 Purpose: the same reviews give the same bytes. Which of the two a file is, its columns tell.
 Writes: `data/imdb/train.parquet`, `data/imdb/validation.parquet`.
@@ -16,8 +16,10 @@ from stages.core.reviews import Review
 def write_reviews(path: Path, reviews: Sequence[Review]) -> None:
     """Write reviews in order.
 
-    Columns: `text`, or `prompt` and `response` of pairs (string), `label` (int8 where the labels are small whole
-    numbers or there are none, else int64 or string; null where a review has none), `id` (string).
+    Columns: `text`, or `prompt` and `response` of pairs (string), with `earlier` where there are conversations of more
+    than one prompt and response (the turns before these, prompts and responses in turn; list of string), `label` (int8
+    where the labels are small whole numbers or there are none, else int64 or string; null where a review has none),
+    `id` (string).
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -31,6 +33,8 @@ def write_reviews(path: Path, reviews: Sequence[Review]) -> None:
     texts = pa.array([review.text for review in reviews], pa.string())
     pairs = any(review.prompt is not None for review in reviews)
     prompts = {"prompt": pa.array([review.prompt for review in reviews], pa.string())} if pairs else {}
+    if any(review.earlier for review in reviews):
+        prompts = {"earlier": pa.array([review.earlier for review in reviews], pa.list_(pa.string())), **prompts}
     table = pa.table(
         {
             **prompts,

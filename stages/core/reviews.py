@@ -22,8 +22,8 @@ BREAKS = re.compile(r"\s*(?:<br\s*/?>\s*)+", re.IGNORECASE)
 class RawReview(NamedTuple):
     """A review as its source has it; a text or prompt that is not there is None.
 
-    The prompt counts only where `is_pair` says so: a pair's cell may be empty too. `other` marks a conversation that is
-    not just one prompt and one response.
+    The prompt counts only where `is_pair` says so: a pair's cell may be empty too. `earlier` are the turns of a
+    conversation before its last prompt, prompts and responses in turn. `other` marks a conversation of another order.
     """
 
     text: str | None
@@ -32,20 +32,25 @@ class RawReview(NamedTuple):
     prompt: str | None = None
     is_pair: bool = False
     other: bool = False
+    earlier: tuple[str | None, ...] = ()
 
 
 class Review(NamedTuple):
-    """A review that is used; the id names its source and its row there, from 0. Only a pair has a prompt."""
+    """A review that is used; the id names its source and its row there, from 0. Only a pair has a prompt.
+
+    `earlier` are the turns of a conversation before its last prompt, prompts and responses in turn.
+    """
 
     text: str
     label: Label
     id: str
     prompt: str | None = None
+    earlier: tuple[str, ...] = ()
 
     @property
-    def content(self) -> tuple[str, str]:
-        """What must not occur twice: prompt and text, so that a prompt may have several responses."""
-        return (self.prompt or "", self.text)
+    def content(self) -> tuple[str, ...]:
+        """What must not occur twice: all turns and the text, so that a prompt may have several responses."""
+        return (*self.earlier, self.prompt or "", self.text)
 
 
 @dataclass
@@ -83,29 +88,30 @@ def clean(
     html_breaks: HtmlBreaks,
     min_characters: int,
     duplicates: Duplicates,
-    seen: set[tuple[str, str]],
+    seen: set[tuple[str, ...]],
     tally: Tally,
 ) -> Iterator[Review]:
     """Yield the reviews that are used, in order, and count the others.
 
     Args:
         raw: reviews as their source has them; read only as far as the caller goes.
-        html_breaks: see `clean_text`; of a pair it goes for prompt and response.
-        min_characters: shorter texts, white space at the ends not counted, are left out; of a pair the prompt's and the
-            response's characters are counted together.
+        html_breaks: see `clean_text`; of a pair it goes for prompt and response, of a conversation for all turns.
+        min_characters: shorter texts, white space at the ends not counted, are left out; of a pair or conversation the
+            characters of all turns are counted together.
         duplicates: `drop`: of several with the same content the first is used; `keep`: all are.
         seen: the `content` of those that must not be used, being in another part; with `drop` those yielded are added.
-        tally: counts, added to. A pair without a prompt or without a response is empty.
+        tally: counts, added to. A pair without a prompt or without a response is empty, a conversation without any.
     """
     for review in raw:
         tally.read += 1
         if review.other:
             tally.other_conversations += 1
             continue
-        raw_parts = [review.prompt, review.text] if review.is_pair else [review.text]
+        raw_parts = [*review.earlier, review.prompt, review.text] if review.is_pair else [review.text]
         parts = [clean_text(part or "", html_breaks) for part in raw_parts]
         lengths = [len(part.strip()) for part in parts]
-        used = Review(parts[-1], review.label, review.id, parts[0] if review.is_pair else None)
+        prompt = parts[-2] if review.is_pair else None
+        used = Review(parts[-1], review.label, review.id, prompt, tuple(parts[:-2]))
         # A text of nothing but breaks is as good as none.
         if not all(lengths):
             tally.empty += 1

@@ -7,13 +7,27 @@ Reads: `config.json` with `model_type` gemma, gemma2, gemma3_text, or gemma3 (it
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+from pydantic import Field
 
 from stages.core.errors import StageError, shown
-from stages.core.untrusted import Heads, HeadSize, Layers, Positive, Size, Typed, brief, parse, read_object
+from stages.core.untrusted import (
+    Heads,
+    HeadSize,
+    Layers,
+    Positive,
+    Size,
+    Typed,
+    brief,
+    parse,
+    parse_object,
+    read_object,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,6 +36,9 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 # What has been read of a mapped file stays in this process's memory until the file is closed: after so many bytes.
 BYTES_AN_OPENING = 1 << 26
+
+LARGEST_HEADER = 25_000_000
+"""Bytes; the format allows 100 MB, and those of the largest Gemma have about 100,000."""
 
 MODEL_TYPES = ("gemma", "gemma2", "gemma3_text", "gemma3")
 
@@ -275,6 +292,12 @@ def _rope(config: _Gemma, path: Path) -> dict[str, tuple[float, float, str]]:
     found = {}
     for kind, (wavelength, older, given) in parts.items():
         given = {} if given is None else given
+        # transformers 4 takes the one and transformers 5 the other, key by key.
+        if isinstance(given, dict) and any(given[key] != older[key] for key in given.keys() & older.keys()):
+            raise StageError(
+                f"{path} must say the same in rope_scaling and rope_parameters of {kind}. "
+                f"Received: {brief(older)} and {brief(given)}"
+            )
         rope = parse(_Rope, {**older, **given} if isinstance(given, dict) else given, f"{path}: rope of {kind}")
         form = rope.rope_type or rope.type or "default"
         # The plain form scales nothing, in transformers too, whatever factor stands beside it.
@@ -285,6 +308,11 @@ def _rope(config: _Gemma, path: Path) -> dict[str, tuple[float, float, str]]:
             _refuse(f"rope scaling of {kind}", "a rope_type beside its factor", {**older, **given}, path)
         if rope.partial_rotary_factor not in (None, 1):
             _refuse("partial_rotary_factor", 1, rope.partial_rotary_factor, path)
+        stated = config.rope_theta if kind == "full_attention" else getattr(config, "rope_local_base_freq", None)
+        if rope.rope_theta and stated not in (None, rope.rope_theta):
+            raise StageError(
+                f"{path} must state one rope_theta of {kind}. Received: {brief(stated)} and {brief(rope.rope_theta)}"
+            )
         found[kind] = (rope.rope_theta or wavelength, float(factor), form)
     return found
 
@@ -334,6 +362,53 @@ class Stored(NamedTuple):
     file: str
 
 
+class _Entry(Typed):
+    """What a header says of a tensor, the bytes counted from the header's end."""
+
+    dtype: str
+    shape: list[Annotated[int, Field(ge=0)]]
+    data_offsets: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)]
+
+
+def header_end(start: bytes, file: str) -> int:
+    """Return where the header of a safetensors file ends, by the first 8 bytes of the file.
+
+    Raises:
+        StageError: they are fewer, or the header would be larger than the format allows.
+    """
+    length = int.from_bytes(start[:8], "little")
+    if len(start) < 8 or length > LARGEST_HEADER:
+        raise StageError(
+            f"{file} must begin with the length of a safetensors header. Received: {brief(bytes(start[:8]))}"
+        )
+    return 8 + length
+
+
+def read_header(start: bytes, file: str, size: int | None) -> dict[str, Stored]:
+    """Return the tensors that the header of a safetensors file states, by name.
+
+    Args:
+        start: the file's bytes up to `header_end`; what follows is not looked at.
+        file: its name, for messages.
+        size: bytes of the whole file, None where that is not known.
+
+    Raises:
+        StageError: it is no header, or one of a file of another size.
+
+    Source: https://huggingface.co/docs/safetensors: 8 bytes with the length of the JSON that follows, then the values.
+    """
+    end = header_end(start, file)
+    content = parse_object(start[8:end], f"The header of {file}")
+    content.pop("__metadata__", None)
+    entries = {
+        name: parse(_Entry, entry, f"The header of {file}, tensor {brief(name)},") for name, entry in content.items()
+    }
+    stated = end + max((entry.data_offsets[1] for entry in entries.values()), default=0)
+    if size is not None and size != stated:
+        raise StageError(f"{file} must have the {stated:,} bytes that its header states. Received: {size:,} bytes")
+    return {name: Stored(tuple(entry.shape), entry.dtype, file) for name, entry in entries.items()}
+
+
 # What the files may hold beside the weights: buffers that are worked out anew, and the other towers of a Gemma 3.
 BUFFERS = re.compile(r"(.*\.)?rotary_emb(_local)?\.(original_)?inv_freq")
 OTHER_TOWERS = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\..*")
@@ -362,15 +437,17 @@ def check_tensors(folder: Path, stored: Mapping[str, Stored]) -> dict[str, _Tens
     if prefix is None:
         raise StageError(
             "The weight files must hold the tensor model.embed_tokens.weight (also without model., or with "
-            f"language_model. in it), and do not. Received: {_some(stored)} in {folder}\n"
+            f"language_model. in it), and do not. Received: {_some(stored)}\n"
             "Save the model itself with transformers' `save_pretrained`, without a wrapper around it."
         )
     table = _table(read_architecture(folder)["config"], prefix, kind)
     wanted = {tensor.name: path for path, tensor in table.items()}
     for path, tensor in table.items():
         if tensor.name not in stored:
+            others = [name for name in stored if name not in wanted]
             raise StageError(
-                f"The weight files must hold {tensor.name} (for {path}), and do not. Received: folder={folder}. "
+                f"The weight files must hold {tensor.name} (for {path}), and do not. Received: "
+                f"{_some(difflib.get_close_matches(tensor.name, others, cutoff=0) or stored)}. "
                 "Download the checkpoint again."
             )
         if stored[tensor.name].shape != (shape := _stored_shape(tensor)):
@@ -391,6 +468,11 @@ def check_tensors(folder: Path, stored: Mapping[str, Stored]) -> dict[str, _Tens
                 f"Received: {shown(name)} in {found.file}"
             )
     return table
+
+
+def twice(tensor: str, *files: str) -> StageError:
+    """Return the error for a tensor that is in two files."""
+    return StageError(f"Each tensor must lie in one file. Received: {shown(tensor)} in {' and in '.join(files)}")
 
 
 def _some(names: Iterable[str]) -> str:
@@ -419,10 +501,7 @@ class SafetensorsWeights:
             with self._open(file) as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (the file is no mapping)
                     if name in self._stored:
-                        raise StageError(
-                            f"Each tensor must lie in one file. Received: {shown(name)} in {file} and in "
-                            f"{self._stored[name].file}"
-                        )
+                        raise twice(name, file, self._stored[name].file)
                     part = tensors.get_slice(name)
                     self._stored[name] = Stored(tuple(part.get_shape()), part.get_dtype(), file)
         self._table = check_tensors(folder, self._stored)

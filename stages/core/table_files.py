@@ -29,6 +29,17 @@ BYTE_ORDER_MARKS = {
     codecs.BOM_UTF16_BE: "utf-16-be",
     b"\x84\x31\x95\x33": "gb18030",
 }
+# What other kinds of files begin with, which people give a text file's name.
+OTHER_FILES = {
+    b"\x1f\x8b": "gzip data, whose name ends in .gz",
+    b"PK\x03\x04": "a ZIP archive (or a spreadsheet)",
+    b"BZh91AY&SY": "bzip2 data",
+    b"\xfd7zXZ\0": "xz data",
+    b"\x28\xb5\x2f\xfd": "Zstandard data",
+    b"PAR1\x15": "Parquet data, whose name ends in .parquet",
+    b"ARROW1\0\0": "Arrow data",
+    b"SQLite format 3\0": "a database",
+}
 POINTERS = (b"version https://git-lfs.github.com/spec/", b"/annex/objects/")
 FIELD_LIMIT = 2**31 - 1  # characters; csv's own limit is 131,072, and a C long has 32 bits on some platforms
 
@@ -102,6 +113,8 @@ def format_of(path: Path) -> str:
 
 def _text(path: Path, data: bytes) -> str:
     """Return the text of a file without its byte order mark."""
+    if other := next((what for begins, what in OTHER_FILES.items() if data.startswith(begins)), None):
+        raise ParamsError(f"{shown(path)} must be text, as its name says. Received: {other}")
     mark = next((mark for mark in BYTE_ORDER_MARKS if data.startswith(mark)), b"")
     encoding = BYTE_ORDER_MARKS.get(mark, "utf-8")
     data = data[len(mark) :]

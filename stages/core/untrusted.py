@@ -69,6 +69,22 @@ def read_object(path: Path) -> dict[str, Any]:
     Raises:
         StageError: it cannot be read, is no object, or says one thing twice.
     """
+    refuse_pointer(path)
+    try:
+        if (size := path.stat().st_size) > LARGEST_JSON:
+            raise ValueError(f"it has {size:,} bytes")
+        content = path.read_bytes()
+    except (OSError, ValueError) as error:
+        raise StageError(f"{path} must be JSON that can be read. Received: {shown(error)}") from error
+    return parse_object(content, str(path))
+
+
+def parse_object(content: bytes, what: str) -> dict[str, Any]:
+    """Return the JSON object that a text in UTF-8 is; `what` names it in messages.
+
+    Raises:
+        StageError: it is no object, or says one thing twice.
+    """
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(content := dict(pairs)) != len(pairs):
@@ -78,15 +94,12 @@ def read_object(path: Path) -> dict[str, Any]:
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is no number")
 
-    refuse_pointer(path)
     try:
-        if (size := path.stat().st_size) > LARGEST_JSON:
-            raise ValueError(f"it has {size:,} bytes")
-        read = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once, parse_constant=refuse)
-    except (OSError, ValueError, RecursionError) as error:
-        raise StageError(f"{path} must be JSON that can be read. Received: {shown(error)}") from error
+        read = json.loads(content.decode("utf-8"), object_pairs_hook=once, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise StageError(f"{what} must be JSON that can be read. Received: {shown(error)}") from error
     if not isinstance(read, dict):
-        raise StageError(f"{path} must be a JSON object. Received: {type(read).__name__}")
+        raise StageError(f"{what} must be a JSON object. Received: {type(read).__name__}")
     return read
 
 
