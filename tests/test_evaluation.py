@@ -243,7 +243,10 @@ def test_what_is_written_of_each_review_is_read_again_to_the_last_digit(tmp_path
 @pytest.mark.parametrize(
     "text",
     ["", "review,loss\n0,1.5\n", "review,sequence,targets,cut,loss,correct\n0,ab,1,0\n", "review,sequence,targets,cut,"]
-    + [f"review,sequence,targets,cut,loss,correct\n0,ab,{targets},0,{loss},1\n" for targets, loss in [(1.5, 2), (1, "")]],
+    + [
+        f"review,sequence,targets,cut,loss,correct\n0,ab,{targets},0,{loss},1\n"
+        for targets, loss in [(1.5, 2), (1, "")]
+    ],
 )
 def test_a_file_of_losses_that_is_damaged_is_told_with_its_name(tmp_path, text):
     (tmp_path / "losses.csv").write_text(text)

@@ -26,13 +26,11 @@ if TYPE_CHECKING:
 MOST_BUCKETS = 4
 MULTIPLE = 128
 
-# From batches of one length to the loss (nats) and whether the target was the likeliest token, both (sequences, length).
+# From batches of one length to the loss (nats) and whether the target was the likeliest token: (sequences, length) each.
 Model = Callable[["Batches"], tuple[np.ndarray, np.ndarray]]
 
 
-def measure(
-    model: Model, sequences: Sequences, mesh: MeshShape, *, max_length: int, batch_tokens: int
-) -> ReviewLosses:
+def measure(model: Model, sequences: Sequences, mesh: MeshShape, *, max_length: int, batch_tokens: int) -> ReviewLosses:
     """Measure every target of every sequence, up to a length.
 
     Args:
@@ -50,14 +48,18 @@ def measure(
     ids, is_target, offsets = (sequences[name] for name in ("token_ids", "is_target", "offsets"))
     # Inputs are all tokens but the last, targets all but the first.
     starts, sizes = offsets[:-1], np.minimum(np.maximum(np.diff(offsets) - 1, 0), max_length)
-    wanted = np.array([is_target[start + 1 : start + 1 + size].sum() for start, size in zip(starts, sizes, strict=True)])
+    wanted = np.array(
+        [is_target[start + 1 : start + 1 + size].sum() for start, size in zip(starts, sizes, strict=True)]
+    )
     every = np.array([part.sum() for part in np.split(is_target, offsets[1:-1])])
     if not wanted.sum():
         raise StageError(
             f"The held-out reviews must have at least one target within {max_length} tokens. Received: {len(sizes)} "
             "reviews, none. Set a larger evaluate.max_length, or give prepare other held-out reviews."
         )
-    measured = {name: np.zeros(len(sizes), kind) for name, kind in (("targets", int), ("loss", float), ("correct", int))}
+    measured = {
+        name: np.zeros(len(sizes), kind) for name, kind in (("targets", int), ("loss", float), ("correct", int))
+    }
     numbers = np.flatnonzero(wanted)
     lengths = np.array(bucket_lengths(sizes[numbers]))
     bucket = np.searchsorted(lengths, sizes[numbers])
