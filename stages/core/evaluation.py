@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 MOST_BUCKETS = 4
 MULTIPLE = 128
 
-# From batches of one length to the loss (nats) and whether the target was the likeliest token: (sequences, length) each.
+# From batches of one length to each target's loss (nats) and whether it was the likeliest token: (sequences, length).
 Model = Callable[["Batches"], tuple[np.ndarray, np.ndarray]]
 
 
