@@ -572,17 +572,19 @@ def test_a_difference_within_two_standard_errors_is_called_neither_better_nor_wo
     text = Reader(rendered(root)).text
     chance = "within two standard errors of no change"
     assert f"fell from 31.43 to 29.72 ({MINUS}5.5 %), {chance}." in text
-    assert f"{MINUS}5.5 %, {chance} Loss nats per token 3.448→3.392 {MINUS}0.056 ± 0.030, {chance}" in text
+    assert f"31.43→29.72 {MINUS}5.5 %, {chance}" in text
+    assert f"3.448→3.392 {MINUS}0.056 ± 0.030, {chance}" in text
     assert "+0.7 points ± 0.2, better" in text
 
 
 def test_a_difference_without_its_standard_error_is_not_judged(root):
     edit(root, "data/metrics/compare.json", loss_difference_standard_error=None)
     text = Reader(rendered(root)).text
-    assert f"31.43→29.72 {MINUS}5.5 % Loss nats per token 3.448→3.392 {MINUS}0.056 Next token" in text
+    assert f"31.43→29.72 {MINUS}5.5 % baseline: 31.43" in text
+    assert "+0.7 points ± 0.2, better" in text
     (root / "data/metrics/compare.json").unlink()
     text = Reader(rendered(root)).text
-    assert "35.2 %→35.9 % +0.7 points Baseline (grey" in text
+    assert "better" not in text[text.index("Perplexity 31.43") : text.index("Baseline (grey")]
     assert "python -m stages.compare" in text
 
 
