@@ -447,8 +447,8 @@ def curve_charts(curve: dict[str, list[float]]) -> tuple[list[LineChart], list[s
     validation = list(zip(steps, curve.get("validation_loss", []), strict=False))
     if any(math.isfinite(loss) for _, loss in validation):
         notes.append(
-            "Validation sequences are the held-out reviews cut and packed as the training ones are; the results above are "
-            "of whole reviews."
+            "Validation sequences are the held-out reviews cut and packed as the training ones are; the results above "
+            "are of whole reviews."
         )
     charts = [line_chart("Loss", "nats per token", steps, curve["loss"], validation, breaks)]
     for column, title, unit, factor in (
