@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stages.core.errors import StageError
+from stages.core.errors import StageError, shown
 from stages.core.files import atomic_path
 
 COLUMNS = {"review": int, "sequence": str, "targets": int, "cut": int, "loss": float, "correct": int}
@@ -62,11 +62,14 @@ def read_losses(path: Path) -> ReviewLosses:
     """
     try:
         with path.open(newline="", encoding="utf-8") as stream:
-            rows = list(csv.DictReader(stream, strict=True))
+            reader = csv.DictReader(stream, strict=True)
+            rows = list(reader)
+        if reader.fieldnames != list(COLUMNS):
+            raise ValueError(f"columns {', '.join(reader.fieldnames or ['none'])}")
         return ReviewLosses(**{name: np.array([kind(row[name]) for row in rows]) for name, kind in COLUMNS.items()})
     except (KeyError, TypeError, ValueError, csv.Error) as error:
         raise StageError(
-            f"{path} must hold the columns {', '.join(COLUMNS)} in every row. Received: {error}. Run `dvc repro`."
+            f"{path} must hold the columns {', '.join(COLUMNS)} in every row. Received: {shown(error)}. Run `dvc repro`."
         ) from error
 
 
