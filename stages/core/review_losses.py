@@ -63,13 +63,14 @@ def read_losses(path: Path) -> ReviewLosses:
     try:
         with path.open(newline="", encoding="utf-8") as stream:
             reader = csv.DictReader(stream, strict=True)
+            if reader.fieldnames != list(COLUMNS):
+                raise ValueError(f"columns {', '.join(reader.fieldnames or ['none'])}")
             rows = list(reader)
-        if reader.fieldnames != list(COLUMNS):
-            raise ValueError(f"columns {', '.join(reader.fieldnames or ['none'])}")
         return ReviewLosses(**{name: np.array([kind(row[name]) for row in rows]) for name, kind in COLUMNS.items()})
     except (KeyError, TypeError, ValueError, csv.Error) as error:
         raise StageError(
-            f"{path} must hold the columns {', '.join(COLUMNS)} in every row. Received: {shown(error)}. Run `dvc repro`."
+            f"{path} must hold the columns {', '.join(COLUMNS)} in every row. Received: {shown(error)}. "
+            "Run `dvc repro`."
         ) from error
 
 
