@@ -22,6 +22,9 @@ BOS, EOS = 2, 1
 # Prompt and response; of a review the prompt is BOS. One is longer than every sliding window and bucket but the last.
 SIZES = [(1, 40), (1, 300), (1, 1), (30, 10), (1, 129), (140, 3), (1, 128), (1, 64), (12, 190)]
 
+# Those that are read alone too: a long review, one of a single token, and a pair.
+ALONE = (1, 2, 3)
+
 
 def pairs() -> list[tuple[list[int], list[int]]]:
     """Random tokens of these sizes, each sequence with BOS first."""
@@ -66,7 +69,8 @@ def test_each_review_is_measured_as_keras_hub_reads_it_alone(presets, family):
     measured = measure(presets[family], rank=None)
     keras.distribution.set_distribution(None)
     backbone = keras_hub.models.Backbone.from_preset(str(presets[family]), dtype="float32")
-    for row, (prompt, response) in enumerate(pairs()):
+    for row in ALONE:
+        prompt, response = pairs()[row]
         ids = np.array([[*prompt, *response]], np.int32)
         hidden = backbone({"token_ids": ids[:, :-1], "padding_mask": np.ones_like(ids[:, :-1])})
         logits = np.asarray(backbone.token_embedding(hidden, reverse=True))[0, len(prompt) - 1 :].astype(np.float64)

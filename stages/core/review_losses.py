@@ -40,7 +40,7 @@ class ReviewLosses:
 
 @dataclass(frozen=True)
 class Ratio:
-    """A mean over all targets, and its standard error over reviews (None for a single review)."""
+    """A mean over all targets, and its standard error over reviews (None for a single review, or no finite mean)."""
 
     value: float
     standard_error: float | None
@@ -91,7 +91,7 @@ def ratio(totals: np.ndarray, sizes: np.ndarray) -> Ratio:
     """
     totals, sizes = totals[sizes > 0].astype(np.float64), sizes[sizes > 0]
     value, count = totals.sum() / sizes.sum(), len(sizes)
-    if count == 1:
+    if count == 1 or not math.isfinite(value):
         return Ratio(float(value), None)
     variance = count / (count - 1) * np.square(totals - value * sizes).sum() / sizes.sum() ** 2
     return Ratio(float(value), float(np.sqrt(variance)))
