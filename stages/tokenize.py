@@ -1,14 +1,14 @@
-"""Turn reviews, or pairs of prompt and response, into windows of tokens.
+"""Turn reviews, or pairs of prompt and response, into windows of tokens; the held-out ones also into whole sequences.
 
 Reads: models/preset/manifest.json and the preset's vocabulary, data/imdb/train.parquet, data/imdb/validation.parquet.
-Writes: data/tokens/train.npz, data/tokens/validation.npz, data/metrics/tokenize.json.
+Writes: data/tokens/train.npz, data/tokens/validation.npz, data/tokens/held_out.npz, data/metrics/tokenize.json.
 Command: python -m stages.tokenize
 """
 
 from __future__ import annotations
 
 from stages.core.cli import Run, stage
-from stages.core.paths import MANIFEST, REVIEWS, TOKENS
+from stages.core.paths import HELD_OUT, MANIFEST, REVIEWS, TOKENS
 
 
 @stage
@@ -38,6 +38,8 @@ def main(run: Run) -> None:
         metrics[split] = laid_out.counts
         if split == "train":
             metrics["tokens_cut_by_truncation_fraction"] = laid_out.cut_by_truncation_fraction
+        else:
+            write_windows(run.paths.write(HELD_OUT), laid_out.sequences)
         run.say(laid_out.summary)
     run.write_metrics("tokenize", metrics)
 

@@ -36,7 +36,7 @@ def test_the_params_sections_are_those_that_the_script_reads(stage: str):
         isinstance(node, ast.Call) and any(ast.unparse(argument) == "run.params" for argument in node.args)
         for node in ast.walk(tree)
     )
-    listed = {name.partition(".")[0] for name in STAGES[stage]["params"]}
+    listed = {name.partition(".")[0] for name in STAGES[stage].get("params", [])}
     # Samples while training are put in the chat format if generate says so; they are no result.
     assert listed == (
         set(Params.model_fields) if passes_all else read - ({"generate"} if stage == "finetune" else set())

@@ -30,6 +30,7 @@ STAGES = [
     ("generate", "--variant", "tuned"),
     ("evaluate", "--variant", "baseline"),
     ("evaluate", "--variant", "tuned"),
+    ("compare",),
     ("report",),
 ]
 
@@ -90,6 +91,8 @@ def test_a_family_goes_through_every_stage_in_each_form(family, presets, tmp_pat
     baseline, tuned = measured(tmp_path, "evaluate-baseline"), measured(tmp_path, "evaluate-tuned")
     assert math.isfinite(tuned["loss"])
     assert tuned["loss"] < baseline["loss"]
+    compared = measured(tmp_path, "compare")
+    assert compared["loss_difference"] == pytest.approx(tuned["loss"] - baseline["loss"], abs=2e-5)
     assert (tmp_path / "data/report/index.html").stat().st_size > 10_000
 
     # The same weights in one file give the same model.

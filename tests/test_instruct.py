@@ -82,9 +82,10 @@ def test_loss_and_perplexity_are_over_the_responses_tokens(project: Path):
     counts, measured = metrics(project, "tokenize"), metrics(project, "evaluate-tuned")
     (ids,) = Turns(Tokenizer.from_proto(tiny_proto())).responses([RESPONSE])
     assert counts["train"]["response_tokens"] == 24 * len(ids)
-    assert measured["tokens"] == counts["validation"]["response_tokens"] == 6 * len(ids)
+    assert measured["targets"] == counts["validation"]["response_tokens"] == 6 * len(ids)
+    assert measured["reviews"] == 6
     # The prompts, which nothing taught it to predict, would keep the loss high if they counted.
     assert measured["loss"] < 0.1
     assert measured["token_accuracy"] == 1.0
-    held_out = np.load(project / "data/tokens/validation.npz")
-    assert set(held_out["target_ids"][held_out["weights"] == 1]) == set(ids)
+    held_out = np.load(project / "data/tokens/held_out.npz")
+    assert held_out["token_ids"][held_out["is_target"]].tolist() == 6 * ids

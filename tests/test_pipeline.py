@@ -27,10 +27,11 @@ ALL = {
     "generate@tuned",
     "evaluate@baseline",
     "evaluate@tuned",
+    "compare",
     "plan",
     "report",
 }
-TUNED = {"finetune", "generate@tuned", "evaluate@tuned", "report"}
+TUNED = {"finetune", "generate@tuned", "evaluate@tuned", "compare", "report"}
 # A plan fills what its entries leave out from the sections that shape a step.
 PLANNED = {"plan"}
 
@@ -85,9 +86,19 @@ CHANGES = {
         {"report"},
     ),
     "the LoRA rank": ("finetune", {"rank": 2}, TUNED | PLANNED),
-    "the batch of evaluate": ("evaluate", {"batch_size": 3}, {"evaluate@baseline", "evaluate@tuned", "report"}),
+    "the longest review measured": (
+        "evaluate",
+        {"max_length": 24},
+        {"evaluate@baseline", "evaluate@tuned", "compare", "report"},
+    ),
     "the validation size": ("prepare", {"validation": 5}, ALL - {"fetch", "load", "generate@baseline", "plan"}),
-    "packing": ("tokenize", {"packing": False}, ALL - {"fetch", "prepare", "load", "generate@baseline"}),
+    # The held-out reviews are measured whole, so the baseline's figure stays what it is.
+    "length and packing": (
+        "tokenize",
+        {"length": 24, "packing": False},
+        ALL - {"fetch", "prepare", "load", "generate@baseline", "evaluate@baseline"},
+    ),
+    "the end of a review": ("tokenize", {"eos": False}, ALL - {"fetch", "prepare", "load", "generate@baseline"}),
     "the mesh": ("mesh", {"shape": [2, 4]}, ALL - {"fetch", "prepare", "tokenize"}),
 }
 
@@ -121,6 +132,8 @@ def test_the_same_settings_give_the_same_bytes(repository: Path):
     names += [
         "data/generated/tuned.jsonl",
         "data/tokens/train.npz",
+        "data/tokens/held_out.npz",
+        "data/evaluations/tuned.csv",
         "data/imdb/train.parquet",
         "data/sharding/base.json",
     ]
@@ -134,11 +147,12 @@ def test_dvcs_own_views_show_something_sensible(repository: Path):
     metrics = json.loads(shown)[""]["data"]
     assert metrics["data/metrics/load.json"]["data"]["devices"] == 8
     assert set(metrics["data/metrics/evaluate-tuned.json"]["data"]) == {
-        "loss",
-        "perplexity",
-        "token_accuracy",
-        "tokens",
+        *("loss", "loss_standard_error", "perplexity", "token_accuracy"),
+        *("targets", "reviews", "reviews_cut", "targets_cut"),
     }
+    compared = metrics["data/metrics/compare.json"]["data"]
+    assert compared["loss_difference"] < 0 < compared["loss_difference_standard_error"]
+    assert compared["perplexity_ratio"] < 1
     dvc(repository, "plots", "show", "--out", "plots-trial")
     page = (repository / "plots-trial" / "index.html").read_text()
     assert "Training loss" in page

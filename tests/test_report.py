@@ -165,8 +165,19 @@ METRICS = {
     },
     "generate-baseline": {"prompts": 3, "tokens": 288, "tokens_per_second": 9.71},
     "generate-tuned": {"prompts": 3, "tokens": 288, "tokens_per_second": 9.64},
-    "evaluate-baseline": {"loss": 3.7673, "perplexity": 43.262, "token_accuracy": 0.3318, "tokens": 13642},
-    "evaluate-tuned": {"loss": 3.5949, "perplexity": 36.412, "token_accuracy": 0.3487, "tokens": 13642},
+    "evaluate-baseline": {
+        **{"loss": 3.4479, "loss_standard_error": 0.0533, "perplexity": 31.434, "token_accuracy": 0.3518},
+        **{"targets": 13642, "reviews": 40, "reviews_cut": 0, "targets_cut": 0},
+    },
+    "evaluate-tuned": {
+        **{"loss": 3.3917, "loss_standard_error": 0.0521, "perplexity": 29.716, "token_accuracy": 0.3587},
+        **{"targets": 13642, "reviews": 40, "reviews_cut": 0, "targets_cut": 0},
+    },
+    "compare": {
+        **{"loss_difference": -0.0562, "loss_difference_standard_error": 0.0061, "perplexity_ratio": 0.94535},
+        **{"token_accuracy_difference": 0.0069, "token_accuracy_difference_standard_error": 0.0021},
+        **{"targets": 13642, "reviews": 40},
+    },
 }
 PROMPTS = ("Best comedy movies in the 90s ", "This movie was", "I went to see this film because")
 GENERATIONS = {
@@ -517,10 +528,11 @@ class Reader(html.parser.HTMLParser):
 
 def test_the_headline_tells_perplexity_loss_and_accuracy_before_and_after_with_the_change(root):
     text = Reader(rendered(root)).text
-    assert f"perplexity on the held-out reviews fell from 43.26 to 36.41 ({MINUS}15.8 %)" in text
-    assert f"Perplexity 43.26→36.41 {MINUS}15.8 %, better" in text
-    assert f"Loss nats a token 3.767→3.595 {MINUS}4.6 %, better" in text
-    assert "33.2 %→34.9 % +1.7 points (+5.1 %), better" in text
+    assert f"perplexity on 40 whole held-out reviews fell from 31.43 to 29.72 ({MINUS}5.5 %)." in text
+    assert f"Perplexity 31.43→29.72 {MINUS}5.5 %, better" in text
+    assert f"Loss nats per token 3.448→3.392 {MINUS}0.056 ± 0.006, better" in text
+    assert "35.2 %→35.9 % +0.7 points ± 0.2, better" in text
+    assert "Each held-out review is read whole, from its own beginning." in text
 
 
 @pytest.mark.parametrize(
@@ -535,7 +547,7 @@ def test_the_headline_tells_perplexity_loss_and_accuracy_before_and_after_with_t
         "Peak host memory, loading2.00 GiB",
         "train.windows447",
         "positive_fraction51.5 %",
-        "Measured on 13,642 tokens.",
+        "Measured on 13,642 predicted tokens.",
         "learning_rate0.001",
         "Versionspython 3.",
         "gemma3-270m-q4-k-m.gguf241 MiB",
@@ -546,15 +558,43 @@ def test_numbers_of_the_metrics_files_are_shown_with_their_units(root, shown):
 
 
 def test_a_tuning_that_made_things_worse_is_called_worse(root):
-    edit(root, "data/metrics/evaluate-tuned.json", loss=4.1, perplexity=60.3, token_accuracy=0.3318)
+    edit(root, "data/metrics/evaluate-tuned.json", loss=4.1, perplexity=60.3, token_accuracy=0.3418)
+    edit(root, "data/metrics/compare.json", loss_difference=0.6521, token_accuracy_difference=-0.01)
     text = Reader(rendered(root)).text
-    assert "rose from 43.26 to 60.30 (+39.4 %)" in text
-    assert "43.26→60.30 +39.4 %, worse" in text
-    assert "0.0 points (0.0 %), no real change" in text
+    assert "rose from 31.43 to 60.30 (+91.8 %)." in text
+    assert "31.43→60.30 +91.8 %, worse" in text
+    assert "+0.652 ± 0.006, worse" in text
+    assert f"{MINUS}1.0 points ± 0.2, worse" in text
+
+
+def test_a_difference_within_two_standard_errors_is_called_neither_better_nor_worse(root):
+    edit(root, "data/metrics/compare.json", loss_difference_standard_error=0.03)
+    text = Reader(rendered(root)).text
+    chance = "within two standard errors of no change"
+    assert f"fell from 31.43 to 29.72 ({MINUS}5.5 %), {chance}." in text
+    assert f"31.43→29.72 {MINUS}5.5 %, {chance}" in text
+    assert f"3.448→3.392 {MINUS}0.056 ± 0.030, {chance}" in text
+    assert "+0.7 points ± 0.2, better" in text
+
+
+def test_a_difference_without_its_standard_error_is_not_judged(root):
+    edit(root, "data/metrics/compare.json", loss_difference_standard_error=None)
+    text = Reader(rendered(root)).text
+    assert f"31.43→29.72 {MINUS}5.5 % baseline: 31.43" in text
+    assert "+0.7 points ± 0.2, better" in text
+    (root / "data/metrics/compare.json").unlink()
+    text = Reader(rendered(root)).text
+    assert "better" not in text[text.index("Perplexity 31.43") : text.index("Baseline (grey")]
+    assert "python -m stages.compare" in text
+
+
+def test_reviews_that_are_longer_than_the_maximum_are_told(root):
+    edit(root, "data/metrics/evaluate-tuned.json", reviews_cut=3)
+    assert "from its own beginning; 3 that are longer than 8,192 tokens up to there." in Reader(rendered(root)).text
 
 
 def test_measures_over_different_numbers_of_tokens_are_said_not_to_compare(root):
-    edit(root, "data/metrics/evaluate-tuned.json", tokens=99)
+    edit(root, "data/metrics/evaluate-tuned.json", targets=99)
     assert "different numbers of tokens (baseline: 13,642, tuned: 99) and do not compare" in Reader(rendered(root)).text
 
 
@@ -961,7 +1001,7 @@ def test_values_are_read_off_a_chart_with_the_arrow_keys_and_the_pointer(root, b
         assert shown.startswith(f"step {step}: each step ")
         value = float(re.search(r"each step ([\d.]+)", shown)[1])
         assert value == pytest.approx(rows[step - 1]["loss"], abs=2e-3)
-    assert "held-out while tuning 3.59" in shown
+    assert "validation sequences, during training 3.59" in shown
     browser.run(f"{plot}.scrollIntoView()")
     x, y = browser.run(f"(() => {{ const r = {plot}.getBoundingClientRect(); return [r.x + r.width / 2, r.y + 9] }})()")
     browser.send("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)

@@ -265,10 +265,27 @@ def test_the_stage_without_packing_keeps_one_window_a_review(project, tmp_path):
     assert metrics["tokens_cut_by_truncation_fraction"] == pytest.approx(lost, abs=1e-6)
 
 
+def test_the_held_out_reviews_are_written_whole_whatever_length_and_packing_are(project, tmp_path):
+    variants = {"default": [], "short": ["tokenize.length=8"], "cut": ["tokenize.length=16", "tokenize.packing=false"]}
+    for name, changes in variants.items():
+        arguments = [part for setting in changes for part in ("--set", setting)]
+        assert run_stage(project, "--out-root", str(tmp_path / name), *arguments).returncode == 0
+    written = {name: (tmp_path / name / "data/tokens/held_out.npz").read_bytes() for name in variants}
+    assert written["default"] == written["short"] == written["cut"]
+    read = np.load(tmp_path / "cut/data/tokens/held_out.npz")
+    reviews = Tokenizer.from_proto(tiny.tiny_proto()).encode_all(tiny.tiny_reviews(7))
+    assert read["token_ids"].tolist() == [token for review in reviews for token in (BOS, *review, EOS)]
+    assert np.array_equal(read["is_target"], read["token_ids"] != BOS)
+    assert read["offsets"].tolist() == [0, *np.cumsum([len(review) + 2 for review in reviews])]
+
+
 def test_two_runs_of_the_stage_write_the_same_bytes(project, tmp_path):
     for name in ("first", "second"):
         assert run_stage(project, "--out-root", str(tmp_path / name)).returncode == 0
-    for path in ("data/tokens/train.npz", "data/tokens/validation.npz", "data/metrics/tokenize.json"):
+    for path in (
+        *(f"data/tokens/{name}.npz" for name in ("train", "validation", "held_out")),
+        "data/metrics/tokenize.json",
+    ):
         assert (tmp_path / "first" / path).read_bytes() == (tmp_path / "second" / path).read_bytes()
 
 

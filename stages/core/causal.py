@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import keras
+import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -162,6 +163,19 @@ class CausalModel(keras.Model):
                 "Look for an environment variable or callback that shortens Keras' evaluate."
             )
         return measured
+
+    def token_losses(self, batches: Batches, verbose: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Return the loss of each token, and whether its target was the likeliest word, by Keras' `predict`.
+
+        Args:
+            batches: sequences of one length.
+            verbose: Keras': 0 silent, 1 a bar, 2 a line.
+
+        Returns:
+            float32 (sequences, length) in nats, and bool (sequences, length); each batch with its padding.
+        """
+        predicted = self.predict(batches, verbose=verbose)
+        return predicted["loss"], predicted["correct"]
 
     def get_metrics_result(self) -> dict[str, Any]:
         """Return loss and accuracy over all tokens seen since the last reset."""

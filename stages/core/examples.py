@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages.core import pair_windows, windows
+from stages.core import held_out, pair_windows, windows
 from stages.core.control_tokens import ControlTokens
 from stages.core.errors import StageError
 from stages.core.params import Tokenize
@@ -19,9 +19,10 @@ from stages.core.turns import Turns
 
 @dataclass(frozen=True)
 class LaidOut:
-    """A split's windows, the counts for the metrics, the share of tokens that truncation costs, and a line to show."""
+    """A split's windows, its sequences whole, the counts for the metrics, what truncation costs, and a line to show."""
 
     windows: windows.Windows
+    sequences: held_out.Sequences
     counts: dict[str, int | float]
     cut_by_truncation_fraction: float
     summary: str
@@ -67,6 +68,7 @@ def lay_out(source: Path, split: str, tokenizer: Tokenizer, settings: Tokenize) 
         raise StageError(f"The {split} reviews must have at least one token. Received: {len(reviews)} reviews, none")
     return LaidOut(
         laid_out,
+        held_out.of_reviews(reviews, bos=tokenizer.bos, eos=eos),
         counts,
         windows.cut_by_truncation_fraction(reviews, settings.length, eos=settings.eos),
         f"{split}: {counts['reviews']:,} reviews in {counts['windows']:,} windows of {settings.length} tokens, "
@@ -101,6 +103,7 @@ def _pairs(source: Path, split: str, tokenizer: Tokenizer, settings: Tokenize) -
     left_out = f", {counts['prompts_too_long']:,} pairs left out, whose prompt alone fills a window"
     return LaidOut(
         laid_out,
+        held_out.of_pairs(pairs),
         counts,
         round(counts["tokens_cut"] / (counts["tokens_cut"] + counts["tokens_kept"]), 6),
         f"{split}: {counts['reviews']:,} pairs in {counts['windows']:,} windows of {settings.length} tokens, "

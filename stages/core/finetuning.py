@@ -195,7 +195,7 @@ def check_length(settings: Finetune, batches: int, steps: int, say: Callable[[st
         "warmup_steps": (settings.warmup_steps >= steps, "the step size never reaches finetune.learning_rate"),
         "early_stopping": (
             settings.early_stopping is not None and steps <= every,
-            "the held-out loss is measured once; set a smaller finetune.validate_every",
+            "the validation loss is measured once; set a smaller finetune.validate_every",
         ),
         "steps": (settings.steps is not None and settings.steps > steps, "the epochs end before"),
     }

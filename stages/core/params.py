@@ -221,7 +221,8 @@ class Generate(Section):
 class Evaluate(Section):
     """How the held-out loss is measured."""
 
-    batch_size: BatchSize
+    max_length: Annotated[int, Field(ge=8, le=131072)]
+    batch_tokens: Annotated[int, Field(ge=1, le=2**24)]
 
 
 MeshList = Annotated[list[Positive], Field(min_length=2, max_length=2)]

@@ -16,6 +16,8 @@ from stages.core.errors import ParamsError, StageError, shown
 MANIFEST = "models/preset/manifest.json"
 REVIEWS = {"train": "data/imdb/train.parquet", "validation": "data/imdb/validation.parquet"}
 TOKENS = {"train": "data/tokens/train.npz", "validation": "data/tokens/validation.npz"}
+# The held-out reviews whole, for `evaluate`; the windows of `validation` are for measuring while training.
+HELD_OUT = "data/tokens/held_out.npz"
 SHARDING = {"baseline": "data/sharding/base.json", "tuned": "data/sharding/tuned.json"}
 PLAN = "data/sharding/plan.json"
 CURVE = "data/plots/finetune.csv"
@@ -31,6 +33,11 @@ def variant_folder(variant: str) -> str:
 def generated(variant: str) -> str:
     """Return the generations of a variant, relative to the root."""
     return f"data/generated/{variant}.jsonl"
+
+
+def evaluation(variant: str) -> str:
+    """Return the loss of each held-out review under a variant, relative to the root."""
+    return f"data/evaluations/{variant}.csv"
 
 
 def metrics(name: str) -> str:
@@ -126,8 +133,11 @@ MAKERS = {
     "data/metrics/generate-baseline": "generate --variant baseline",
     "data/generated/tuned": "generate --variant tuned",
     "data/metrics/generate-tuned": "generate --variant tuned",
+    "data/evaluations/baseline": "evaluate --variant baseline",
+    "data/evaluations/tuned": "evaluate --variant tuned",
     "data/metrics/evaluate-baseline": "evaluate --variant baseline",
     "data/metrics/evaluate-tuned": "evaluate --variant tuned",
+    "data/metrics/compare": "compare",
     "data/sharding/plan": "plan",
     "data/metrics/plan": "plan",
     "data/report": "report",

@@ -43,7 +43,10 @@ METRICS = (
     "generate-tuned",
     "evaluate-baseline",
     "evaluate-tuned",
+    "compare",
 )
+# A difference of no more standard errors than this is not called better or worse.
+STANDARD_ERRORS = 2
 CURVE_COLUMNS = (
     "step",
     "loss",
@@ -178,7 +181,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Headline:
-    """A result before and after; `judgement` is better, worse, same, or empty where one of the two is missing."""
+    """A result before and after; `judgement` is better, worse, same (within chance), or empty if none is possible."""
 
     label: str
     unit: str
@@ -312,17 +315,18 @@ def dimensions(shape: list[int]) -> str:
     return " \N{MULTIPLICATION SIGN} ".join(f"{size:,}" for size in shape) or "scalar"
 
 
-def headlines(evaluated: dict[str, dict[str, Any]]) -> list[Headline]:
-    """Return perplexity, loss and token accuracy on the held-out reviews, before and after, with the change.
+def headlines(evaluated: dict[str, dict[str, Any]], compared: dict[str, Any]) -> list[Headline]:
+    """Return perplexity, loss and token accuracy on the whole held-out reviews, before and after, with the change.
 
     Args:
         evaluated: the metrics of `evaluate` by variant; one of the two may be missing.
+        compared: the metrics of `compare`; empty if they are missing.
     """
     found = []
-    for key, label, unit, better_down in (
-        ("perplexity", "Perplexity", "", True),
-        ("loss", "Loss", "nats a token", True),
-        ("token_accuracy", "Next token right", "of tokens", False),
+    for key, label, unit, difference in (
+        ("perplexity", "Perplexity", "", "loss"),
+        ("loss", "Loss", "nats per token", "loss"),
+        ("token_accuracy", "Next token right", "of tokens", "token_accuracy"),
     ):
         before, after = (evaluated.get(variant, {}).get(key) for variant in VARIANTS)
         numbers = [value for value in (before, after) if _is_number(value)]
@@ -330,15 +334,29 @@ def headlines(evaluated: dict[str, dict[str, Any]]) -> list[Headline]:
             continue
         change, judgement = "", ""
         if len(numbers) == 2 and before:
-            relative = (after - before) / abs(before)
-            change = f"{signed(relative * 100, 1)}{NBSP}%"
-            if key == "token_accuracy":
-                change = f"{signed((after - before) * 100, 1)} points ({change})"
-            judgement = "same" if abs(relative) < 5e-4 else "better" if (relative < 0) == better_down else "worse"
+            error = compared.get(f"{difference}_difference_standard_error")
+            judgement = _judged(compared, difference)
+            if key == "perplexity":
+                change = f"{signed((after - before) / before * 100, 1)}{NBSP}%"
+            elif key == "loss":
+                change = signed(after - before, 3) + (f" \N{PLUS-MINUS SIGN} {error:.3f}" if _is_number(error) else "")
+            else:
+                change = f"{signed((after - before) * 100, 1)} points"
+                change += f" \N{PLUS-MINUS SIGN} {error * 100:.1f}" if _is_number(error) else ""
         largest = max(*numbers, 1e-12) if len(numbers) > 1 else max(numbers[0], 1e-12)
         widths = [round(100 * max(value, 0) / largest, 2) if _is_number(value) else 0.0 for value in (before, after)]
         found.append(Headline(label, unit, quantity(key, before), quantity(key, after), change, judgement, *widths))
     return found
+
+
+def _judged(compared: dict[str, Any], name: str) -> str:
+    """Return whether tuning changed the loss or the token accuracy: better, worse, same, or nothing if not compared."""
+    difference, error = (compared.get(f"{name}_difference{suffix}") for suffix in ("", "_standard_error"))
+    if not _is_number(difference) or not _is_number(error):
+        return ""
+    if abs(difference) <= STANDARD_ERRORS * error:
+        return "same"
+    return "better" if (difference < 0) == (name == "loss") else "worse"
 
 
 def _is_number(value: Any) -> bool:
@@ -348,6 +366,7 @@ def _is_number(value: Any) -> bool:
 def verdict(inputs: Inputs, params: Params) -> str:
     """Return the outcome in two or three sentences."""
     before, after = (inputs.metrics.get(f"evaluate-{variant}", {}).get("perplexity") for variant in VARIANTS)
+    compared = inputs.metrics.get("compare", {})
     tuned = inputs.metrics.get("finetune", {})
     sharding = inputs.sharding.get("tuned") or inputs.sharding["baseline"]
     devices = math.prod(sharding.mesh.shape)
@@ -360,7 +379,10 @@ def verdict(inputs: Inputs, params: Params) -> str:
         move = quantity("perplexity", before)
         if verb != "stayed at":
             move += f" to {quantity('perplexity', after)} ({signed(relative * 100, 1)}{NBSP}%)"
-        sentences.append(f"After {how}{steps}, perplexity on the held-out reviews {verb} {move}.")
+        count = inputs.metrics["evaluate-tuned"].get("reviews")
+        reviews = f"{count:,} whole held-out reviews" if _is_number(count) else "whole held-out reviews"
+        chance = ", within two standard errors of no change" if _judged(compared, "loss") == "same" else ""
+        sentences.append(f"After {how}{steps}, perplexity on {reviews} {verb} {move}{chance}.")
     if _is_number(tuned.get("total_parameters")) and _is_number(tuned.get("trainable_parameters")):
         part = tuned["trainable_parameters"] / tuned["total_parameters"]
         sentences.append(f"{percent(part)} of {tuned['total_parameters']:,} parameters were trained.")
@@ -391,7 +413,7 @@ def facts(inputs: Inputs) -> list[tuple[str, str, str]]:
     add("Steps", tuned, "steps")
     if "loss_first" in tuned and "loss_last" in tuned:
         move = f"{quantity('loss', tuned['loss_first'])} → {quantity('loss', tuned['loss_last'])}"
-        found.append(("Training loss, first → last", move, "nats a token"))
+        found.append(("Training loss, first → last", move, "nats per token"))
     add("Trained tokens per second", tuned, "tokens_per_second")
     add("Positions per second", tuned, "positions_per_second", "prompts and padding included")
     add("Step, median", tuned, "step_seconds_median")
@@ -404,12 +426,11 @@ def facts(inputs: Inputs) -> list[tuple[str, str, str]]:
     return found
 
 
-def curve_charts(curve: dict[str, list[float]], before: float | None = None) -> tuple[list[LineChart], list[str]]:
+def curve_charts(curve: dict[str, list[float]]) -> tuple[list[LineChart], list[str]]:
     """Return the charts of the training curve, the loss first, and remarks on what is not drawn.
 
     Args:
         curve: the columns of `finetune.csv`.
-        before: the baseline's loss on the held-out reviews, in nats a token.
     """
     steps = curve["step"]
     if not steps:
@@ -423,8 +444,13 @@ def curve_charts(curve: dict[str, list[float]], before: float | None = None) -> 
     breaks = [steps[i] for i in range(1, len(epochs) - 1) if epochs[i] > epochs[i - 1]]
     if breaks:
         notes.append("Dashed uprights: a new epoch.")
-    held_out = list(zip(steps, curve.get("validation_loss", []), strict=False))
-    charts = [line_chart("Loss", "nats a token", steps, curve["loss"], held_out, before, breaks)]
+    validation = list(zip(steps, curve.get("validation_loss", []), strict=False))
+    if any(math.isfinite(loss) for _, loss in validation):
+        notes.append(
+            "Validation sequences are the held-out reviews cut and packed as the training ones are; the results above "
+            "are of whole reviews."
+        )
+    charts = [line_chart("Loss", "nats per token", steps, curve["loss"], validation, breaks)]
     for column, title, unit, factor in (
         ("accuracy", "Next token right", "% of tokens", 100.0),
         ("tokens_per_second", "Trained tokens per second", "tokens/s", 1.0),
@@ -600,9 +626,7 @@ def render(inputs: Inputs, params: Params) -> str:
     hashes = {name: source_hash("".join(template.blocks[name](template.new_context()))) for name in ("style", "script")}
     sharding = inputs.sharding.get("tuned") or inputs.sharding["baseline"]
     tuned = inputs.metrics.get("finetune", {})
-    before = inputs.metrics.get("evaluate-baseline", {}).get("loss")
-    before = before if _is_number(before) else None
-    charts, curve_notes = curve_charts(inputs.curve, before) if inputs.curve is not None else ([], [])
+    charts, curve_notes = curve_charts(inputs.curve) if inputs.curve is not None else ([], [])
     evaluated = {
         variant: inputs.metrics[f"evaluate-{variant}"]
         for variant in VARIANTS
@@ -618,10 +642,11 @@ def render(inputs: Inputs, params: Params) -> str:
         devices=math.prod(sharding.mesh.shape),
         params=params,
         verdict=verdict(inputs, params),
-        headlines=headlines(evaluated),
-        tokens=[
-            (variant, values["tokens"]) for variant, values in evaluated.items() if _is_number(values.get("tokens"))
+        headlines=headlines(evaluated, inputs.metrics.get("compare", {})),
+        targets=[
+            (variant, values["targets"]) for variant, values in evaluated.items() if _is_number(values.get("targets"))
         ],
+        reviews_cut=max((values.get("reviews_cut") or 0 for values in evaluated.values()), default=0),
         facts=facts(inputs),
         charts=charts,
         curve_notes=curve_notes,
@@ -641,5 +666,5 @@ def render(inputs: Inputs, params: Params) -> str:
         paths={"curve": CURVE, "samples": SAMPLES, "plan": PLAN, "tuned_sharding": SHARDING["tuned"]}
         | {f"generated_{variant}": generated(variant) for variant in VARIANTS}
         | {f"evaluate_{variant}": metrics(f"evaluate-{variant}") for variant in VARIANTS}
-        | {"finetune": metrics("finetune")},
+        | {"finetune": metrics("finetune"), "compare": metrics("compare")},
     )

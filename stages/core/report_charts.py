@@ -225,21 +225,19 @@ def line_chart(
     unit: str,
     steps: Sequence[float],
     values: Sequence[float],
-    held_out: Sequence[Point] = (),
-    before: float | None = None,
+    validation: Sequence[Point] = (),
     breaks: Iterable[float] = (),
     from_zero: bool = False,
     noisy: bool = True,
 ) -> LineChart | None:
-    """Lay out a chart of one quantity over training steps, with its moving mean and held-out measurements.
+    """Lay out a chart of one quantity over training steps, with its moving mean and measurements on validation data.
 
     Args:
         title: what is measured.
         unit: its unit, shown beside the title.
         steps: the x values, ascending; as many as `values`.
         values: one value a step; where one is not finite the line is broken.
-        held_out: (step, value) pairs drawn as dots joined by a line.
-        before: the held-out value before training, drawn as a level line.
+        validation: (step, value) pairs drawn as dots joined by a line.
         breaks: steps at which a new epoch begins.
         from_zero: whether the y axis begins at zero.
         noisy: whether a moving mean helps; not with a quantity that is set, not measured.
@@ -248,13 +246,13 @@ def line_chart(
         The chart, or None where there is no finite value.
     """
     finite = [value for value in values if math.isfinite(value)]
-    held_out = [point for point in held_out if math.isfinite(point[1])]
+    validation = [point for point in validation if math.isfinite(point[1])]
     if not finite:
         return None
     # A tenth of a short run, fewer of a long one: enough to see the trend, not so many as to flatten it.
     span = max(2, min(len(values) // 10, max(50, len(values) // 50)))
     mean = smoothed(values, span)
-    everything = [*finite, *(value for _, value in held_out), *([] if before is None else [before])]
+    everything = [*finite, *(value for _, value in validation)]
     y_domain = widened(min(0.0, *everything) if from_zero else min(everything), max(everything))
     x_low, x_high = min(steps), max(steps)
     x_domain = (x_low, x_high) if x_low < x_high else (x_low - 0.5, x_high + 0.5)
@@ -275,10 +273,8 @@ def line_chart(
     lines = [Line("each step", "raw" if has_mean else "alone", pieces(list(zip(steps, values, strict=True))))]
     if has_mean:
         lines.append(Line("moving mean", "mean", pieces(list(zip(steps, mean, strict=True)))))
-    if before is not None:
-        lines.append(Line("held-out before tuning", "before", pieces([(x_domain[0], before), (x_domain[1], before)])))
-    if held_out:
-        lines.append(Line("held-out while tuning", "held", pieces(held_out)))
+    if validation:
+        lines.append(Line("validation sequences, during training", "held", pieces(validation)))
     return LineChart(
         title=title,
         unit=unit,
@@ -287,7 +283,7 @@ def line_chart(
         lines=lines,
         dots=[
             Dot(share(x, *x_domain), round(100 - share(y, *y_domain), 3), f"step {x:,.0f}: {y:.4g}")
-            for x, y in (held_out if len(held_out) <= MOST_DOTS else [])
+            for x, y in (validation if len(validation) <= MOST_DOTS else [])
         ],
         breaks=[share(step, *x_domain) for step in breaks],
         x_domain=x_domain,

@@ -41,7 +41,7 @@ class History:
     """What a run has done so far, over all the processes it took; kept in each checkpoint.
 
     `rows` is the curve; `step_seconds` has an entry a step and `first_steps` says which of them began a process, and so
-    hold a compilation. `seconds` are of all else, by kind. `waited` counts validations since the lowest held-out loss.
+    hold a compilation. `seconds` are of all else, by kind. `waited` counts validations since the lowest loss.
     `step_growth` is how many bytes the process's memory grew within a step on CPU devices, where the system tells.
     """
 
@@ -200,7 +200,7 @@ class Watch(keras.callbacks.Callback):
         self.model.stop_training = self.finished
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Show the held-out loss in Keras' line, if it was measured after the epoch's last step."""
+        """Show the validation loss in Keras' line, if it was measured after the epoch's last step."""
         held_out = self.history.rows[-1]["validation_loss"]
         if logs is not None and held_out is not None:
             logs["val_loss"] = held_out
@@ -221,7 +221,7 @@ class Watch(keras.callbacks.Callback):
             put(self.model.dropout_step, np.int32(checkpoint.step * self._plan.settings.gradient_accumulation))
 
     def restore_best(self) -> None:
-        """Take the weights of the lowest held-out loss, if that was watched."""
+        """Take the weights of the lowest validation loss, if that was watched."""
         if self.best is not None:
             for variable, value in zip(self.model.trainable_variables, self.best, strict=True):
                 put(variable, value)
@@ -261,7 +261,7 @@ class Watch(keras.callbacks.Callback):
                 self._kept = self.history.steps
 
     def _validate(self) -> None:
-        """Measure the held-out windows and put their loss beside the step; note the lowest and when to give up."""
+        """Measure the validation windows and put their loss beside the step; note the lowest and when to give up."""
         history, patience = self.history, self._plan.settings.early_stopping
         self.model.jax_state_sync()
         with history.timed("validation"):
@@ -271,7 +271,7 @@ class Watch(keras.callbacks.Callback):
             for variable, value in zip(self.model.metrics_variables, kept, strict=True):
                 put(variable, value)
         if not math.isfinite(loss):
-            raise self._diverged(f"the held-out loss is {loss}", history.steps)
+            raise self._diverged(f"the validation loss is {loss}", history.steps)
         history.rows[-1]["validation_loss"] = float(loss)
         if patience is None:
             return
@@ -283,7 +283,7 @@ class Watch(keras.callbacks.Callback):
         if history.waited >= patience:
             history.stopped_early = True
             self._plan.say(
-                f"Stopped after step {history.steps}: the held-out loss was not below {history.best_loss:.4f} in the "
+                f"Stopped after step {history.steps}: the validation loss was not below {history.best_loss:.4f} in the "
                 f"last {patience} measurements."
             )
 
