@@ -593,7 +593,7 @@ def plan_settings():
     [
         ({"fits": False, "needed_bytes_per_device": 20 * 2**30}, None, "does not fit on v5e:2x4: it needs 20.00 GiB"),
         ({"fits": False}, None, "does not fit on v5e:2x4:"),
-        ({"fits": True, "needed_bytes_per_device": 9 * 2**30}, 8 * 2**30, "needs 9.00 GiB for this run"),
+        ({"fits": True, "needed_bytes_per_device": 9 * 2**30}, 8 * 2**30, "needs 9.00 GiB per device"),
         ({"fits": True, "needed_bytes_per_device": 9 * 2**30}, 16 * 2**30, None),
         ({"fits": False, "batch_size": 64}, None, None),
         ({"fits": False, "preset": "gemma_2b_en"}, None, None),
