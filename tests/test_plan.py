@@ -20,7 +20,8 @@ from stages.core.errors import ParamsError, StageError
 from stages.core.layouts import make_layout
 from stages.core.mesh import MeshShape
 from stages.core.params import PlanTarget, read_params
-from stages.core.planning import Question
+from stages.core.plan_records import Estimate, PlanFile, RunKey, Target
+from stages.core.planning import CompileRequest, StepCost
 from tests import models
 from tests.conftest import FAMILIES, ROOT
 from tests.finetunes import settings
@@ -29,13 +30,15 @@ from tests.models import AUTO, load_tiny, open_tiny
 has_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not made for this system")
 
 
-def question(preset: Path, name: str, shape=(2, 4), path="ours", dtype="float32", length=32, **changes) -> Question:
+def request(
+    preset: Path, name: str, shape=(2, 4), path="ours", dtype="float32", length=32, **changes
+) -> CompileRequest:
     from stages.core.step_program import StepRequest
 
     architecture = open_tiny(preset).architecture
     mesh = MeshShape(shape)
     layout = make_layout(AUTO, architecture, mesh)
-    return Question(StepRequest(architecture, mesh, layout, dtype, settings(**changes), length, path), name)
+    return CompileRequest(StepRequest(architecture, mesh, layout, dtype, settings(**changes), length, path), name)
 
 
 # --- Reading programs. ---
@@ -203,7 +206,7 @@ def test_each_product_of_a_float32_step_asks_for_float32(presets, family, rank):
 
     from stages.core.step_program import lower
 
-    program = lower(question(presets[family], "cpu:8", rank=rank).request, jax.devices()).lowered.as_text()
+    program = lower(request(presets[family], "cpu:8", rank=rank).step, jax.devices()).lowered.as_text()
     products = re.findall(r"stablehlo\.(?:dot_general|convolution).*", program)
     assert len(products) > 30
     assert [each for each in products if "precision = [HIGHEST, HIGHEST]" not in each] == []
@@ -220,9 +223,9 @@ def test_the_step_that_is_planned_is_the_step_that_runs(presets, family):
     from stages.core.step_program import STEPS, lower
     from tests.models import windows
 
-    asked = question(presets[family], "cpu:8", batch_size=4, alpha=4.0)
-    planned = lower(asked.request, topology.describe("cpu:8").devices)
-    tuned = asked.request.settings
+    asked = request(presets[family], "cpu:8", batch_size=4, alpha=4.0)
+    planned = lower(asked.step, topology.describe("cpu:8").devices)
+    tuned = asked.step.settings
     model = load_tiny(presets[family], (2, 4), rank=tuned.rank)
     causal = finetuning.make_causal(model, tuned)
     causal.compile(optimizer=make_optimizer(tuned, STEPS), loss=None, jit_compile=True)
@@ -243,7 +246,7 @@ def test_the_step_that_is_planned_is_the_step_that_runs(presets, family):
     shardings = jax.tree.map(lambda each: each.sharding, state)
     step = jax.jit(causal.train_step, donate_argnums=0, out_shardings=(None, shardings))
     real = step.lower(state, (batch,)).compile()
-    found = planning.answer(asked)
+    found = planning.compile_step(asked)
     assert hlo.costs(real.as_text()) == hlo.costs(planned.lowered.compile().as_text())
     held = sum(
         shard.data.nbytes
@@ -251,10 +254,10 @@ def test_the_step_that_is_planned_is_the_step_that_runs(presets, family):
         for shard in array.addressable_shards
         if shard.device == jax.devices()[0]
     )
-    assert real.memory_analysis().argument_size_in_bytes == found["argument_bytes"] == held
-    assert found["trainable_parameters"] == sum(int(np.prod(v.shape)) for v in causal.trainable_variables)
-    assert found["by_kind"]["lora"] + found["by_kind"]["optimizer"] + found["by_kind"]["weight"] < held
-    assert found["least_seconds"] is None, "this machine's peaks are not in the table"
+    assert real.memory_analysis().argument_size_in_bytes == found.argument_bytes == held
+    assert found.trainable_parameters == sum(int(np.prod(v.shape)) for v in causal.trainable_variables)
+    assert found.by_kind["lora"] + found.by_kind["optimizer"] + found.by_kind["weight"] < held
+    assert found.bound is None, "this machine's peaks are not in the table"
 
 
 # Growth is of a whole process, so the run has one of its own; and a large buffer that is let go must leave it at once,
@@ -281,21 +284,21 @@ def test_a_run_holds_what_the_plan_said_and_its_step_needs_about_as_much_as_it_s
     command = [sys.executable, "-c", RUN, asked]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     measured = json.loads(run.stdout.splitlines()[-1])
-    found = planning.answer(question(presets["gemma"], "cpu:8", length=length, **changes))
-    assert measured["state_bytes_per_device"] == found["argument_bytes"] - found["by_kind"]["batch"]
+    found = planning.compile_step(request(presets["gemma"], "cpu:8", length=length, **changes))
+    assert measured["state_bytes_per_device"] == found.argument_bytes - found.by_kind["batch"]
     if "step_growth_bytes" not in measured:
         pytest.skip("the growth of a process's memory is only told by Linux")
     # Simulated devices share a process and are not all at the same place of the step at the same time; what a kernel
     # takes beside its program's buffers is in no plan. Seen: 0.9 to 1.6 times.
-    assert found["devices"] * found["temporary_bytes"] / 2 < measured["step_growth_bytes"]
-    assert measured["step_growth_bytes"] < 3 * found["devices"] * found["temporary_bytes"]
+    assert found.devices * found.temporary_bytes / 2 < measured["step_growth_bytes"]
+    assert measured["step_growth_bytes"] < 3 * found.devices * found.temporary_bytes
 
 
 def test_full_parameter_tuning_has_slots_for_every_weight(presets):
-    found = planning.answer(question(presets["gemma3"], "cpu:8", rank=0))
-    assert found["trainable_parameters"] == found["parameters"]
-    assert found["by_kind"]["optimizer"] == 2 * found["by_kind"]["weight"]
-    assert "lora" not in found["by_kind"]
+    found = planning.compile_step(request(presets["gemma3"], "cpu:8", rank=0))
+    assert found.trainable_parameters == found.parameters
+    assert found.by_kind["optimizer"] == 2 * found.by_kind["weight"]
+    assert "lora" not in found.by_kind
 
 
 # --- TPUs that are not there. ---
@@ -304,19 +307,19 @@ def test_full_parameter_tuning_has_slots_for_every_weight(presets):
 @has_libtpu
 @pytest.mark.parametrize("path", ["ours", "tutorial"])
 def test_a_step_is_compiled_for_a_tpu_that_is_not_there(presets, path):
-    found = planning.answer(question(presets["gemma"], "v5e:2x4", path=path, dtype="bfloat16", batch_size=2))
-    assert found["fits"]
-    assert found["memory_bytes"] == 16 * 2**30
-    assert 0 < found["least_seconds"] == max(found["least"].values())
-    assert sum(each["count"] for each in found["collectives"].values()) > 0
+    found = planning.compile_step(request(presets["gemma"], "v5e:2x4", path=path, dtype="bfloat16", batch_size=2))
+    assert found.fits
+    assert found.memory_bytes == 16 * 2**30
+    assert 0 < found.bound.seconds == max(dataclasses.asdict(found.bound).values())
+    assert sum(each.count for each in found.collectives.values()) > 0
 
 
 @has_libtpu
 def test_what_does_not_fit_is_an_answer_with_what_was_asked_for(presets):
-    asked = question(presets["gemma"], "v5e:2x2", shape=(1, 4), batch_size=4096, length=4096)
-    found = planning.answer(asked)
-    assert not found["fits"]
-    assert found["asked_bytes"] > found["available_bytes"] > 15 * 2**30
+    asked = request(presets["gemma"], "v5e:2x2", shape=(1, 4), batch_size=4096, length=4096)
+    found = planning.compile_step(asked)
+    assert not found.fits
+    assert found.needed_bytes > found.available_bytes > 15 * 2**30
 
 
 def test_the_largest_buffers_are_taken_from_the_compilers_message():
@@ -327,7 +330,7 @@ def test_the_largest_buffers_are_taken_from_the_compilers_message():
         "\n  2. Size: 512.0M\n     Shape: bf16[4]{0}\n"
     )
     found = planning._out_of_memory(told)
-    assert (found["asked_bytes"], found["available_bytes"]) == (20.5 * 2**30, 15.75 * 2**30)
+    assert (found["needed_bytes"], found["available_bytes"]) == (20.5 * 2**30, 15.75 * 2**30)
     assert found["largest"] == [
         {"bytes": 2**31, "shape": "f32[8,64]{1,0}", "operator": "jit(step)/dot"},
         {"bytes": 2**29, "shape": "bf16[4]{0}", "operator": ""},
@@ -335,18 +338,31 @@ def test_the_largest_buffers_are_taken_from_the_compilers_message():
 
 
 def test_where_the_compiler_lists_no_buffers_those_of_two_blocks_tell_them(presets, monkeypatch):
-    asked = question(presets["gemma"], "cpu:8")
-    listed = planning.answer(dataclasses.replace(asked, blocks=2))["largest"]
-    sizes = [each["bytes"] for each in listed]
+    asked = request(presets["gemma"], "cpu:8")
+    listed = planning.compile_step(dataclasses.replace(asked, blocks=2)).largest
+    sizes = [each.bytes for each in listed]
     assert sizes == sorted(sizes, reverse=True) and len(sizes) == planning.LARGEST
-    assert any("train_step" in each["operator"] for each in listed)
-    gave_up = {"fits": False, "largest": [], "asked_bytes": 2**40}
+    assert any("train_step" in each.operator for each in listed)
+    gave_up = cost(fits=False, needed_bytes=2**40)
     large = asked.with_batch(2**20)
-    compiled, size = planning._compile, asked.request.settings.batch_size
+    compiled, size = planning._compile, asked.step.settings.batch_size
     monkeypatch.setattr(
-        planning, "_compile", lambda q, say: gave_up.copy() if q.blocks is None else compiled(q.with_batch(size), say)
+        planning, "_compile", lambda q, say: gave_up if q.blocks is None else compiled(q.with_batch(size), say)
     )
-    assert planning.answer(large)["largest"] == listed
+    assert planning.compile_step(large).largest == listed
+
+
+def cost(**known) -> StepCost:
+    """A made-up result of a compilation."""
+    none = {
+        "devices": 8,
+        "parameters": 1,
+        "trainable_parameters": 1,
+        "memory_bytes": None,
+        "by_kind": {},
+        "weights": [],
+    }
+    return StepCost(**{**none, "fits": True, "compile_seconds": 1.0, **known})
 
 
 BUFFERS = """HloModule m
@@ -369,28 +385,28 @@ def test_the_largest_buffers_of_a_program_are_told_once_with_their_place():
 
 def test_an_answer_is_kept_and_asked_for_only_once(presets):
     said: list[str] = []
-    asked = question(presets["gemma2"], "cpu:8", batch_size=2, learning_rate=0.011)
-    first = planning.answer(asked, said.append)
-    assert planning.answer(asked, said.append) == first
+    asked = request(presets["gemma2"], "cpu:8", batch_size=2, learning_rate=0.011)
+    first = planning.compile_step(asked, said.append)
+    assert planning.compile_step(asked, said.append) == first
     assert len(said) == 1
-    other = dataclasses.replace(asked.request, length=16)
-    assert planning.key_of(asked) != planning.key_of(dataclasses.replace(asked, request=other))
+    other = dataclasses.replace(asked.step, length=16)
+    assert planning.key_of(asked) != planning.key_of(dataclasses.replace(asked, step=other))
 
 
 def test_a_damaged_answer_is_noticed_and_made_anew(presets, tmp_path, monkeypatch):
     monkeypatch.setenv("GEMMA_TUNING_CACHE", str(tmp_path))
     made: list[int] = []
-    monkeypatch.setattr(planning, "_compile", lambda *_: made.append(1) or {"fits": True, "needed_bytes": len(made)})
+    monkeypatch.setattr(planning, "_compile", lambda *_: made.append(1) or cost(needed_bytes=len(made)))
     said: list[str] = []
-    asked = question(presets["gemma2"], "cpu:8")
-    planning.answer(asked)
+    asked = request(presets["gemma2"], "cpu:8")
+    planning.compile_step(asked)
     (file,) = (tmp_path / "plans").iterdir()
     whole = file.read_bytes()
-    old = json.dumps({"fits": True, "needed_bytes": 9}).encode()
+    old = cost(needed_bytes=9).model_dump_json().encode()
     for damaged in (b"", whole[:-1], whole.replace(b"true", b"null"), old, b"\xff" + whole):
         file.write_bytes(damaged)
-        assert planning.answer(asked, said.append)["needed_bytes"] == len(made)
-        assert planning.answer(asked, said.append)["needed_bytes"] == len(made)
+        assert planning.compile_step(asked, said.append).needed_bytes == len(made)
+        assert planning.compile_step(asked, said.append).needed_bytes == len(made)
     assert len(made) == 6
     assert said == [f"Warning: the kept plan {file.name} is damaged; it is made anew."] * 5
 
@@ -398,22 +414,22 @@ def test_a_damaged_answer_is_noticed_and_made_anew(presets, tmp_path, monkeypatc
 def test_an_answer_that_cannot_be_kept_is_an_answer(presets, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the place of a folder")
     monkeypatch.setenv("GEMMA_TUNING_CACHE", str(tmp_path / "file" / "cache"))
-    monkeypatch.setattr(planning, "_compile", lambda *_: {"fits": True})
+    monkeypatch.setattr(planning, "_compile", lambda *_: cost())
     said: list[str] = []
-    assert planning.answer(question(presets["gemma2"], "cpu:8"), said.append) == {"fits": True}
+    assert planning.compile_step(request(presets["gemma2"], "cpu:8"), said.append) == cost()
     assert said[-1].startswith("Warning: the plan is not kept for later (Not a directory")
 
 
 @pytest.mark.parametrize("changed", [{"learning_rate": 0.5}, {"seed": 7}, {"steps": 3}, {"sample_prompt": "It was"}])
-def test_a_setting_that_shapes_no_program_asks_no_new_question(presets, changed):
-    asked = question(presets["gemma2"], "cpu:8", batch_size=2)
-    other = question(presets["gemma2"], "cpu:8", batch_size=2, **changed)
+def test_a_setting_that_shapes_no_program_is_compiled_only_once(presets, changed):
+    asked = request(presets["gemma2"], "cpu:8", batch_size=2)
+    other = request(presets["gemma2"], "cpu:8", batch_size=2, **changed)
     assert planning.key_of(asked) == planning.key_of(other)
-    assert planning.key_of(asked) != planning.key_of(question(presets["gemma2"], "cpu:8", batch_size=3))
+    assert planning.key_of(asked) != planning.key_of(request(presets["gemma2"], "cpu:8", batch_size=3))
 
 
 def test_the_key_covers_all_the_code_that_an_answer_follows_from(presets, monkeypatch):
-    asked = question(presets["gemma2"], "cpu:8", batch_size=2)
+    asked = request(presets["gemma2"], "cpu:8", batch_size=2)
     before = planning.key_of(asked)
     digests = code.digests("stages/core/planning.py")
     assert {"stages/core/step_program.py", "stages/core/head.py", "stages/core/decoder.py"} <= set(digests)
@@ -434,7 +450,7 @@ def test_an_unknown_topology_is_told_with_those_that_exist(devices, name):
 
 def test_a_mesh_larger_than_the_topology_is_told(presets):
     with pytest.raises(StageError, match="has 4"):
-        planning.answer(question(presets["gemma"], "cpu:4", shape=(2, 4)))
+        planning.compile_step(request(presets["gemma"], "cpu:4", shape=(2, 4)))
 
 
 def test_an_unknown_preset_is_told_with_the_nearest(devices):
@@ -442,7 +458,7 @@ def test_an_unknown_preset_is_told_with_the_nearest(devices):
 
     params = read_params(ROOT / "params.yaml")
     with pytest.raises(ParamsError, match="gemma_7b_en"):
-        plan_targets.question_of(params, PlanTarget(topology="cpu:8", preset="gemma_7b"))
+        plan_targets.compile_request_of(params, PlanTarget(topology="cpu:8", preset="gemma_7b"))
     assert gemmas.architecture("gemma_7b_en").class_name == "GemmaBackbone"
 
 
@@ -486,12 +502,13 @@ def test_the_stage_writes_metrics_search_and_scaling_the_same_each_time(presets,
 def test_the_best_candidate_is_the_fastest_and_of_equals_the_one_that_sends_least():
     from stages.core.plan_search import _worth
 
-    def row(name: str, tokens: float | None, wire: int, batch: int) -> dict:
-        return {"name": name, "tokens_per_second_bound": tokens, "wire_bytes": wire, "batch_size": batch}
+    def row(name: str, tokens: float | None, wire: int, batch: int) -> Estimate:
+        known = {"tokens_per_second_upper_bound": tokens, "interconnect_bytes": wire, "batch_size": batch}
+        return Estimate(name=name, mesh=[1, 8], layout="auto", fits=True, **known)
 
     rows = [row("slow", 40_000.0, 1, 8), row("talks", 45_076.0, 900, 32), row("quiet", 45_071.0, 100, 16)]
-    rows += [{"name": "does not fit"}]
-    best_first = [each["name"] for each in sorted(rows, key=_worth, reverse=True)]
+    rows += [Estimate(name="does not fit", mesh=[1, 8], layout="auto", fits=False)]
+    best_first = [each.name for each in sorted(rows, key=_worth, reverse=True)]
     assert best_first == ["quiet", "talks", "slow", "does not fit"]
 
 
@@ -501,19 +518,20 @@ def test_the_largest_batch_is_found_and_what_surely_does_not_fit_is_not_compiled
 
     asked = []
 
-    def figures_of(question, topology, held, say):
-        batch = question.request.settings.batch_size
+    def estimate_step(request, topology, held, say):
+        batch = request.step.settings.batch_size
         asked.append(batch)
         needed = round((1.5 + a_window * batch) * 2**30)
-        return {"batch_size": batch, "fits": needed <= topology.memory_bytes, "needed_bytes": needed}
+        fits = needed <= topology.memory_bytes
+        return Estimate(mesh=[1, 8], layout="auto", batch_size=batch, fits=fits, needed_bytes=needed)
 
-    monkeypatch.setattr(plan_search, "figures_of", figures_of)
-    wanted = question(presets["gemma"], "v5e:2x4", shape=(1, 8))
+    monkeypatch.setattr(plan_search, "estimate_step", estimate_step)
+    wanted = request(presets["gemma"], "v5e:2x4", shape=(1, 8))
     place = dataclasses.replace(topology.describe("cpu:8"), chip=CHIPS["v5e"])
     tried, best = plan_search._largest_batch(wanted, place, 512, lambda text: None)
     fitting = [2**power for power in range(10) if 1.5 + a_window * 2**power <= 16]
-    assert best["largest_batch"] == max(fitting, default=0)
-    assert best["fits"] == bool(fitting)
+    assert best.largest_batch == max(fitting, default=0)
+    assert best.fits == bool(fitting)
     assert len(asked) == len(set(asked)) == len(tried) <= 4
     if a_window == 0.3:
         assert len(asked) == 2, "two batches give the line, the others are foreseen"
@@ -545,7 +563,7 @@ def test_the_table_of_presets_takes_the_first_topology_that_holds_the_step(tmp_p
     plan_presets.write_table(params, readme, lambda text: None)
     assert readme.read_text() == again
     # A model too large for every topology is said to be so.
-    monkeypatch.setattr(plan_presets, "argument_bytes", lambda question: 2**50)
+    monkeypatch.setattr(plan_presets, "argument_bytes", lambda request: 2**50)
     assert "| gemma3_270m | none of these |" in plan_presets.table(params, lambda text: None)
 
 
@@ -598,7 +616,7 @@ def plan_settings():
     [
         ({"fits": False, "needed_bytes_per_device": 20 * 2**30}, None, "does not fit on v5e:2x4: it needs 20.00 GiB"),
         ({"fits": False}, None, "does not fit on v5e:2x4:"),
-        ({"fits": True, "needed_bytes_per_device": 9 * 2**30}, 8 * 2**30, "needs 9.00 GiB for this run"),
+        ({"fits": True, "needed_bytes_per_device": 9 * 2**30}, 8 * 2**30, "needs 9.00 GiB per device"),
         ({"fits": True, "needed_bytes_per_device": 9 * 2**30}, 16 * 2**30, None),
         ({"fits": False, "batch_size": 64}, None, None),
         ({"fits": False, "preset": "gemma_2b_en"}, None, None),
@@ -611,12 +629,17 @@ def test_a_run_that_the_plan_said_does_not_fit_is_warned_of(tmp_path, changes, d
 
     asked = {"preset": "gemma3_270m", "mesh": [1, 8], "layout": "auto", "dtype": "float32", "step": "ours"}
     asked |= {"batch_size": 2, "length": 128, "rank": 4, "rematerialize": False}
-    target = {**asked, "topology": "v5e:2x4", **changes}
+    plan = PlanFile(
+        targets={"a target": Target(**{**asked, "topology": "v5e:2x4", "devices": 8, **changes})},
+        search=None,
+        scaling=None,
+    )
+    run = RunKey(**asked)
     lines = []
-    warn_if_planned_not_to_fit(tmp_path, asked, device_bytes, lines.append)
+    warn_if_planned_not_to_fit(tmp_path, run, device_bytes, lines.append)
     assert lines == [], "there is no plan yet"
-    write_json(tmp_path / PLAN, {"targets": {"a target": target}})
-    warn_if_planned_not_to_fit(tmp_path, asked, device_bytes, lines.append)
+    write_json(tmp_path / PLAN, plan.content())
+    warn_if_planned_not_to_fit(tmp_path, run, device_bytes, lines.append)
     if said is None:
         assert lines == []
     else:
@@ -626,10 +649,10 @@ def test_a_run_that_the_plan_said_does_not_fit_is_warned_of(tmp_path, changes, d
 def test_what_the_warning_compares_is_what_the_plan_writes(presets):
     from stages.core import plan_check, plan_targets
 
-    asked = question(presets["gemma"], "cpu:8")
-    tuned = asked.request.settings
-    entry = plan_targets.details("tiny", asked, planning.answer(asked))
+    asked = request(presets["gemma"], "cpu:8")
+    tuned = asked.step.settings
+    target = plan_targets.target_of("tiny", asked, planning.compile_step(asked))
     description = models.describe(open_tiny(presets["gemma"]), (2, 4)) | {"preset": "tiny"}
-    run = plan_check.run_of(description, tuned, asked.request.length)
-    assert run.items() <= entry.items()
-    assert len(run) == 9
+    run = plan_check.run_of(description, tuned, asked.step.length)
+    assert run.matches(target)
+    assert None not in run.model_dump().values()

@@ -328,15 +328,15 @@ def test_the_step_fits_where_the_plan_of_the_profile_puts_it(devices, name: str)
     params = params_of(name)
     own = (params.mesh.shape, params.load.dtype, params.tokenize.length, params.finetune, params.layout.name)
     for target in params.plan.targets:
-        _, question = plan_targets.question_of(params, target)
-        request, where = question.request, topology.describe(target.topology)
-        if (list(request.mesh.shape), request.dtype, request.length, request.settings, request.layout.name) == own:
+        _, request = plan_targets.compile_request_of(params, target)
+        step, where = request.step, topology.describe(target.topology)
+        if (list(step.mesh.shape), step.dtype, step.length, step.settings, step.layout.name) == own:
             break
     else:
         pytest.fail("no target is the run itself")
-    small = planning.answer(dataclasses.replace(question, blocks=2))
-    assert small["fits"], small
-    held = plan_search.argument_bytes(question)
-    most = held + (small["temporary_bytes"] + small["code_bytes"]) * request.architecture.config["num_layers"] // 2
+    small = planning.compile_step(dataclasses.replace(request, blocks=2))
+    assert small.fits, small
+    held = plan_search.argument_bytes(request)
+    most = held + (small.temporary_bytes + small.code_bytes) * step.architecture.config["num_layers"] // 2
     if where.memory_bytes is not None and most > where.memory_bytes:
-        assert plan_search.figures_of(question, where, held, print)["fits"]
+        assert plan_search.estimate_step(request, where, held, print).fits

@@ -278,9 +278,9 @@ def plan() -> dict:
         "needed_bytes_per_device": 5 * 2**30,
         "hbm_bytes_per_device": 16 * 2**30,
         "collectives": {"all-gather": {"count": 113, "bytes": 10**8}, "reduce-scatter": {"count": 4, "bytes": 10**7}},
-        "wire_bytes_per_step": 2**30,
-        "least_step_seconds": 0.0295,
-        "least_step_limit": "memory",
+        "interconnect_bytes_per_step": 2**30,
+        "step_seconds_lower_bound": 0.0295,
+        "bound_by": "memory",
         "measured_step_seconds": 0.163,
         "largest": [],
         "weights": [],
@@ -304,8 +304,9 @@ def plan() -> dict:
     def point(mesh: int, batch: int, **more) -> dict:
         name = f"({mesh}, {8 // mesh}) auto"
         found = {"name": name, "mesh": [mesh, 8 // mesh or 8], "layout": "auto", "batch_size": batch, "fits": True}
-        least = {"least_seconds": 0.01 * batch, "least_limit": "compute", "tokens_per_second_bound": 51200.0}
-        return {**found, **least, "needed_bytes": (2 + batch) * 2**30, "wire_bytes": 10**9, "compiled": False, **more}
+        known = {"step_seconds_lower_bound": 0.01 * batch, "bound_by": "compute"}
+        known |= {"tokens_per_second_upper_bound": 51200.0, "interconnect_bytes": 10**9, "compiled": False}
+        return {**found, **known, "needed_bytes": (2 + batch) * 2**30, **more}
 
     search = {
         "preset": "gemma_7b_en",
@@ -630,7 +631,7 @@ def test_without_fallbacks_the_page_says_so(root):
 
 def test_the_plan_tells_what_fits_what_does_not_and_by_how_much(root):
     text = Reader(rendered(root)).text
-    assert "fits (163 ms a step measured by the tutorial) yes" in text
+    assert "fits (the tutorial measured 163 ms per step) yes" in text
     sizes = "4.00 GiB 6.00 MiB 11.0 MiB 512 MiB 113 all-gather, 4 reduce-scatter 1.00 GiB"
     assert f"31.2 % 5.00 GiB 16.0 GiB 29.5 ms (memory) {sizes}" in text and "lower bound" in text
     assert "too large no" in text and "156.2 % 25.0 GiB 16.0 GiB" in text
@@ -638,7 +639,7 @@ def test_the_plan_tells_what_fits_what_does_not_and_by_how_much(root):
 
 
 def test_the_plan_of_this_run_stands_beside_what_the_run_measured(root):
-    held = "State a device: 976 B planned, 976 B measured (to the byte)."
+    held = "State per device: 976 B planned, 976 B measured (to the byte)."
     grown = "Temporaries of all 8 simulated devices: 80.0 MiB planned, 100 MiB measured (\u221220.0 %)."
     edit(root, "data/metrics/finetune.json", state_bytes_per_device=976, step_growth_bytes=100 * 2**20)
     assert f"This run, planned and measured: {held} {grown}" in Reader(rendered(root)).text
@@ -647,7 +648,7 @@ def test_the_plan_of_this_run_stands_beside_what_the_run_measured(root):
     elsewhere = {**here, "topology": "v5e:2x4", "argument_bytes_per_device": 2000}
     edit(root, "data/sharding/plan.json", targets={"here": here, "elsewhere": elsewhere})
     text = Reader(rendered(root)).text
-    assert f"This run, planned and measured: {held} {grown}" in text and text.count("State a device") == 1
+    assert f"This run, planned and measured: {held} {grown}" in text and text.count("State per device") == 1
 
 
 def test_the_search_marks_the_best_and_says_which_figures_are_compiled(root):
@@ -661,7 +662,7 @@ def test_the_search_marks_the_best_and_says_which_figures_are_compiled(root):
 def test_a_plan_without_search_and_scaling_has_no_empty_tables(root):
     edit(root, "data/sharding/plan.json", search=None, scaling=None)
     text = Reader(rendered(root)).text
-    assert "Does it fit?" in text and "Search " not in text.partition("Plan What")[2].partition("Numbers and")[0]
+    assert "Does it fit?" in text and "Search " not in text.partition("Plan Whole")[2].partition("Numbers and")[0]
 
 
 def test_each_prompt_stands_with_both_continuations_in_order(root):
@@ -862,8 +863,8 @@ def attack_everywhere(root: Path) -> None:
         write_json(root / f"data/sharding/{name}.json", content)
     planned = plan()
     target, candidate = planned["targets"]["too large"], planned["search"]["candidates"][2]
-    target |= {"topology": ATTACK, "collectives": {ATTACK: {"count": 1, "bytes": 1}}, "least_step_limit": ATTACK}
-    target |= {"largest": [{"bytes": 1, "shape": ATTACK, "operator": ATTACK}], "least_step_seconds": 1.0}
+    target |= {"topology": ATTACK, "collectives": {ATTACK: {"count": 1, "bytes": 1}}, "bound_by": ATTACK}
+    target |= {"largest": [{"bytes": 1, "shape": ATTACK, "operator": ATTACK}], "step_seconds_lower_bound": 1.0}
     candidate |= {"name": ATTACK, "reason": ATTACK}
     planned["search"] |= {"preset": ATTACK, "topology": ATTACK}
     for row in [*planned["search"]["points"], *planned["scaling"]["rows"]]:

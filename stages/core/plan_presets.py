@@ -8,24 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from stages.core import gemmas
 from stages.core.errors import ParamsError
 from stages.core.files import write_text
 from stages.core.mesh import MeshShape
-from stages.core.params import PlanStep
-from stages.core.plan_search import argument_bytes, figures_of
+from stages.core.params import Dtype, PlanStep
+from stages.core.plan_records import Estimate
+from stages.core.plan_search import argument_bytes, estimate_step
 from stages.core.plan_table import size
-from stages.core.plan_targets import Settings, request_of
-from stages.core.planning import Question
+from stages.core.plan_targets import Settings, step_of
+from stages.core.planning import CompileRequest
 from stages.core.topology import describe
 
 # The smallest first. All have eight devices or more on the model axis, as the tutorial's mesh has.
 LADDER = (("v5e:2x4", (1, 8)), ("v5p:2x2x2", (1, 8)), ("v5p:2x2x4", (1, 16)))
 LENGTH, BATCH, RANK = 512, 8, 4
 # In full in what can learn: float32 weights, bfloat16 arithmetic.
-DTYPES = {RANK: "bfloat16", 0: "mixed_bfloat16"}
+DTYPES: dict[int, Dtype] = {RANK: "bfloat16", 0: "mixed_bfloat16"}
 BEGIN, END = "<!-- plan: presets -->", "<!-- plan: end -->"
 
 
@@ -49,9 +49,10 @@ def write_table(params: Settings, file: Path, say: Callable[[str], None]) -> Non
 
 
 def table(params: Settings, say: Callable[[str], None]) -> str:
-    """Return the table as Markdown, a line a preset."""
+    """Return the table as Markdown, a line per preset."""
+    columns = ("topology", "memory per device", "step time >=")
     lines = [
-        f"| preset | rank {RANK} on | needed a device | least step | in full on | needed a device | least step |",
+        f"| preset | LoRA r={RANK}: {' | '.join(columns)} | full: {' | '.join(columns)} |",
         "|---|---|---|---|---|---|---|",
     ]
     for name in gemmas.GEMMAS:
@@ -60,26 +61,26 @@ def table(params: Settings, say: Callable[[str], None]) -> str:
     return "\n".join(lines)
 
 
-def smallest(params: Settings, name: str, rank: int, say: Callable[[str], None]) -> dict[str, Any] | None:
-    """Return the figures of a preset on the first topology of the ladder that holds its step, or None."""
+def smallest(params: Settings, name: str, rank: int, say: Callable[[str], None]) -> Estimate | None:
+    """Return the estimate of a preset on the first topology of the ladder that its step fits on, or None."""
     architecture = gemmas.architecture(name)
-    step = PlanStep(preset=name, dtype=DTYPES[rank], length=LENGTH, rank=rank)
+    settings = PlanStep(preset=name, dtype=DTYPES[rank], length=LENGTH, rank=rank)
     for topology_name, shape in LADDER:
         topology = describe(topology_name)
-        request = request_of(params, step, architecture, MeshShape(shape), layout="auto", batch_size=BATCH)
-        question = Question(request, topology_name)
-        held = argument_bytes(question)
-        if held >= topology.memory_bytes:
+        step = step_of(params, settings, architecture, MeshShape(shape), layout="auto", batch_size=BATCH)
+        request = CompileRequest(step, topology_name)
+        held = argument_bytes(request)
+        if topology.memory_bytes is not None and held >= topology.memory_bytes:
             continue
         say(f"{name}, {f'rank {rank}' if rank else 'in full'}, on {topology_name}")
-        found = figures_of(question, topology, held, say)
-        if found["fits"]:
-            return {**found, "topology": topology_name}
+        estimate = estimate_step(request, topology, held, say)
+        if estimate.fits:
+            return estimate.model_copy(update={"topology": topology_name})
     return None
 
 
-def _cells(found: dict[str, Any] | None) -> tuple[str, str, str]:
-    if found is None:
+def _cells(estimate: Estimate | None) -> tuple[str, str, str]:
+    if estimate is None:
         return "none of these", "", ""
-    least = f"{found['least_seconds'] * 1e3:.0f} ms ({found['least_limit']})"
-    return found["topology"], size(found["needed_bytes"]), least
+    bound = f"{(estimate.step_seconds_lower_bound or 0) * 1e3:.0f} ms ({estimate.bound_by})"
+    return estimate.topology, size(estimate.needed_bytes), bound

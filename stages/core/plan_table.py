@@ -1,101 +1,83 @@
-"""The plan as tables for the terminal."""
+"""The plan as tables for the terminal; sizes are per device."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from stages.core.plan_records import Estimate, PlanFile, Scaling, Search, Target
+
 GIB = 2**30
+BOUND = "step time >= (lower bound)"
 
 
-def show(entries: dict[str, dict[str, Any]], searched: dict[str, Any] | None, scaled: dict[str, Any] | None) -> None:
-    """Print the targets, and the search and the scaling where there are any; sizes are for one device.
-
-    Args:
-        entries: as in `data/metrics/plan.json`.
-        searched: from `plan_search.search`.
-        scaled: from `plan_search.scaling`.
-    """
+def show(plan: PlanFile) -> None:
+    """Print the targets, and the search and the scaling where there are any."""
     console = Console(width=None if Console().is_terminal else 160)
-    if entries:
-        console.print(
-            _table(
-                "Plan: what a step needs on each device",
-                (
-                    "target",
-                    "fits",
-                    "arguments",
-                    "temporaries",
-                    "needed",
-                    "of",
-                    "collectives",
-                    "least step (lower bound)",
-                ),
-                [
-                    (
-                        label,
-                        _yes(each["fits"]),
-                        size(each.get("argument_bytes_per_device")),
-                        size(each.get("temporary_bytes_per_device")),
-                        size(each.get("needed_bytes_per_device")),
-                        size(each.get("hbm_bytes_per_device")),
-                        counts({kind: found["count"] for kind, found in each["collectives"].items()}),
-                        _least(each.get("least_step_seconds"), each.get("least_step_limit"))
-                        + (
-                            f" (measured: {each['measured_step_seconds'] * 1e3:.0f} ms)"
-                            if "measured_step_seconds" in each
-                            else ""
-                        ),
-                    )
-                    for label, each in entries.items()
-                ],
-            )
-        )
-    if searched:
-        rows = [
+    if plan.targets:
+        console.print(_targets(plan.targets))
+    if plan.search:
+        console.print(_search(plan.search))
+    if plan.scaling:
+        console.print(_scaling(plan.scaling))
+
+
+def _targets(targets: Mapping[str, Target]) -> Table:
+    columns = ("target", "fits", "arguments", "temporaries", "needed", "of", "collectives", BOUND)
+    rows = []
+    for label, target in targets.items():
+        measured = target.measured_step_seconds
+        rows.append(
             (
-                each["name"] + (" *" if not number and each["fits"] else ""),
-                str(each["largest_batch"]) if each["fits"] else each.get("reason", "does not fit"),
-                "compiled" if each.get("compiled") else "extrapolated" if each["fits"] else "",
-                size(each.get("needed_bytes")),
-                _least(each.get("least_seconds"), each.get("least_limit")),
-                f"{each['tokens_per_second_bound']:,.0f}" if each.get("tokens_per_second_bound") else "",
+                label,
+                _yes(target.fits),
+                size(target.argument_bytes_per_device),
+                size(target.temporary_bytes_per_device),
+                size(target.needed_bytes_per_device),
+                size(target.hbm_bytes_per_device),
+                _counts({kind: collective.count for kind, collective in target.collectives.items()}),
+                _bound(target) + (f" (measured: {measured * 1e3:.0f} ms)" if measured else ""),
             )
-            for number, each in enumerate(searched["candidates"])
-        ]
-        columns = (
-            "mesh and layout",
-            "largest batch",
-            "figures",
-            "needed",
-            "least step (lower bound)",
-            "tokens/s at most",
         )
-        console.print(_table(f"Search: {searched['preset']} on {searched['topology']} (* best)", columns, rows))
-    if scaled:
-        rows = [
-            (
-                each["topology"],
-                str(each["devices"]),
-                str(tuple(each["mesh"])),
-                str(each["batch_size"]),
-                _yes(each["fits"]),
-                size(each.get("needed_bytes")),
-                counts(each.get("collectives", {})),
-                _least(each.get("least_seconds"), each.get("least_limit")),
-                f"{each['tokens_per_second_bound']:,.0f}" if each.get("tokens_per_second_bound") else "",
-            )
-            for each in scaled["rows"]
-        ]
-        columns = (
-            *("topology", "devices", "mesh", "batch", "fits", "needed", "collectives"),
-            *("least step (lower bound)", "tokens/s at most"),
+    return _table("Plan: what a step needs on each device", columns, rows)
+
+
+def _search(search: Search) -> Table:
+    columns = ("mesh and layout", "largest batch", "figures", "needed", BOUND, "tokens/s <=")
+    rows = [
+        (
+            row.name + (" *" if not number and row.fits else ""),
+            str(row.largest_batch) if row.fits else row.reason or "does not fit",
+            "compiled" if row.compiled else "extrapolated" if row.fits else "",
+            size(row.needed_bytes),
+            _bound(row),
+            _tokens(row),
         )
-        console.print(_table(f"Scaling: {scaled['preset']} (extrapolated from two and four blocks)", columns, rows))
+        for number, row in enumerate(search.candidates)
+    ]
+    return _table(f"Search: {search.preset} on {search.topology} (* best)", columns, rows)
+
+
+def _scaling(scaling: Scaling) -> Table:
+    columns = ("topology", "devices", "mesh", "batch", "fits", "needed", "collectives", BOUND, "tokens/s <=")
+    rows = [
+        (
+            row.topology,
+            str(row.devices),
+            str(tuple(row.mesh)),
+            str(row.batch_size),
+            _yes(row.fits),
+            size(row.needed_bytes),
+            _counts(row.collectives),
+            _bound(row),
+            _tokens(row),
+        )
+        for row in scaling.rows
+    ]
+    return _table(f"Scaling: {scaling.preset} (extrapolated from two and four blocks)", columns, rows)
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
@@ -112,8 +94,7 @@ def size(value: float | None) -> str:
     return "" if value is None else f"{value / GIB:.2f} GiB"
 
 
-def counts(collectives: dict[str, int]) -> str:
-    """Return collectives as `116 all-reduce, 2 all-gather`."""
+def _counts(collectives: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in collectives.items())
 
 
@@ -121,5 +102,11 @@ def _yes(value: bool) -> str:
     return "yes" if value else "no"
 
 
-def _least(seconds: float | None, limit: str | None) -> str:
-    return "" if seconds is None else f"{seconds * 1e3:.1f} ms ({limit})"
+def _bound(row: Target | Estimate) -> str:
+    seconds = row.step_seconds_lower_bound
+    return "" if seconds is None else f"{seconds * 1e3:.1f} ms ({row.bound_by})"
+
+
+def _tokens(row: Estimate) -> str:
+    tokens = row.tokens_per_second_upper_bound
+    return "" if tokens is None else f"{tokens:,.0f}"

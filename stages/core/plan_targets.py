@@ -1,14 +1,13 @@
-"""From `plan`'s entries to questions for the compiler, and from its answers to metrics and the sharding file.
+"""From the entries of params `plan` to compile requests, and from their results to records.
 
-Purpose: what `stages/plan.py` strings together. What an entry leaves out comes from the other sections, so that an
-entry with nothing but a topology is the run itself.
+What an entry leaves out comes from the other sections, so an entry with only a topology is the run itself.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stages.core import gemmas
 from stages.core.architecture import Architecture, read_architecture
@@ -16,7 +15,8 @@ from stages.core.layouts import make_layout
 from stages.core.mesh import MeshShape
 from stages.core.params import Fetch, Finetune, Layout, Load, Mesh, Plan, PlanStep, PlanTarget, Tokenize
 from stages.core.paths import cache_folder, own_path
-from stages.core.planning import Question
+from stages.core.plan_records import RunKey, Target
+from stages.core.planning import CompileRequest, StepCost
 from stages.core.registry import REGISTRY, name_of
 from stages.core.topology import cpu_devices
 
@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 # What the tutorial reports for its own run (gemma_7b_en on a TPU v3-8, mesh (1, 8), batch 2 x 128 tokens, rank 4):
 # https://ai.google.dev/gemma/docs/core/distributed_tuning, "163ms/step".
-MEASURED = {("gemma_7b_en", "v3:2x2", (1, 8), 2, 128, 4): 0.163}
+MEASURED: dict[tuple[str, str, tuple[int, ...], int, int, int], float] = {
+    ("gemma_7b_en", "v3:2x2", (1, 8), 2, 128, 4): 0.163
+}
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def own_config(fetch: Fetch, root: Path) -> Path | None:
     return None if fetch.path is None else own_path(root, "fetch.path", fetch.path) / "config.json"
 
 
-def request_of(
+def step_of(
     params: Settings,
     step: PlanStep,
     architecture: Architecture,
@@ -95,14 +97,14 @@ def request_of(
     )
 
 
-def question_of(params: Settings, target: PlanTarget) -> tuple[str, Question]:
-    """Return a target as a question, under its preset's name."""
+def compile_request_of(params: Settings, target: PlanTarget) -> tuple[str, CompileRequest]:
+    """Return a target's preset by name, and what to compile for it."""
     name, architecture = architecture_of(params, target)
     mesh = MeshShape(tuple(target.mesh or params.mesh.shape))
-    request = request_of(
+    step = step_of(
         params, target, architecture, mesh, layout=target.layout, batch_size=target.batch_size, path=target.step
     )
-    return name, Question(request, target.topology)
+    return name, CompileRequest(step, target.topology)
 
 
 def simulated_devices(params: Settings) -> int:
@@ -114,83 +116,70 @@ def simulated_devices(params: Settings) -> int:
     return max([1, *(cpu_devices(name) or 1 for name in names)])
 
 
-def label(name: str, question: Question) -> str:
-    """Return what a target is called: all that tells it from another."""
-    request = question.request
-    shape = "x".join(str(size) for size in request.mesh.shape)
-    settings = request.settings
+def run_key(name: str, step: StepRequest) -> RunKey:
+    """Return what distinguishes a step of a preset from others."""
+    return RunKey(
+        preset=name,
+        mesh=list(step.mesh.shape),
+        layout=step.layout.name,
+        dtype=step.dtype,
+        batch_size=step.settings.batch_size,
+        length=step.length,
+        rank=step.settings.rank,
+        rematerialize=step.settings.rematerialize,
+        step=step.path,
+    )
+
+
+def label(target: Target) -> str:
+    """Return what a target is called: everything that distinguishes it from another."""
     parts = [
-        name,
-        question.topology,
-        f"mesh {shape}",
-        request.layout.name,
-        request.dtype,
-        f"{settings.batch_size}x{request.length}",
-        f"rank {settings.rank}" if settings.rank else "full",
+        f"{target.preset}",
+        target.topology,
+        f"mesh {'x'.join(str(size) for size in target.mesh or [])}",
+        f"{target.layout}",
+        f"{target.dtype}",
+        f"{target.batch_size}x{target.length}",
+        f"rank {target.rank}" if target.rank else "full",
     ]
-    parts += ["rematerialize"] if settings.rematerialize else []
-    parts += ["tutorial's step"] if request.path == "tutorial" else []
+    parts += ["rematerialize"] if target.rematerialize else []
+    parts += ["tutorial's step"] if target.step == "tutorial" else []
     return ", ".join(parts)
 
 
-def entry(name: str, question: Question, answer: dict[str, Any]) -> dict[str, Any]:
-    """Return a target's entry in `plan.json`: what was asked, and what the compiler says for each device."""
-    request = question.request
-    settings = request.settings
-    key = (
-        name, question.topology, request.mesh.shape, settings.batch_size, request.length, settings.rank,
-    )  # fmt: skip
-    collectives = {
-        kind: {"count": each["count"], "bytes": each["bytes"]} for kind, each in answer.get("collectives", {}).items()
-    }
-    found = {
-        "preset": name,
-        "topology": question.topology,
-        "devices": answer["devices"],
-        "mesh": list(request.mesh.shape),
-        "layout": request.layout.name,
-        "dtype": request.dtype,
-        "batch_size": settings.batch_size,
-        "length": request.length,
-        "rank": settings.rank,
-        "rematerialize": settings.rematerialize,
-        "step": request.path,
-        "parameters": answer["parameters"],
-        "trainable_parameters": answer["trainable_parameters"],
-        "fits": answer["fits"],
-        "argument_bytes_per_device": answer.get("argument_bytes"),
-        **{f"{kind}_bytes_per_device": size for kind, size in answer["by_kind"].items()},
-        "temporary_bytes_per_device": answer.get("temporary_bytes"),
-        "output_bytes_per_device": answer.get("output_bytes"),
-        "aliased_bytes_per_device": answer.get("aliased_bytes"),
-        "needed_bytes_per_device": answer.get("needed_bytes", answer.get("asked_bytes")),
-        "hbm_bytes_per_device": answer["memory_bytes"],
-        "flops_per_step": answer.get("flops"),
-        "moved_bytes_per_step": answer.get("moved_bytes"),
-        "collectives": collectives,
-        "collective_bytes_per_step": sum(each["bytes"] for each in collectives.values()),
-        # What goes over the wire tells more: an all-reduce sends its bytes twice, a reduce-scatter once.
-        "wire_bytes_per_step": answer.get("wire_bytes"),
-        "least_step_seconds": answer.get("least_seconds"),
-        "least_step_limit": answer.get("least_limit"),
-        "measured_step_seconds": MEASURED.get(key) if request.path == "ours" else None,
-        "compile_seconds": answer["compile_seconds"],
-    }
-    return {key: value for key, value in found.items() if value is not None}
-
-
-def details(name: str, question: Question, answer: dict[str, Any]) -> dict[str, Any]:
-    """Return what `data/sharding/plan.json` holds of a target: the weights' table and the buffers beside the sums.
-
-    The compilation's time is left out: the file's bytes follow from the settings alone.
-    """
-    found = {key: value for key, value in entry(name, question, answer).items() if key != "compile_seconds"}
-    fallbacks = [vars(fallback) for fallback in question.request.layout.fallbacks]
-    least = {f"least_{cause}_seconds": seconds for cause, seconds in (answer.get("least") or {}).items()}
-    return {
-        **found,
-        **least,
-        "largest": answer.get("largest", []),
-        "fallbacks": fallbacks,
-        "weights": answer["weights"],
-    }
+def target_of(name: str, request: CompileRequest, cost: StepCost) -> Target:
+    """Return the record of a target: what was asked, and what the compiler says."""
+    step = request.step
+    key = (name, request.topology, step.mesh.shape, step.settings.batch_size, step.length, step.settings.rank)
+    bound = cost.bound
+    return Target(
+        **run_key(name, step).model_dump(),
+        topology=request.topology,
+        devices=cost.devices,
+        parameters=cost.parameters,
+        trainable_parameters=cost.trainable_parameters,
+        fits=cost.fits,
+        argument_bytes_per_device=cost.argument_bytes,
+        **{f"{kind}_bytes_per_device": size for kind, size in cost.by_kind.items()},
+        temporary_bytes_per_device=cost.temporary_bytes,
+        output_bytes_per_device=cost.output_bytes,
+        aliased_bytes_per_device=cost.aliased_bytes,
+        needed_bytes_per_device=cost.needed_bytes,
+        hbm_bytes_per_device=cost.memory_bytes,
+        flops_per_step=cost.flops,
+        hbm_traffic_bytes_per_step=cost.hbm_traffic_bytes,
+        collectives=cost.collectives,
+        collective_bytes_per_step=sum(collective.bytes for collective in cost.collectives.values()),
+        # What is sent says more: an all-reduce sends its bytes twice, a reduce-scatter once.
+        interconnect_bytes_per_step=cost.interconnect_bytes,
+        step_seconds_lower_bound=bound.seconds if bound else None,
+        bound_by=bound.bound_by if bound else None,
+        compute_seconds=bound.compute if bound else None,
+        memory_seconds=bound.memory if bound else None,
+        network_seconds=bound.network if bound else None,
+        measured_step_seconds=MEASURED.get(key) if step.path == "ours" else None,
+        compile_seconds=cost.compile_seconds,
+        largest=cost.largest,
+        fallbacks=[vars(fallback) for fallback in step.layout.fallbacks],
+        weights=cost.weights,
+    )

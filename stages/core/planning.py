@@ -1,8 +1,8 @@
-"""What a train step needs on devices that are not there, by compiling it for them.
+"""What a training step needs on devices that are not there, by compiling it ahead of time.
 
-Purpose: from a request (preset, topology, mesh, layout, settings) to memory, collectives and the least step time; a
-program that does not fit is an answer. Results are kept by all that they follow from.
-Reads and writes: `<cache folder>/plans/<key>`, JSON with its digest before it.
+From a request (preset, topology, mesh, layout, settings) to memory, collectives and a lower bound of the step time. A
+program that does not fit is a result too. Results are cached under a key of everything they depend on.
+Reads and writes: `<cache folder>/plans/<key>`, JSON after its digest.
 """
 
 from __future__ import annotations
@@ -18,57 +18,104 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pydantic import Field
+
 from stages.core import code, hlo, sharding
 from stages.core.errors import StageError
 from stages.core.files import optional, read_kept, write_kept
 from stages.core.params import without
 from stages.core.paths import cache_folder
-from stages.core.roofline import bound
+from stages.core.plan_records import Buffer, Collective, Record
+from stages.core.roofline import Bound, lower_bound
 from stages.core.topology import describe, program_cache_off
 
 if TYPE_CHECKING:
     from stages.core.step_program import StepRequest
 
-# What a program follows from beside its request and the code that makes it.
+# What a compiled program depends on beside its request and the code that makes it.
 PACKAGES = ("jax", "jaxlib", "libtpu", "keras", "keras-hub")
-LARGEST = 5  # buffers told of a program
+LARGEST = 5  # buffers listed per program
 UNITS = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "": 1}
 
 
 @dataclass(frozen=True)
-class Question:
-    """A step for a topology; `blocks` None: all of the model's, else a program of so many."""
+class CompileRequest:
+    """A step for a topology; `blocks` None: all of the model's, else a program with only that number of blocks.
 
-    request: StepRequest
+    Example:
+        >>> request = CompileRequest(step, "v5e:2x4")
+        >>> compile_step(request).needed_bytes / 2**30    # GiB per device
+        4.7
+    """
+
+    step: StepRequest
     topology: str
     blocks: int | None = None
 
     def program(self) -> StepRequest:
-        """Return the request with the blocks that are asked for."""
+        """Return the step with the number of blocks that is to be compiled."""
         if self.blocks is None:
-            return self.request
-        architecture = self.request.architecture
+            return self.step
+        architecture = self.step.architecture
         config = {**architecture.config, "num_layers": self.blocks}
-        return dataclasses.replace(self.request, architecture=dataclasses.replace(architecture, config=config))
+        return dataclasses.replace(self.step, architecture=dataclasses.replace(architecture, config=config))
 
-    def with_batch(self, batch: int) -> Question:
-        """Return the question for another batch size, in windows."""
-        settings = self.request.settings.model_copy(update={"batch_size": batch})
-        return dataclasses.replace(self, request=dataclasses.replace(self.request, settings=settings))
+    def with_batch(self, batch: int) -> CompileRequest:
+        """Return the request with another batch size, in sequences."""
+        settings = self.step.settings.model_copy(update={"batch_size": batch})
+        return dataclasses.replace(self, step=dataclasses.replace(self.step, settings=settings))
 
 
-def key_of(question: Question) -> str:
-    """Return a digest of all that the answer follows from."""
-    request = question.program()
+class StepCost(Record):
+    """What a compiled step needs per device, in bytes, flops and seconds.
+
+    Attributes:
+        memory_bytes: what a device has; None for CPU devices.
+        by_kind: bytes of the arguments: weight, lora, optimizer, batch.
+        weights: the table of `sharding.rows`.
+        needed_bytes: arguments, temporaries, results and code; where it does not fit, what the compiler asked for.
+        available_bytes: what the compiler had, where it does not fit.
+        pass_flops, hbm_traffic_bytes, interconnect_bytes: see `hlo.ProgramCosts`.
+        largest: where it does not fit and the compiler lists no buffers, those of two blocks.
+        bound: lower bound of the step time; None for CPU devices.
+    """
+
+    devices: int
+    parameters: int
+    trainable_parameters: int
+    memory_bytes: int | None
+    by_kind: dict[str, int]
+    weights: list[dict[str, Any]]
+    fits: bool
+    compile_seconds: float
+    argument_bytes: int | None = None
+    temporary_bytes: int | None = None
+    output_bytes: int | None = None
+    aliased_bytes: int | None = None
+    code_bytes: int | None = None
+    needed_bytes: int | None = None
+    available_bytes: int | None = None
+    flops: int | None = None
+    pass_flops: int | None = None
+    hbm_traffic_bytes: int | None = None
+    interconnect_bytes: int | None = None
+    collectives: dict[str, Collective] = Field(default_factory=dict)
+    largest: list[Buffer] = Field(default_factory=list)
+    bound: Bound | None = None
+
+
+def key_of(request: CompileRequest) -> str:
+    """Return a digest of everything the result depends on."""
+    step = request.program()
     parts = {
-        "topology": question.topology,
-        "architecture": dataclasses.asdict(request.architecture),
-        "mesh": [request.mesh.shape, request.mesh.axis_names],
-        "rules": [[rule.pattern, rule.spec] for rule in request.layout.rules],
-        "dtype": request.dtype,
-        "settings": without(request.settings, "display", "run"),
-        "length": request.length,
-        "path": request.path,
+        "topology": request.topology,
+        "architecture": dataclasses.asdict(step.architecture),
+        "mesh": [step.mesh.shape, step.mesh.axis_names],
+        "rules": [[rule.pattern, rule.spec] for rule in step.layout.rules],
+        "dtype": step.dtype,
+        "settings": without(step.settings, "display", "run"),
+        "length": step.length,
+        "path": step.path,
         "packages": {name: _version(name) for name in PACKAGES},
         "code": code.digests("stages/core/planning.py"),
     }
@@ -82,74 +129,66 @@ def _version(package: str) -> str:
         return "none"
 
 
-def answer(question: Question, say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
-    """Compile a step and return what it needs, or what was found when it was compiled before.
+def compile_step(request: CompileRequest, say: Callable[[str], None] = lambda text: None) -> StepCost:
+    """Compile a step and return what it needs, or return the cached result.
 
     Args:
-        question: the step.
+        request: the step and the topology.
         say: shows one line to the person before a compilation.
-
-    Returns:
-        Per device, in bytes, flops and seconds: `fits`, `argument_bytes`, `temporary_bytes`, `output_bytes`,
-        `aliased_bytes`, `needed_bytes`, `memory_bytes` (the chip's), `by_kind` of the arguments, `flops`, `pass_flops`
-        (see `hlo.ProgramCosts`) and `moved_bytes` of the compiled program, `collectives`, `least_seconds`, what limits
-        it, and `least` by cause; `compile_seconds`; the weights' table; the `largest` buffers. Where it does not fit:
-        `fits` false, `asked_bytes`
-        and the `largest` buffers as the compiler lists them or, where it stops before that, of two blocks.
 
     Raises:
         StageError: the layout does not fit, the topology has too few devices, or the compiler fails for another reason
             than memory.
     """
-    file = cache_folder() / "plans" / key_of(question)
+    file = cache_folder() / "plans" / key_of(request)
     with optional("a kept plan cannot be read", say):
         try:
             if (kept := read_kept(file)) is not None:
-                return json.loads(kept)
+                return StepCost.model_validate_json(kept)
         except ValueError:
             say(f"Warning: the kept plan {file.name} is damaged; it is made anew.")
-    found = _compile(question, say)
-    if not found["fits"] and not found["largest"] and question.blocks is None:
-        # The compiler gave up before it had buffers to list. All blocks are alike: those of two tell them.
-        found["largest"] = answer(dataclasses.replace(question, blocks=2), say)["largest"]
+    cost = _compile(request, say)
+    if not cost.fits and not cost.largest and request.blocks is None:
+        # The compiler gave up before it had buffers to list. All blocks are alike, so two show them.
+        cost = cost.model_copy(update={"largest": compile_step(dataclasses.replace(request, blocks=2), say).largest})
     with optional("the plan is not kept for later", say):
-        write_kept(file, json.dumps(found).encode())
-    return found
+        write_kept(file, cost.model_dump_json(exclude_none=True).encode())
+    return cost
 
 
-def _compile(question: Question, say: Callable[[str], None]) -> dict[str, Any]:
+def _compile(request: CompileRequest, say: Callable[[str], None]) -> StepCost:
     from stages.core.step_program import lower
 
-    request = question.program()
-    topology = describe(question.topology)
-    if len(topology.devices) < request.mesh.devices:
+    step = request.program()
+    topology = describe(request.topology)
+    if len(topology.devices) < step.mesh.devices:
         raise StageError(
-            f"The mesh needs {request.mesh.devices} devices and {question.topology} has {len(topology.devices)}. "
-            f"Received: mesh={list(request.mesh.shape)}, topology={question.topology}."
+            f"The mesh needs {step.mesh.devices} devices and {request.topology} has {len(topology.devices)}. "
+            f"Received: mesh={list(step.mesh.shape)}, topology={request.topology}."
         )
-    program = lower(request, topology.devices)
+    program = lower(step, topology.devices)
     kinds: dict[str, int] = {}
-    for each in program.placements:
-        kinds[each.weight.kind] = kinds.get(each.weight.kind, 0) + each.bytes_per_device
-    found: dict[str, Any] = {
-        "devices": request.mesh.devices,
+    for placement in program.placements:
+        kinds[placement.weight.kind] = kinds.get(placement.weight.kind, 0) + placement.bytes_per_device
+    known: dict[str, Any] = {
+        "devices": step.mesh.devices,
         "parameters": program.parameters,
         "trainable_parameters": program.trainable_parameters,
         "memory_bytes": topology.memory_bytes,
         "by_kind": {**kinds, "batch": program.data_bytes},
-        "weights": sharding.rows(program.placements, request.mesh),
+        "weights": sharding.rows(program.placements, step.mesh),
     }
-    say(f"Compiling for {question.topology}, mesh {request.mesh} ...")
+    say(f"Compiling for {request.topology}, mesh {step.mesh} ...")
     began = time.perf_counter()
     try:
         with contextlib.nullcontext() if topology.chip is None else program_cache_off():
             compiled = program.lowered.compile()
     except Exception as error:
-        # The compiler's errors have one type; what it ran out of stands in the text.
+        # All errors of the compiler have one type; only the text says that it ran out of memory.
         text = str(error)
         if "RESOURCE_EXHAUSTED" not in text and "Ran out of memory" not in text:
             raise StageError(f"The compiler failed: {text.splitlines()[0][:300]}") from error
-        return {**found, "fits": False, **_out_of_memory(text), "compile_seconds": _since(began)}
+        return StepCost(**known, fits=False, **_out_of_memory(text), compile_seconds=_since(began))
     memory = compiled.memory_analysis()
     text = compiled.as_text()
     costs = hlo.costs(text)
@@ -160,27 +199,24 @@ def _compile(question: Question, say: Callable[[str], None]) -> dict[str, Any]:
         - memory.alias_size_in_bytes
         + memory.generated_code_size_in_bytes
     )
-    least = bound(topology, costs.pass_flops, costs.memory_bytes, costs.wire_bytes)
-    return {
-        **found,
-        "fits": found["memory_bytes"] is None or needed <= found["memory_bytes"],
-        "argument_bytes": memory.argument_size_in_bytes,
-        "temporary_bytes": memory.temp_size_in_bytes,
-        "output_bytes": memory.output_size_in_bytes,
-        "aliased_bytes": memory.alias_size_in_bytes,
-        "code_bytes": memory.generated_code_size_in_bytes,
-        "needed_bytes": needed,
-        "flops": costs.matrix_flops,
-        "pass_flops": costs.pass_flops,
-        "moved_bytes": costs.memory_bytes,
-        "wire_bytes": costs.wire_bytes,
-        "collectives": {kind: dataclasses.asdict(each) for kind, each in costs.collectives.items()},
-        "largest": hlo.largest_buffers(text, LARGEST),
-        "least_seconds": least and least.seconds,
-        "least_limit": least and least.limit,
-        "least": least and dataclasses.asdict(least),
-        "compile_seconds": _since(began),
-    }
+    return StepCost(
+        **known,
+        fits=topology.memory_bytes is None or needed <= topology.memory_bytes,
+        compile_seconds=_since(began),
+        argument_bytes=memory.argument_size_in_bytes,
+        temporary_bytes=memory.temp_size_in_bytes,
+        output_bytes=memory.output_size_in_bytes,
+        aliased_bytes=memory.alias_size_in_bytes,
+        code_bytes=memory.generated_code_size_in_bytes,
+        needed_bytes=needed,
+        flops=costs.matrix_flops,
+        pass_flops=costs.pass_flops,
+        hbm_traffic_bytes=costs.memory_bytes,
+        interconnect_bytes=costs.wire_bytes,
+        collectives={kind: dataclasses.asdict(cost) for kind, cost in costs.collectives.items()},
+        largest=hlo.largest_buffers(text, LARGEST),
+        bound=lower_bound(topology, costs.pass_flops, costs.memory_bytes, costs.wire_bytes),
+    )
 
 
 def _since(began: float) -> float:
@@ -188,15 +224,15 @@ def _since(began: float) -> float:
 
 
 def _size(text: str) -> int:
-    number, unit = re.fullmatch(r"([\d.]+)([BKMGT]?)i?B?", text).groups()
-    return round(float(number) * UNITS[unit])
+    """Return bytes from text such as `15.75G`."""
+    return round(float(text.rstrip("BKMGT")) * UNITS[text[-1:] if text[-1:].isalpha() else ""])
 
 
 def _out_of_memory(text: str) -> dict[str, Any]:
-    """Take from the compiler's message what it asked for, what there was, and the largest buffers."""
-    asked = re.search(r"Used ([\d.]+[BKMGT]?) of ([\d.]+[BKMGT]?)", text)
-    # Where the temporaries alone are too much, the compiler stops earlier, says it so, and lists no buffers.
-    asked = asked or re.search(r"\(([\d.]+[BKMGT]?)\) exceeds available HBM \(([\d.]+[BKMGT]?)\)", text)
+    """Parse the compiler's message: what it asked for, what there was, and the largest buffers."""
+    used = re.search(r"Used ([\d.]+[BKMGT]?) of ([\d.]+[BKMGT]?)", text)
+    # Where the temporaries alone are too large, the compiler stops earlier, words it so, and lists no buffers.
+    used = used or re.search(r"\(([\d.]+[BKMGT]?)\) exceeds available HBM \(([\d.]+[BKMGT]?)\)", text)
     largest = []
     for block in re.split(r"\n\s*\d+\. Size: ", text)[1:]:
         operator = re.search(r'op_name="([^"]*)"', block)
@@ -209,7 +245,7 @@ def _out_of_memory(text: str) -> dict[str, Any]:
             }
         )
     return {
-        "asked_bytes": _size(asked[1]) if asked else None,
-        "available_bytes": _size(asked[2]) if asked else None,
+        "needed_bytes": _size(used[1]) if used else None,
+        "available_bytes": _size(used[2]) if used else None,
         "largest": largest[:LARGEST],
     }

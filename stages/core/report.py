@@ -29,8 +29,9 @@ from pydantic import BaseModel, Field, ValidationError
 from stages.core.errors import StageError
 from stages.core.params import Params
 from stages.core.paths import CURVE, MANIFEST, PLAN, SAMPLES, SHARDING, Paths, generated, maker_of, metrics
+from stages.core.plan_records import PlanFile, RunKey
 from stages.core.report_charts import Bar, LineChart, Tick, line_chart, mesh_picture, stacked_bars
-from stages.core.report_plan import PlanFile, plan_view
+from stages.core.report_plan import plan_view
 from stages.core.report_text import NBSP, binary, percent, quantity, signed
 
 VARIANTS = ("baseline", "tuned")
@@ -534,20 +535,20 @@ def fallbacks(sharding: dict[str, Sharding]) -> list[dict[str, str]]:
     return list(found.values())
 
 
-def run_as_planned(sharding: Sharding, params: Params) -> dict[str, Any]:
-    """Return how the model was trained, by the keys of a plan's target."""
+def run_as_planned(sharding: Sharding, params: Params) -> RunKey:
+    """Return how the model was trained, as the plan names a step."""
     tuning = params.finetune
-    return {
-        "preset": sharding.preset,
-        "mesh": sharding.mesh.shape,
-        "layout": sharding.layout,
-        "dtype": sharding.dtype,
-        "batch_size": tuning.batch_size,
-        "length": params.tokenize.length,
-        "rank": tuning.rank,
-        "rematerialize": tuning.rematerialize,
-        "step": "ours",
-    }
+    return RunKey(
+        preset=sharding.preset,
+        mesh=sharding.mesh.shape,
+        layout=sharding.layout,
+        dtype=sharding.dtype,
+        batch_size=tuning.batch_size,
+        length=params.tokenize.length,
+        rank=tuning.rank,
+        rematerialize=tuning.rematerialize,
+        step="ours",
+    )
 
 
 def _spec_text(spec: Any) -> str:

@@ -1,7 +1,7 @@
-"""The report's section on the plan: what the compiler said of each target, of the search and of the scaling.
+"""The report's section on the plan: rows with units and charts of targets, search and scaling.
 
-Purpose: turn `data/sharding/plan.json` into rows with units and into charts. All times are lower bounds and are called
-so; every figure of the search says whether it was compiled whole or extrapolated from programs of two and four blocks.
+All times are lower bounds and are called so; every figure of the search says whether it was compiled whole or
+extrapolated from programs of two and four blocks.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pydantic import BaseModel
-
+from stages.core.plan_records import Estimate, PlanFile, RunKey, Scaling, Search, Target
 from stages.core.report_charts import LineChart, Point, series_chart
 from stages.core.report_text import NBSP, NONE, binary, duration, percent, signed
 
@@ -22,104 +21,12 @@ PARTS = ("weight", "lora", "optimizer", "temporary")
 WIDEST = 130.0
 
 
-class Kind(BaseModel):
-    """Collectives of one kind."""
-
-    count: int
-    bytes: int
-
-
-class Buffer(BaseModel):
-    """One of the largest buffers of a program that does not fit."""
-
-    bytes: int
-    shape: str
-    operator: str
-
-
-class Target(BaseModel):
-    """A step on a topology; sizes in bytes for one device."""
-
-    preset: str
-    topology: str
-    devices: int
-    mesh: list[int]
-    layout: str
-    dtype: str
-    batch_size: int
-    length: int
-    rank: int
-    rematerialize: bool
-    step: str
-    fits: bool
-    weight_bytes_per_device: int = 0
-    lora_bytes_per_device: int = 0
-    optimizer_bytes_per_device: int = 0
-    batch_bytes_per_device: int = 0
-    argument_bytes_per_device: int | None = None
-    temporary_bytes_per_device: int | None = None
-    needed_bytes_per_device: int | None = None
-    hbm_bytes_per_device: int | None = None
-    collectives: dict[str, Kind] = {}
-    wire_bytes_per_step: int | None = None
-    least_step_seconds: float | None = None
-    least_step_limit: str | None = None
-    measured_step_seconds: float | None = None
-    largest: list[Buffer] = []
-
-
-class Found(BaseModel):
-    """What the search or the scaling found for one mesh and batch."""
-
-    mesh: list[int]
-    layout: str
-    fits: bool
-    name: str = ""
-    batch_size: int | None = None
-    largest_batch: int | None = None
-    compiled: bool = False
-    reason: str | None = None
-    needed_bytes: int | None = None
-    least_seconds: float | None = None
-    least_limit: str | None = None
-    tokens_per_second_bound: float | None = None
-    wire_bytes: int | None = None
-    collectives: dict[str, int] = {}
-    topology: str = ""
-    devices: int = 0
-
-
-class Search(BaseModel):
-    """All candidates, best first, and every point that was looked at."""
-
-    preset: str
-    topology: str
-    memory_bytes: int | None = None
-    candidates: list[Found]
-    points: list[Found]
-
-
-class Scaling(BaseModel):
-    """One step on more and more chips."""
-
-    preset: str
-    rows: list[Found]
-
-
-class PlanFile(BaseModel):
-    """`data/sharding/plan.json`."""
-
-    targets: dict[str, Target]
-    search: Search | None
-    scaling: Scaling | None
-
-
-def plan_view(plan: PlanFile, run: Mapping[str, Any], platform: str, measured: Mapping[str, Any]) -> dict[str, Any]:
+def plan_view(plan: PlanFile, run: RunKey, platform: str, measured: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the template shows of a plan.
 
     Args:
         plan: the file's content.
-        run: how the model was trained, by the keys of a target: `preset`, `mesh`, `layout`, ...
+        run: how the model was trained.
         platform: of the devices it was trained on; `cpu` for simulated ones.
         measured: the metrics of `finetune`; empty where there are none.
     """
@@ -128,8 +35,7 @@ def plan_view(plan: PlanFile, run: Mapping[str, Any], platform: str, measured: M
         "measured": [
             sentence
             for target in plan.targets.values()
-            if target.topology.startswith("cpu:") == (platform == "cpu")
-            and all(getattr(target, key) == value for key, value in run.items())
+            if target.topology.startswith("cpu:") == (platform == "cpu") and run.matches(target)
             for sentence in _beside_measured(target, measured)
         ],
         "search": plan.search and _search(plan.search),
@@ -150,8 +56,8 @@ def _target(label: str, target: Target) -> dict[str, Any]:
         "share": percent(needed / memory) if needed and memory else NONE,
         "bar": _bar(sizes, needed, memory) if memory else [],
         "collectives": [f"{each.count:,} {kind}" for kind, each in target.collectives.items()],
-        "wire": NONE if target.wire_bytes_per_step is None else binary(target.wire_bytes_per_step),
-        "least": _least(target.least_step_seconds, target.least_step_limit),
+        "wire": NONE if target.interconnect_bytes_per_step is None else binary(target.interconnect_bytes_per_step),
+        "bound": _bound(target.step_seconds_lower_bound, target.bound_by),
         "measured": target.measured_step_seconds and duration(target.measured_step_seconds),
         "largest": [
             f"{binary(each.bytes)} {each.shape} {each.operator}".strip() for each in target.largest if not target.fits
@@ -172,17 +78,19 @@ def _bar(sizes: Mapping[str, int | None], needed: int | None, memory: int) -> li
 
 
 def _beside_measured(target: Target, measured: Mapping[str, Any]) -> list[str]:
-    """Return what the compiler said of this very run beside what the run measured of itself."""
+    """Return the planned figures of this very run beside those it measured."""
     found = []
     if target.argument_bytes_per_device and (held := measured.get("state_bytes_per_device")):
         planned = target.argument_bytes_per_device - target.batch_bytes_per_device
-        found.append(f"State a device: {_compared(planned, held)}.")
+        found.append(f"State per device: {_compared(planned, held)}.")
     if target.topology.startswith("cpu:") and target.temporary_bytes_per_device:
         if grown := measured.get("step_growth_bytes"):
             planned = target.devices * target.temporary_bytes_per_device
             found.append(f"Temporaries of all {target.devices} simulated devices: {_compared(planned, grown)}.")
     elif target.needed_bytes_per_device and (peak := measured.get("peak_device_bytes")):
-        found.append(f"Memory a device needs ({target.topology}): {_compared(target.needed_bytes_per_device, peak)}.")
+        found.append(
+            f"Memory needed per device ({target.topology}): {_compared(target.needed_bytes_per_device, peak)}."
+        )
     return found
 
 
@@ -191,7 +99,7 @@ def _compared(planned: int, measured: int) -> str:
     return f"{binary(planned)} planned, {binary(measured)} measured ({off})"
 
 
-def _least(seconds: float | None, limit: str | None) -> str:
+def _bound(seconds: float | None, limit: str | None) -> str:
     return NONE if seconds is None else f"{duration(seconds)} ({limit})"
 
 
@@ -209,25 +117,19 @@ def _search(search: Search) -> dict[str, Any]:
                 if each.fits
                 else each.reason or "does not fit",
                 "needed": NONE if each.needed_bytes is None else binary(each.needed_bytes),
-                "least": _least(each.least_seconds, each.least_limit),
-                "tokens": f"{each.tokens_per_second_bound:,.0f}" if each.tokens_per_second_bound else NONE,
+                "bound": _bound(each.step_seconds_lower_bound, each.bound_by),
+                "tokens": f"{each.tokens_per_second_upper_bound:,.0f}" if each.tokens_per_second_upper_bound else NONE,
             }
             for each in search.candidates
         ],
         "charts": _charts(
-            "windows a batch",
+            "sequences per batch",
             search.points,
             by=lambda each: each.name,
             x=lambda each: each.batch_size,
             level=("the chip's memory", search.memory_bytes / GIB) if search.memory_bytes else None,
         ),
     }
-
-
-def _how(found: Found) -> str:
-    if not found.fits:
-        return found.reason or "does not fit"
-    return "compiled" if found.compiled else "extrapolated"
 
 
 def _scaling(scaling: Scaling) -> dict[str, Any]:
@@ -245,9 +147,9 @@ def _scaling(scaling: Scaling) -> dict[str, Any]:
                 "fits": each.fits,
                 "needed": NONE if each.needed_bytes is None else binary(each.needed_bytes),
                 "collectives": [f"{count:,} {kind}" for kind, count in each.collectives.items()],
-                "wire": NONE if each.wire_bytes is None else binary(each.wire_bytes),
-                "least": _least(each.least_seconds, each.least_limit),
-                "tokens": f"{each.tokens_per_second_bound:,.0f}" if each.tokens_per_second_bound else NONE,
+                "wire": NONE if each.interconnect_bytes is None else binary(each.interconnect_bytes),
+                "bound": _bound(each.step_seconds_lower_bound, each.bound_by),
+                "tokens": f"{each.tokens_per_second_upper_bound:,.0f}" if each.tokens_per_second_upper_bound else NONE,
             }
             for each in scaling.rows
         ],
@@ -255,8 +157,8 @@ def _scaling(scaling: Scaling) -> dict[str, Any]:
     }
 
 
-def _charts(x_name: str, points: Sequence[Found], by: Any, x: Any, level: tuple[str, float] | None = None) -> list:
-    """Return the charts of memory, sent bytes and least time over a number that doubles, a line for each name."""
+def _charts(x_name: str, points: Sequence[Estimate], by: Any, x: Any, level: tuple[str, float] | None = None) -> list:
+    """Return the charts of memory, bytes sent and step time over a number that doubles, a line per name."""
 
     def lines(value: Any) -> list[tuple[str, list[Point]]]:
         found: dict[str, dict[float, float]] = {}
@@ -268,29 +170,29 @@ def _charts(x_name: str, points: Sequence[Found], by: Any, x: Any, level: tuple[
 
     charts: list[LineChart | None] = [
         series_chart(
-            "Memory a device needs",
+            "Memory needed per device",
             "GiB",
             x_name,
             lines(lambda each: each.needed_bytes and each.needed_bytes / GIB),
             level,
         ),
         series_chart(
-            "Least time of a step",
+            "Step time",
             "ms, lower bound",
             x_name,
-            lines(lambda each: each.least_seconds and each.least_seconds * 1e3),
+            lines(lambda each: each.step_seconds_lower_bound and each.step_seconds_lower_bound * 1e3),
         ),
         series_chart(
-            "Tokens a second at most",
+            "Tokens per second",
             "thousands, upper bound",
             x_name,
-            lines(lambda each: each.tokens_per_second_bound and each.tokens_per_second_bound / 1e3),
+            lines(lambda each: each.tokens_per_second_upper_bound and each.tokens_per_second_upper_bound / 1e3),
         ),
         series_chart(
             "Sent to other devices",
-            "GiB a device and step",
+            "GiB per device and step",
             x_name,
-            lines(lambda each: None if each.wire_bytes is None else each.wire_bytes / GIB),
+            lines(lambda each: None if each.interconnect_bytes is None else each.interconnect_bytes / GIB),
         ),
     ]
     return [chart for chart in charts if chart is not None and math.isfinite(chart.y_domain[1])]

@@ -1,9 +1,9 @@
-"""The least time that a step can take on a chip: a lower bound, never a prediction.
+"""The step time's roofline on a chip: a lower bound, never a prediction.
 
-Purpose: what `plan` says of time. XLA's own `optimal_seconds` is not used: it came out negative for one program.
+XLA's own `optimal_seconds` is not used: it came out negative for one program.
 
-    least = max(matrix passes / peak, bytes moved / memory rate, bytes sent / link rate)     (roofline model:
-            https://doi.org/10.1145/1498765.1498785, with the interconnect as a third roof)
+    lower bound = max(matrix passes / peak, HBM traffic / HBM bandwidth, bytes sent / link bandwidth)
+            (roofline model: https://doi.org/10.1145/1498765.1498785, with the interconnect as a third roof)
 
 All three count what the compiled program does on one device. Nothing can be faster; vector work, latencies and waiting
 make real steps slower, and each device is granted all of its chip's links.
@@ -18,7 +18,7 @@ from stages.core.topology import Topology
 
 @dataclass(frozen=True)
 class Bound:
-    """Seconds that each of the three takes at the least; the largest is the bound."""
+    """Seconds per step that each of the three takes at least; the largest is the bound."""
 
     compute: float
     memory: float
@@ -26,16 +26,16 @@ class Bound:
 
     @property
     def seconds(self) -> float:
-        """The least time of a step."""
+        """The lower bound of the step time."""
         return max(self.compute, self.memory, self.network)
 
     @property
-    def limit(self) -> str:
-        """What the step cannot be faster than: compute, memory or network."""
+    def bound_by(self) -> str:
+        """The limiting resource: compute, memory or network."""
         return max(("compute", "memory", "network"), key=lambda name: getattr(self, name))
 
 
-def bound(topology: Topology, pass_flops: float, memory_bytes: float, wire_bytes: float) -> Bound | None:
+def lower_bound(topology: Topology, pass_flops: float, memory_bytes: float, wire_bytes: float) -> Bound | None:
     """Return the bound for one device's work, or None for CPU devices, whose peaks are not in the table."""
     chip = topology.chip
     if chip is None:

@@ -1,0 +1,148 @@
+"""What `data/sharding/plan.json` and `data/metrics/plan.json` hold: `plan` writes it, `report` and runs read it.
+
+Unless a name says otherwise, sizes are bytes per device, counts are per step, and times are seconds per step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Record(BaseModel):
+    """A part of a file that crosses a stage's boundary; unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RunKey(Record):
+    """What distinguishes one training step from another; None: not known."""
+
+    preset: str | None = None
+    mesh: list[int] | None = None
+    layout: str | None = None
+    dtype: str | None = None
+    batch_size: int | None = None
+    length: int | None = None
+    rank: int | None = None
+    rematerialize: bool | None = None
+    step: str | None = None
+
+    def matches(self, other: RunKey) -> bool:
+        """Return whether all that is known of this step is the same of the other."""
+        return all(getattr(self, key) in (None, getattr(other, key)) for key in RunKey.model_fields)
+
+
+class Collective(Record):
+    """Collectives of one kind in a compiled step: how many, their operands' bytes, and the bytes a device sends."""
+
+    count: int
+    bytes: int
+    wire_bytes: int = 0
+
+
+class Buffer(Record):
+    """One of the largest buffers of a compiled step."""
+
+    bytes: int
+    shape: str
+    operator: str
+
+
+class Target(RunKey):
+    """A compiled training step on a topology."""
+
+    topology: str
+    devices: int
+    parameters: int = 0
+    trainable_parameters: int = 0
+    fits: bool
+    argument_bytes_per_device: int | None = None
+    weight_bytes_per_device: int = 0
+    lora_bytes_per_device: int = 0
+    optimizer_bytes_per_device: int = 0
+    batch_bytes_per_device: int = 0
+    temporary_bytes_per_device: int | None = None
+    output_bytes_per_device: int | None = None
+    aliased_bytes_per_device: int | None = None
+    needed_bytes_per_device: int | None = None
+    hbm_bytes_per_device: int | None = None
+    flops_per_step: int | None = None
+    hbm_traffic_bytes_per_step: int | None = None
+    collectives: dict[str, Collective] = {}
+    collective_bytes_per_step: int = 0
+    interconnect_bytes_per_step: int | None = None
+    step_seconds_lower_bound: float | None = None
+    bound_by: str | None = None
+    compute_seconds: float | None = None
+    memory_seconds: float | None = None
+    network_seconds: float | None = None
+    measured_step_seconds: float | None = None
+    compile_seconds: float | None = None
+    largest: list[Buffer] = []
+    fallbacks: list[dict[str, Any]] = []
+    weights: list[dict[str, Any]] = []
+
+    def metrics(self) -> dict[str, Any]:
+        """Return the entry of `data/metrics/plan.json`: the figures, without the tables."""
+        tables = {"largest", "fallbacks", "weights", "compute_seconds", "memory_seconds", "network_seconds"}
+        return self.model_dump(exclude_none=True, exclude=tables)
+
+
+class Estimate(Record):
+    """What a step needs with one mesh, layout and batch size: compiled whole, or extrapolated from few blocks."""
+
+    name: str = ""
+    topology: str = ""
+    devices: int = 0
+    mesh: list[int]
+    layout: str
+    batch_size: int | None = None
+    largest_batch: int | None = None
+    compiled: bool = False
+    fits: bool
+    reason: str | None = None
+    argument_bytes: int | None = None
+    temporary_bytes: int | None = None
+    code_bytes: int | None = None
+    needed_bytes: int | None = None
+    flops: int | None = None
+    pass_flops: int | None = None
+    hbm_traffic_bytes: int | None = None
+    interconnect_bytes: int | None = None
+    collectives: dict[str, int] = {}
+    step_seconds_lower_bound: float | None = None
+    bound_by: str | None = None
+    tokens_per_second_upper_bound: float | None = None
+    extrapolated: dict[str, float] | None = None
+
+
+class Search(Record):
+    """All candidates, best first, and every point that was looked at."""
+
+    preset: str
+    topology: str
+    memory_bytes: int | None = None
+    candidates: list[Estimate]
+    points: list[Estimate]
+
+
+class Scaling(Record):
+    """One step on more and more chips."""
+
+    preset: str
+    rows: list[Estimate]
+
+
+class PlanFile(Record):
+    """`data/sharding/plan.json`."""
+
+    targets: dict[str, Target]
+    search: Search | None
+    scaling: Scaling | None
+
+    def content(self) -> dict[str, Any]:
+        """Return the file's content. Compile times are left out: its bytes follow from the settings alone."""
+        left_out = {"targets": {"__all__": {"compile_seconds"}}}
+        return {"search": None, "scaling": None} | self.model_dump(exclude_none=True, exclude=left_out)
