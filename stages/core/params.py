@@ -106,7 +106,7 @@ class Tokenize(Section):
 
     length: Annotated[int, Field(ge=8, le=8192)]
     packing: bool
-    eos: bool
+    eos: Literal["end", "always", "never"]
     control_tokens: Literal["text", "tokens"]
 
 
