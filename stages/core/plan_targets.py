@@ -23,9 +23,10 @@ from stages.core.topology import cpu_devices
 if TYPE_CHECKING:
     from stages.core.step_program import StepRequest
 
-# What the tutorial reports for its own run (gemma_7b_en on a TPU v3-8, mesh (1, 8), batch 2 x 128 tokens, rank 4):
+# What the tutorial reports for its own run (gemma_7b_en on a TPU v3-8, mesh (1, 8), batch 2 x 128 tokens, rank 4 on
+# query and value):
 # https://ai.google.dev/gemma/docs/core/distributed_tuning, "163ms/step".
-MEASURED = {("gemma_7b_en", "v3:2x2", (1, 8), 2, 128, 4): 0.163}
+MEASURED = {("gemma_7b_en", "v3:2x2", (1, 8), 2, 128, 4, ("query", "value")): 0.163}
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,12 @@ def request_of(
     from stages.core.step_program import StepRequest
 
     named = params.layout if layout is None else params.layout.model_copy(update={"name": layout, "rules": None})
-    changes = {"rank": step.rank, "batch_size": batch_size, "rematerialize": step.rematerialize}
+    changes = {
+        "rank": step.rank,
+        "targets": step.lora_targets,
+        "batch_size": batch_size,
+        "rematerialize": step.rematerialize,
+    }
     settings = params.finetune.model_copy(update={key: value for key, value in changes.items() if value is not None})
     return StepRequest(
         architecture,
@@ -126,7 +132,7 @@ def label(name: str, question: Question) -> str:
         request.layout.name,
         request.dtype,
         f"{settings.batch_size}x{request.length}",
-        f"rank {settings.rank}" if settings.rank else "full",
+        f"rank {settings.rank} on {', '.join(settings.targets)}" if settings.rank else "full",
     ]
     parts += ["rematerialize"] if settings.rematerialize else []
     parts += ["tutorial's step"] if request.path == "tutorial" else []
@@ -139,6 +145,7 @@ def entry(name: str, question: Question, answer: dict[str, Any]) -> dict[str, An
     settings = request.settings
     key = (
         name, question.topology, request.mesh.shape, settings.batch_size, request.length, settings.rank,
+        tuple(settings.targets),
     )  # fmt: skip
     collectives = {
         kind: {"count": each["count"], "bytes": each["bytes"]} for kind, each in answer.get("collectives", {}).items()
