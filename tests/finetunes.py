@@ -15,10 +15,11 @@ from tests.models import load_tiny, windows
 
 
 def settings(**changes: Any) -> Finetune:
-    """The default training settings on a tiny scale, without samples and checkpoints, with some changed."""
+    """Training settings on a tiny scale, at a constant rate, without samples and checkpoints, with some changed."""
     default = read_params(ROOT / "params.yaml").finetune.model_dump()
-    tiny = {"rank": 2, "learning_rate": 0.01, "sample_every": None, "checkpoint_every": None}
-    return Finetune(**{**default, **tiny, **changes})
+    tiny = {"rank": 2, "targets": ["query", "value"], "batch_size": 2, "learning_rate": 0.01, "schedule": "constant"}
+    without = {"warmup_steps": 0, "sample_every": None, "checkpoint_every": None}
+    return Finetune(**{**default, **tiny, **without, **changes})
 
 
 def data(train: int = 8, held_out: int = 4) -> dict[str, dict[str, np.ndarray]]:

@@ -75,7 +75,8 @@ def test_a_family_goes_through_every_stage_in_each_form(family, presets, tmp_pat
     change(tmp_path, "prepare", source="files", train_file="reviews.txt", validation=4, min_characters=1)
     change(tmp_path, "tokenize", length=32)
     change(tmp_path, "mesh", shape=[1, 2])
-    change(tmp_path, "finetune", batch_size=2, steps=3, learning_rate=0.01, sample_every=None, checkpoint_every=None)
+    change(tmp_path, "finetune", batch_size=2, steps=3, learning_rate=0.01, schedule="constant", warmup_steps=0)
+    change(tmp_path, "finetune", sample_every=None, checkpoint_every=None)
     change(tmp_path, "generate", max_tokens=3, prompts=["This movie was"])
 
     folder = FORMS[family](presets[family], tmp_path / "original")

@@ -195,7 +195,7 @@ def test_a_value_without_end_is_told_in_a_line_of_bounded_length(tmp_path: Path,
 
 
 def test_the_line_of_a_mistake_in_the_file_is_named(tmp_path: Path):
-    text = DEFAULT.read_text().replace("rank: 4", "rank: four").replace("  targets:", "  tragets:")
+    text = DEFAULT.read_text().replace("\n  rank: 8", "\n  rank: four").replace("  targets:", "  tragets:")
     path = tmp_path / "params.yaml"
     path.write_text(text)
     lines = text.splitlines()

@@ -95,7 +95,7 @@ def test_what_no_profile_speaks_of_stays():
 def test_a_setting_of_ones_own_that_profiles_speak_of_goes_back_to_what_the_profile_says():
     mine = with_values(finetune__rank="16", finetune__alpha="8.0", layout__max_replicated_fraction="0.5")
     text = applied("gpu-single", mine)
-    assert (value(text, "finetune.rank"), value(text, "finetune.alpha")) == (4, None)
+    assert (value(text, "finetune.rank"), value(text, "finetune.alpha")) == (8, None)
     assert value(text, "layout.max_replicated_fraction") == 0.5
 
 
@@ -227,14 +227,14 @@ def test_the_list_has_a_line_each_and_marks_the_one_in_use(folder: Path):
 
 
 def test_what_changed_is_printed_and_the_file_is_written(folder: Path):
-    done = run("gpu-single", "--set", "finetune.rank=8")
+    done = run("gpu-single", "--set", "finetune.rank=16")
     assert done.exit_code == 0
-    assert (folder / "params.yaml").read_text() == applied("gpu-single", DEFAULT, "finetune.rank=8")
+    assert (folder / "params.yaml").read_text() == applied("gpu-single", DEFAULT, "finetune.rank=16")
     assert "mesh.shape: [1, 8] → [1, 1]" in done.stdout.splitlines()
-    assert "finetune.rank: 4 → 8" in done.stdout.splitlines()
+    assert "finetune.rank: 8 → 16" in done.stdout.splitlines()
     assert done.stderr == "7 settings changed for gpu-single.\n"
     assert (
-        run("gpu-single", "--set", "finetune.rank=8").stderr == "params.yaml already has the settings of gpu-single.\n"
+        run("gpu-single", "--set", "finetune.rank=16").stderr == "params.yaml already has the settings of gpu-single.\n"
     )
     assert sorted(path.name for path in folder.iterdir()) == ["params.yaml"], "no temporary file is left"
 

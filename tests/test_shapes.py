@@ -136,7 +136,8 @@ def clone(tmp_path) -> Path:
 
 
 def test_a_dry_run_of_a_public_preset_needs_nothing_and_leaves_nothing(clone):
-    shown = dry_run("--preset", "gemma_7b_en", "--set", "mesh.shape=[4,8]", "--set", "finetune.rank=4", cwd=clone)
+    lora = ("--set", "finetune.rank=4", "--set", "finetune.targets=[query, value]")
+    shown = dry_run("--preset", "gemma_7b_en", "--set", "mesh.shape=[4,8]", *lora, cwd=clone)
     assert shown.returncode == 0, shown.stderr
     assert "decoder_block_1/attention/query/lora_kernel_a" in shown.stdout
     assert "PartitionSpec('model', None, None)" in shown.stdout

@@ -135,7 +135,7 @@ RENDERED = "<bos><start_of_turn>user\nWhat is it like?<end_of_turn>\n<start_of_t
 
 def split_of(tmp_path, tokenizer, texts, control_tokens):
     write_reviews(tmp_path / "reviews.parquet", [Review(text, None, str(row)) for row, text in enumerate(texts)])
-    chosen = Tokenize(length=128, packing=False, eos=True, control_tokens=control_tokens)
+    chosen = Tokenize(length=128, packing=False, eos="end", control_tokens=control_tokens)
     return examples.lay_out(tmp_path / "reviews.parquet", "train", tokenizer, chosen)
 
 
@@ -297,7 +297,7 @@ def test_a_file_of_pairs_is_laid_out_in_turns_and_told_with_what_is_lost(tmp_pat
     )
     for packing in (True, False):
         found = examples.lay_out(
-            source, "train", FOUND_IN_TEXT, Tokenize(length=64, packing=packing, eos=True, control_tokens="text")
+            source, "train", FOUND_IN_TEXT, Tokenize(length=64, packing=packing, eos="end", control_tokens="text")
         )
         expected = lay_out(ids, 64, packing)
         assert all(np.array_equal(found.windows[name], expected[name]) for name in expected)
@@ -360,7 +360,7 @@ def test_pairs_without_a_response_that_fits_stop_the_stage(tmp_path):
     source = written(tmp_path / "train.parquet", [("Best comedy " * 40, "See it twice!")])
     with pytest.raises(StageError, match=r"1 pairs, 1 with a prompt that fills it\. Set a larger tokenize\.length"):
         examples.lay_out(
-            source, "train", FOUND_IN_TEXT, Tokenize(length=32, packing=True, eos=True, control_tokens="text")
+            source, "train", FOUND_IN_TEXT, Tokenize(length=32, packing=True, eos="end", control_tokens="text")
         )
 
 
@@ -369,7 +369,7 @@ def test_reviews_are_laid_out_as_before(tmp_path):
 
     texts = tiny.tiny_reviews(12)
     write_reviews(tmp_path / "train.parquet", [Review(text, 1, str(row)) for row, text in enumerate(texts)])
-    tokenize = Tokenize(length=32, packing=True, eos=True, control_tokens="text")
+    tokenize = Tokenize(length=32, packing=True, eos="end", control_tokens="text")
     found = examples.lay_out(tmp_path / "train.parquet", "train", FOUND_IN_TEXT, tokenize)
     special = {"bos": FOUND_IN_TEXT.bos, "eos": FOUND_IN_TEXT.eos, "pad": FOUND_IN_TEXT.pad}
     expected = windows.pack(FOUND_IN_TEXT.encode_all(texts), 32, **special)

@@ -33,7 +33,7 @@ REPOSITORY = Path(__file__).parent.parent
 PAD, EOS, BOS = 0, 1, 2
 TOKENS = st.integers(min_value=3, max_value=500)
 REVIEWS = st.lists(st.lists(TOKENS, max_size=40), max_size=12)
-LENGTHS = st.integers(min_value=1, max_value=33)
+LENGTHS = st.integers(min_value=2, max_value=33)
 
 
 def segments(packed: windows.Windows) -> list[dict[str, list]]:
@@ -68,7 +68,20 @@ def test_a_packed_segment_starts_with_bos_holds_one_review_and_predicts_only_its
         assert len(set(part["review"])) == 1
         assert part["review"][0] >= 0
         assert part["positions"] == list(range(len(part["positions"])))
-        assert set(part["weights"]) == {1.0}
+
+
+@given(REVIEWS, LENGTHS, st.sampled_from([None, EOS]))
+def test_only_what_a_segment_repeats_of_the_one_before_is_no_target_to_train_on(reviews, length, eos):
+    last = {}
+    for part in segments(windows.pack(reviews, length, bos=BOS, eos=eos, pad=PAD)):
+        row, targets = part["review"][0], part["target_ids"]
+        if row in last:
+            assert part["weights"] == [0.0] + [1.0] * (len(targets) - 1)
+            assert targets[0] == last[row], "the context is the last token of the segment before"
+            assert len(targets) >= 2, "a segment with nothing to train on"
+        else:
+            assert set(part["weights"]) == {1.0}
+        last[row] = targets[-1]
 
 
 @given(REVIEWS, LENGTHS, st.sampled_from([None, EOS]))
@@ -84,7 +97,7 @@ def test_segments_count_from_one_in_each_window_and_a_review_has_one_in_it(revie
 @given(REVIEWS, LENGTHS, st.sampled_from([None, EOS]))
 def test_only_the_last_packed_window_may_have_room_left_and_that_room_is_empty(reviews, length, eos):
     packed = windows.pack(reviews, length, bos=BOS, eos=eos, pad=PAD)
-    filled = packed["weights"].ravel() == 1
+    filled = packed["segment_ids"].ravel() > 0
     total = int(filled.sum())
     assert filled[:total].all()
     assert filled.size - total < length
@@ -113,11 +126,25 @@ def test_arrays_have_the_promised_types_and_shapes(reviews, length):
 
 def test_packing_by_hand():
     packed = windows.pack([[11, 12, 13], [], [21, 22, 23, 24]], 6, bos=BOS, eos=EOS, pad=PAD)
-    assert packed["token_ids"].tolist() == [[2, 11, 12, 13, 2, 2], [2, 22, 23, 24, 0, 0]]
-    assert packed["target_ids"].tolist() == [[11, 12, 13, 1, 1, 21], [22, 23, 24, 1, 0, 0]]
-    assert packed["segment_ids"].tolist() == [[1, 1, 1, 1, 2, 3], [1, 1, 1, 1, 0, 0]]
-    assert packed["positions"].tolist() == [[0, 1, 2, 3, 0, 0], [0, 1, 2, 3, 0, 0]]
-    assert packed["review"].tolist() == [[0, 0, 0, 0, 1, 2], [2, 2, 2, 2, -1, -1]]
+    assert packed["token_ids"].tolist() == [[2, 11, 12, 13, 2, 2], [2, 21, 22, 23, 24, 0]]
+    assert packed["target_ids"].tolist() == [[11, 12, 13, 1, 1, 21], [21, 22, 23, 24, 1, 0]]
+    assert packed["weights"].tolist() == [[1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 0]]
+    assert packed["segment_ids"].tolist() == [[1, 1, 1, 1, 2, 3], [1, 1, 1, 1, 1, 0]]
+    assert packed["positions"].tolist() == [[0, 1, 2, 3, 0, 0], [0, 1, 2, 3, 4, 0]]
+    assert packed["review"].tolist() == [[0, 0, 0, 0, 1, 2], [2, 2, 2, 2, 2, -1]]
+    counts = windows.window_metrics(packed, [[11, 12, 13], [], [21, 22, 23, 24]], eos=True)
+    assert (counts["tokens_kept"], counts["tokens_repeated"], counts["positions_padded"]) == (10, 1, 1)
+
+
+def test_a_review_that_is_cut_ends_with_eos_only_where_that_is_asked_for():
+    reviews, form = [[11, 12, 13, 14], [21, 22, 23], [31, 32]], {"bos": BOS, "eos": EOS, "pad": PAD}
+    cut = windows.one_per_review(reviews, 3, **form)
+    assert cut["token_ids"].tolist() == [[2, 11, 12], [2, 21, 22], [2, 31, 32]]
+    assert cut["target_ids"].tolist() == [[11, 12, 13], [21, 22, 23], [31, 32, 1]]
+    ended = windows.one_per_review(reviews, 3, **form, eos_after_cut=True)
+    assert ended["token_ids"].tolist() == cut["token_ids"].tolist()
+    assert ended["target_ids"].tolist() == [[11, 12, 1], [21, 22, 1], [31, 32, 1]]
+    assert windows.window_metrics(ended, reviews, eos=True) == windows.window_metrics(cut, reviews, eos=True)
 
 
 @given(REVIEWS, st.integers(min_value=2, max_value=33), st.booleans())
@@ -127,7 +154,11 @@ def test_the_counts_add_up_and_truncation_is_counted_as_it_happens(reviews, leng
         counts = windows.window_metrics(laid_out, reviews, eos=eos)
         total = sum(map(len, reviews)) + len(reviews) * eos
         assert counts["tokens_kept"] + counts["tokens_cut"] == total
-        assert counts["tokens_kept"] + counts["positions_padded"] == counts["windows"] * length
+        places = counts["tokens_kept"] + counts["tokens_repeated"] + counts["positions_padded"]
+        assert places == counts["windows"] * length
+        pieces = len(segments(laid_out)) if lay_out is windows.pack else 0
+        filled = sum(len(review) + eos > 0 for review in reviews)
+        assert counts["tokens_repeated"] == max(pieces - filled, 0), "one for each piece that goes on"
         assert counts["tokens_cut"] >= 0
         if lay_out is windows.pack:
             assert counts["tokens_cut"] == 0
@@ -159,7 +190,12 @@ def test_one_window_a_review_is_what_keras_hub_s_preprocessor_makes(family, eos,
         x, y, weights = preprocessor(texts)
     ours = Tokenizer.from_proto(proto)
     laid_out = windows.one_per_review(
-        ours.encode_all(texts), length, bos=ours.bos, eos=ours.eos if eos else None, pad=ours.pad
+        ours.encode_all(texts),
+        length,
+        bos=ours.bos,
+        eos=ours.eos if eos else None,
+        pad=ours.pad,
+        eos_after_cut=True,
     )
     assert np.array_equal(laid_out["token_ids"], np.array(x["token_ids"]))
     assert np.array_equal(laid_out["target_ids"], np.array(y))
@@ -247,7 +283,8 @@ def test_the_stage_packs_both_splits_and_counts_them(project, tmp_path):
         # A small split has few windows to make up for the room left in the last one.
         assert metrics[split]["positions_padded"] < 64
         assert re.search(rf"^{split}: {count} reviews in {len(expected['weights'])} windows", done.stderr, re.MULTILINE)
-    assert metrics["train"]["filled_fraction"] >= 0.97
+    # Of 64 positions a window at most one repeats a token, and only the last window has room left.
+    assert metrics["train"]["filled_fraction"] >= 1 - 2 / 64
     assert 0 < metrics["tokens_cut_by_truncation_fraction"] < 1
 
 
@@ -277,6 +314,22 @@ def test_the_held_out_reviews_are_written_whole_whatever_length_and_packing_are(
     assert read["token_ids"].tolist() == [token for review in reviews for token in (BOS, *review, EOS)]
     assert np.array_equal(read["is_target"], read["token_ids"] != BOS)
     assert read["offsets"].tolist() == [0, *np.cumsum([len(review) + 2 for review in reviews])]
+
+
+@pytest.mark.parametrize("eos", ["end", "always", "never"])
+def test_the_setting_says_which_reviews_of_the_stage_end_with_eos(eos, project, tmp_path):
+    settings = ("tokenize.length=64", "tokenize.packing=false", f"tokenize.eos={eos}")
+    done = run_stage(project, "--out-root", str(tmp_path), *(part for each in settings for part in ("--set", each)))
+    assert done.returncode == 0, done.stderr
+    read = np.load(tmp_path / "data/tokens/train.npz")
+    ended = [
+        bool((targets[weights == 1] == EOS).any())
+        for targets, weights in zip(read["target_ids"], read["weights"], strict=True)
+    ]
+    reviews = Tokenizer.from_proto(tiny.tiny_proto()).encode_all(tiny.tiny_reviews(30))
+    whole = [len(review) + 1 <= 64 for review in reviews]
+    assert 0 < sum(whole) < 30, "some are cut and some are not"
+    assert ended == {"end": whole, "always": [True] * 30, "never": [False] * 30}[eos]
 
 
 def test_two_runs_of_the_stage_write_the_same_bytes(project, tmp_path):

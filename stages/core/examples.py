@@ -54,23 +54,27 @@ def lay_out(source: Path, split: str, tokenizer: Tokenizer, settings: Tokenize) 
     texts = parquet.read_table(source, columns=["text"])["text"].to_pylist()
     control = ControlTokens(tokenizer)
     spelled = control.spelled_in(texts)
+    ends = settings.eos != "never"
     if settings.control_tokens == "tokens":
         # The two that every review gets are not put there twice.
         reviews = [ids[ids[:1] == [tokenizer.bos] :] for ids in control.as_tokens(texts)]
-        reviews = [ids[:-1] if settings.eos and ids[-1:] == [tokenizer.eos] else ids for ids in reviews]
+        reviews = [ids[:-1] if ends and ids[-1:] == [tokenizer.eos] else ids for ids in reviews]
     else:
         reviews = control.as_text(texts)
-    eos = tokenizer.eos if settings.eos else None
-    put = windows.pack if settings.packing else windows.one_per_review
-    laid_out = put(reviews, settings.length, bos=tokenizer.bos, eos=eos, pad=tokenizer.pad)
-    counts = windows.window_metrics(laid_out, reviews, eos=settings.eos) | {"control_tokens_spelled": spelled}
+    special = {"bos": tokenizer.bos, "eos": tokenizer.eos if ends else None, "pad": tokenizer.pad}
+    if settings.packing:
+        laid_out = windows.pack(reviews, settings.length, **special)
+    else:
+        after_cut = settings.eos == "always"
+        laid_out = windows.one_per_review(reviews, settings.length, **special, eos_after_cut=after_cut)
+    counts = windows.window_metrics(laid_out, reviews, eos=ends) | {"control_tokens_spelled": spelled}
     if not counts["tokens_kept"]:
         raise StageError(f"The {split} reviews must have at least one token. Received: {len(reviews)} reviews, none")
     return LaidOut(
         laid_out,
         held_out.of_reviews(reviews, bos=tokenizer.bos, eos=eos),
         counts,
-        windows.cut_by_truncation_fraction(reviews, settings.length, eos=settings.eos),
+        windows.cut_by_truncation_fraction(reviews, settings.length, eos=ends),
         f"{split}: {counts['reviews']:,} reviews in {counts['windows']:,} windows of {settings.length} tokens, "
         f"{counts['filled_fraction']:.1%} filled, {counts['tokens_cut']:,} tokens cut"
         + _told(spelled, settings.control_tokens),

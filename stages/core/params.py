@@ -106,7 +106,7 @@ class Tokenize(Section):
 
     length: Annotated[int, Field(ge=8, le=8192)]
     packing: bool
-    eos: bool
+    eos: Literal["end", "always", "never"]
     control_tokens: Literal["text", "tokens"]
 
 
@@ -236,6 +236,7 @@ class PlanStep(Section):
     dtype: Dtype | None = None
     length: Annotated[int, Field(ge=8, le=8192)] | None = None
     rank: Annotated[int, Field(ge=0, le=512)] | None = None
+    lora_targets: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | None = None
     rematerialize: bool | None = None
 
 

@@ -63,9 +63,10 @@ def run_of(description: Mapping[str, Any], settings: Finetune | None = None, len
         settings: of `finetune`; None in `load`.
         length: tokens per sequence.
     """
-    trained = (
-        {} if settings is None else {key: getattr(settings, key) for key in ("batch_size", "rank", "rematerialize")}
-    )
+    trained: dict[str, Any] = {}
+    if settings:
+        trained = {key: getattr(settings, key) for key in ("batch_size", "rank", "rematerialize")}
+        trained["lora_targets"] = settings.targets if settings.rank else None
     return RunKey(
         preset=description["preset"],
         mesh=description["mesh"]["shape"],

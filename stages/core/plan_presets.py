@@ -23,7 +23,7 @@ from stages.core.topology import describe
 
 # The smallest first. All have eight devices or more on the model axis, as the tutorial's mesh has.
 LADDER = (("v5e:2x4", (1, 8)), ("v5p:2x2x2", (1, 8)), ("v5p:2x2x4", (1, 16)))
-LENGTH, BATCH, RANK = 512, 8, 4
+LENGTH, BATCH, RANK, TARGETS = 512, 8, 4, ["query", "value"]
 # In full in what can learn: float32 weights, bfloat16 arithmetic.
 DTYPES: dict[int, Dtype] = {RANK: "bfloat16", 0: "mixed_bfloat16"}
 BEGIN, END = "<!-- plan: presets -->", "<!-- plan: end -->"
@@ -64,7 +64,7 @@ def table(params: Settings, say: Callable[[str], None]) -> str:
 def smallest(params: Settings, name: str, rank: int, say: Callable[[str], None]) -> Estimate | None:
     """Return the estimate of a preset on the first topology of the ladder that its step fits on, or None."""
     architecture = gemmas.architecture(name)
-    settings = PlanStep(preset=name, dtype=DTYPES[rank], length=LENGTH, rank=rank)
+    settings = PlanStep(preset=name, dtype=DTYPES[rank], length=LENGTH, rank=rank, lora_targets=TARGETS)
     for topology_name, shape in LADDER:
         topology = describe(topology_name)
         step = step_of(params, settings, architecture, MeshShape(shape), layout="auto", batch_size=BATCH)

@@ -26,6 +26,7 @@ class RunKey(Record):
     batch_size: int | None = None
     length: int | None = None
     rank: int | None = None
+    lora_targets: list[str] | None = None
     rematerialize: bool | None = None
     step: str | None = None
 

@@ -23,11 +23,19 @@ from stages.core.topology import cpu_devices
 if TYPE_CHECKING:
     from stages.core.step_program import StepRequest
 
-# What the tutorial reports for its own run (gemma_7b_en on a TPU v3-8, mesh (1, 8), batch 2 x 128 tokens, rank 4):
+# What the tutorial reports for its own run (gemma_7b_en on a TPU v3-8, mesh (1, 8), batch 2 x 128 tokens, rank 4 on
+# query and value):
 # https://ai.google.dev/gemma/docs/core/distributed_tuning, "163ms/step".
-MEASURED: dict[tuple[str, str, tuple[int, ...], int, int, int], float] = {
-    ("gemma_7b_en", "v3:2x2", (1, 8), 2, 128, 4): 0.163
-}
+MEASURED_TOPOLOGY, MEASURED_SECONDS = "v3:2x2", 0.163
+MEASURED = RunKey(
+    preset="gemma_7b_en",
+    mesh=[1, 8],
+    batch_size=2,
+    length=128,
+    rank=4,
+    lora_targets=["query", "value"],
+    step="ours",
+)
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,12 @@ def step_of(
     from stages.core.step_program import StepRequest
 
     named = params.layout if layout is None else params.layout.model_copy(update={"name": layout, "rules": None})
-    changes = {"rank": step.rank, "batch_size": batch_size, "rematerialize": step.rematerialize}
+    changes = {
+        "rank": step.rank,
+        "targets": step.lora_targets,
+        "batch_size": batch_size,
+        "rematerialize": step.rematerialize,
+    }
     settings = params.finetune.model_copy(update={key: value for key, value in changes.items() if value is not None})
     return StepRequest(
         architecture,
@@ -126,6 +139,7 @@ def run_key(name: str, step: StepRequest) -> RunKey:
         batch_size=step.settings.batch_size,
         length=step.length,
         rank=step.settings.rank,
+        lora_targets=step.settings.targets if step.settings.rank else None,
         rematerialize=step.settings.rematerialize,
         step=step.path,
     )
@@ -140,7 +154,7 @@ def label(target: Target) -> str:
         f"{target.layout}",
         f"{target.dtype}",
         f"{target.batch_size}x{target.length}",
-        f"rank {target.rank}" if target.rank else "full",
+        f"rank {target.rank} on {', '.join(target.lora_targets or [])}" if target.rank else "full",
     ]
     parts += ["rematerialize"] if target.rematerialize else []
     parts += ["tutorial's step"] if target.step == "tutorial" else []
@@ -150,10 +164,11 @@ def label(target: Target) -> str:
 def target_of(name: str, request: CompileRequest, cost: StepCost) -> Target:
     """Return the record of a target: what was asked, and what the compiler says."""
     step = request.step
-    key = (name, request.topology, step.mesh.shape, step.settings.batch_size, step.length, step.settings.rank)
+    key = run_key(name, step)
+    measured = MEASURED_SECONDS if request.topology == MEASURED_TOPOLOGY and MEASURED.matches(key) else None
     bound = cost.bound
     return Target(
-        **run_key(name, step).model_dump(),
+        **key.model_dump(),
         topology=request.topology,
         devices=cost.devices,
         parameters=cost.parameters,
@@ -177,7 +192,7 @@ def target_of(name: str, request: CompileRequest, cost: StepCost) -> Target:
         compute_seconds=bound.compute if bound else None,
         memory_seconds=bound.memory if bound else None,
         network_seconds=bound.network if bound else None,
-        measured_step_seconds=MEASURED.get(key) if step.path == "ours" else None,
+        measured_step_seconds=measured,
         compile_seconds=cost.compile_seconds,
         largest=cost.largest,
         fallbacks=[vars(fallback) for fallback in step.layout.fallbacks],

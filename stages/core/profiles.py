@@ -41,6 +41,11 @@ def _profile(summary: str, *settings: str, about: tuple[str, ...] = ()) -> Profi
     return Profile(summary, MappingProxyType(dict(pairs)), frozenset(about))
 
 
+# The tutorial's training, `enable_lora(rank=4)` among it, where it differs from quickstart's.
+TUTORIAL_BATCH = ("tokenize.length=128", "finetune.batch_size=2")
+TUTORIAL_LORA = ("finetune.rank=4", "finetune.targets=[query, value]")
+CONSTANT = ("finetune.schedule=constant", "finetune.warmup_steps=0")
+
 PROFILES: dict[str, Profile] = {
     "quickstart": _profile(
         "Gemma 3 270M, 200 reviews, eight simulated devices: no account, no accelerator (the default)",
@@ -60,25 +65,25 @@ PROFILES: dict[str, Profile] = {
         "prepare.prompt_column=null",
         "prepare.response_column=null",
         "prepare.label_column=null",
-        "tokenize.length=128",
+        "tokenize.length=512",
         "tokenize.packing=true",
-        "tokenize.eos=true",
+        "tokenize.eos=end",
         "mesh.shape=[1, 8]",
         "mesh.devices=auto",
         "layout.name=auto",
         "layout.rules=null",
         "load.dtype=float32",
-        "finetune.rank=4",
+        "finetune.rank=8",
         "finetune.alpha=null",
-        "finetune.targets=[query, value]",
+        "finetune.targets=[attention/.*, ffw_.*]",
         "finetune.lora_dropout=0.0",
         "finetune.epochs=1",
         "finetune.steps=null",
-        "finetune.batch_size=2",
+        "finetune.batch_size=1",
         "finetune.gradient_accumulation=1",
         "finetune.learning_rate=1.0e-3",
-        "finetune.schedule=constant",
-        "finetune.warmup_steps=0",
+        "finetune.schedule=linear",
+        "finetune.warmup_steps=10",
         "finetune.weight_decay=0.01",
         "finetune.beta_1=0.9",
         "finetune.beta_2=0.999",
@@ -89,7 +94,7 @@ PROFILES: dict[str, Profile] = {
         "generate.temperature=0.0",
         "plan.targets="
         '[{preset: gemma_7b_en, topology: "v3:2x2", mesh: [1, 8], layout: auto, dtype: float32, batch_size: 2, '
-        'length: 128, rank: 4}, {topology: "v5e:2x4"}, {topology: "cpu:8"}]',
+        'length: 128, rank: 4, lora_targets: [query, value]}, {topology: "v5e:2x4"}, {topology: "cpu:8"}]',
         about=("fetch", "prepare"),
     ),
     # https://ai.google.dev/gemma/docs/core/distributed_tuning: `take(2000)` of batches of 2, reviews as they come, cut
@@ -105,9 +110,13 @@ PROFILES: dict[str, Profile] = {
         "prepare.min_characters=1",
         "prepare.duplicates=keep",
         "tokenize.packing=false",
+        "tokenize.eos=always",
+        *TUTORIAL_BATCH,
         "mesh.devices=real",
         "layout.name=tutorial",
+        *TUTORIAL_LORA,
         "finetune.learning_rate=5.0e-5",
+        *CONSTANT,
         'plan.targets=[{topology: "v3:2x2"}]',
         about=("fetch", "prepare"),
     ),
@@ -117,34 +126,36 @@ PROFILES: dict[str, Profile] = {
         "fetch.preset=gemma_7b_en",
         "prepare.source=imdb_reviews",
         "prepare.take=4000",
-        "tokenize.length=512",
         "mesh.devices=real",
         "load.dtype=bfloat16",
+        *TUTORIAL_LORA,
         "finetune.batch_size=8",
         "finetune.learning_rate=1.0e-4",
         "finetune.schedule=cosine",
-        "finetune.warmup_steps=10",
         # Beside it the tutorial's own step, to compare with.
         'plan.targets=[{topology: "v5e:2x4"}, {topology: "v5e:2x4", layout: tutorial, step: tutorial}]',
     ),
     "gpu-single": _profile(
         "Gemma 3 270M, one GPU, mixed bfloat16; set fetch for a larger Gemma",
-        "tokenize.length=512",
         "mesh.shape=[1, 1]",
         "mesh.devices=real",
         "load.dtype=mixed_bfloat16",
         "finetune.batch_size=8",
+        # A dozen steps with the default data.
+        "finetune.warmup_steps=0",
         'plan.targets=[{topology: "cpu:1"}]',
     ),
     "gpus-8": _profile(
         "Gemma 7B, eight GPUs of 16 GB or more, mixed bfloat16",
         "fetch.source=kaggle",
         "fetch.preset=gemma_7b_en",
-        "tokenize.length=512",
         "mesh.devices=real",
         "load.dtype=mixed_bfloat16",
+        *TUTORIAL_LORA,
         "finetune.batch_size=8",
         "finetune.learning_rate=1.0e-4",
+        # A dozen steps with the default data.
+        "finetune.warmup_steps=0",
         'plan.targets=[{topology: "cpu:8"}]',
     ),
     "full-parameter": _profile(
@@ -152,7 +163,6 @@ PROFILES: dict[str, Profile] = {
         "finetune.rank=0",
         "finetune.learning_rate=2.0e-5",
         "finetune.schedule=cosine",
-        "finetune.warmup_steps=10",
         "finetune.clip_norm=1.0",
         'plan.targets=[{topology: "v5e:2x4"}]',
     ),
@@ -165,6 +175,7 @@ PROFILES: dict[str, Profile] = {
         "prepare.prompt_column=prompt",
         "prepare.response_column=response",
         "tokenize.length=256",
+        "finetune.batch_size=2",
         "generate.turns=true",
         'plan.targets=[{topology: "v5e:2x4"}]',
         about=("fetch", "prepare"),

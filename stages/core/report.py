@@ -546,6 +546,7 @@ def run_as_planned(sharding: Sharding, params: Params) -> RunKey:
         batch_size=tuning.batch_size,
         length=params.tokenize.length,
         rank=tuning.rank,
+        lora_targets=tuning.targets if tuning.rank else None,
         rematerialize=tuning.rematerialize,
         step="ours",
     )

@@ -4,7 +4,7 @@ Purpose: what the model learns from, laid out so that each target belongs to one
 Writes: `data/tokens/*.npz` (through `write_windows`), whose arrays are, each (windows, length):
     token_ids   int32    the model's input; pad where nothing is
     target_ids  int32    the token that follows each input; pad where nothing is
-    weights     float32  1 where the target is to be learnt, else 0
+    weights     float32  1 where the target is trained on; 0 where nothing is, or what is there is only context
     review      int32    the review's row number in its parquet file; -1 where nothing is
 and with packing also
     segment_ids int32    1, 2, 3, ... within a window, one for each piece of a review; 0 where nothing is
@@ -27,62 +27,83 @@ def pack(reviews: Sequence[Sequence[int]], length: int, *, bos: int, eos: int | 
     """Lay reviews one after another into full windows, in order; only the last window may be partly empty.
 
     Each piece of a review, also one that goes on in the next window, starts with BOS: without it Gemma falls apart.
-    A piece that has room for k targets is [BOS, t1 .. t(k-1)] with targets [t1 .. tk]: every token, and the EOS of
-    every review, is a target exactly once, and no target is predicted from another review.
+    A piece of k positions is [BOS, t1 .. t(k-1)] with targets [t1 .. tk]. BOS foretells how a review begins, but not
+    how one goes on: a piece that goes on begins with the last token of the piece before, as context, with weight 0. So
+    every token, and the EOS of every review, is a target with weight 1 exactly once, predicted from at least one token
+    before it unless it is the review's first, and never from another review.
 
     Args:
         reviews: token ids of each, without BOS and EOS.
-        length: tokens a window, at least 1.
+        length: tokens a window, at least 2.
         bos: id put first in each piece.
         eos: id that ends each review; None for no such token.
         pad: id where nothing is.
     """
     ending = [] if eos is None else [eos]
     targets = [np.array([*review, *ending], np.int32) for review in reviews]
-    total = sum(map(len, targets))
-    count = -(-total // length)
-    # Windows are full, so the targets of all reviews in a row are the targets of all windows in a row.
-    flat = {
-        "token_ids": np.full(count * length, pad, np.int32),
-        "target_ids": np.full(count * length, pad, np.int32),
-        "weights": np.zeros(count * length, np.float32),
-        "segment_ids": np.zeros(count * length, np.int32),
-        "positions": np.zeros(count * length, np.int32),
-        "review": np.full(count * length, -1, np.int32),
-    }
-    flat["weights"][:total] = 1
-    place = segment = 0
+    pieces = []  # (row of the review, number of its first target, targets that are only context, positions)
+    place = 0
     for row, review in enumerate(targets):
         done = 0
         while done < len(review):
-            segment = segment + 1 if place % length else 1
-            size = min(length - place % length, len(review) - done)
-            piece = slice(place, place + size)
-            flat["token_ids"][place] = bos
-            flat["token_ids"][place + 1 : place + size] = review[done : done + size - 1]
-            flat["target_ids"][piece] = review[done : done + size]
-            flat["segment_ids"][piece] = segment
-            flat["positions"][piece] = np.arange(size)
-            flat["review"][piece] = row
+            context = min(done, 1)
+            first = done - context
+            size = min(length - place % length, len(review) - first)
+            pieces.append((row, first, context, size))
             place += size
-            done += size
-    return {name: array.reshape(count, length) for name, array in flat.items()}
+            done = first + size
+    # Windows are full, so that all of them in a row are all pieces in a row.
+    positions = -(-place // length) * length
+    flat = {
+        "token_ids": np.full(positions, pad, np.int32),
+        "target_ids": np.full(positions, pad, np.int32),
+        "weights": np.zeros(positions, np.float32),
+        "segment_ids": np.zeros(positions, np.int32),
+        "positions": np.zeros(positions, np.int32),
+        "review": np.full(positions, -1, np.int32),
+    }
+    place = segment = 0
+    for row, first, context, size in pieces:
+        segment = segment + 1 if place % length else 1
+        piece, ids = slice(place, place + size), targets[row][first : first + size]
+        flat["token_ids"][piece] = [bos, *ids[:-1]]
+        flat["target_ids"][piece] = ids
+        flat["weights"][place + context : place + size] = 1
+        flat["segment_ids"][piece] = segment
+        flat["positions"][piece] = np.arange(size)
+        flat["review"][piece] = row
+        place += size
+    return {name: array.reshape(-1, length) for name, array in flat.items()}
 
 
-def one_per_review(reviews: Sequence[Sequence[int]], length: int, *, bos: int, eos: int | None, pad: int) -> Windows:
-    """Lay each review into one window, cut and padded, exactly as keras-hub's `GemmaCausalLMPreprocessor` does.
+def one_per_review(
+    reviews: Sequence[Sequence[int]],
+    length: int,
+    *,
+    bos: int,
+    eos: int | None,
+    pad: int,
+    eos_after_cut: bool = False,
+) -> Windows:
+    """Lay each review into one window, cut and padded.
 
-    Its rule: BOS, as many tokens as leave room, EOS (also after a cut review), padded to length + 1; inputs are all but
-    the last of these, targets all but the first, and a weight is 1 where the target is no padding.
+    BOS, the review and EOS are cut or padded to length + 1; inputs are all but the last of these, targets all but the
+    first, and a weight is 1 where the target is no padding.
 
-    Args: as for `pack`.
+    Args:
+        reviews, length, bos, pad: as for `pack`.
+        eos: id that ends each review that is whole; None for no such token.
+        eos_after_cut: the last token of a review that is cut is EOS too, exactly as keras-hub's
+            `GemmaCausalLMPreprocessor` has it. The model then learns to stop where the window does.
     """
     ending = [] if eos is None else [eos]
     shape = (len(reviews), length + 1)
     tokens = np.full(shape, pad, np.int32)
     filled = np.zeros(shape, bool)
     for row, review in enumerate(reviews):
-        line = [bos, *review[: length - len(ending)], *ending]
+        line = [bos, *review, *ending][: length + 1]
+        if eos_after_cut and len(review) > length - len(ending):
+            line[len(line) - len(ending) :] = ending
         tokens[row, : len(line)] = line
         filled[row, : len(line)] = True
     rows = np.arange(len(reviews), dtype=np.int32)[:, None]
@@ -106,17 +127,20 @@ def window_metrics(windows: Windows, reviews: Sequence[Sequence[int]], *, eos: b
     """Return what became of the reviews' tokens.
 
     Returns:
-        reviews, windows; tokens_kept (targets learnt) and tokens_cut (thrown away), both with each review's EOS if
-        there is one; positions_padded (positions without a target) and filled_fraction (those with one, of all).
+        reviews, windows; tokens_kept (targets that are trained on) and tokens_cut (thrown away), both with each
+        review's EOS if there is one; tokens_repeated (those that only give context, where a review goes on in the next
+        window); positions_padded (positions with neither) and filled_fraction (those with a target, of all).
     """
     weights = windows["weights"]
     kept = int(np.count_nonzero(weights))
+    repeated = int(np.count_nonzero(windows["segment_ids"])) - kept if "segment_ids" in windows else 0
     return {
         "reviews": len(reviews),
         "windows": len(weights),
         "tokens_kept": kept,
         "tokens_cut": sum(map(len, reviews)) + len(reviews) * int(eos) - kept,
-        "positions_padded": int(weights.size) - kept,
+        "tokens_repeated": repeated,
+        "positions_padded": int(weights.size) - kept - repeated,
         "filled_fraction": round(kept / weights.size, 6) if weights.size else 0.0,
     }
 

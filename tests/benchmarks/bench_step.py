@@ -59,7 +59,8 @@ def our_side(shape: tuple[int, int], batch: int) -> Callable[[int], list[float]]
     mesh = MeshShape(shape)
     layout = make_layout(params.layout, preset.architecture, mesh)
     description = variants.model_description("baseline", preset, "float32", mesh, "simulated", layout)
-    settings = params.finetune.model_copy(update={"rank": RANK, "learning_rate": RATE})
+    changes = {"rank": RANK, "targets": ["query", "value"], "learning_rate": RATE}
+    settings = params.finetune.model_copy(update=changes)
     model = finetuning.load_trainable(preset, description, settings)
     import numpy as np
 
