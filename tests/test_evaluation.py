@@ -137,7 +137,7 @@ def test_a_review_without_a_target_among_others_counts_for_nothing():
     assert review_losses.metrics("tuned", losses)["reviews"] == 2
 
 
-def test_a_sequence_holds_bos_the_text_and_its_end_and_of_a_pair_the_response_is_the_target():
+def test_a_sequence_holds_bos_the_text_and_its_end_and_of_a_pair_each_response_is_the_target():
     reviews = held_out.of_reviews([[7, 8], []], bos=BOS, eos=EOS)
     assert reviews["token_ids"].tolist() == [BOS, 7, 8, EOS, BOS, EOS]
     assert reviews["is_target"].tolist() == [False, True, True, True, False, True]
@@ -145,6 +145,10 @@ def test_a_sequence_holds_bos_the_text_and_its_end_and_of_a_pair_the_response_is
     pair = held_out.of_pairs([([BOS, 9, 10], [11, 12])])
     assert pair["token_ids"].tolist() == [BOS, 9, 10, 11, 12]
     assert pair["is_target"].tolist() == [False, False, False, True, True]
+    both = held_out.of_pairs([([BOS], [5], [6, 7], [8]), ([BOS, 9], [10])])
+    assert both["token_ids"].tolist() == [BOS, 5, 6, 7, 8, BOS, 9, 10]
+    assert both["is_target"].tolist() == [False, True, False, False, True, False, False, True]
+    assert both["offsets"].tolist() == [0, 5, 8]
 
 
 @given(st.lists(st.integers(1, 1200), min_size=1, max_size=12), st.integers(1, 3))

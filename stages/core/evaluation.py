@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # Each length is one more compilation; a bucket's length is a multiple of this, which the usual meshes divide.
 MOST_BUCKETS = 4
-MULTIPLE = 128
+MULTIPLE = 64
 
 # From batches of one length to each target's loss (nats) and whether it was the likeliest token: (sequences, length).
 Model = Callable[["Batches"], tuple[np.ndarray, np.ndarray]]

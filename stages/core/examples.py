@@ -72,7 +72,7 @@ def lay_out(source: Path, split: str, tokenizer: Tokenizer, settings: Tokenize) 
         raise StageError(f"The {split} reviews must have at least one token. Received: {len(reviews)} reviews, none")
     return LaidOut(
         laid_out,
-        held_out.of_reviews(reviews, bos=tokenizer.bos, eos=eos),
+        held_out.of_reviews(reviews, bos=tokenizer.bos, eos=special["eos"]),
         counts,
         windows.cut_by_truncation_fraction(reviews, settings.length, eos=ends),
         f"{split}: {counts['reviews']:,} reviews in {counts['windows']:,} windows of {settings.length} tokens, "

@@ -3,7 +3,7 @@
 Reads: `data/tokens/held_out.npz` (written through `windows.write_windows`), whose arrays are
     token_ids  int32 (tokens,)         the tokens of all sequences, one sequence after another, each with its BOS first
     is_target  bool (tokens,)          true where the token is predicted and measured: of a review all but BOS, of a
-                                       pair of prompt and response the response's
+                                       pair of prompt and response the response's, of a conversation every response's
     offsets    int64 (sequences + 1,)  where each sequence begins in these two, and where the last one ends
 A sequence's number is its row in `data/imdb/validation.parquet`.
 """
@@ -30,17 +30,18 @@ def of_reviews(reviews: Sequence[Sequence[int]], *, bos: int, eos: int | None) -
     return of_pairs([([bos], [*review, *ending]) for review in reviews])
 
 
-def of_pairs(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Sequences:
+def of_pairs(pairs: Sequence[Sequence[Sequence[int]]]) -> Sequences:
     """Return pairs as whole sequences.
 
     Args:
-        pairs: token ids of prompt (BOS first) and response.
+        pairs: token ids of prompt (BOS first) and response; of a conversation any number of both in turn.
     """
-    sizes = [len(part) for pair in pairs for part in pair]
+    turns = [turn for pair in pairs for turn in pair]
+    is_response = [bool(place % 2) for pair in pairs for place in range(len(pair))]
     return {
-        "token_ids": np.array([token for pair in pairs for part in pair for token in part], np.int32),
-        "is_target": np.repeat(np.tile([False, True], len(pairs)), sizes),
-        "offsets": np.cumsum([0, *sizes], dtype=np.int64)[::2],
+        "token_ids": np.array([token for turn in turns for token in turn], np.int32),
+        "is_target": np.repeat(np.array(is_response, bool), [len(turn) for turn in turns]),
+        "offsets": np.cumsum([0, *(sum(map(len, pair)) for pair in pairs)], dtype=np.int64),
     }
 
 
