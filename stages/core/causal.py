@@ -69,8 +69,10 @@ class CausalModel(keras.Model):
 
     def call(self, inputs: Mapping[str, jax.Array], training: bool = False) -> dict[str, jax.Array]:
         """Return each token's loss in nats and whether its target was the likeliest word."""
-        table = self.backbone.token_embedding._embeddings.value.astype(self.backbone.token_embedding.compute_dtype)
-        embedded = self._constrain(head.embed(table, inputs["token_ids"], self._plan), "hidden")
+        embedding = self.backbone.token_embedding
+        table = embedding._embeddings.value
+        embedded = head.embed(table, inputs["token_ids"], self._plan, embedding.compute_dtype)
+        embedded = self._constrain(embedded, "hidden")
         hidden = decoder.hidden_states(
             self.backbone,
             embedded,

@@ -18,6 +18,7 @@ import keras
 import numpy as np
 
 from stages.core.lora import Dropout
+from stages.core.products import product
 from stages.core.projection import Projections
 from stages.core.rotary import Rotary
 
@@ -94,7 +95,7 @@ def hidden_states(
             return _block(run, layer, x, positions, allowed, None)[0]
 
         x = jax.checkpoint(block)(x) if rematerialize else block(x)
-    return backbone.layer_norm(x)
+    return _norm(backbone.layer_norm, x)
 
 
 def hidden_states_cached(
@@ -128,7 +129,7 @@ def hidden_states_cached(
         allowed = causal if window is None else causal & window
         x, new_cache = _block(run, layer, x, positions, allowed, cache)
         updated.append(new_cache)
-    return backbone.layer_norm(x), tuple(updated)
+    return _norm(backbone.layer_norm, x), tuple(updated)
 
 
 def empty_caches(backbone: keras.Model, batch: int, capacity: int) -> tuple[Cache, ...]:
@@ -141,6 +142,15 @@ def empty_caches(backbone: keras.Model, batch: int, capacity: int) -> tuple[Cach
 def _scale(backbone: keras.Model, token_embeddings: jax.Array) -> jax.Array:
     """Multiply by the square root of the hidden size, rounded to the compute dtype as keras-hub does."""
     return token_embeddings * jnp.asarray(backbone.hidden_dim**0.5, token_embeddings.dtype)
+
+
+def _norm(layer: Any, x: jax.Array) -> jax.Array:
+    """Normalise in float32, to the compute dtype.
+
+    Called as a layer, Keras would round the scale to the compute dtype first, and on the way back each batch's part of
+    its gradient.
+    """
+    return layer.call(x)
 
 
 def _rotary(backbone: keras.Model, positions: jax.Array) -> Rotary:
@@ -161,18 +171,18 @@ def _block(
     run: _Pass, layer: Any, x: jax.Array, positions: jax.Array, mask: jax.Array, cache: Cache | None
 ) -> tuple[jax.Array, Cache | None]:
     """One decoder block: attention and feed-forward, each with its norms and residual."""
-    h = layer.pre_attention_norm(x)
+    h = _norm(layer.pre_attention_norm, x)
     h, cache = _attention(run, layer.attention, h, positions, mask, cache)
     if layer.use_post_attention_norm:
-        h = layer.post_attention_norm(h)
+        h = _norm(layer.post_attention_norm, h)
     x = x + h
-    h = layer.pre_ffw_norm(x)
+    h = _norm(layer.pre_ffw_norm, x)
     gate, up = run.projections.columns([layer.gating_ffw, layer.gating_ffw_2], h, run.dropout)
     h = run.constrain(
         run.projections.rows(layer.ffw_linear, jax.nn.gelu(gate, approximate=True) * up, run.dropout), "hidden"
     )
     if layer.use_post_ffw_norm:
-        h = layer.post_ffw_norm(h)
+        h = _norm(layer.post_ffw_norm, h)
     return x + h, cache
 
 
@@ -184,8 +194,8 @@ def _attention(
     query, key, value = run.projections.columns(layers, x, run.dropout)
     query, key, value = run.constrain(query, "query"), run.constrain(key, "key"), run.constrain(value, "key")
     if getattr(attention, "use_query_key_norm", False):
-        query = attention.query_norm(query)
-        key = attention.key_norm(key)
+        query = _norm(attention.query_norm, query)
+        key = _norm(attention.key_norm, key)
     # Held once more, so that the backward pass finds the whole keys; XLA would gather them again for it.
     query = run.constrain(run.rotary(attention.rope_layer, query), "query")
     key = run.constrain(run.rotary(attention.rope_layer, key), "key")
@@ -211,9 +221,11 @@ def _mix(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, so
     batch, length, heads, head = query.shape
     groups = key.shape[2]
     query = query.reshape(batch, length, groups, heads // groups, head)
-    logits = jnp.einsum("btkgh,bskh->bkgts", query, key).astype(jnp.float32)
+    # The gradients of keys and values are sums over queries, which devices may have a part of each.
+    key, value = key.astype(jnp.float32), value.astype(jnp.float32)
+    logits = product("btkgh,bskh->bkgts", query, key).astype(jnp.float32)
     if soft_cap is not None:
         logits = soft_cap * jnp.tanh(logits / soft_cap)
     logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", weights, value).reshape(batch, length, heads, head)
+    weights = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
+    return product("bkgts,bskh->btkgh", weights, value).reshape(batch, length, heads, head)

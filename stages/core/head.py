@@ -81,19 +81,23 @@ def logits(hidden: jax.Array, table: jax.Array, vocabulary: int, plan: HeadPlan)
     return _cap(z, plan.soft_cap)
 
 
-def embed(table: jax.Array, token_ids: jax.Array, plan: HeadPlan) -> jax.Array:
-    """Look up rows of the table: (vocabulary, hidden), int32 (batch, length) to (batch, length, hidden).
+def embed(table: jax.Array, token_ids: jax.Array, plan: HeadPlan, dtype: Any) -> jax.Array:
+    """Look up rows of the table: (vocabulary, hidden), int32 (batch, length) to (batch, length, hidden) in `dtype`.
 
     Each device looks up the rows it holds and the parts are summed; left to itself XLA may gather the whole table. On a
-    mesh the result is split over time where the axis divides that, as hidden states between blocks are.
+    mesh the result is split over time where the axis divides that, as hidden states between blocks are. The gradient of
+    a row is a sum over the tokens that are it, so that of a table that is trained is in the table's dtype throughout.
     """
+    if not plan.table_is_trained:
+        table = table.astype(dtype)
     if plan.mesh is None:
-        return jnp.take(table, token_ids, axis=0)
+        return jnp.take(table, token_ids, axis=0).astype(dtype)
     table = padded(table, plan)
     split_time = _splits_time(token_ids.shape[1], plan)
 
     def local(table: jax.Array, ids: jax.Array) -> jax.Array:
-        rows = _lookup(table, ids - _offset(table, plan))
+        # Of the parts all but one are zero: their sum is exact in any dtype.
+        rows = _lookup(table, ids - _offset(table, plan)).astype(dtype)
         return _sum_parts(rows, split_time, plan)
 
     return jax.shard_map(
@@ -111,44 +115,48 @@ def token_losses(
 
     Args:
         hidden: (batch, length, hidden), the final normalised hidden states.
-        table: (vocabulary, hidden), the embedding table that is also the output head.
+        table: (vocabulary, hidden), the embedding table that is also the output head; products take it in the dtype of
+            the hidden states.
         target_ids: int32 (batch, length).
         plan: soft cap, mesh and blocks.
 
     Returns:
         float32 (batch, length) in nats, and bool (batch, length). The first is differentiable in `hidden`, and in
-        `table` if `plan.table_is_trained`.
+        `table` if `plan.table_is_trained`: that gradient is summed in float32.
     """
-    return _token_losses(hidden, padded(table, plan), target_ids, plan, table.shape[0])
+    return _token_losses(hidden, table, target_ids, plan)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _token_losses(
-    hidden: jax.Array, table: jax.Array, target_ids: jax.Array, plan: HeadPlan, vocabulary: int
+    hidden: jax.Array, table: jax.Array, target_ids: jax.Array, plan: HeadPlan
 ) -> tuple[jax.Array, jax.Array]:
-    """Do so with a padded table, of which so many rows are words."""
-    loss, correct, _, _ = _forward(hidden, table, target_ids, plan, vocabulary, with_gradient=False)
+    """Do so."""
+    rows = padded(table.astype(hidden.dtype), plan)
+    loss, correct, _, _ = _forward(hidden, rows, target_ids, plan, table.shape[0], with_gradient=False)
     return loss, correct
 
 
 def _token_losses_forward(
-    hidden: jax.Array, table: jax.Array, target_ids: jax.Array, plan: HeadPlan, vocabulary: int
+    hidden: jax.Array, table: jax.Array, target_ids: jax.Array, plan: HeadPlan
 ) -> tuple[tuple[jax.Array, jax.Array], Any]:
-    loss, correct, log_sum, unit = _forward(hidden, table, target_ids, plan, vocabulary, with_gradient=True)
+    rows = padded(table.astype(hidden.dtype), plan)
+    loss, correct, log_sum, unit = _forward(hidden, rows, target_ids, plan, table.shape[0], with_gradient=True)
     # A frozen table needs nothing but each token's own gradient for a loss of one.
-    rest = (hidden, table, target_ids, log_sum) if plan.table_is_trained else None
+    rest = (hidden, table, rows, target_ids, log_sum) if plan.table_is_trained else None
     return (loss, correct), (unit, rest)
 
 
-def _token_losses_backward(plan: HeadPlan, vocabulary: int, residuals: Any, cotangents: Any) -> tuple[Any, Any, None]:
-    del vocabulary  # What the rows of zeros get ends with the padding.
+def _token_losses_backward(plan: HeadPlan, residuals: Any, cotangents: Any) -> tuple[Any, Any, None]:
     unit, rest = residuals
     weights = cotangents[0]
     hidden_gradient = (unit.astype(jnp.float32) * weights[..., None]).astype(unit.dtype)
     if not plan.table_is_trained:
         return hidden_gradient, None, None
-    hidden, table, target_ids, log_sum = rest
-    return hidden_gradient, _table_gradient(hidden, table, target_ids, log_sum, weights, plan), None
+    hidden, table, rows, target_ids, log_sum = rest
+    gradient = _table_gradient(hidden, rows, target_ids, log_sum, weights, plan)
+    # What the rows of zeros get ends here.
+    return hidden_gradient, gradient[: table.shape[0]].astype(table.dtype), None
 
 
 _token_losses.defvjp(_token_losses_forward, _token_losses_backward)
@@ -296,7 +304,7 @@ def _over_blocks(step: Any, carry: Any, table: jax.Array, block_rows: int) -> An
 def _table_gradient(
     hidden: jax.Array, table: jax.Array, target_ids: jax.Array, log_sum: jax.Array, weights: jax.Array, plan: HeadPlan
 ) -> jax.Array:
-    """The gradient in the table, block by block: the logits are computed again rather than stored."""
+    """The gradient in the table, float32, block by block: the logits are computed again rather than stored."""
 
     def local(
         hidden: jax.Array, table: jax.Array, target_ids: jax.Array, log_sum: jax.Array, weights: jax.Array
@@ -310,9 +318,9 @@ def _table_gradient(
             hit = targets[:, None] == start + jnp.arange(rows.shape[0])[None, :]
             p = (jnp.exp(z - log_sum[:, None]) - hit) * _slope(z, plan.soft_cap) * weights[:, None]
             block = jnp.einsum("nv,nd->vd", p.astype(h.dtype), h, preferred_element_type=jnp.float32)
-            return jax.lax.dynamic_update_slice_in_dim(gradient, block.astype(gradient.dtype), start, axis=0)
+            return jax.lax.dynamic_update_slice_in_dim(gradient, block, start, axis=0)
 
-        gradient = _over_blocks(step, jnp.zeros_like(table), table, plan.block_rows)
+        gradient = _over_blocks(step, jnp.zeros(table.shape, jnp.float32), table, plan.block_rows)
         return gradient if plan.mesh is None else jax.lax.psum(gradient, plan.batch_axis)
 
     if plan.mesh is not None:

@@ -58,17 +58,19 @@ def apply(
 
 def base(layer: Any, x: jax.Array, arrays: dict[str, jax.Array]) -> jax.Array:
     """Return x W, in the compute dtype."""
-    import jax.numpy as jnp
+    from stages.core.products import product
 
-    return jnp.einsum(layer.equation, x, arrays["kernel"].astype(layer.compute_dtype))
+    kernel = arrays["kernel"]
+    # A frozen kernel has no gradient, for which x would be kept.
+    return product(layer.equation, x, kernel if layer._kernel.trainable else kernel.astype(x.dtype))
 
 
 def narrowed(layer: Any, x: jax.Array, a: jax.Array) -> jax.Array:
     """Return x A: the layer's output dimensions with the rank in the last one's place, in the compute dtype."""
-    import jax.numpy as jnp
+    from stages.core.products import product
 
     inputs, axes, low = _equation(layer)
-    return jnp.einsum(f"{inputs},{axes[:-1]}r->{low}", x, a.astype(layer.compute_dtype))
+    return product(f"{inputs},{axes[:-1]}r->{low}", x, a)
 
 
 def widen(layer: Any, narrow: jax.Array, arrays: dict[str, jax.Array], *, divided: bool = False) -> jax.Array:
@@ -79,11 +81,14 @@ def widen(layer: Any, narrow: jax.Array, arrays: dict[str, jax.Array], *, divide
     """
     import jax.numpy as jnp
 
+    from stages.core.products import product
+
     narrow = narrow * jnp.asarray(layer.lora_alpha / layer.lora_rank, narrow.dtype)
-    b = arrays["lora_kernel_b"].astype(layer.compute_dtype)
+    b = arrays["lora_kernel_b"]
     if divided:
-        return jnp.matmul(narrow, b)
-    wide = jnp.matmul(narrow.reshape(-1, narrow.shape[-1]), b)
+        _, axes, low = _equation(layer)
+        return product(f"{low},r{axes[-1]}->{layer.equation.split('->')[1]}", narrow, b)
+    wide = product("nr,rh->nh", narrow.reshape(-1, narrow.shape[-1]), b)
     return wide.reshape(*narrow.shape[:-1], b.shape[-1])
 
 

@@ -1,0 +1,59 @@
+"""Matrix products in bfloat16 whose gradients are summed in float32.
+
+Purpose: the gradient of a weight is a sum over all tokens of a step: over those of a device, over the devices of the
+batch axis, over the batches of a group. Derived from `einsum(x, w.astype(bfloat16))` each part of that sum is rounded
+to bfloat16, 8 bits, before it is added: a part below 1/256 of the sum is lost.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def product(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    """Return an einsum in the dtype of `x`, whose gradient in `w` is computed and summed in the dtype of `w`.
+
+    Args:
+        equation: of two operands, without an ellipsis; each index of `w` is one of `x` or of the result.
+        x: an activation, in the compute dtype.
+        w: what the gradient of is a sum over tokens, in the compute dtype or float32: a weight, or keys or values.
+
+    Returns:
+        The product in the dtype of `x`.
+    """
+    if w.dtype == x.dtype:
+        return jnp.einsum(equation, x, w)
+    # Inside of `shard_map` the sum over devices is the way back of this cast, so it has to be of `w` as it is kept.
+    return _product(equation, _varying_as(x, w), _varying_as(w, x))
+
+
+def _varying_as(array: jax.Array, other: jax.Array) -> jax.Array:
+    """Mark an array as one of each device, over the mesh axes that another is one of each device over."""
+    own, wanted = (jax.typeof(each).manual_axis_type.varying for each in (array, other))
+    return jax.lax.pcast(array, tuple(sorted(wanted - own)), to="varying")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    return jnp.einsum(equation, x, w.astype(x.dtype))
+
+
+def _product_forward(equation: str, x: jax.Array, w: jax.Array) -> tuple[jax.Array, Any]:
+    return _product(equation, x, w), (x, w)
+
+
+def _product_backward(equation: str, operands: Any, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, w = operands
+    inputs, result = equation.split("->")
+    of_x, of_w = inputs.split(",")
+    return (
+        jnp.einsum(f"{result},{of_w}->{of_x}", gradient, w.astype(x.dtype)),
+        jnp.einsum(f"{of_x},{result}->{of_w}", x, gradient, preferred_element_type=w.dtype),
+    )
+
+
+_product.defvjp(_product_forward, _product_backward)
