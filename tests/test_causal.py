@@ -255,3 +255,101 @@ def test_no_weight_is_gathered_in_the_compiled_step(presets):
     assert gathered, "the test looks for gathers and must see those of activations"
     kernels = {",".join(map(str, variable.shape)) for variable in model.backbone.weights}
     assert not kernels & set(gathered)
+
+
+# --- Sums in float32, whatever the products are in. ---
+
+# Sequences 0 and 5 are the same, with weights that cancel and are far larger than those of all others: what is left is
+# the gradient of the others, if nothing is rounded to bfloat16 on the way of the sum. They are trained on by two devices
+# of the batch axis, and in two batches of an accumulated step.
+CANCEL = {0: 1024.0, 5: -1024.0}
+RATE = 1024.0
+
+
+def frequent(weights):
+    """Eight sequences in which each fourth token, as input and as target, is the same; weights by sequence."""
+    data = windows(8)
+    often = np.random.default_rng(5).random((8, 32)) < 0.25
+    for name in ("token_ids", "target_ids"):
+        data[name] = np.where(often, 7, data[name]).astype(np.int32)
+    for values in data.values():
+        values[5] = values[0]
+    for sequence, weight in weights.items():
+        data["weights"][sequence] *= weight
+    return data
+
+
+def step_gradients(model, batches, datas):
+    """The gradients by which the train step changes the weights, by path, for each set of data."""
+    import jax
+    import keras
+
+    from stages.core.causal import make_model, pin_to_mesh
+
+    causal = make_model(model.backbone, model.jax_mesh, model.placements)
+    causal.compile(optimizer=keras.optimizers.SGD(RATE), loss=None)
+    causal.optimizer.build(causal.trainable_variables)
+    pin_to_mesh(causal, model.jax_mesh)
+    groups = (
+        causal.trainable_variables,
+        causal.non_trainable_variables,
+        causal.optimizer.variables,
+        causal.metrics_variables,
+    )
+    state = tuple([variable.value for variable in group] for group in groups)
+    split = jax.sharding.NamedSharding(model.jax_mesh, jax.sharding.PartitionSpec("batch"))
+    # XLA may leave a rounding out that a TPU's sums over devices do.
+    step = jax.jit(causal.train_step, compiler_options={"xla_allow_excess_precision": False})
+    found = []
+    for data in datas:
+        if batches > 1:
+            data = {name: each.reshape(-1, batches, *each.shape[1:]) for name, each in data.items()}
+        _, (after, *_) = step(state, ({name: jax.device_put(each, split) for name, each in data.items()},))
+        changes = zip(causal.trainable_variables, state[0], after, strict=True)
+        found.append({each.path: (np.asarray(one) - np.asarray(other)) / RATE for each, one, other in changes})
+    return found
+
+
+def assert_close(gradients, wanted, tolerance):
+    assert gradients.keys() == wanted.keys()
+    for path, gradient in gradients.items():
+        error = np.linalg.norm(gradient - wanted[path]) / np.linalg.norm(wanted[path])
+        assert error < tolerance, path
+
+
+@pytest.fixture(scope="module")
+def in_float32(presets):
+    """The gradients of the sequences that are left, in float32 on one device, by family and rank; computed once."""
+    import functools
+
+    @functools.cache
+    def gradients(family, rank):
+        model = load_tiny(presets[family], (1, 1), rank=rank, targets=("query", "value", "ffw_gating", ".*output"))
+        return step_gradients(model, 1, [frequent(dict.fromkeys(CANCEL, 0.0))])[0]
+
+    return gradients
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rank", "shape", "batches"),
+    [
+        ("mixed_bfloat16", 0, (1, 1), 1),
+        ("mixed_bfloat16", 0, (2, 4), 1),
+        ("mixed_bfloat16", 0, (1, 1), 4),
+        ("mixed_bfloat16", 2, (2, 4), 1),
+        ("mixed_bfloat16", 2, (1, 1), 4),
+        ("bfloat16", 2, (2, 4), 2),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_are_summed_in_float32_over_tokens_devices_and_batches(
+    presets, in_float32, family, dtype, rank, shape, batches
+):
+    targets = ("query", "value", "ffw_gating", ".*output")
+    model = load_tiny(presets[family], shape, rank=rank, targets=targets, dtype=dtype)
+    datas = [frequent(CANCEL), frequent(dict.fromkeys(CANCEL, 0.0))]
+    gradients, of_the_others = step_gradients(model, batches, datas)
+    assert_close(gradients, of_the_others, 1e-3)
+    # Products in bfloat16 make a difference of their own.
+    assert_close(gradients, in_float32(family, rank), 0.15)

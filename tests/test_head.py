@@ -175,3 +175,24 @@ def test_the_embedding_and_its_gradient_are_the_plain_lookup(case, shape):
     ours = jax.grad(lambda table: (head.embed(table, ids, plan) ** 2).sum())(table)
     theirs = jax.grad(lambda table: (table[ids] ** 2).sum())(table)
     np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [None, (1, 8), (2, 4)], ids=str)
+def test_a_token_that_occurs_1025_times_gets_the_sum_of_its_1025_gradients(case, shape):
+    """Bfloat16 has 8 bits: counting by ones, it stays at 256."""
+    import dataclasses
+
+    import jax
+    import jax.numpy as jnp
+
+    from stages.core import head
+
+    _, table, _, _ = case
+    plan = plan_for(shape, None, True, 13)
+    ids = np.where(np.arange(2048) < 1025, 7, 9).reshape(2, 1024).astype("i4")
+    np.testing.assert_array_equal(head.embed(table, ids, plan, "bfloat16"), table.astype(jnp.bfloat16)[ids])
+    gradient = jax.grad(lambda table: head.embed(table, ids, plan, "bfloat16").astype("float32").sum())(table)
+    np.testing.assert_array_equal(gradient[7], np.full(HIDDEN, 1025, "f4"))
+    np.testing.assert_array_equal(gradient[9], np.full(HIDDEN, 1023, "f4"))
+    frozen = dataclasses.replace(plan, table_is_trained=False)
+    np.testing.assert_array_equal(head.embed(table, ids, frozen, "bfloat16"), table.astype(jnp.bfloat16)[ids])

@@ -81,13 +81,16 @@ def logits(hidden: jax.Array, table: jax.Array, vocabulary: int, plan: HeadPlan)
     return _cap(z, plan.soft_cap)
 
 
-def embed(table: jax.Array, token_ids: jax.Array, plan: HeadPlan, dtype: Any) -> jax.Array:
-    """Look up rows of the table: (vocabulary, hidden), int32 (batch, length) to (batch, length, hidden) in `dtype`.
+def embed(table: jax.Array, token_ids: jax.Array, plan: HeadPlan, dtype: Any = None) -> jax.Array:
+    """Look up rows of the table: (vocabulary, hidden), int32 (batch, length) to (batch, length, hidden).
 
     Each device looks up the rows it holds and the parts are summed; left to itself XLA may gather the whole table. On a
-    mesh the result is split over time where the axis divides that, as hidden states between blocks are. The gradient of
-    a row is a sum over the tokens that are it, so that of a table that is trained is in the table's dtype throughout.
+    mesh the result is split over time where the axis divides that, as hidden states between blocks are.
+
+    The result is in `dtype`, None: the table's. The gradient of a row is a sum over all tokens of that word, so a
+    trained table's is in the table's own dtype throughout.
     """
+    dtype = dtype or table.dtype
     if not plan.table_is_trained:
         table = table.astype(dtype)
     if plan.mesh is None:

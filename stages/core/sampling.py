@@ -106,7 +106,7 @@ def _generate(
         vocabulary, table = table.shape[0], head.padded(table, plan)
 
         def advance(caches: Any, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, Any]:
-            embedded = constrain(head.embed(table, tokens, plan, table.dtype), "hidden")
+            embedded = constrain(head.embed(table, tokens, plan), "hidden")
             return decoder.hidden_states_cached(
                 backbone, embedded, positions, caches, constrain=constrain, projections=model._projections
             )
