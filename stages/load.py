@@ -33,7 +33,7 @@ def main(run: Run, dry_run: bool, public: str | None) -> None:
         return
     from stages.core import measures, sharding, variants
     from stages.core.files import write_json
-    from stages.core.layout import check_replication
+    from stages.core.layout import check_adapters, check_replication
     from stages.core.layouts import make_layout, replication_advice
     from stages.core.mesh import MeshShape
     from stages.core.paths import SHARDING
@@ -46,6 +46,8 @@ def main(run: Run, dry_run: bool, public: str | None) -> None:
     layout = make_layout(params.layout, preset.architecture, mesh)
     description = variants.model_description("baseline", preset, params.load.dtype, mesh, params.mesh.devices, layout)
     model = variants.declare_model(description, preset.architecture, None)
+    for warning in check_adapters(layout.rules, [placement.weight for placement in model.placements], mesh):
+        run.say(warning)
     warn_before_running(run.paths.root, run_of(description), run.say)
     advice = replication_advice(params.layout, preset.architecture, model.placements, mesh)
     fraction = check_replication(model.placements, mesh, params.layout.max_replicated_fraction, advice)

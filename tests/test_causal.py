@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
 from stages.core.params import Layout
-from tests.conftest import FAMILIES
+from tests.conftest import FAMILIES, ROOT
 from tests.models import AUTO, load_tiny, windows
 
 
@@ -178,6 +182,43 @@ def test_odd_meshes_lengths_batches_and_prompts_come_to_what_one_device_does(odd
     check()
 
 
+# Twelve devices need a process of their own; all families share it.
+TWELVE = """
+import json, sys
+from pathlib import Path
+from stages.core.devices import configure
+configure("simulated", 12)
+from stages.core import finetuning
+from tests.finetunes import settings
+from tests.models import load_tiny, windows
+from tests.test_causal import sampled
+
+for preset, length in json.loads(sys.argv[1]):
+    given = {"train": windows(4, length), "validation": windows(2, length, seed=1)}
+    found = []
+    for shape in ((1, 1), (1, 12)):
+        model = load_tiny(Path(preset), shape, rank=2, targets=("query", "value", "ffw_gating", ".*output"))
+        rows = finetuning.fit(model, given, settings(batch_size=2)).history.rows
+        losses = [row["loss"] for row in rows] + [rows[-1]["validation_loss"]]
+        found.append({"losses": losses, "text": sampled(model, [[2, *range(9, length)], [2, 5]])})
+    print("FOUND", json.dumps(found))
+"""
+
+
+def test_auto_on_twelve_devices_trains_measures_and_generates_what_one_device_does(presets, odd_presets):
+    """Twelve divide the hidden and feed-forward sizes of the odd presets, and their length; of the others nothing."""
+    asked = [[str(each[family]), length] for each, length in ((odd_presets, 36), (presets, 32)) for family in FAMILIES]
+    command = [sys.executable, "-c", TWELVE, json.dumps(asked)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    found = [json.loads(line.removeprefix("FOUND ")) for line in run.stdout.splitlines() if line.startswith("FOUND ")]
+    assert len(found) == len(asked)
+    for (preset, _), (one, twelve) in zip(asked, found, strict=True):
+        assert len(one["losses"]) == 3, preset
+        assert twelve["losses"] == pytest.approx(one["losses"], rel=1e-4), preset
+        assert twelve["text"] == one["text"], preset
+
+
 RANK_SPLIT = Layout.model_validate(
     {
         "name": "rules",
@@ -259,9 +300,9 @@ def test_no_weight_is_gathered_in_the_compiled_step(presets):
 
 # --- Sums in float32, whatever the products are in. ---
 
-# Sequences 0 and 5 are the same, with weights that cancel and are far larger than those of all others: what is left is
-# the gradient of the others, if nothing is rounded to bfloat16 on the way of the sum. They are trained on by two devices
-# of the batch axis, and in two batches of an accumulated step.
+# Sequences 0 and 5 are the same, with weights that cancel and are far larger than those of all others: their sum is the
+# gradient of the others, if nothing is rounded to bfloat16 on the way. They are on two devices of the batch axis, and
+# in two batches of an accumulated step.
 CANCEL = {0: 1024.0, 5: -1024.0}
 RATE = 1024.0
 

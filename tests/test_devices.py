@@ -67,7 +67,8 @@ import jax, jax.numpy as jnp
 print(platform, len(jax.devices(devices.BACKENDS[platform])), float(jnp.ones(3).sum()))
 """
 
-# A plugin for JAX as vendors write them. It stands in for CUDA, which is not here: its devices are the CPU's.
+# A plugin for JAX as vendors write them. It stands in for CUDA or libtpu, which find nothing here: its devices are the
+# CPU's.
 PLUGIN = """
 import os, sys, time
 from jax._src import xla_bridge
@@ -78,8 +79,8 @@ def client():
 
 def initialize():
     {load}
-    xla_bridge._backend_factories.pop("cuda", None)
-    xla_bridge.register_backend_factory("cuda", client, priority=500, fail_quietly=False)
+    xla_bridge._backend_factories.pop("{backend}", None)
+    xla_bridge.register_backend_factory("{backend}", client, priority=500, fail_quietly=False)
     from jax._src import hardware_utils
     hardware_utils.has_visible_nvidia_gpu = lambda: True
 """
@@ -93,6 +94,9 @@ START = {
     "aborts": "os.abort()",
     "exits": "sys.exit(3)",
     "hangs": "time.sleep(60)",
+    # libtpu's own words.
+    "held": "raise RuntimeError('ABORTED: The TPU is already in use by process with pid 4321. Not attempting to load "
+    "libtpu.so in this process.')",
 }
 
 
@@ -106,7 +110,8 @@ def configured(
     if start is not None:
         module = folder / "site" / "jax_plugins" / "stand_in" / "__init__.py"
         module.parent.mkdir(parents=True)
-        module.write_text(PLUGIN.format(start=START[start], load=load))
+        backend = "tpu" if TPU[0] in files else "cuda"
+        module.write_text(PLUGIN.format(backend=backend, start=START[start], load=load))
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "KERAS_"))}
     environment["PYTHONPATH"] = str(folder / "site")
     seconds = 4 if start == "hangs" else 100
@@ -122,7 +127,7 @@ def test_without_the_plugin_jax_may_also_say_that_it_does_not_know_the_backend(t
     assert len(result.stderr.splitlines()) == 1
 
 
-NVIDIA = ["nvidia0", "nvidiactl"]
+NVIDIA, TPU = ["nvidia0", "nvidiactl"], ["accel0"]
 # Device files, how the plugin starts, and what the line must say.
 UNUSABLE = {
     "GPU without the plugin": (NVIDIA, None, 'pip install "jax[cuda12]=='),
@@ -135,7 +140,8 @@ UNUSABLE = {
     "GPU that does not answer": (NVIDIA, "hangs", "no answer within 4.0 s"),
     "fewer GPUs than the mesh": (NVIDIA, "one", "mesh.shape: [1, 1]"),
     # libtpu itself answers: the device file is there and no TPU behind it.
-    "TPU that is absent": (["accel0"], None, "TPU"),
+    "TPU that is absent": (TPU, None, "TPU"),
+    "TPU that another process holds": (TPU, "held", "in use by process with pid 4321"),
 }
 
 
@@ -150,7 +156,10 @@ def test_where_jax_cannot_use_an_accelerator_auto_runs_on_the_cpu_and_one_line_s
     assert len(line) < 600
 
 
-@pytest.mark.parametrize("case", ["GPU without the plugin", "fewer GPUs than the mesh", "TPU that is absent"])
+@pytest.mark.parametrize(
+    "case",
+    ["GPU without the plugin", "fewer GPUs than the mesh", "TPU that is absent", "TPU that another process holds"],
+)
 def test_where_jax_cannot_use_an_accelerator_real_ends_in_two_lines(tmp_path, case):
     files, start, says = UNUSABLE[case]
     result = configured(tmp_path, "real", 2, files, start=start)
@@ -168,9 +177,10 @@ def test_without_an_accelerator_auto_says_nothing_and_real_ends_in_two_lines(tmp
 
 
 @pytest.mark.parametrize("kind", ["auto", "real"])
-def test_an_accelerator_with_devices_enough_is_used(tmp_path, kind):
-    result = configured(tmp_path, kind, 4, NVIDIA, start="eight")
-    assert (result.returncode, result.stdout.split(), result.stderr) == (0, ["gpu", "8", "3.0"], "")
+@pytest.mark.parametrize(("files", "platform"), [(NVIDIA, "gpu"), (TPU, "tpu")])
+def test_an_accelerator_with_devices_enough_is_used(tmp_path, kind, files, platform):
+    result = configured(tmp_path, kind, 4, files, start="eight")
+    assert (result.returncode, result.stdout.split(), result.stderr) == (0, [platform, "8", "3.0"], "")
 
 
 @pytest.mark.parametrize("kind", ["auto", "simulated"])

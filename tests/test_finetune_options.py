@@ -64,6 +64,19 @@ def test_a_target_that_matches_nothing_is_told_with_the_layers_there_are(presets
         declared(presets["gemma"], ["token_embedding"])
 
 
+def test_rules_that_do_not_divide_an_adapter_stop_finetune_before_anything_is_allocated(presets, monkeypatch):
+    from stages.core import finetuning
+    from stages.core.params import Layout
+    from tests.models import describe
+
+    rule = {"pattern": ".*/query/lora_kernel_b", "spec": ["model", None]}
+    layout = Layout.model_validate({"name": "rules", "rules": [rule], "max_replicated_fraction": 1.0})
+    preset = open_tiny(presets["gemma3"])
+    monkeypatch.setattr(finetuning, "fill_model", pytest.fail)
+    with pytest.raises(StageError, match=r"2 by 4 leaves 2\. .*query/lora_kernel_b, shape=\(2, 16\)"):
+        finetuning.load_trainable(preset, describe(preset, (1, 4), layout), settings(rank=2))
+
+
 def test_dropout_changes_training_and_not_what_is_measured(presets, plain):
     result, weights = train(presets["gemma3"], settings(batch_size=2, lora_dropout=0.5, validate_every=1))
     again = train(presets["gemma3"], settings(batch_size=2, lora_dropout=0.5))[1]

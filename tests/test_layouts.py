@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from stages.core.errors import StageError
-from stages.core.layout import check_replication, format_spec, replicated_fraction, resolve
+from stages.core.layout import Rule, check_adapters, check_replication, format_spec, replicated_fraction, resolve
 from stages.core.layouts import auto, make_layout, replication_advice, tutorial
 from stages.core.mesh import MeshShape
 from stages.core.params import Layout
@@ -99,6 +99,38 @@ def test_rules_of_ones_own_are_taken_as_written():
     layout = make_layout(settings, architecture("gemma3_270m"), MeshShape((2, 4)))
     assert layout.rules[0].spec == (("batch", "model"), None)
     assert not layout.rules[0].optional
+
+
+def warned(pattern, *spec, shape=(1, 8), preset="gemma_2b_en"):
+    """What `load` says of a person's own rule, before it knows of an adapter."""
+    return check_adapters([Rule(pattern, spec)], declared_weights(preset), MeshShape(shape))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "spec", "told"),
+    [
+        (".*/lora_kernel_c", ("model", None), "must match those of some layer.*decoder_block_0/attention/query/lora"),
+        (".*/attention/query/lora_kernel_a", ("model", None), "one entry for each of the weight's 3 dimensions"),
+        (".*/attention/key/lora_kernel_a", ("model", None, None), "1 by 8 leaves 1.*Of any LoRA rank"),
+        (".*/attention/query/lora_kernel_b", (None, "data"), "'data' is none"),
+    ],
+)
+def test_a_rule_that_fits_no_adapter_of_any_layer_stops_at_load(devices: int, pattern, spec, told):
+    with pytest.raises(StageError, match=told):
+        warned(pattern, *spec)
+
+
+def test_a_rule_that_fits_some_adapter_is_left_to_finetune_which_knows_rank_and_targets(devices: int):
+    # Of a feed-forward layer A has two dimensions; the rank may be one that eight devices divide.
+    assert warned(".*/lora_kernel_a", "model", None, None) == []
+    assert warned(".*/attention/query/lora_kernel_b", "model", None) == []
+
+
+def test_a_rule_for_kernels_that_catches_an_adapters_too_is_told_at_load(devices: int):
+    [line] = warned(".*/attention/key/.*", None, None, "model", shape=(1, 3))
+    assert "such as decoder_block_0/attention/key/lora_kernel_a" in line and "End the pattern in /kernel" in line
+    assert warned(".*/attention/key/kernel", None, None, "model") == []
+    assert check_adapters(tutorial().rules, declared_weights("gemma_7b_en"), MeshShape((1, 8))) == []
 
 
 def test_the_facts_table_is_the_one_beside_the_project_if_there_is_one():

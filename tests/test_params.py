@@ -114,6 +114,16 @@ def test_every_weight_in_bfloat16_is_refused_with_the_dtype_that_learns():
     read_params(DEFAULT, ("load.dtype=bfloat16",))
 
 
+@pytest.mark.parametrize("option", ["alpha=8.0", "lora_dropout=0.1"])
+def test_an_adapters_options_are_refused_where_there_is_none(option):
+    with pytest.raises(ParamsError) as raised:
+        read_params(DEFAULT, ("finetune.rank=0", "load.dtype=float32", f"finetune.{option}"))
+    [line] = str(raised.value).splitlines()
+    name, value = option.split("=")
+    assert line.startswith(f"finetune.{name} must be ") and "with rank: 0, which has no adapter" in line
+    assert f"{name}={value}" in line
+
+
 @pytest.mark.parametrize(
     ("override", "place"),
     [

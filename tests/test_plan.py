@@ -549,6 +549,29 @@ def test_the_table_of_presets_takes_the_first_topology_that_holds_the_step(tmp_p
     assert "| gemma3_270m | none of these |" in plan_presets.table(params, lambda text: None)
 
 
+def test_the_table_of_presets_plans_runs_that_params_yaml_may_ask_for(devices, monkeypatch):
+    """In full, that is a dtype in which AdamW's steps change something."""
+    from types import SimpleNamespace
+
+    from stages.core import plan_presets
+
+    planned = []
+
+    def figures(question, *_):
+        planned.append((question.request.settings.rank, question.request.dtype))
+        return {"fits": True}
+
+    monkeypatch.setattr(plan_presets, "describe", lambda name: SimpleNamespace(memory_bytes=1))
+    monkeypatch.setattr(plan_presets, "argument_bytes", lambda question: 0)
+    monkeypatch.setattr(plan_presets, "figures_of", figures)
+    for rank in plan_presets.DTYPES:
+        plan_presets.smallest(plan_settings(), "gemma3_270m", rank, lambda text: None)
+    assert planned == [(4, "bfloat16"), (0, "mixed_bfloat16")]
+    for rank, dtype in planned:
+        found = read_params(ROOT / "params.yaml", (f"finetune.rank={rank}", f"load.dtype={dtype}"))
+        assert (found.finetune.rank, found.load.dtype) == (rank, dtype)
+
+
 def test_the_table_of_presets_needs_its_marks(tmp_path):
     from stages.core import plan_presets
 

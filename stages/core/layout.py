@@ -158,6 +158,54 @@ def resolve(rules: Sequence[Rule], weights: Iterable[Weight], mesh: MeshShape) -
     return placements
 
 
+def check_adapters(rules: Sequence[Rule], weights: Iterable[Weight], mesh: MeshShape) -> list[str]:
+    """Return a warning for each rule that fits no LoRA kernel it matches, as far as that follows from the base alone.
+
+    Which layers get an adapter, and of which rank, is not known yet. A rule that is meant for LoRA kernels (its pattern
+    names `lora`) must fit those of some layer; the rank itself may be any that the mesh divides.
+
+    Args:
+        rules: a person's own; optional ones are passed over.
+        weights: the model's, with no adapter declared.
+        mesh: axis names and sizes.
+
+    Raises:
+        StageError: a rule that is meant for LoRA kernels fits none of any layer.
+    """
+    rank = mesh.devices
+    kernels = [each for each in weights if each.path.endswith("/kernel")]
+    adapters = [
+        Weight(each.path.removesuffix("kernel") + name, shape, "float32", "lora")
+        for each in kernels
+        for name, shape in (("lora_kernel_a", (*each.shape[:-1], rank)), ("lora_kernel_b", (rank, each.shape[-1])))
+    ]
+    warnings = []
+    for rule in rules:
+        pattern = re.compile(rule.anchored)
+        problems: list[StageError] = []
+        matches = [each for each in adapters if pattern.search(each.path)]
+        for each in matches:
+            try:
+                place(each, rule, mesh)
+            except StageError as error:
+                problems.append(error)
+        meant = "lora" in rule.pattern
+        if rule.optional or len(problems) < len(matches) or not (matches or meant):
+            continue
+        if not matches:
+            raise StageError(
+                f"A layout rule for LoRA kernels must match those of some layer, and this one matches none. Received: "
+                f"pattern={rule.pattern!r}. A path of this model: {adapters[0].path}"
+            )
+        if meant:
+            raise StageError(f"{problems[0]} Of any LoRA rank; shown with rank {rank}.")
+        warnings.append(
+            f"Warning: the layout rule {rule.pattern!r} matches LoRA kernels too, such as {matches[0].path}, and fits "
+            "none of them: finetune stops if these layers get an adapter. End the pattern in /kernel."
+        )
+    return warnings
+
+
 def place(weight: Weight, rule: Rule | None, mesh: MeshShape) -> Placement:
     """Place one weight by one rule, checked."""
     spec = rule.spec if rule else (None,) * len(weight.shape)
