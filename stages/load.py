@@ -46,8 +46,7 @@ def main(run: Run, dry_run: bool, public: str | None) -> None:
     layout = make_layout(params.layout, preset.architecture, mesh)
     description = variants.model_description("baseline", preset, params.load.dtype, mesh, params.mesh.devices, layout)
     model = variants.declare_model(description, preset.architecture, None)
-    for warning in check_adapters(layout.rules, [placement.weight for placement in model.placements], mesh):
-        run.say(warning)
+    check_adapters(layout.rules, [placement.weight for placement in model.placements], mesh, run.say)
     warn_before_running(run.paths.root, run_of(description), run.say)
     advice = replication_advice(params.layout, preset.architecture, model.placements, mesh)
     fraction = check_replication(model.placements, mesh, params.layout.max_replicated_fraction, advice)

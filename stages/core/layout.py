@@ -158,52 +158,60 @@ def resolve(rules: Sequence[Rule], weights: Iterable[Weight], mesh: MeshShape) -
     return placements
 
 
-def check_adapters(rules: Sequence[Rule], weights: Iterable[Weight], mesh: MeshShape) -> list[str]:
-    """Return a warning for each rule that fits no LoRA kernel it matches, as far as that follows from the base alone.
+def check_adapters(
+    rules: Sequence[Rule], weights: Iterable[Weight], mesh: MeshShape, say: Callable[[str], None]
+) -> None:
+    """Warn of each rule that fits no LoRA kernel it matches, as far as that follows from the base alone.
 
     Which layers get an adapter, and of which rank, is not known yet. A rule that is meant for LoRA kernels (its pattern
-    names `lora`) must fit those of some layer; the rank itself may be any that the mesh divides.
+    names `lora`) must fit what it matches of some layer; the rank may be any that the mesh divides.
 
     Args:
         rules: a person's own; optional ones are passed over.
         weights: the model's, with no adapter declared.
         mesh: axis names and sizes.
+        say: shows one line to the person.
 
     Raises:
         StageError: a rule that is meant for LoRA kernels fits none of any layer.
     """
     rank = mesh.devices
-    kernels = [each for each in weights if each.path.endswith("/kernel")]
     adapters = [
-        Weight(each.path.removesuffix("kernel") + name, shape, "float32", "lora")
-        for each in kernels
-        for name, shape in (("lora_kernel_a", (*each.shape[:-1], rank)), ("lora_kernel_b", (rank, each.shape[-1])))
+        [
+            Weight(f"{layer}/lora_kernel_a", (*each.shape[:-1], rank), "float32", "lora"),
+            Weight(f"{layer}/lora_kernel_b", (rank, each.shape[-1]), "float32", "lora"),
+        ]
+        for each in weights
+        for layer, _, name in [each.path.rpartition("/")]
+        if name == "kernel"
     ]
-    warnings = []
     for rule in rules:
-        pattern = re.compile(rule.anchored)
-        problems: list[StageError] = []
-        matches = [each for each in adapters if pattern.search(each.path)]
-        for each in matches:
-            try:
-                place(each, rule, mesh)
-            except StageError as error:
-                problems.append(error)
-        meant = "lora" in rule.pattern
-        if rule.optional or len(problems) < len(matches) or not (matches or meant):
-            continue
-        if not matches:
+        pattern, meant = re.compile(rule.anchored), "lora" in rule.pattern
+        matches = [found for pair in adapters if (found := [each for each in pair if pattern.search(each.path)])]
+        if meant and not matches:
             raise StageError(
                 f"A layout rule for LoRA kernels must match those of some layer, and this one matches none. Received: "
-                f"pattern={rule.pattern!r}. A path of this model: {adapters[0].path}"
+                f"pattern={rule.pattern!r}. A path of this model: {adapters[0][0].path}"
             )
+        problems = [problem for found in matches if (problem := _problem(found, rule, mesh))]
+        if rule.optional or len(problems) < len(matches) or not matches:
+            continue
         if meant:
-            raise StageError(f"{problems[0]} Of any LoRA rank; shown with rank {rank}.")
-        warnings.append(
-            f"Warning: the layout rule {rule.pattern!r} matches LoRA kernels too, such as {matches[0].path}, and fits "
-            "none of them: finetune stops if these layers get an adapter. End the pattern in /kernel."
+            raise StageError(f"{problems[0]} So it is with any LoRA rank; {rank} is taken here.")
+        say(
+            f"Warning: the layout rule {rule.pattern!r} matches LoRA kernels too, such as {matches[0][0].path}, and fits "
+            "no layer's: finetune stops if these layers get an adapter. End the pattern in /kernel."
         )
-    return warnings
+
+
+def _problem(weights: Iterable[Weight], rule: Rule, mesh: MeshShape) -> StageError | None:
+    """Return why a rule does not fit one of some weights, or None if it fits all."""
+    try:
+        for weight in weights:
+            place(weight, rule, mesh)
+    except StageError as error:
+        return error
+    return None
 
 
 def place(weight: Weight, rule: Rule | None, mesh: MeshShape) -> Placement:
