@@ -199,8 +199,8 @@ def check_adapters(
         if meant:
             raise StageError(f"{problems[0]} So it is with any LoRA rank; {rank} is taken here.")
         say(
-            f"Warning: the layout rule {rule.pattern!r} matches LoRA kernels too, such as {matches[0][0].path}, and fits "
-            "no layer's: finetune stops if these layers get an adapter. End the pattern in /kernel."
+            f"Warning: the layout rule {rule.pattern!r} matches LoRA kernels too, such as {matches[0][0].path}, and "
+            "fits no layer's: finetune stops if these layers get an adapter. End the pattern in /kernel."
         )
 
 
