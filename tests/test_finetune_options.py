@@ -316,7 +316,8 @@ def test_a_pass_that_keras_cuts_short_is_finished_in_training_and_fails_in_measu
     causal = make_model(model.backbone, model.jax_mesh, model.placements)
     causal.compile(optimizer=None, loss=None)
     with pytest.raises(StageError, match=r"expected 232 tokens\. Received: tokens=58"):
-        causal.measure(Batches(data()["train"], 2, model.mesh_shape))
+        batches = Batches(data()["train"], 2, model.mesh_shape)
+        causal.measure(batches, batches.tokens)
 
 
 def test_a_step_that_trains_fewer_tokens_than_its_sequences_have_fails(presets, monkeypatch):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +24,6 @@ from stages.core.errors import StageError
 from stages.core.layout import Placement, axes_of
 from stages.core.lora import Dropout
 from stages.core.projection import Projections
-
-if TYPE_CHECKING:
-    from stages.core.batches import Batches
 
 
 class CausalModel(keras.Model):
@@ -145,11 +142,12 @@ class CausalModel(keras.Model):
             "batch_tokens": jnp.sum(learnt),
         }
 
-    def measure(self, batches: Batches, verbose: int = 0) -> dict[str, float]:
+    def measure(self, batches: keras.utils.PyDataset, tokens: int, verbose: int = 0) -> dict[str, float]:
         """Return loss (nats a token) and accuracy over all tokens of some batches, by Keras' `evaluate`.
 
         Args:
-            batches: the sequences to measure on.
+            batches: the sequences to measure on, as `stages.core.batches` gives them.
+            tokens: how many of their targets have a weight.
             verbose: Keras': 0 silent, 1 a bar, 2 a line.
 
         Raises:
@@ -157,14 +155,14 @@ class CausalModel(keras.Model):
         """
         measured = self.evaluate(batches, return_dict=True, verbose=verbose)
         counted = int(self._token_count.result())
-        if counted != batches.tokens:
+        if counted != tokens:
             raise StageError(
-                f"Not all that was given was measured: expected {batches.tokens} tokens. Received: tokens={counted}. "
+                f"Not all that was given was measured: expected {tokens} tokens. Received: tokens={counted}. "
                 "Look for an environment variable or callback that shortens Keras' evaluate."
             )
         return measured
 
-    def token_losses(self, batches: Batches, verbose: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    def token_losses(self, batches: keras.utils.PyDataset, verbose: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Return the loss of each token, and whether its target was the likeliest word, by Keras' `predict`.
 
         Args:

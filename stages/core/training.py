@@ -267,7 +267,8 @@ class Watch(keras.callbacks.Callback):
         with history.timed("validation"):
             # `evaluate` counts in the same metrics as the epoch does.
             kept = [np.asarray(variable.value) for variable in self.model.metrics_variables]
-            loss = self.model.measure(self._plan.held_out)["loss"]
+            held_out = self._plan.held_out
+            loss = self.model.measure(held_out, held_out.tokens)["loss"]
             for variable, value in zip(self.model.metrics_variables, kept, strict=True):
                 put(variable, value)
         if not math.isfinite(loss):
