@@ -39,19 +39,19 @@ def main(run: Run, presets: Path | None) -> None:
         plan_presets.write_table(settings, presets, run.say)
         return
     inputs.declare(run.paths, "plan", "config.json", plan_targets.own_config(settings.fetch, run.paths.root))
-    targets = {}
+    planned = {}
     for wanted in settings.plan.targets:
         name, request = plan_targets.compile_request_of(settings, wanted)
         target = plan_targets.target_of(name, request, planning.compile_step(request, run.say))
-        targets[plan_targets.label(target)] = target
+        planned[plan_targets.label(target)] = target
     plan = PlanFile(
-        targets=targets,
+        targets=planned,
         search=plan_search.search(settings, settings.plan.search, run.say) if settings.plan.search else None,
         scaling=plan_search.scaling(settings, settings.plan.scaling, run.say) if settings.plan.scaling else None,
     )
     plan_table.show(plan)
     write_json(run.paths.write(PLAN), plan.content())
-    run.write_metrics("plan", {label: target.metrics() for label, target in targets.items()})
+    run.write_metrics("plan", {label: target.metrics() for label, target in planned.items()})
 
 
 if __name__ == "__main__":
