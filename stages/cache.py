@@ -24,8 +24,8 @@ from stages.core.cli import click, mistakes_in_lines
 def main(remove: bool, days: float, verbose: bool) -> None:
     """Show what in the cache folder no run will use again, largest first, and remove it with --remove."""
     with mistakes_in_lines(verbose):
-        from stages.core import leftovers
-        from stages.core.paths import cache_folder
+        from stages.core.cache import leftovers
+        from stages.core.common.paths import cache_folder
 
         cache = cache_folder()
         found = leftovers.find(cache, days)

@@ -8,13 +8,13 @@ Command: `python -m stages.compare`
 from __future__ import annotations
 
 from stages.core.cli import Run, stage
-from stages.core.paths import evaluation
+from stages.core.common.paths import evaluation
 
 
 @stage
 def main(run: Run) -> None:
     """Compare the tuned model with the baseline on the same held-out reviews."""
-    from stages.core.review_losses import difference, read_losses
+    from stages.core.evaluate.review_losses import difference, read_losses
 
     baseline, tuned = (read_losses(run.paths.read(evaluation(variant))) for variant in ("baseline", "tuned"))
     values = difference(baseline, tuned)

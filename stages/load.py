@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 
 from stages.core.cli import Run, click, stage
-from stages.core.errors import ParamsError
+from stages.core.common.errors import ParamsError
 
 
 @stage
@@ -27,17 +27,19 @@ def main(run: Run, dry_run: bool, public: str | None) -> None:
     if public and not dry_run:
         raise ParamsError(f"--preset goes with --dry-run; load takes the fetched preset. Received: --preset={public}")
     if dry_run:
-        from stages.core.dry_run import dry_run as describe
+        from stages.core.plan.dry_run import dry_run as describe
 
         click.echo(describe(run, public))
         return
-    from stages.core import measures, sharding, variants
+    from stages.core.common import host_memory
+    from stages.core.common.paths import SHARDING
     from stages.core.files import write_json
-    from stages.core.layout import check_adapters, check_replication
-    from stages.core.layouts import make_layout, replication_advice
-    from stages.core.mesh import MeshShape
-    from stages.core.paths import SHARDING
-    from stages.core.plan_check import run_of, warn_before_running
+    from stages.core.load import variants
+    from stages.core.plan.run_check import run_of, warn_before_running
+    from stages.core.sharding import table
+    from stages.core.sharding.layout import check_adapters, check_replication
+    from stages.core.sharding.mesh import MeshShape
+    from stages.core.sharding.named_layouts import make_layout, replication_advice
 
     began = time.perf_counter()
     params = run.params
@@ -52,7 +54,7 @@ def main(run: Run, dry_run: bool, public: str | None) -> None:
     fraction = check_replication(model.placements, mesh, params.layout.max_replicated_fraction, advice)
     variants.fill_model(model, preset, {})
     variants.check_placed(model)
-    report = sharding.report(
+    report = table.report(
         model.placements,
         mesh,
         layout.fallbacks,
@@ -63,7 +65,7 @@ def main(run: Run, dry_run: bool, public: str | None) -> None:
         trainable_parameters=0,
     )
 
-    click.echo(sharding.block_table(model.placements))
+    click.echo(table.block_table(model.placements))
     for fallback in layout.fallbacks:
         run.say(f"Layout: {fallback}")
     write_json(run.paths.write("models/baseline/model.json"), description)
@@ -72,7 +74,7 @@ def main(run: Run, dry_run: bool, public: str | None) -> None:
         "load",
         {
             "seconds": round(time.perf_counter() - began, 3),
-            "peak_host_bytes": measures.peak_host_bytes(),
+            "peak_host_bytes": host_memory.peak_host_bytes(),
             "parameters": report["parameters"],
             "devices": mesh.devices,
             "bytes_per_device_max": report["bytes_per_device"],

@@ -22,34 +22,36 @@ from stages.core.cli import Run, click, stage
 )
 def main(run: Run, presets: Path | None) -> None:
     """Report what training steps need on devices that are not there, by compiling them."""
-    from stages.core import devices, inputs, plan_targets
+    from stages.core.common import inputs
+    from stages.core.common.paths import PLAN
     from stages.core.files import write_json
-    from stages.core.paths import PLAN
+    from stages.core.plan import targets
+    from stages.core.sharding import devices
 
     params = run.params
-    settings = plan_targets.Settings(
+    settings = targets.Settings(
         params.fetch, params.tokenize, params.mesh, params.layout, params.load, params.finetune, params.plan
     )
     # The compiler needs no device; Keras needs some JAX to declare weights with, and `cpu:N` as many as it says.
-    devices.configure("simulated", plan_targets.simulated_devices(settings))
-    from stages.core import plan_presets, plan_search, plan_table, planning
-    from stages.core.plan_records import PlanFile
+    devices.configure("simulated", targets.simulated_devices(settings))
+    from stages.core.plan import compilation, presets_table, search, table
+    from stages.core.records.plan import PlanFile
 
     if presets:
-        plan_presets.write_table(settings, presets, run.say)
+        presets_table.write_table(settings, presets, run.say)
         return
-    inputs.declare(run.paths, "plan", "config.json", plan_targets.own_config(settings.fetch, run.paths.root))
+    inputs.declare(run.paths, "plan", "config.json", targets.own_config(settings.fetch, run.paths.root))
     planned = {}
     for wanted in settings.plan.targets:
-        name, request = plan_targets.compile_request_of(settings, wanted)
-        target = plan_targets.target_of(name, request, planning.compile_step(request, run.say))
-        planned[plan_targets.label(target)] = target
+        name, request = targets.compile_request_of(settings, wanted)
+        target = targets.target_of(name, request, compilation.compile_step(request, run.say))
+        planned[targets.label(target)] = target
     plan = PlanFile(
         targets=planned,
-        search=plan_search.search(settings, settings.plan.search, run.say) if settings.plan.search else None,
-        scaling=plan_search.scaling(settings, settings.plan.scaling, run.say) if settings.plan.scaling else None,
+        search=search.search(settings, settings.plan.search, run.say) if settings.plan.search else None,
+        scaling=search.scaling(settings, settings.plan.scaling, run.say) if settings.plan.scaling else None,
     )
-    plan_table.show(plan)
+    table.show(plan)
     write_json(run.paths.write(PLAN), plan.content())
     run.write_metrics("plan", {label: target.metrics() for label, target in planned.items()})
 

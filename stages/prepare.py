@@ -9,15 +9,15 @@ Command: python -m stages.prepare
 from __future__ import annotations
 
 from stages.core.cli import Run, stage
-from stages.core.paths import REVIEWS, cache_folder
+from stages.core.common.paths import REVIEWS, cache_folder
 
 
 @stage
 def main(run: Run) -> None:
     """Choose, clean, split and store the reviews."""
-    from stages.core import inputs
-    from stages.core.review_sources import describe, own_inputs, prepare_reviews, summary
-    from stages.core.review_table import write_reviews
+    from stages.core.common import inputs
+    from stages.core.prepare.parquet_file import write_reviews
+    from stages.core.prepare.sources import describe, own_inputs, prepare_reviews, summary
 
     parts, tally = prepare_reviews(run.params.prepare, run.paths.root, cache_folder(), run.say)
     for key, path in own_inputs(run.params.prepare, run.paths.root).items():

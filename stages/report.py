@@ -8,14 +8,14 @@ Command: python -m stages.report
 from __future__ import annotations
 
 from stages.core.cli import Run, stage
+from stages.core.common.paths import REPORT
 from stages.core.files import write_text
-from stages.core.paths import REPORT
 
 
 @stage
 def main(run: Run) -> None:
     """Write one self-contained HTML page that shows what the pipeline did."""
-    from stages.core.report import read_inputs, render
+    from stages.core.report.page import read_inputs, render
 
     inputs = read_inputs(run.paths)
     page = render(inputs, run.params)

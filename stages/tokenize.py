@@ -8,17 +8,17 @@ Command: python -m stages.tokenize
 from __future__ import annotations
 
 from stages.core.cli import Run, stage
-from stages.core.paths import HELD_OUT, MANIFEST, REVIEWS, TOKENS
+from stages.core.common.paths import HELD_OUT, MANIFEST, REVIEWS, TOKENS
 
 
 @stage
 def main(run: Run) -> None:
     """Turn reviews into windows of tokens: packed, or cut to one a review."""
-    from stages.core.examples import holds_pairs, lay_out
-    from stages.core.presets import read_manifest, verified_folder
-    from stages.core.registry import is_base
-    from stages.core.tokenizer import holds_vocabulary, load_tokenizer
-    from stages.core.windows import write_windows
+    from stages.core.fetch.catalog import is_base
+    from stages.core.presets.manifest import read_manifest, verified_folder
+    from stages.core.presets.tokenizer import holds_vocabulary, load_tokenizer
+    from stages.core.tokenize.packing import write_windows
+    from stages.core.tokenize.sequences import holds_pairs, lay_out
 
     settings = run.params.tokenize
     sources = {split: run.paths.read(path) for split, path in REVIEWS.items()}

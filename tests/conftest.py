@@ -12,17 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from stages.core.paths import cache_folder
-from stages.core.pypi_preset import Packed
-from tests import package_index
+from stages.core.fetch.pypi import Packed
+from tests.support.repository import FAMILIES, REAL_CACHE, ROOT
+from tests.support.servers import package_index
 
-ROOT = Path(__file__).parent.parent
-FAMILIES = ("gemma", "gemma2", "gemma3")
 DEVICES = 8
 
-# The real weights may be there already; tests on tiny models must not write beside them. Workers of pytest-xdist
-# inherit the environment of the process that starts them, the session's own cache included.
-REAL_CACHE = Path(os.environ.setdefault("GEMMA_TUNING_TESTS_REAL_CACHE", str(cache_folder())))
 _IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 _CACHE = pytest.StashKey[str]()
 
@@ -42,7 +37,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session")
 def devices() -> int:
     """Set this process up for eight simulated devices, once."""
-    from stages.core.devices import configure
+    from stages.core.sharding.devices import configure
 
     configure("simulated", DEVICES)
     # The stages import it without TensorFlow; tests compare with keras-hub's own tokenizers, which need that.
@@ -54,7 +49,7 @@ def devices() -> int:
 @pytest.fixture(scope="session")
 def presets(devices: int, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A tiny preset folder of each Gemma family."""
-    from tests.tiny import write_tiny_preset
+    from tests.support.tiny_presets import write_tiny_preset
 
     base = tmp_path_factory.mktemp("presets")
     return {family: write_tiny_preset(base / family, family) for family in FAMILIES}

@@ -21,12 +21,12 @@ from typing import Any
 
 import click
 
-from stages.core.errors import ParamsError, StageError
+from stages.core.common.errors import ParamsError, StageError
+from stages.core.common.installed import check_installed
+from stages.core.common.paths import Paths, check_outputs, lend_a_home, metrics
+from stages.core.common.redaction import guard_standard_error
+from stages.core.config.params import Params, read_params
 from stages.core.files import explain, write_json
-from stages.core.installed import check_installed
-from stages.core.params import Params, read_params
-from stages.core.paths import Paths, check_outputs, lend_a_home, metrics
-from stages.core.redaction import guard_standard_error
 
 REQUIREMENTS = "requirements.txt"
 

@@ -45,9 +45,9 @@ def forget_peak() -> int:
 
 def open_preset(folder: Path):
     """Return a preset folder as the stages have it, without hashing its files."""
-    from stages.core.architecture import read_architecture
-    from stages.core.presets import LICENCE, Manifest
-    from stages.core.variants import Preset
+    from stages.core.load.variants import Preset
+    from stages.core.presets.architecture import read_architecture
+    from stages.core.presets.manifest import LICENCE, Manifest
 
     file_format = "gguf" if list(folder.glob("*.gguf")) else "keras"
     manifest = Manifest("gemma3_270m", "path", file_format, None, str(folder), LICENCE, ())
@@ -56,9 +56,9 @@ def open_preset(folder: Path):
 
 def describe(preset, shape: tuple[int, int]):
     """Return the `model.json` of a baseline laid out by `auto`."""
-    from stages.core import variants
-    from stages.core.layouts import auto
-    from stages.core.mesh import MeshShape
+    from stages.core.load import variants
+    from stages.core.sharding.mesh import MeshShape
+    from stages.core.sharding.named_layouts import auto
 
     mesh = MeshShape(shape)
     return variants.model_description("baseline", preset, "float32", mesh, "simulated", auto(preset.architecture, mesh))
@@ -66,7 +66,7 @@ def describe(preset, shape: tuple[int, int]):
 
 def load_ours(folder: Path, shape: tuple[int, int] = MESH):
     """Load as the load stage does."""
-    from stages.core import variants
+    from stages.core.load import variants
 
     preset = open_preset(folder)
     model = variants.declare_model(describe(preset, shape), preset.architecture, None)
@@ -79,8 +79,8 @@ def load_theirs(folder: Path):
     import keras
     import keras_hub
 
-    from stages.core import mesh as meshes
-    from stages.core.layout import Rule, as_spec
+    from stages.core.sharding import mesh as meshes
+    from stages.core.sharding.layout import Rule, as_spec
 
     description = describe(open_preset(folder), MESH)
     rules = [Rule(rule["pattern"], as_spec(rule["spec"])) for rule in description["layout"]["rules"]]
@@ -91,14 +91,14 @@ def load_theirs(folder: Path):
 
 def run_side(side: str, folder: Path) -> dict[str, float]:
     """Measure one side in this process."""
-    from stages.core import devices
+    from stages.core.sharding import devices
 
     devices.configure("simulated", MESH[0] * MESH[1])
     if side == "from_preset":
         # With TensorFlow, which its tokenizer needs.
         import keras_hub  # noqa: F401
     else:
-        from stages.core import backbone
+        from stages.core.load import backbone
 
         backbone.import_keras_hub()
     import gguf  # noqa: F401
@@ -106,7 +106,8 @@ def run_side(side: str, folder: Path) -> dict[str, float]:
     import jax
     import numpy as np
 
-    from stages.core import keras_weights, layouts, presets, variants  # noqa: F401
+    from stages.core.load import variants  # noqa: F401
+    from stages.core.presets import manifest
 
     jax.block_until_ready(jax.device_put(1.0))
     baseline = forget_peak()
@@ -122,15 +123,15 @@ def run_side(side: str, folder: Path) -> dict[str, float]:
     if side != "from_preset":
         # The load stage also makes sure that the files are those of the manifest; from_preset has nothing like it.
         for file in [*folder.glob("*.h5"), *folder.glob("*.gguf")]:
-            presets.sha256_with_progress(file)
+            manifest.sha256_with_progress(file)
     check = time.perf_counter() - began
     return {"seconds": seconds, "check": check, "peak": peak, "left": left, "checksum": checksum}
 
 
 def write_preset(source: Path, target: Path) -> None:
     """Write the embedded model as a keras-hub preset, tokenizer and preprocessor with it."""
-    from stages.core import devices
-    from stages.core.gguf import tokenizer_proto
+    from stages.core.presets.gguf import tokenizer_proto
+    from stages.core.sharding import devices
 
     devices.configure("simulated", 1)
     import keras_hub
@@ -162,7 +163,7 @@ def main(rounds: int, preset: Path | None, side: str | None, folder: Path | None
     if side:
         click.echo(json.dumps(run_side(side, folder)))
         return
-    from stages.core.paths import cache_folder
+    from stages.core.common.paths import cache_folder
 
     embedded = next((cache_folder() / "presets").glob("*/*.gguf"), None)
     if embedded is None:

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import click
 
-from stages.core.params import read_params
-from stages.core.paths import metrics
+from stages.core.common.paths import metrics
+from stages.core.config.params import read_params
 
 
 def run(out: Path, stage: str, *settings: str) -> None:

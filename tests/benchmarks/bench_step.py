@@ -48,11 +48,12 @@ def batches(batch: int) -> list[dict]:
 
 def our_side(shape: tuple[int, int], batch: int) -> Callable[[int], list[float]]:
     """The step of `stages.finetune`."""
-    from stages.core import finetuning, variants
-    from stages.core.layouts import make_layout
-    from stages.core.mesh import MeshShape
-    from stages.core.params import read_params
-    from stages.core.paths import Paths
+    from stages.core.common.paths import Paths
+    from stages.core.config.params import read_params
+    from stages.core.finetune import trainer
+    from stages.core.load import variants
+    from stages.core.sharding.mesh import MeshShape
+    from stages.core.sharding.named_layouts import make_layout
 
     params = read_params(Path("params.yaml"))
     preset = variants.open_preset(Paths(Path.cwd(), Path.cwd()))
@@ -61,10 +62,10 @@ def our_side(shape: tuple[int, int], batch: int) -> Callable[[int], list[float]]
     description = variants.model_description("baseline", preset, "float32", mesh, "simulated", layout)
     changes = {"rank": RANK, "targets": ["query", "value"], "learning_rate": RATE}
     settings = params.finetune.model_copy(update=changes)
-    model = finetuning.load_trainable(preset, description, settings)
+    model = trainer.load_trainable(preset, description, settings)
     import numpy as np
 
-    from stages.core.causal import make_model, pin_to_mesh
+    from stages.core.model.causal_lm import make_model, pin_to_mesh
 
     causal = make_model(model.backbone, model.jax_mesh, model.placements)
     import keras
@@ -84,10 +85,10 @@ def our_side(shape: tuple[int, int], batch: int) -> Callable[[int], list[float]]
 def keras_side(batch: int) -> Callable[[int], list[float]]:
     """The tutorial's path: keras-hub's causal model, `enable_lora`, `compile`, `fit`."""
     os.environ["KERAS_BACKEND"] = "jax"
-    from stages.core.architecture import Architecture
-    from stages.core.devices import configure
-    from stages.core.gguf import GgufWeights, read_architecture
-    from stages.core.paths import cache_folder
+    from stages.core.common.paths import cache_folder
+    from stages.core.presets.architecture import Architecture
+    from stages.core.presets.gguf import GgufWeights, read_architecture
+    from stages.core.sharding.devices import configure
 
     configure("simulated", 1)
     import keras
@@ -179,7 +180,7 @@ def peft_side(batch: int) -> Callable[[int], list[float]]:
 
 def product_side() -> Callable[[int], list[float]]:
     """A plain float32 product of 2,048 x 2,048 matrices: the machine's rate."""
-    from stages.core.devices import configure
+    from stages.core.sharding.devices import configure
 
     configure("simulated", 1)
     import jax
@@ -226,7 +227,7 @@ def main(batch: int, rounds: int, only: tuple[str, ...], peft_python: str, serve
     if served:
         serve(served, batch)
         return
-    from stages.core.paths import cache_folder
+    from stages.core.common.paths import cache_folder
 
     gguf = next(cache_folder().glob("presets/*/*.gguf"))
     sides = list(only or SIDES)

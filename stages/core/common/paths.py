@@ -1,0 +1,171 @@
+"""Where every input and output of the pipeline lies.
+
+Purpose: the contract of `dvc.yaml` in one place, and `--out-root`: a trial writes below another folder and reads
+from there what an earlier trial left, else from the repository.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from stages.core.common.errors import ParamsError, StageError, shown
+
+MANIFEST = "models/preset/manifest.json"
+REVIEWS = {"train": "data/imdb/train.parquet", "validation": "data/imdb/validation.parquet"}
+TOKENS = {"train": "data/tokens/train.npz", "validation": "data/tokens/validation.npz"}
+# The held-out reviews whole, for `evaluate`; the windows of `validation` are for measuring while training.
+HELD_OUT = "data/tokens/held_out.npz"
+SHARDING = {"baseline": "data/sharding/base.json", "tuned": "data/sharding/tuned.json"}
+PLAN = "data/sharding/plan.json"
+CURVE = "data/plots/finetune.csv"
+SAMPLES = "data/plots/samples.jsonl"
+REPORT = "data/report/index.html"
+
+
+def variant_folder(variant: str) -> str:
+    """Return the folder of a variant (`baseline` or `tuned`), relative to the root."""
+    return f"models/{variant}"
+
+
+def generated(variant: str) -> str:
+    """Return the generations of a variant, relative to the root."""
+    return f"data/generated/{variant}.jsonl"
+
+
+def evaluation(variant: str) -> str:
+    """Return the loss of each held-out review under a variant, relative to the root."""
+    return f"data/evaluations/{variant}.csv"
+
+
+def metrics(name: str) -> str:
+    """Return a metrics file, relative to the root."""
+    return f"data/metrics/{name}.json"
+
+
+def cache_folder() -> Path:
+    """Return the folder for downloads and compiled programs: outside the repository, shared by all clones.
+
+    `GEMMA_TUNING_CACHE` names it; else `$XDG_CACHE_HOME/gemma-tuning`, else `~/.cache/gemma-tuning`.
+
+    Raises:
+        StageError: the system knows no home folder, and no other is named.
+    """
+    named = os.environ.get("GEMMA_TUNING_CACHE")
+    try:
+        return Path(named or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/gemma-tuning").expanduser()
+    except RuntimeError as error:
+        raise StageError(
+            f"A folder for downloads is needed. Received: {named or 'no home folder'}, unknown to this system\n"
+            "Set GEMMA_TUNING_CACHE to a folder of your own."
+        ) from error
+
+
+def lend_a_home() -> None:
+    """Have the cache folder stand in for a home folder where there is none, as for a container's user without a name.
+
+    For libraries that look for their settings in it and cannot do without.
+    """
+    if os.path.expanduser("~") == "~":  # noqa: PTH111 (Path raises where this tells)
+        os.environ["HOME"] = str(cache_folder().absolute())
+
+
+def own_path(root: Path, setting: str, value: str) -> Path:
+    """Return the path that a setting names, absolute or relative to the repository; `~` is the home folder.
+
+    Raises:
+        ParamsError: the home folder of a user that there is not, or a name that no file can have.
+    """
+    try:
+        path = root / Path(value).expanduser()
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ParamsError(
+            f"{setting} must be a path that can exist. Received: {setting}={shown(value)} ({shown(error, 60)})"
+        ) from error
+    return path
+
+
+@dataclass(frozen=True)
+class Paths:
+    """The repository's folder, and the folder that outputs go to (the same unless `--out-root` is given)."""
+
+    root: Path
+    out_root: Path
+
+    def read(self, relative: str) -> Path:
+        """Return where an input lies: below `out_root` if it is there, else below `root`.
+
+        Raises:
+            StageError: it is in neither; the message names the stage that makes it.
+        """
+        for base in (self.out_root, self.root):
+            if (base / relative).exists():
+                return base / relative
+        raise StageError(
+            f"The input {relative} does not exist. Run `dvc repro`, or the stage that writes it: {maker_of(relative)}."
+        )
+
+    def write(self, relative: str) -> Path:
+        """Return where an output goes, its folder made."""
+        path = self.out_root / relative
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+
+# The stage that writes what begins so, as it is called; a stage of two variants once for each.
+MAKERS = {
+    "models/preset": "fetch",
+    "data/imdb": "prepare",
+    "data/metrics/prepare": "prepare",
+    "data/tokens": "tokenize",
+    "data/metrics/tokenize": "tokenize",
+    "models/baseline": "load",
+    "data/sharding/base": "load",
+    "data/metrics/load": "load",
+    "models/tuned": "finetune",
+    "data/sharding/tuned": "finetune",
+    "data/plots": "finetune",
+    "data/metrics/finetune": "finetune",
+    "data/generated/baseline": "generate --variant baseline",
+    "data/metrics/generate-baseline": "generate --variant baseline",
+    "data/generated/tuned": "generate --variant tuned",
+    "data/metrics/generate-tuned": "generate --variant tuned",
+    "data/evaluations/baseline": "evaluate --variant baseline",
+    "data/evaluations/tuned": "evaluate --variant tuned",
+    "data/metrics/evaluate-baseline": "evaluate --variant baseline",
+    "data/metrics/evaluate-tuned": "evaluate --variant tuned",
+    "data/metrics/compare": "compare",
+    "data/sharding/plan": "plan",
+    "data/metrics/plan": "plan",
+    "data/report": "report",
+}
+
+
+def maker_of(relative: str) -> str:
+    """Return the command of the stage that writes a path."""
+    for prefix, stage in MAKERS.items():
+        if relative.startswith(prefix):
+            return f"python -m stages.{stage}"
+    return "dvc repro"
+
+
+def check_outputs(out_root: Path, stage: str) -> None:
+    """Stop at once if a folder that a stage will write to takes no file, rather than after minutes of work.
+
+    Args:
+        out_root: the folder that outputs go to.
+        stage: as in `MAKERS`; one that is not there writes nothing.
+
+    Raises:
+        OSError: `filename` is the folder, or the nearest one above it that is there.
+    """
+    places = [out_root / relative for relative, maker in MAKERS.items() if maker == stage]
+    for folder in {next(path for path in (place, *place.parents) if path.exists()) for place in places}:
+        try:
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            error.filename, error.filename2 = str(folder), None
+            raise

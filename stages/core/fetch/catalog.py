@@ -1,0 +1,212 @@
+"""The text Gemmas that keras-hub knows by name: where Kaggle has them, how large they are, and under which terms.
+
+Purpose: one lookup for `fetch`, `plan` and `load --dry-run`, with no import of keras-hub, which takes seconds; a test
+holds the table to the registry of the pinned keras-hub (`GemmaBackbone.presets`, `Gemma3Backbone.presets`).
+Reads nothing.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+
+from stages.core.common.errors import ParamsError
+from stages.core.presets.manifest import LICENCE
+
+_NAME = r"[A-Za-z0-9_][\w.-]*"  # of an owner, a model or a variation; never `..`
+HANDLE = re.compile(
+    rf"kaggle://(?P<model>{_NAME}/{_NAME}/keras/(?P<variation>{_NAME})/(?P<version>[1-9]\d*))", re.ASCII
+)
+
+HEALTH = {
+    "name": "Health AI Developer Foundations Terms of Use",
+    "url": "https://developers.google.com/health-ai-developer-foundations/terms",
+}
+# What is known where the terms could not be read: where they stand.
+CELL2SENTENCE = {"name": "terms on the model's page", "url": "https://www.kaggle.com/models/keras/cell2sentence"}
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A text Gemma of keras-hub's registry.
+
+    Attributes:
+        handle: at Kaggle, with its version.
+        parameters: their number, as the registry states it.
+        like: the preset whose architecture it shares, by its name in `gemmas.GEMMAS`; None where that is not known.
+        licence: `name` and `url` of the terms its weights come under.
+    """
+
+    handle: str
+    parameters: int
+    like: str | None
+    licence: dict[str, str]
+
+
+def _presets(
+    folder: str, parameters: int, like: str | None, licence: dict[str, str] = LICENCE, **versions: int
+) -> dict[str, Registered]:
+    """Return presets that differ in name and version only."""
+    return {
+        name: Registered(f"kaggle://{folder}/keras/{name}/{version}", parameters, like, licence)
+        for name, version in versions.items()
+    }
+
+
+REGISTRY: dict[str, Registered] = {
+    **_presets(
+        "keras/gemma",
+        2506172416,
+        "gemma_2b_en",
+        **{"gemma_2b_en": 3, "gemma_instruct_2b_en": 3, "gemma_1.1_instruct_2b_en": 4},
+    ),
+    **_presets(
+        "keras/gemma",
+        8537680896,
+        "gemma_7b_en",
+        **{"gemma_7b_en": 4, "gemma_instruct_7b_en": 4, "gemma_1.1_instruct_7b_en": 5},
+    ),
+    **_presets("keras/codegemma", 2506172416, "gemma_2b_en", **{"code_gemma_2b_en": 2, "code_gemma_1.1_2b_en": 2}),
+    **_presets(
+        "keras/codegemma",
+        8537680896,
+        "gemma_7b_en",
+        **{"code_gemma_7b_en": 3, "code_gemma_instruct_7b_en": 3, "code_gemma_1.1_instruct_7b_en": 3},
+    ),
+    **_presets("keras/gemma2", 2614341888, "gemma2_2b_en", gemma2_2b_en=2, gemma2_instruct_2b_en=2),
+    **_presets("keras/gemma2", 9241705984, "gemma2_9b_en", gemma2_9b_en=4, gemma2_instruct_9b_en=4),
+    **_presets("keras/gemma2", 27227128320, "gemma2_27b_en", gemma2_27b_en=3, gemma2_instruct_27b_en=3),
+    **_presets("google/shieldgemma", 2614341888, "gemma2_2b_en", shieldgemma_2b_en=2),
+    **_presets("google/shieldgemma", 9241705984, "gemma2_9b_en", shieldgemma_9b_en=2),
+    **_presets("google/shieldgemma", 27227128320, "gemma2_27b_en", shieldgemma_27b_en=2),
+    **_presets("keras/cell2sentence", 2614341888, "gemma2_2b_en", CELL2SENTENCE, c2s_scale_gemma_2_2b_en=1),
+    **_presets("keras/cell2sentence", 27227128320, "gemma2_27b_en", CELL2SENTENCE, c2s_scale_gemma_2_27b_en=1),
+    # Its soft caps and windows are not written down in keras-hub.
+    **_presets("keras/vaultgemma", 1038741120, None, vault_gemma_1b_en=2),
+    **_presets("keras/gemma3", 268098176, "gemma3_270m", gemma3_270m=3, gemma3_instruct_270m=4),
+    **_presets("keras/gemma3", 999885952, "gemma3_1b", gemma3_1b=3, gemma3_instruct_1b=3),
+    **_presets("keras/gemma3", 3880099328, "gemma3_4b_text", gemma3_4b_text=2, gemma3_instruct_4b_text=3),
+    **_presets("keras/gemma3", 11765788416, "gemma3_12b_text", gemma3_12b_text=3, gemma3_instruct_12b_text=3),
+    **_presets("keras/gemma3", 27009002240, "gemma3_27b_text", gemma3_27b_text=4, gemma3_instruct_27b_text=3),
+    **_presets("keras/function-gemma", 268098176, "gemma3_270m", function_gemma_instruct_270m=1),
+    **_presets("keras/medgemma", 27009002240, "gemma3_27b_text", HEALTH, medgemma_instruct_27b_text=1),
+}
+"""By keras-hub's preset name. A tuned form (instruct, 1.1, CodeGemma, ShieldGemma, C2S, MedGemma's text model) has the
+architecture, and the number of parameters, of the preset that it was tuned from."""
+
+BASE = re.compile(r"gemma-(2b|7b|2-(2b|9b|27b)|3-270m|3-(1b|4b|12b|27b)-pt)")
+"""Names of Google's base models at Hugging Face, those that are not instruction-tuned (`-it`)."""
+
+VISION: dict[str, str | None] = {
+    "gemma3_4b": "gemma3_4b_text",
+    "gemma3_instruct_4b": "gemma3_instruct_4b_text",
+    "gemma3_12b": "gemma3_12b_text",
+    "gemma3_instruct_12b": "gemma3_instruct_12b_text",
+    "gemma3_27b": "gemma3_27b_text",
+    "gemma3_instruct_27b": "gemma3_instruct_27b_text",
+    "medgemma_4b": None,
+    "medgemma_instruct_4b": None,
+    "medgemma_1.5_instruct_4b": None,
+    "medgemma_instruct_27b": "medgemma_instruct_27b_text",
+    "translategemma_4b_it": None,
+    "translategemma_12b_it": None,
+    "translategemma_27b_it": None,
+}
+"""Presets of the same backbones with a vision tower, each with its text preset where there is one."""
+
+EMBEDDING = ("embedding_gemma3_300m", "harrier_embedding_oss_270m")
+"""Presets of the same backbones that give a text one vector and predict no token."""
+
+OTHERS = {"gemma3n": "Gemma 3n", "gemma4": "Gemma 4", "pali_gemma": "PaliGemma", "t5gemma": "T5Gemma"}
+"""Families of keras-hub with backbones of their own, by what their presets' names begin with."""
+
+
+def registered(preset: str, asked_by: str) -> Registered:
+    """Look a text Gemma up.
+
+    Args:
+        preset: keras-hub's name, or a handle that ends in one (`kaggle://keras/gemma3/keras/gemma3_1b/3`,
+            `hf://keras/gemma3_1b`).
+        asked_by: the option or setting that named it, for the message.
+
+    Raises:
+        ParamsError: not a text Gemma of the registry; tells why not, or the nearest names.
+    """
+    name = name_of(preset)
+    if name in REGISTRY:
+        return REGISTRY[name]
+    received = f"Received: {asked_by}={preset}"
+    if name in VISION:
+        text = f"Its text preset is {VISION[name]}." if VISION[name] else "keras-hub has no text preset of it."
+        raise ParamsError(f"{asked_by} must be a text Gemma, and {name} has a vision tower. {received}\n{text}")
+    if name in EMBEDDING:
+        raise ParamsError(
+            f"{asked_by} must be a text Gemma that predicts tokens, and {name} is an embedding model without a "
+            f"language head. {received}\nThe base model of its size is gemma3_270m."
+        )
+    for prefix, family in OTHERS.items():
+        if name.startswith(prefix):
+            raise ParamsError(
+                f"{asked_by} must be a text Gemma 1, 2 or 3, and {family} has another architecture. {received}\n"
+                "Choose one such as gemma3_1b."
+            )
+    nearest = [each for each in REGISTRY if each.startswith(name)][:3]
+    nearest = nearest or difflib.get_close_matches(name, REGISTRY, n=3, cutoff=0.4)
+    raise ParamsError(
+        f"{asked_by} must be a text Gemma by keras-hub's name. {received}\n"
+        + (f"Did you mean {' or '.join(nearest)}?" if nearest else f"There are {', '.join(REGISTRY)}.")
+    )
+
+
+def name_of(preset: str) -> str:
+    """Return the registry's name within a handle of the registry's own publishers, else the preset as it is."""
+    if (match := HANDLE.fullmatch(preset)) and match["model"].startswith(("keras/", "google/")):
+        return match["variation"]
+    if preset.startswith("hf://keras/"):
+        return preset.removeprefix("hf://keras/").partition("@")[0]
+    return preset
+
+
+def is_base(preset: str) -> bool:
+    """Return whether a preset is known to be a base model, which no dialogue was trained into; unknown ones are not.
+
+    Args:
+        preset: keras-hub's name, or a handle; of one at Hugging Face the model's name counts, whoever hands it on.
+    """
+    name = name_of(preset)
+    if name in REGISTRY:
+        return REGISTRY[name].like == name
+    handle, _, _ = name.partition("@")
+    return handle.startswith("hf://") and BASE.fullmatch(handle.rpartition("/")[2]) is not None
+
+
+def kaggle_handle(preset: str) -> tuple[str, int]:
+    """Return a preset's handle at Kaggle with its version, and its number of parameters (0 when not known).
+
+    Raises:
+        ParamsError: not a text Gemma of keras-hub's registry, nor a whole handle; the message names the nearest.
+    """
+    if "/" not in preset:
+        found = registered(preset, "fetch.preset")
+        return found.handle, found.parameters
+    match = HANDLE.fullmatch(preset)
+    if not match:
+        raise ParamsError(
+            "fetch.preset must be a name of keras-hub's registry or kaggle://owner/model/keras/variation/version. "
+            f"Received: fetch.preset={preset}"
+        )
+    name = name_of(preset)
+    if name in REGISTRY or name in VISION or name in EMBEDDING:
+        return preset, registered(preset, "fetch.preset").parameters
+    return preset, 0
+
+
+def licence_of(preset: str) -> dict[str, str]:
+    """Return `name` and `url` of the terms of a preset at Kaggle, given by name or handle."""
+    name = name_of(preset)
+    if name in REGISTRY:
+        return REGISTRY[name].licence
+    match = HANDLE.fullmatch(preset)
+    page = "/".join(match["model"].split("/")[:2]) if match else ""
+    return {"name": "terms on the model's page", "url": f"https://www.kaggle.com/models/{page}"}

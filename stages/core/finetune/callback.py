@@ -1,0 +1,341 @@
+"""What happens around each step of a run: recording, validation, samples, checkpoints, and stopping.
+
+Purpose: one Keras callback that does these in one fixed order after each step, so that a checkpoint always holds what
+its step did and nothing of the next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import keras
+import numpy as np
+
+from stages.core.common.errors import StageError
+from stages.core.common.host_memory import Growth
+from stages.core.common.paths import REVIEWS
+from stages.core.config.params import Finetune
+from stages.core.files import optional
+from stages.core.finetune.checkpoint import Checkpoint, Store
+from stages.core.finetune.optimizer import Schedule
+from stages.core.finetune.signals import Interruption, Stopped
+from stages.core.tokenize.batches import Batches
+
+# Steps in a JAX profile, after the one that compiles.
+PROFILED_STEPS = 3
+# Steps whose growth in memory is measured, the largest being told: what the one before held may still be there.
+MEASURED_STEPS = 8
+PHASES = ("load", "validation", "sample", "checkpoint")
+
+
+@dataclass
+class History:
+    """What a run has done so far, over all the processes it took; kept in each checkpoint.
+
+    `rows` is the curve; `step_seconds` has an entry a step and `first_steps` says which of them began a process, and so
+    hold a compilation. `seconds` are of all else, by kind. `waited` counts validations since the lowest loss.
+    `step_growth` is how many bytes the process's memory grew within a step on CPU devices, where the system tells.
+    """
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    step_seconds: list[float] = field(default_factory=list)
+    first_steps: list[int] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    best_loss: float | None = None
+    waited: int = 0
+    stopped_early: bool = False
+    step_growth: int | None = None
+
+    @property
+    def steps(self) -> int:
+        """Steps done."""
+        return len(self.rows)
+
+    @contextlib.contextmanager
+    def timed(self, kind: str) -> Iterator[None]:
+        """Add the time the block takes."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[kind] += time.perf_counter() - began
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run is to do, beside its settings.
+
+    A step is an update of the weights. `reviews` has the review number of each position of each training sequence (-1:
+    none). `sample` continues the prompt. `store` None: no checkpoints.
+    """
+
+    settings: Finetune
+    steps: int
+    steps_per_epoch: int
+    positions_per_step: int
+    reviews: np.ndarray | None
+    held_out: Batches
+    store: Store | None
+    sample: Callable[[], str] | None
+    profile: Path | None
+    say: Callable[[str], None]
+
+
+class Watch(keras.callbacks.Callback):
+    """After each step: record, check, validate, sample, keep a checkpoint, stop, in this order."""
+
+    def __init__(self, plan: Plan, history: History, interruption: Interruption) -> None:
+        """Go on from a history.
+
+        Args:
+            plan: what is to be done.
+            history: what was done; it is written into.
+            interruption: tells whether the process is to stop.
+        """
+        super().__init__()
+        self.history = history
+        self.best: list[np.ndarray] | None = None
+        self.batches: Batches | None = None
+        self._plan = plan
+        self._interruption = interruption
+        self._metrics: list[np.ndarray] | None = None
+        self._kept: int | None = history.steps or None
+        self._first_step: int | None = None
+        self._began = 0.0
+        self._profiling = False
+        self._growth: Growth | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether no step is left to do."""
+        return self.history.stopped_early or self.history.steps >= self._plan.steps
+
+    def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
+        """Choose the epoch's order, and put back what the metrics had summed up when the run goes on within one."""
+        self.batches.epoch = epoch
+        if self._metrics is not None:
+            for variable, value in zip(self.model.metrics_variables, self._metrics, strict=True):
+                put(variable, value)
+            self._metrics = None
+
+    def on_train_batch_begin(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
+        """Start the clock, and the profile at the process's second step (or its only one)."""
+        step = self.history.steps
+        if self._first_step is None:
+            self._first_step = step
+            self.history.first_steps.append(step)
+        if self._plan.profile and step == min(self._first_step + 1, self._plan.steps - 1):
+            jax.profiler.start_trace(str(self._plan.profile))
+            self._profiling = True
+        if 1 <= step - self._first_step <= MEASURED_STEPS and jax.default_backend() == "cpu":
+            self._growth = Growth()
+        self._began = time.perf_counter()
+
+    def on_train_batch_end(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
+        """Keep the step, then do what is due after it; reading the loss waits until it is computed."""
+        plan, history = self._plan, self.history
+        loss, accuracy = float(logs["batch_loss"]), float(logs["batch_accuracy"])
+        seconds = time.perf_counter() - self._began
+        if self._growth and (grown := self._growth.bytes()) is not None:
+            history.step_growth = max(grown, history.step_growth or 0)
+        self._growth = None
+        step = history.steps + 1
+        epoch, within = divmod(step - 1, plan.steps_per_epoch)
+        rate = learning_rate(self.model.optimizer, plan.settings, step - 1)
+        if not math.isfinite(loss):
+            raise self._diverged(f"the loss is {loss}", step)
+        tokens, given = int(logs["batch_tokens"]), self.batches.tokens_of(epoch, within)
+        if tokens != given:
+            raise StageError(f"Step {step} must train all {given} tokens of its sequences. Received: tokens={tokens}.")
+        history.step_seconds.append(seconds)
+        history.rows.append(
+            {
+                "step": step,
+                "epoch": epoch + 1,
+                "loss": loss,
+                "accuracy": accuracy,
+                "tokens": tokens,
+                "tokens_per_second": tokens / seconds,
+                "positions_per_second": plan.positions_per_step / seconds,
+                "learning_rate": rate,
+                "validation_loss": None,
+            }
+        )
+        if self._profiling and step in (self._first_step + 1 + PROFILED_STEPS, plan.steps):
+            self._stop_profile()
+        every = plan.settings.validate_every or plan.steps_per_epoch
+        if step % every == 0 or step == plan.steps:
+            self._validate()
+        if plan.sample and step % plan.settings.sample_every == 0:
+            self.model.jax_state_sync()
+            with history.timed("sample"):
+                try:
+                    text = plan.sample()
+                except Exception as error:  # a sample shows how the run goes; it must not end it
+                    text = ""
+                    plan.say(
+                        f"No sample after step {step}: {type(error).__name__}: {' '.join(str(error).split())[:150]}"
+                    )
+                history.samples.append({"step": step, "prompt": plan.settings.sample_prompt, "text": text})
+        told_to_stop = self._interruption.received
+        if plan.store and not self.finished and (told_to_stop or step % plan.settings.checkpoint_every == 0):
+            self._save()
+        if told_to_stop and not self.finished:
+            kept = "which is kept" if self._kept == step else f"and step {self._kept or 'none'} is kept"
+            goes_on = "goes on from there" if self._kept else "begins anew"
+            raise Stopped(
+                f"Stopped by {told_to_stop.name} after step {step} of {plan.steps}, {kept}. The same command "
+                f"(or `dvc repro`) {goes_on}.",
+                told_to_stop,
+            )
+        self.model.stop_training = self.finished
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Show the validation loss in Keras' line, if it was measured after the epoch's last step."""
+        held_out = self.history.rows[-1]["validation_loss"]
+        if logs is not None and held_out is not None:
+            logs["val_loss"] = held_out
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Put a checkpoint's arrays into the model and its optimizer, each split as the variable is."""
+        arrays = checkpoint.arrays
+        for name, variable in self._variables():
+            put(variable, arrays[name])
+        count = len(self.model.metrics_variables)
+        self._metrics = [arrays[f"metric/{index}"] for index in range(count)]
+        if self.history.steps % self._plan.steps_per_epoch == 0:
+            self._metrics = None
+        if self.history.best_loss is not None:
+            self.best = [arrays[f"best/{variable.path}"] for variable in self.model.trainable_variables]
+        if self.model.dropout_step is not None:
+            # It counts batches.
+            put(self.model.dropout_step, np.int32(checkpoint.step * self._plan.settings.gradient_accumulation))
+
+    def restore_best(self) -> None:
+        """Take the weights of the lowest validation loss, if that was watched."""
+        if self.best is not None:
+            for variable, value in zip(self.model.trainable_variables, self.best, strict=True):
+                put(variable, value)
+
+    def check_finite(self) -> None:
+        """Stop if a trained weight is not finite: the last step's loss was computed before it changed them.
+
+        Raises:
+            StageError: one is not.
+        """
+        for variable in self.model.trainable_variables:
+            if not _is_finite(np.asarray(variable.value)):
+                raise self._diverged(f"{variable.path} has values that are not finite", self.history.steps)
+
+    def _variables(self) -> Iterator[tuple[str, keras.Variable]]:
+        """What a checkpoint holds of model and optimizer, by name."""
+        for variable in self.model.trainable_variables:
+            yield f"trained/{variable.path}", variable
+        for index, variable in enumerate(self.model.optimizer.variables):
+            yield f"optimizer/{index}", variable
+
+    def _save(self) -> None:
+        """Write a checkpoint, unless the state is lost already; what cannot be written never ends the run."""
+        self.model.jax_state_sync()
+        with self.history.timed("checkpoint"):
+            arrays = {name: np.asarray(variable.value) for name, variable in self._variables()}
+            for name, array in arrays.items():
+                if not _is_finite(array):
+                    raise self._diverged(f"{name} has values that are not finite", self.history.steps)
+            for index, variable in enumerate(self.model.metrics_variables):
+                arrays[f"metric/{index}"] = np.asarray(variable.value)
+            if self.best is not None:
+                for variable, value in zip(self.model.trainable_variables, self.best, strict=True):
+                    arrays[f"best/{variable.path}"] = value
+            with optional(f"the checkpoint after step {self.history.steps} is not kept", self._plan.say):
+                self._plan.store.save(self.history.steps, arrays, asdict(self.history))
+                self._kept = self.history.steps
+
+    def _validate(self) -> None:
+        """Measure the validation windows and put their loss beside the step; note the lowest and when to give up."""
+        history, patience = self.history, self._plan.settings.early_stopping
+        self.model.jax_state_sync()
+        with history.timed("validation"):
+            # `evaluate` counts in the same metrics as the epoch does.
+            kept = [np.asarray(variable.value) for variable in self.model.metrics_variables]
+            held_out = self._plan.held_out
+            loss = self.model.measure(held_out, held_out.tokens)["loss"]
+            for variable, value in zip(self.model.metrics_variables, kept, strict=True):
+                put(variable, value)
+        if not math.isfinite(loss):
+            raise self._diverged(f"the validation loss is {loss}", history.steps)
+        history.rows[-1]["validation_loss"] = float(loss)
+        if patience is None:
+            return
+        if history.best_loss is None or loss < history.best_loss:
+            history.best_loss, history.waited = float(loss), 0
+            self.best = [np.asarray(variable.value) for variable in self.model.trainable_variables]
+        else:
+            history.waited += 1
+        if history.waited >= patience:
+            history.stopped_early = True
+            self._plan.say(
+                f"Stopped after step {history.steps}: the validation loss was not below {history.best_loss:.4f} in the "
+                f"last {patience} measurements."
+            )
+
+    def _diverged(self, what: str, step: int) -> StageError:
+        """Return the error of a run whose numbers are lost in a step, counted from 1."""
+        rate = learning_rate(self.model.optimizer, self._plan.settings, step - 1)
+        epoch, within = divmod(step - 1, self._plan.steps_per_epoch)
+        batch = ""
+        if self._plan.reviews is not None:
+            numbers = np.unique(self._plan.reviews[self.batches.rows(epoch, within)])
+            batch = f", reviews={numbers[numbers >= 0].tolist()} (rows of {REVIEWS['train']})"
+        return StageError(
+            f"Training diverged: {what}. Received: step={step}, learning_rate={rate:.6g}{batch}. Nothing was "
+            "overwritten. Set a lower finetune.learning_rate, or finetune.clip_norm, or look at these reviews."
+        )
+
+    def _stop_profile(self) -> None:
+        self._profiling = False
+        try:
+            jax.profiler.stop_trace()
+        except Exception as error:
+            # Its writer has one type for all reasons; a profile is not worth the run.
+            self._plan.say(f"Warning: the JAX profile is not written ({str(error).splitlines()[0][:200]}).")
+        else:
+            self._plan.say(f"Wrote a JAX profile below {self._plan.profile}.")
+
+
+@jax.jit
+def bit_sums(values: list[jax.Array]) -> jax.Array:
+    """Return two sums over the bits of each array, uint32 (arrays, 2), computed where its shards lie.
+
+    That of arrays which differ in a bit is another but for one chance in 2**32 or less.
+    """
+
+    def sums(value: jax.Array) -> jax.Array:
+        bits = jax.lax.bitcast_convert_type(value, f"uint{8 * value.dtype.itemsize}").astype("uint32")
+        return jnp.stack([jnp.sum(bits, dtype="uint32"), jnp.sum(bits * bits, dtype="uint32")])
+
+    return jnp.stack([sums(value) for value in values])
+
+
+def put(variable: keras.Variable, value: np.ndarray) -> None:
+    """Give a variable a value, split over the devices as the variable is."""
+    variable._value = jax.device_put(np.asarray(value, variable.dtype), variable.value.sharding)
+
+
+def learning_rate(optimizer: keras.optimizers.Optimizer, settings: Finetune, step: int) -> float:
+    """Return the learning rate of a step, counted from 0."""
+    schedule = optimizer._learning_rate
+    return float(schedule(step)) if isinstance(schedule, Schedule) else settings.learning_rate
+
+
+def _is_finite(array: np.ndarray) -> bool:
+    return bool(np.isfinite(array.astype(np.float32, copy=False)).all())

@@ -1,0 +1,75 @@
+"""What tells one training run from all others, and what changed since a run that cannot be resumed.
+
+Purpose: a run may go on only from a checkpoint of the very same run: same settings, data, base, code and packages.
+Writes: `<cache folder>/checkpoints/<fingerprint>/run.json`, which holds the parts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from stages.core.common import code
+from stages.core.files import read_json, write_json
+
+# The training loop; all it imports is the code that decides how a run goes.
+ENTRY = "stages/core/finetune/trainer.py"
+PACKAGES = ("jax", "jaxlib", "keras", "keras-hub", "numpy")
+RUN = "run.json"
+
+
+def with_program(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parts that a run follows from, with the code and the packages added.
+
+    Args:
+        parts: settings, data, base, mesh and the like; what JSON can hold.
+    """
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {**parts, "versions": versions, "code": code.digests(ENTRY)}
+
+
+def fingerprint_of(parts: Mapping[str, Any]) -> str:
+    """Return 32 hexadecimal digits: equal for equal parts.
+
+    Args:
+        parts: from `with_program`.
+    """
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def record(folder: Path, parts: Mapping[str, Any], say: Callable[[str], None]) -> None:
+    """Keep the parts beside the run's checkpoints; if other code or packages left checkpoints of this run, say so.
+
+    Args:
+        folder: of the run's checkpoints.
+        parts: from `with_program`.
+        say: shows one line to the person.
+    """
+    if folder.exists():
+        return
+    for other in sorted(folder.parent.glob(f"*/{RUN}")):
+        changed = _changed(parts, other) if any(other.parent.glob("step-*")) else None
+        if changed:
+            say(f"Checkpoints of this run were made by other code or packages and are not used: {changed} changed.")
+            break
+    # Nothing but the message above depends on it.
+    with contextlib.suppress(OSError):
+        write_json(folder / RUN, dict(parts))
+
+
+def _changed(parts: Mapping[str, Any], file: Path) -> str | None:
+    """Return which code or packages differ, if nothing else does."""
+    program = ("code", "versions")
+    try:
+        other = read_json(file)
+        if {**parts, **dict.fromkeys(program)} != {**other, **dict.fromkeys(program)}:
+            return None
+        names = {name for part in program for name, _ in parts[part].items() ^ other[part].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return ", ".join(sorted(names)) or None

@@ -1,0 +1,3 @@
+"""A model in memory: declared without values, its weights read into their shards, with the adapter of a tuned variant.
+Imports `sharding`, `presets`, `files` and `common`.
+"""

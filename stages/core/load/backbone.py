@@ -1,0 +1,67 @@
+"""A keras-hub backbone that allocates nothing: its weights have shapes, dtypes and paths, and no values.
+
+`devices.configure` must have been called before: Keras chooses its backend when it is imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import keras
+
+    from stages.core.presets.architecture import Architecture
+
+
+def build_backbone(architecture: Architecture, dtype: str) -> keras.Model:
+    """Return the keras-hub backbone with all its variables declared and none allocated.
+
+    Its variables have shapes, dtypes and paths, but no values and no layout: `loading.fill` gives them both.
+
+    Args:
+        architecture: class and arguments.
+        dtype: a Keras dtype policy name: `float32`, `bfloat16` or `mixed_bfloat16`.
+    """
+    backbone_class = getattr(import_keras_hub().models, architecture.class_name)
+    with declared_only():
+        return backbone_class(**architecture.config, dtype=dtype, name="backbone")
+
+
+@contextlib.contextmanager
+def declared_only() -> Iterator[None]:
+    """Within this block new Keras variables get a shape, a dtype and a path, and no value.
+
+    `from_preset` would fill them with random numbers first and throw these away. Keras keeps a list of such variables
+    and would initialise them when any later stateless scope ends, so they are taken off it.
+    """
+    import keras
+    from keras.src.backend.common import global_state
+
+    before = list(global_state.get_global_attribute("uninitialized_variables", [], set_to_default=True))
+    with keras.StatelessScope(initialize_variables=False):
+        yield
+    global_state.set_global_attribute("uninitialized_variables", before)
+
+
+def import_keras_hub() -> ModuleType:
+    """Import keras-hub without TensorFlow, which it takes for optional and needs for its tokenizers only.
+
+    It would cost four of six seconds at each start, print notes, and take an accelerator's memory away from JAX. Our
+    tokenizer is the sentencepiece library's.
+    """
+    if "keras_hub" not in sys.modules:
+        hidden = [name for name in ("tensorflow", "tensorflow_text") if name not in sys.modules]
+        # None makes Python raise ImportError, as if the package were not installed.
+        sys.modules.update(dict.fromkeys(hidden))
+        try:
+            import keras_hub
+        finally:
+            for name in hidden:
+                del sys.modules[name]
+    import keras_hub
+
+    return keras_hub

@@ -1,0 +1,72 @@
+"""Shapes first: what a model, its adapter and its optimizer take on a mesh, from the architecture alone.
+
+Purpose: `load --dry-run` and `plan`. No weight is read or allocated and no device mesh is built, so a 27B on 32 devices
+resolves on any machine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from stages.core.load import lora_kernels, weight_loading
+from stages.core.load.backbone import build_backbone
+from stages.core.presets.architecture import Architecture
+from stages.core.sharding.layout import NamedLayout, Placement, Weight, place, resolve
+from stages.core.sharding.mesh import MeshShape
+
+# What AdamW keeps beside each trainable weight (https://arxiv.org/abs/1711.05101), by Keras' names.
+SLOTS = ("momentum", "velocity")
+
+
+def resolve_shapes(
+    architecture: Architecture,
+    mesh: MeshShape,
+    layout: NamedLayout,
+    dtype: str,
+    tuning: dict[str, Any] | None = None,
+) -> list[Placement]:
+    """Place every weight, LoRA kernel and optimizer slot of a model that does not exist.
+
+    Keras-hub declares the weights, so `devices.configure` must have been called before; how many devices it was called
+    for does not matter.
+
+    Args:
+        architecture: class and arguments.
+        mesh: axis names and sizes.
+        layout: from `make_layout`.
+        dtype: a Keras dtype policy name.
+        tuning: `rank` (0: every weight is trained), `alpha` and `targets`; None for the weights alone.
+
+    Returns:
+        The model's weights in its order, LoRA kernels among them; then momentum and velocity of each trainable weight,
+        placed and typed as the weight is.
+
+    Raises:
+        StageError: the layout does not fit the weights or the mesh.
+    """
+    backbone = build_backbone(architecture, dtype)
+    if tuning is not None:
+        lora_kernels.declare(backbone, tuning["rank"], tuning["alpha"], tuning["targets"])
+    placements = resolve(layout.rules, weight_loading.weights_of(backbone), mesh)
+    if tuning is None:
+        return placements
+    trained = {variable.path for variable in backbone.trainable_variables}
+    slots = [
+        place(Weight(f"{each.weight.path}/{slot}", each.weight.shape, each.weight.dtype, "optimizer"), each.rule, mesh)
+        for each in placements
+        if each.weight.path in trained
+        for slot in SLOTS
+    ]
+    return [*placements, *slots]
+
+
+def count_parameters(placements: Sequence[Placement]) -> int:
+    """Return the number of the model's parameters, LoRA kernels included."""
+    return sum(math.prod(each.weight.shape) for each in placements if each.weight.kind != "optimizer")
+
+
+def count_trainable(placements: Sequence[Placement]) -> int:
+    """Return the number of parameters that have optimizer slots."""
+    return sum(math.prod(each.weight.shape) for each in placements if each.weight.kind == "optimizer") // len(SLOTS)

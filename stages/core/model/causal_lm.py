@@ -1,0 +1,291 @@
+"""The model that is trained, measured and prompted: a backbone with Gemma's tied head, as a Keras model.
+
+Purpose: `fit`, `evaluate`, callbacks and progress bars are Keras'; the forward pass and the loss are ours
+(`decoder.py`, `cross_entropy.py`), so that nothing of the size tokens x vocabulary is stored and LoRA costs
+what its rank says.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import keras
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from stages.core.common.errors import StageError
+from stages.core.model import cross_entropy, decoder
+from stages.core.model.lora import Dropout
+from stages.core.model.tensor_parallel import Projections
+from stages.core.sharding.layout import Placement, axes_of
+
+
+class CausalModel(keras.Model):
+    """A backbone with Gemma's tied output head, trained and measured on sequences of tokens.
+
+    Inputs are a dictionary of (batch, length) arrays: `token_ids`, `target_ids` and `segment_ids` int32, `weights`
+    float32. The loss is the mean over tokens of weight x cross-entropy: Keras' own with
+    `reduction="mean_with_sample_weight"`. A step may also take (batch, batches, length): its loss and gradients are
+    those of one batch of all their sequences, in the memory of one of the batches and one more copy of the gradients.
+    """
+
+    def __init__(
+        self,
+        backbone: keras.Model,
+        plan: cross_entropy.HeadPlan,
+        constrain: decoder.Constrain = decoder.unconstrained,
+        projections: Projections = decoder.SINGLE,
+        rematerialize: bool = False,
+        dropout: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        """Wrap a loaded backbone; nothing is copied. The arguments are those of `make_model`."""
+        super().__init__(name="causal_model")
+        self.backbone = backbone
+        self._plan = plan
+        self._constrain = constrain
+        self._projections = projections
+        self._rematerialize = rematerialize
+        self._dropout, self._seed = dropout, seed
+        # What a step drops follows from its number alone, so that a run that goes on drops what it would have.
+        self.dropout_step = None
+        if dropout:
+            self.dropout_step = self.add_weight(
+                shape=(), dtype="int32", initializer="zeros", trainable=False, name="dropout_step"
+            )
+        self._token_loss = keras.metrics.Mean(name="token_loss")
+        self._token_accuracy = keras.metrics.Mean(name="token_accuracy")
+        # Integers, since float32 does not count beyond 2**24.
+        self._token_count = keras.metrics.Sum(name="token_count", dtype="int32")
+        self.built = True
+
+    def call(self, inputs: Mapping[str, jax.Array], training: bool = False) -> dict[str, jax.Array]:
+        """Return each token's loss in nats and whether its target was the likeliest word."""
+        embedding = self.backbone.token_embedding
+        table = embedding._embeddings.value
+        embedded = cross_entropy.embed(table, inputs["token_ids"], self._plan, embedding.compute_dtype)
+        embedded = self._constrain(embedded, "hidden")
+        hidden = decoder.hidden_states(
+            self.backbone,
+            embedded,
+            decoder.causal_mask(inputs["segment_ids"]),
+            constrain=self._constrain,
+            projections=self._projections,
+            dropout=self._drop() if training and self.dropout_step is not None else None,
+            rematerialize=self._rematerialize and training,
+        )
+        loss, correct = cross_entropy.token_losses(hidden, table, inputs["target_ids"], self._plan)
+        return {"loss": loss, "correct": correct}
+
+    def _drop(self) -> Dropout:
+        """Return this step's dropout, with a random stream for each (seed, step, layer path), and count the step."""
+        step = self.dropout_step.value
+        self.dropout_step.assign(step + 1)
+        of_step = jax.random.fold_in(jax.random.key(self._seed), step)
+        kept = 1.0 - self._dropout
+
+        def drop(x: jax.Array, path: str) -> jax.Array:
+            mask = jax.random.bernoulli(jax.random.fold_in(of_step, zlib.crc32(path.encode())), kept, x.shape)
+            return jnp.where(mask, x / jnp.asarray(kept, x.dtype), jnp.zeros((), x.dtype))
+
+        return drop
+
+    def compute_loss(
+        self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
+    ) -> jax.Array:
+        """Return the batch's loss; of a batch of a group, its part of the group's."""
+        return jnp.sum(y_pred["loss"] * x["weights"]) / _total(x)
+
+    def train_step(self, state: Any, data: Any) -> tuple[dict[str, jax.Array], Any]:
+        """Change the weights once: by Keras' own step, or by the sum of the gradients of a group's batches."""
+        if data[0]["weights"].ndim == 2:
+            return super().train_step(state, data)
+        trainable, rest, optimizer, metrics = state
+        batches = jax.tree.map(lambda each: jnp.swapaxes(each, 0, 1), data[0])
+        total = _total(batches)
+        gradients_of = jax.value_and_grad(self.compute_loss_and_updates, has_aux=True)
+
+        def add(carry: Any, batch: dict[str, jax.Array]) -> tuple[Any, dict[str, jax.Array]]:
+            gradients, rest, metrics = carry
+            batch["total"] = total
+            (_, (loss, predicted, rest, metrics)), part = gradients_of(
+                trainable, rest, metrics, batch, None, None, training=True, optimizer_variables=optimizer
+            )
+            logs, metrics = self._update_metrics_variables(metrics, loss, batch, None, predicted, None)
+            return (jax.tree.map(jnp.add, gradients, part), rest, metrics), logs
+
+        zeros = [jnp.zeros_like(each) for each in trainable]
+        (gradients, rest, metrics), logs = jax.lax.scan(add, (zeros, rest, metrics), batches)
+        trainable, optimizer = self.optimizer.stateless_apply(optimizer, gradients, trainable)
+        # The group's own numbers are sums of its batches' parts; the means since the epoch began are the last ones.
+        logs = {name: each.sum() if name.startswith("batch_") else each[-1] for name, each in logs.items()}
+        return logs, (trainable, rest, optimizer, metrics)
+
+    def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> dict[str, Any]:
+        """Return the means since the epoch began (as Keras shows) and this batch's own, and its tokens."""
+        weights = x["weights"]
+        correct = y_pred["correct"].astype("float32")
+        learnt = (weights > 0).astype("int32")
+        self._token_loss.update_state(y_pred["loss"], weights)
+        self._token_accuracy.update_state(correct, weights)
+        self._token_count.update_state(learnt)
+        return {
+            **self.get_metrics_result(),
+            "batch_loss": jnp.sum(y_pred["loss"] * weights) / _total(x),
+            "batch_accuracy": jnp.sum(correct * weights) / _total(x),
+            "batch_tokens": jnp.sum(learnt),
+        }
+
+    def measure(self, batches: keras.utils.PyDataset, tokens: int, verbose: int = 0) -> dict[str, float]:
+        """Return loss (nats a token) and accuracy over all tokens of some batches, by Keras' `evaluate`.
+
+        Args:
+            batches: the sequences to measure on, as `stages.core.tokenize.batches` gives them.
+            tokens: how many of their targets have a weight.
+            verbose: Keras': 0 silent, 1 a bar, 2 a line.
+
+        Raises:
+            StageError: not all of the tokens were measured.
+        """
+        measured = self.evaluate(batches, return_dict=True, verbose=verbose)
+        counted = int(self._token_count.result())
+        if counted != tokens:
+            raise StageError(
+                f"Not all that was given was measured: expected {tokens} tokens. Received: tokens={counted}. "
+                "Look for an environment variable or callback that shortens Keras' evaluate."
+            )
+        return measured
+
+    def token_losses(self, batches: keras.utils.PyDataset, verbose: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Return the loss of each token, and whether its target was the likeliest word, by Keras' `predict`.
+
+        Args:
+            batches: sequences of one length.
+            verbose: Keras': 0 silent, 1 a bar, 2 a line.
+
+        Returns:
+            float32 (sequences, length) in nats, and bool (sequences, length); each batch with its padding.
+        """
+        predicted = self.predict(batches, verbose=verbose)
+        return predicted["loss"], predicted["correct"]
+
+    def get_metrics_result(self) -> dict[str, Any]:
+        """Return loss and accuracy over all tokens seen since the last reset."""
+        return {"loss": self._token_loss.result(), "accuracy": self._token_accuracy.result()}
+
+    def reset_metrics(self) -> None:
+        """Set the metrics to zero where they are."""
+        super().reset_metrics()
+        self._place_metrics()
+
+    def make_train_function(self, force: bool = False) -> None:
+        """Compile for metrics that lie on the mesh."""
+        self._place_metrics()
+        super().make_train_function(force)
+
+    def make_test_function(self, force: bool = False) -> None:
+        """Compile for metrics that lie on the mesh."""
+        self._place_metrics()
+        super().make_test_function(force)
+
+    def _place_metrics(self) -> None:
+        """Put the metrics on the mesh, whole: see `pin_to_mesh`."""
+        if self._plan.mesh is not None:
+            _pin(self.metrics_variables, self._plan.mesh)
+
+    def get_config(self) -> dict[str, Any]:
+        """Refuse: the model is a run's, and what is kept of it are the trained weights."""
+        raise TypeError("CausalModel is not saved; save the trained weights (stages.core.load.adapter)")
+
+
+def _total(x: Mapping[str, jax.Array]) -> jax.Array:
+    """The weights that a batch's loss is divided by: its group's, where it is one of several."""
+    return x["total"] if "total" in x else jnp.maximum(jnp.sum(x["weights"]), 1e-9)
+
+
+def make_model(
+    backbone: keras.Model,
+    mesh: jax.sharding.Mesh,
+    placements: Sequence[Placement],
+    *,
+    rematerialize: bool = False,
+    dropout: float = 0.0,
+    seed: int = 0,
+) -> CausalModel:
+    """Return the model to train or measure, with its head and activations laid out for the mesh.
+
+    Args:
+        backbone: with its adapter if it has one; loaded, or declared only if nothing but its shapes is wanted.
+        mesh: the JAX mesh, of real, simulated or described devices.
+        placements: where its weights lie.
+        rematerialize: in training keep only each block's input and compute the block again in the backward pass.
+        dropout: share of what goes into an adapter that is dropped in training (0.0 to below 1.0).
+        seed: of the dropout.
+    """
+    plan = cross_entropy.HeadPlan(
+        soft_cap=backbone.token_embedding.logit_soft_cap,
+        mesh=mesh,
+        table_is_trained=backbone.token_embedding.trainable,
+    )
+    projections = Projections(mesh, placements)
+    constrain = activation_layout(mesh, placements)
+    return CausalModel(backbone, plan, constrain, projections, rematerialize, dropout, seed)
+
+
+def activation_layout(mesh: jax.sharding.Mesh, placements: Sequence[Placement]) -> decoder.Constrain:
+    """Return where activations go, from how the weights are split.
+
+    - Between blocks hidden states are split over time, so that norms and residuals are computed once, not on every
+      device; `stages.core.model.tensor_parallel` gathers and sums them.
+    - Queries, keys and values are held by whole heads, since norms and rotary embeddings need those. Where heads do not
+      divide, every device would compute all of the attention; each takes its share of the query positions instead. On
+      eight simulated devices the two took the step of Gemma 3 270M from 3.7 to 2.6 s.
+    - What enters the output projection is split as its kernel's input is.
+
+    Time is split only where the axis divides it: not for the single tokens of a sampler.
+    """
+    specs = {
+        re.sub(r".*decoder_block_\d+/", "", placement.weight.path): placement.spec
+        for placement in placements
+        if placement.weight.path.endswith("/kernel")
+    }
+    query, key = specs["attention/query/kernel"], specs["attention/key/kernel"]
+    output = specs["attention/attention_output/kernel"]
+    roles: dict[str, tuple[Any, ...]] = {
+        "hidden": ("model", None),
+        "query": ("model" if query[0] is None else None, query[0], None),
+        "key": (None, key[0], None),
+        "mixed": (None, output[0], output[1]),
+    }
+
+    def constrain(array: jax.Array, role: str) -> jax.Array:
+        time, *rest = roles[role]
+        if array.shape[1] % mesh.shape["model"]:
+            time = None
+        # A rule of the person's own may split a weight over the batch axis too, which activations have spent already.
+        axes = [None if "batch" in axes_of(axis) else axis for axis in (time, *rest)]
+        return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, P("batch", *axes)))
+
+    return constrain
+
+
+def pin_to_mesh(model: CausalModel, mesh: jax.sharding.Mesh) -> None:
+    """Put every variable that Keras left on one device onto the mesh, whole.
+
+    On a mesh of one device Keras takes a plain array for placed and leaves it; the step then returns it placed, and
+    would be compiled a second time for that.
+    """
+    _pin([*model.variables, *(model.optimizer.variables if model.optimizer else [])], mesh)
+
+
+def _pin(variables: list[keras.Variable], mesh: jax.sharding.Mesh) -> None:
+    whole = NamedSharding(mesh, P())
+    for variable in variables:
+        if not isinstance(variable.value.sharding, NamedSharding):
+            variable._value = jax.device_put(variable.value, whole)

@@ -1,0 +1,99 @@
+"""LoRA on keras-hub's layers, applied as x A B.
+
+Purpose: Keras' own `EinsumDense` forms W + AB in full, forward and backward, for every layer and step; x A B costs
+rank / output of that. Source of the method: https://arxiv.org/abs/2106.09685. The kernels are those of
+`load/lora_kernels.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import jax
+
+# Drops out part of what goes into the adapter of the layer with a path.
+Dropout = Callable[["jax.Array", str], "jax.Array"]
+
+
+def project(layer: Any, x: jax.Array, dropout: Dropout | None = None, *, divided: bool = False) -> jax.Array:
+    """Apply an `EinsumDense` layer without bias, with its adapter if it has one.
+
+    Args:
+        layer: one of Gemma's projections; its equation is such as `btd,ndh->btnh`.
+        x: the activation, in the compute dtype.
+        dropout: applied to what goes into the adapter only; told the layer's path.
+        divided: whether XLA is to divide the output's dimensions over devices, see `widen`.
+
+    Returns:
+        x W + (alpha / rank) x A B, in the compute dtype.
+    """
+    return apply(layer, x, arrays_of(layer), dropout, divided=divided)
+
+
+def arrays_of(layer: Any) -> dict[str, jax.Array]:
+    """Return the layer's kernel, and its LoRA kernels if it has them, each in the dtype it is kept in."""
+    arrays = {"kernel": layer._kernel}
+    if layer.lora_enabled:
+        arrays |= {"lora_kernel_a": layer.lora_kernel_a, "lora_kernel_b": layer.lora_kernel_b}
+    return {name: variable.value for name, variable in arrays.items()}
+
+
+def apply(
+    layer: Any,
+    x: jax.Array,
+    arrays: dict[str, jax.Array],
+    dropout: Dropout | None = None,
+    *,
+    divided: bool = False,
+) -> jax.Array:
+    """Do what `project` does with the layer's arrays, or a device's parts of them, given."""
+    y = base(layer, x, arrays)
+    if "lora_kernel_a" not in arrays:
+        return y
+    into = x if dropout is None else dropout(x, layer.path)
+    return y + widen(layer, narrowed(layer, into, arrays["lora_kernel_a"]), arrays, divided=divided)
+
+
+def base(layer: Any, x: jax.Array, arrays: dict[str, jax.Array]) -> jax.Array:
+    """Return x W, in the compute dtype."""
+    from stages.core.model.products import product
+
+    kernel = arrays["kernel"]
+    # A frozen kernel has no gradient, for which x would be kept.
+    return product(layer.equation, x, kernel if layer._kernel.trainable else kernel.astype(x.dtype))
+
+
+def narrowed(layer: Any, x: jax.Array, a: jax.Array) -> jax.Array:
+    """Return x A: the layer's output dimensions with the rank in the last one's place, in the compute dtype."""
+    from stages.core.model.products import product
+
+    inputs, axes, low = _equation(layer)
+    return product(f"{inputs},{axes[:-1]}r->{low}", x, a)
+
+
+def widen(layer: Any, narrow: jax.Array, arrays: dict[str, jax.Array], *, divided: bool = False) -> jax.Array:
+    """Return (alpha / rank) x A B from x A, in the compute dtype.
+
+    The product is of two matrices, so that the gradient of B is one too: from more dimensions XLA would first transpose
+    the layer's whole gradient. Where XLA divides those dimensions itself (`divided`), it could not once they are one.
+    """
+    import jax.numpy as jnp
+
+    from stages.core.model.products import product
+
+    narrow = narrow * jnp.asarray(layer.lora_alpha / layer.lora_rank, narrow.dtype)
+    b = arrays["lora_kernel_b"]
+    if divided:
+        _, axes, low = _equation(layer)
+        return product(f"{low},r{axes[-1]}->{layer.equation.split('->')[1]}", narrow, b)
+    wide = product("nr,rh->nh", narrow.reshape(-1, narrow.shape[-1]), b)
+    return wide.reshape(*narrow.shape[:-1], b.shape[-1])
+
+
+def _equation(layer: Any) -> tuple[str, str, str]:
+    """Return the axes of the input, of the kernel, and of x A: there `r`, free in Gemma's equations, is the rank."""
+    operands, result = layer.equation.split("->")
+    inputs, axes = operands.split(",")
+    return inputs, axes, result.replace(axes[-1], "r")

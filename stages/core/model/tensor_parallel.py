@@ -1,0 +1,191 @@
+"""Gemma's projections on a mesh: what is gathered, multiplied and summed, written out instead of left to XLA.
+
+Purpose: a block's projections come in pairs, the first split over its output (columns), the second over its input
+(rows), as in Megatron-LM (https://arxiv.org/abs/1909.08053) with sequence parallelism
+(https://arxiv.org/abs/2205.05198). Hidden states between blocks are split over time; they are gathered once for all
+projections of the same input, and a row-split product's partial sums are added and split over time in one operation.
+Left to itself XLA sums the gradient of each projection's input on its own, and sums whole activations on every device.
+
+An adapter's A is applied before the gathering, by each device to its own positions, and what comes out (rank numbers a
+head instead of the hidden size) is handed on: so the gathered hidden states, which a frozen kernel's gradients do not
+need, are not kept for the backward pass, where they would be most of what a block keeps beside its feed-forward.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from stages.core.model.lora import Dropout, apply, arrays_of, base, narrowed, project, widen
+from stages.core.sharding.layout import Placement, axes_of
+
+KERNELS = ("kernel", "lora_kernel_a", "lora_kernel_b")
+
+
+class Projections:
+    """Applies groups of `EinsumDense` layers, each as its kernel is split."""
+
+    def __init__(self, mesh: Mesh | None = None, placements: Sequence[Placement] = ()) -> None:
+        """Take the mesh, and where each kernel lies on it; without a mesh, one device is meant."""
+        self._mesh = mesh
+        self._divides = mesh is not None and mesh.shape["model"] > 1
+        self._specs = {placement.weight.path: placement.spec for placement in placements}
+
+    def columns(self, layers: Sequence[Any], x: jax.Array, dropout: Dropout | None = None) -> list[jax.Array]:
+        """Apply several layers to the same hidden states (batch, length, hidden), split over time or whole.
+
+        The outputs are whole over time and split as the kernels' output dimensions are.
+        """
+        specs = [self._layer_specs(layer) for layer in layers]
+        if dropout is not None or any(each is None or self._splits_input(each) for each in specs):
+            x = self._hold(x, "batch", None, None)
+            return [
+                self._hold(project(layer, x, dropout, divided=self._divides), "batch", None, *self._output(layer))
+                for layer in layers
+            ]
+        split_time = self._splits_time(x)
+
+        def local(x: jax.Array, groups: list[dict[str, jax.Array]]) -> list[jax.Array]:
+            if not split_time:
+                return [apply(layer, x, arrays) for layer, arrays in zip(layers, groups, strict=True)]
+            narrow = _narrow_everywhere(layers, x, groups, specs)
+            x = jax.lax.all_gather(x, "model", axis=1, tiled=True)
+            return [
+                base(layer, x, arrays) + (widen(layer, narrow[layer.path], arrays) if layer.path in narrow else 0)
+                for layer, arrays in zip(layers, groups, strict=True)
+            ]
+
+        outputs = [P("batch", None, *self._output(layer)) for layer in layers]
+        return jax.shard_map(
+            local,
+            mesh=self._mesh,
+            in_specs=(P("batch", "model" if split_time else None, None), self._array_specs(layers, specs)),
+            out_specs=outputs,
+        )(x, [arrays_of(layer) for layer in layers])
+
+    def rows(self, layer: Any, x: jax.Array, dropout: Dropout | None = None) -> jax.Array:
+        """Apply a layer whose kernel is split over its input, to an activation split likewise.
+
+        The output (batch, length, hidden) is split over time where the axis divides that.
+        """
+        specs = self._layer_specs(layer)
+        if dropout is not None or specs is None or specs["kernel"][-1] is not None:
+            x = self._hold(x, "batch", None, *self._kernel(layer)[:-1])
+            return self._hold(project(layer, x, dropout, divided=self._divides), "batch", None, None)
+        split_time = self._splits_time(x)
+
+        def local(x: jax.Array, arrays: dict[str, jax.Array]) -> jax.Array:
+            partial = apply(layer, x, arrays)
+            if split_time:
+                return jax.lax.psum_scatter(partial, "model", scatter_dimension=1, tiled=True)
+            return jax.lax.psum(partial, "model")
+
+        return jax.shard_map(
+            local,
+            mesh=self._mesh,
+            in_specs=(P("batch", None, *specs["kernel"][:-1]), self._array_specs([layer], [specs])[0]),
+            out_specs=P("batch", "model" if split_time else None, None),
+        )(x, arrays_of(layer))
+
+    def _layer_specs(self, layer: Any) -> dict[str, tuple[Any, ...]] | None:
+        """Return the specs of a layer's arrays, or None where XLA is to find its own way."""
+        if not self._divides:
+            return None
+        specs = {name: self._specs[f"{layer.path}/{name}"] for name in KERNELS if f"{layer.path}/{name}" in self._specs}
+        if any("batch" in axes_of(axis) for spec in specs.values() for axis in spec):
+            return None
+        kernel = specs["kernel"]
+        # A device's parts fit each other only where the adapter is split as its kernel is and has its rank whole; some
+        # layouts replicate it, and a person's own may split the rank.
+        if "lora_kernel_a" in specs and (specs["lora_kernel_a"], specs["lora_kernel_b"]) != (
+            (*kernel[:-1], None),
+            (None, kernel[-1]),
+        ):
+            return None
+        return specs if any(axes_of(axis) for axis in kernel) else None
+
+    def _kernel(self, layer: Any) -> tuple[Any, ...]:
+        """Return how a layer's kernel is split over the model axis; activations have spent the batch axis already."""
+        spec = self._specs.get(f"{layer.path}/kernel", (None,) * len(layer._kernel.shape))
+        return tuple(None if "batch" in axes_of(axis) else axis for axis in spec)
+
+    def _output(self, layer: Any) -> tuple[Any, ...]:
+        """Return how the output of a layer that takes hidden states is split, after batch and time.
+
+        Its kernel is (heads, hidden, head) or (hidden, ffw): all but the second last are the output's dimensions.
+        """
+        spec = self._kernel(layer)
+        return (*spec[:-2], spec[-1])
+
+    def _hold(self, array: jax.Array, *spec: Any) -> jax.Array:
+        """Tell XLA how an activation is split; without that XLA 0.10 was seen to sum a gradient over half the heads."""
+        if self._mesh is None:
+            return array
+        return jax.lax.with_sharding_constraint(array, NamedSharding(self._mesh, P(*spec)))
+
+    def _splits_input(self, specs: dict[str, tuple[Any, ...]]) -> bool:
+        """Whether a kernel that takes hidden states is split over them: its second last dimension."""
+        return specs["kernel"][-2] is not None
+
+    def _splits_time(self, x: jax.Array) -> bool:
+        return x.shape[1] % self._mesh.shape["model"] == 0
+
+    def _array_specs(self, layers: Sequence[Any], specs: Sequence[dict[str, tuple[Any, ...]]]) -> list[dict[str, P]]:
+        return [{name: P(*each[name]) for name in arrays_of(layer)} for layer, each in zip(layers, specs, strict=True)]
+
+
+def _narrow_everywhere(
+    layers: Sequence[Any],
+    x: jax.Array,
+    groups: Sequence[dict[str, jax.Array]],
+    specs: Sequence[dict[str, tuple[Any, ...]]],
+) -> dict[str, jax.Array]:
+    """Apply each adapter's A to a device's own positions, and hand the results to who goes on with them.
+
+    Args:
+        layers: those that share the input; those without an adapter are passed over.
+        x: a device's positions (batch, length / devices, hidden).
+        groups: a device's parts of each layer's arrays.
+        specs: how these are split.
+
+    Returns:
+        By the layer's path, all positions (batch, length, ..., rank): of a device's own heads where heads are split
+        over the axis, else of all.
+    """
+    exchanged, gathered = {}, {}
+    for layer, arrays, spec in zip(layers, groups, specs, strict=True):
+        if "lora_kernel_a" not in arrays:
+            continue
+        a, by_heads = arrays["lora_kernel_a"], spec["lora_kernel_a"][0] is not None
+        # What it is short of are a few numbers; the positions that it has would be many more.
+        whole = jax.lax.all_gather(a, "model", axis=0, tiled=True) if by_heads else a
+        (exchanged if by_heads else gathered)[layer.path] = narrowed(layer, x, whole)
+    devices = jax.lax.axis_size("model")
+    found = {}
+    # One operation for all adapters of a kind: on a small model its latency costs more than its bytes.
+    if exchanged:
+        parts = [each.reshape(*each.shape[:2], devices, -1) for each in exchanged.values()]
+        mine = jax.lax.all_to_all(jnp.concatenate(parts, -1), "model", split_axis=2, concat_axis=1, tiled=True)
+        shapes = {path: (each.shape[2] // devices, each.shape[3]) for path, each in exchanged.items()}
+        found |= _apart(mine, shapes)
+    if gathered:
+        parts = [each.reshape(*each.shape[:2], -1) for each in gathered.values()]
+        all_positions = jax.lax.all_gather(jnp.concatenate(parts, -1), "model", axis=1, tiled=True)
+        found |= _apart(all_positions, {path: each.shape[2:] for path, each in gathered.items()})
+    return found
+
+
+def _apart(joined: jax.Array, shapes: dict[str, tuple[int, ...]]) -> dict[str, jax.Array]:
+    """Take apart what was joined along the last dimension; the shapes are those after batch and time."""
+    ends = list(itertools.accumulate(math.prod(shape) for shape in shapes.values()))
+    parts = jnp.split(joined, ends[:-1], axis=-1)
+    return {
+        path: part.reshape(*joined.shape[:2], *shape) for (path, shape), part in zip(shapes.items(), parts, strict=True)
+    }

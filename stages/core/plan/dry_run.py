@@ -1,0 +1,82 @@
+"""What `load` and `finetune` would put on each device, as text: `python -m stages.load --dry-run`.
+
+Reads: the manifest and the preset's configuration, or nothing for a public checkpoint by name. No weight is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from stages.core.common.paths import MANIFEST, Paths
+from stages.core.fetch import architectures
+from stages.core.load.shapes import count_parameters, count_trainable, resolve_shapes
+from stages.core.presets.architecture import Architecture, read_architecture
+from stages.core.presets.manifest import read_manifest, verified_folder
+from stages.core.sharding import devices
+from stages.core.sharding.layout import NamedLayout, Placement, check_replication, replicated_fraction
+from stages.core.sharding.mesh import MeshShape
+from stages.core.sharding.named_layouts import make_layout, replication_advice
+from stages.core.sharding.table import block_table
+
+if TYPE_CHECKING:
+    from stages.core.cli import Run
+
+
+def dry_run(run: Run, preset: str | None) -> str:
+    """Return what `load` and `finetune` would put on each device, as text for the person.
+
+    Args:
+        run: settings `mesh`, `layout`, `load` and `finetune`, and where the manifest lies.
+        preset: a public checkpoint by name; None for the preset that was fetched.
+
+    Raises:
+        ParamsError: no public checkpoint of this name.
+        StageError: no manifest, a layout that does not fit, or more replication than the layout may have.
+    """
+    params = run.params
+    name, architecture = (preset, architectures.architecture(preset)) if preset else fetched(run.paths)
+    # Keras needs some JAX to declare weights with; one CPU device, however many the mesh has.
+    devices.configure("simulated", 1)
+    mesh = MeshShape(tuple(params.mesh.shape))
+    layout = make_layout(params.layout, architecture, mesh)
+    tuning = {"rank": params.finetune.rank, "alpha": params.finetune.alpha, "targets": params.finetune.targets}
+    placements = resolve_shapes(architecture, mesh, layout, params.load.dtype, tuning)
+    # The gate of the load stage: over the weights that it loads.
+    base = [each for each in placements if each.weight.kind == "weight"]
+    advice = replication_advice(params.layout, architecture, base, mesh)
+    check_replication(base, mesh, params.layout.max_replicated_fraction, advice)
+    return "\n".join([f"{name}, {params.load.dtype}", summary(placements, mesh, layout, tuning)])
+
+
+def fetched(paths: Paths) -> tuple[str, Architecture]:
+    """Return name and architecture of the preset that was fetched; its weights are not read, not even to check them.
+
+    Raises:
+        StageError: no manifest, no or an altered configuration, or not a text Gemma.
+    """
+    manifest = read_manifest(paths.read(MANIFEST))
+    # A GGUF file holds its configuration within, and is not hashed for it.
+    small = [file.name for file in manifest.files if file.name == "config.json"]
+    folder = verified_folder(manifest, paths.root, only=small)
+    return manifest.preset, read_architecture(folder, manifest.format)
+
+
+def summary(placements: Sequence[Placement], mesh: MeshShape, layout: NamedLayout, tuning: dict[str, Any]) -> str:
+    """Return the tutorial's table of a block and the sums: parameters, bytes a device, replication, fallbacks."""
+    held = {kind: 0 for kind in ("weight", "lora", "optimizer")}
+    for each in placements:
+        held[each.weight.kind] += each.bytes_per_device
+    weights = [each for each in placements if each.weight.kind != "optimizer"]
+    method = f"LoRA rank {tuning['rank']} on {', '.join(tuning['targets'])}" if tuning["rank"] else "every weight"
+    lines = [
+        block_table(placements),
+        "",
+        f"Mesh: {mesh}, {mesh.devices} devices. Layout: {layout.name}.",
+        f"Parameters: {count_parameters(placements):,}. Trainable ({method}): {count_trainable(placements):,}.",
+        f"Bytes a device: {sum(held.values()):,} (weights {held['weight']:,}, LoRA {held['lora']:,}, "
+        f"optimizer {held['optimizer']:,}).",
+        f"Replicated fraction of the weights' bytes: {replicated_fraction(weights, mesh):.6f}.",
+    ]
+    lines += [f"Fallback: {each}" for each in layout.fallbacks]
+    return "\n".join(lines)

@@ -1,0 +1,86 @@
+"""Every public Gemma on the smallest of a few topologies that holds it, adapter and in full: the README's table.
+
+Purpose: `python -m stages.plan --presets README.md` writes it anew between its two marks. Like the search it goes over
+programs of two and four blocks, so each preset costs minutes, not an hour; answers are kept in the cache folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from stages.core.common.errors import ParamsError
+from stages.core.config.params import Dtype, PlanStep
+from stages.core.fetch import architectures
+from stages.core.files import write_text
+from stages.core.plan.compilation import CompileRequest
+from stages.core.plan.search import argument_bytes, estimate_step
+from stages.core.plan.table import size
+from stages.core.plan.targets import Settings, step_of
+from stages.core.plan.topology import describe
+from stages.core.records.plan import Estimate
+from stages.core.sharding.mesh import MeshShape
+
+# The smallest first. All have eight devices or more on the model axis, as the tutorial's mesh has.
+LADDER = (("v5e:2x4", (1, 8)), ("v5p:2x2x2", (1, 8)), ("v5p:2x2x4", (1, 16)))
+LENGTH, BATCH, RANK, TARGETS = 512, 8, 4, ["query", "value"]
+# In full in what can learn: float32 weights, bfloat16 arithmetic.
+DTYPES: dict[int, Dtype] = {RANK: "bfloat16", 0: "mixed_bfloat16"}
+BEGIN, END = "<!-- plan: presets -->", "<!-- plan: end -->"
+
+
+def write_table(params: Settings, file: Path, say: Callable[[str], None]) -> None:
+    """Write the table between the two marks of a Markdown file.
+
+    Args:
+        params: the training's other settings.
+        file: a text file with the lines `BEGIN` and `END`.
+        say: shows one line to the person.
+
+    Raises:
+        ParamsError: there is no such file, or the marks are not in it.
+    """
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ParamsError(f"--presets needs a file with the marks {BEGIN} and {END}. Received: --presets={file}")
+    write_text(file, f"{before}{begin}\n{table(params, say)}\n{end}{after}")
+
+
+def table(params: Settings, say: Callable[[str], None]) -> str:
+    """Return the table as Markdown, a line per preset."""
+    columns = ("topology", "memory per device", "step time >=")
+    lines = [
+        f"| preset | LoRA r={RANK}: {' | '.join(columns)} | full: {' | '.join(columns)} |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in architectures.GEMMAS:
+        cells = [cell for rank in DTYPES for cell in _cells(smallest(params, name, rank, say))]
+        lines.append(f"| {' | '.join([name, *cells])} |")
+    return "\n".join(lines)
+
+
+def smallest(params: Settings, name: str, rank: int, say: Callable[[str], None]) -> Estimate | None:
+    """Return the estimate of a preset on the first topology of the ladder that its step fits on, or None."""
+    architecture = architectures.architecture(name)
+    settings = PlanStep(preset=name, dtype=DTYPES[rank], length=LENGTH, rank=rank, lora_targets=TARGETS)
+    for topology_name, shape in LADDER:
+        topology = describe(topology_name)
+        step = step_of(params, settings, architecture, MeshShape(shape), layout="auto", batch_size=BATCH)
+        request = CompileRequest(step, topology_name)
+        held = argument_bytes(request)
+        if topology.memory_bytes is not None and held >= topology.memory_bytes:
+            continue
+        say(f"{name}, {f'rank {rank}' if rank else 'in full'}, on {topology_name}")
+        estimate = estimate_step(request, topology, held, say)
+        if estimate.fits:
+            return estimate.model_copy(update={"topology": topology_name})
+    return None
+
+
+def _cells(estimate: Estimate | None) -> tuple[str, str, str]:
+    if estimate is None:
+        return "none of these", "", ""
+    bound = f"{(estimate.step_seconds_lower_bound or 0) * 1e3:.0f} ms ({estimate.bound_by})"
+    return estimate.topology, size(estimate.needed_bytes), bound

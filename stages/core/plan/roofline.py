@@ -1,0 +1,47 @@
+"""The step time's roofline on a chip: a lower bound, never a prediction.
+
+XLA's own `optimal_seconds` is not used: it came out negative for one program.
+
+    lower bound = max(matrix passes / peak, HBM traffic / HBM bandwidth, bytes sent / link bandwidth)
+            (roofline model: https://doi.org/10.1145/1498765.1498785, with the interconnect as a third roof)
+
+All three count what the compiled program does on one device. Nothing can be faster; vector work, latencies and waiting
+make real steps slower, and each device is granted all of its chip's links.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stages.core.plan.topology import Topology
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Seconds per step that each of the three takes at least; the largest is the bound."""
+
+    compute: float
+    memory: float
+    network: float
+
+    @property
+    def seconds(self) -> float:
+        """The lower bound of the step time."""
+        return max(self.compute, self.memory, self.network)
+
+    @property
+    def bound_by(self) -> str:
+        """The limiting resource: compute, memory or network."""
+        return max(("compute", "memory", "network"), key=lambda name: getattr(self, name))
+
+
+def lower_bound(topology: Topology, pass_flops: float, memory_bytes: float, wire_bytes: float) -> Bound | None:
+    """Return the bound for one device's work, or None for CPU devices, whose peaks are not in the table."""
+    chip = topology.chip
+    if chip is None:
+        return None
+    return Bound(
+        compute=pass_flops * topology.devices_per_chip / chip.flops,
+        memory=memory_bytes * topology.devices_per_chip / chip.memory_rate,
+        network=wire_bytes / chip.link_rate,
+    )

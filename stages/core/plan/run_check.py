@@ -1,0 +1,78 @@
+"""Before a run on real devices: what the plan found for it.
+
+A run that will not fit is reported before the accelerator's time is spent, not when it runs out of memory. It changes
+nothing but messages, so no stage depends on the plan.
+Reads: `data/sharding/plan.json`, where it exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from stages.core.common.paths import PLAN
+from stages.core.config.params import Finetune
+from stages.core.records.plan import PlanFile, RunKey
+
+GIB = 2**30
+
+
+def warn_if_planned_not_to_fit(root: Path, run: RunKey, device_bytes: int | None, say: Callable[[str], None]) -> None:
+    """Warn where the plan found that this very run does not fit, or needs more than the devices have.
+
+    Args:
+        root: the repository's folder.
+        run: what is known of the run, from `run_of`.
+        device_bytes: memory of one device as the backend reports it; None where it does not.
+        say: prints one line for the person.
+    """
+    try:
+        targets = PlanFile.model_validate_json((root / PLAN).read_bytes()).targets
+    except (OSError, ValueError):
+        return
+    for label, target in targets.items():
+        if not run.matches(target):
+            continue
+        needed = target.needed_bytes_per_device
+        if not target.fits:
+            size = f" it needs {needed / GIB:.2f} GiB per device" if needed else ""
+            say(f"Warning: by the plan this run does not fit on {target.topology}:{size} ({label}).")
+        elif needed and device_bytes and needed > device_bytes:
+            say(
+                f"Warning: by the plan this run needs {needed / GIB:.2f} GiB per device, and those here have "
+                f"{device_bytes / GIB:.2f} GiB ({label})."
+            )
+
+
+def warn_before_running(root: Path, run: RunKey, say: Callable[[str], None]) -> None:
+    """Do that for the devices of this process; simulated ones share the host's memory, so there is no warning."""
+    import jax
+
+    device = jax.local_devices()[0]
+    if device.platform != "cpu":
+        limit = (device.memory_stats() or {}).get("bytes_limit")
+        warn_if_planned_not_to_fit(root, run, limit, say)
+
+
+def run_of(description: Mapping[str, Any], settings: Finetune | None = None, length: int | None = None) -> RunKey:
+    """Return what is known of a run: the loaded model, and how it is trained.
+
+    Args:
+        description: of the model, as in `models/<variant>/model.json`.
+        settings: of `finetune`; None in `load`.
+        length: tokens per sequence.
+    """
+    trained: dict[str, Any] = {}
+    if settings:
+        trained = {key: getattr(settings, key) for key in ("batch_size", "rank", "rematerialize")}
+        trained["lora_targets"] = settings.targets if settings.rank else None
+    return RunKey(
+        preset=description["preset"],
+        mesh=description["mesh"]["shape"],
+        layout=description["layout"]["name"],
+        dtype=description["dtype"],
+        step="ours",
+        length=length,
+        **trained,
+    )

@@ -1,0 +1,200 @@
+"""From the entries of params `plan` to compile requests, and from their results to records.
+
+What an entry leaves out comes from the other sections, so an entry with only a topology is the run itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stages.core.common.paths import cache_folder, own_path
+from stages.core.config.params import Fetch, Finetune, Layout, Load, Mesh, Plan, PlanStep, PlanTarget, Tokenize
+from stages.core.fetch import architectures
+from stages.core.fetch.catalog import REGISTRY, name_of
+from stages.core.plan.compilation import CompileRequest, StepCost
+from stages.core.plan.topology import cpu_devices
+from stages.core.presets.architecture import Architecture, read_architecture
+from stages.core.records.plan import RunKey, Target
+from stages.core.sharding.mesh import MeshShape
+from stages.core.sharding.named_layouts import make_layout
+
+if TYPE_CHECKING:
+    from stages.core.plan.step_program import StepRequest
+
+# What the tutorial reports for its own run (gemma_7b_en on a TPU v3-8, mesh (1, 8), batch 2 x 128 tokens, rank 4 on
+# query and value):
+# https://ai.google.dev/gemma/docs/core/distributed_tuning, "163ms/step".
+MEASURED_TOPOLOGY, MEASURED_SECONDS = "v3:2x2", 0.163
+MEASURED = RunKey(
+    preset="gemma_7b_en",
+    mesh=[1, 8],
+    batch_size=2,
+    length=128,
+    rank=4,
+    lora_targets=["query", "value"],
+    step="ours",
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The sections that a plan reads: its own, and those that fill what its entries leave out."""
+
+    fetch: Fetch
+    tokenize: Tokenize
+    mesh: Mesh
+    layout: Layout
+    load: Load
+    finetune: Finetune
+    plan: Plan
+
+
+def architecture_of(params: Settings, step: PlanStep) -> tuple[str, Architecture]:
+    """Return name and architecture of the preset to plan for; nothing but its configuration is read.
+
+    Raises:
+        ParamsError: no public Gemma of this name.
+        StageError: `fetch.path` holds no preset, or Hugging Face does not give the configuration of one.
+    """
+    if step.preset is None and params.fetch.source == "path":
+        from stages.core.fetch.local import folder_format
+
+        folder = own_path(Path(), "fetch.path", params.fetch.path or "")
+        return params.fetch.preset, read_architecture(folder, folder_format(folder))
+    name = step.preset or params.fetch.preset
+    known = REGISTRY.get(name_of(name))
+    if name.startswith("hf://") and (known is None or known.like is None):
+        from stages.core.fetch import huggingface
+
+        return name, huggingface.architecture(name, cache_folder())
+    return name, architectures.architecture(name, "plan.preset")
+
+
+def own_config(fetch: Fetch, root: Path) -> Path | None:
+    """Return the configuration of the person's own preset, which targets that name none are planned for."""
+    return None if fetch.path is None else own_path(root, "fetch.path", fetch.path) / "config.json"
+
+
+def step_of(
+    params: Settings,
+    step: PlanStep,
+    architecture: Architecture,
+    mesh: MeshShape,
+    *,
+    layout: str | None,
+    batch_size: int | None = None,
+    path: str | None = None,
+) -> StepRequest:
+    """Return a step, with the other sections' settings for whatever is None."""
+    # Keras chooses its backend when it is first imported: `devices.configure` comes before this.
+    from stages.core.plan.step_program import StepRequest
+
+    named = params.layout if layout is None else params.layout.model_copy(update={"name": layout, "rules": None})
+    changes = {
+        "rank": step.rank,
+        "targets": step.lora_targets,
+        "batch_size": batch_size,
+        "rematerialize": step.rematerialize,
+    }
+    settings = params.finetune.model_copy(update={key: value for key, value in changes.items() if value is not None})
+    return StepRequest(
+        architecture,
+        mesh,
+        make_layout(named, architecture, mesh),
+        step.dtype or params.load.dtype,
+        settings,
+        step.length or params.tokenize.length,
+        path or "ours",
+    )
+
+
+def compile_request_of(params: Settings, target: PlanTarget) -> tuple[str, CompileRequest]:
+    """Return a target's preset by name, and what to compile for it."""
+    name, architecture = architecture_of(params, target)
+    mesh = MeshShape(tuple(target.mesh or params.mesh.shape))
+    step = step_of(
+        params, target, architecture, mesh, layout=target.layout, batch_size=target.batch_size, path=target.step
+    )
+    return name, CompileRequest(step, target.topology)
+
+
+def simulated_devices(params: Settings) -> int:
+    """Return how many CPU devices the targets need: as many as the largest `cpu:N`, else one."""
+    plan = params.plan
+    names = [target.topology for target in plan.targets]
+    names += [plan.search.topology] if plan.search else []
+    names += plan.scaling.topologies if plan.scaling else []
+    return max([1, *(cpu_devices(name) or 1 for name in names)])
+
+
+def run_key(name: str, step: StepRequest) -> RunKey:
+    """Return what distinguishes a step of a preset from others."""
+    return RunKey(
+        preset=name,
+        mesh=list(step.mesh.shape),
+        layout=step.layout.name,
+        dtype=step.dtype,
+        batch_size=step.settings.batch_size,
+        length=step.length,
+        rank=step.settings.rank,
+        lora_targets=step.settings.targets if step.settings.rank else None,
+        rematerialize=step.settings.rematerialize,
+        step=step.path,
+    )
+
+
+def label(target: Target) -> str:
+    """Return what a target is called: everything that distinguishes it from another."""
+    parts = [
+        f"{target.preset}",
+        target.topology,
+        f"mesh {'x'.join(str(size) for size in target.mesh or [])}",
+        f"{target.layout}",
+        f"{target.dtype}",
+        f"{target.batch_size}x{target.length}",
+        f"rank {target.rank} on {', '.join(target.lora_targets or [])}" if target.rank else "full",
+    ]
+    parts += ["rematerialize"] if target.rematerialize else []
+    parts += ["tutorial's step"] if target.step == "tutorial" else []
+    return ", ".join(parts)
+
+
+def target_of(name: str, request: CompileRequest, cost: StepCost) -> Target:
+    """Return the record of a target: what was asked, and what the compiler says."""
+    step = request.step
+    key = run_key(name, step)
+    measured = MEASURED_SECONDS if request.topology == MEASURED_TOPOLOGY and MEASURED.matches(key) else None
+    bound = cost.bound
+    return Target(
+        **key.model_dump(),
+        topology=request.topology,
+        devices=cost.devices,
+        parameters=cost.parameters,
+        trainable_parameters=cost.trainable_parameters,
+        fits=cost.fits,
+        argument_bytes_per_device=cost.argument_bytes,
+        **{f"{kind}_bytes_per_device": size for kind, size in cost.by_kind.items()},
+        temporary_bytes_per_device=cost.temporary_bytes,
+        output_bytes_per_device=cost.output_bytes,
+        aliased_bytes_per_device=cost.aliased_bytes,
+        needed_bytes_per_device=cost.needed_bytes,
+        hbm_bytes_per_device=cost.memory_bytes,
+        flops_per_step=cost.flops,
+        hbm_traffic_bytes_per_step=cost.hbm_traffic_bytes,
+        collectives=cost.collectives,
+        collective_bytes_per_step=sum(collective.bytes for collective in cost.collectives.values()),
+        # What is sent says more: an all-reduce sends its bytes twice, a reduce-scatter once.
+        interconnect_bytes_per_step=cost.interconnect_bytes,
+        step_seconds_lower_bound=bound.seconds if bound else None,
+        bound_by=bound.bound_by if bound else None,
+        compute_seconds=bound.compute if bound else None,
+        memory_seconds=bound.memory if bound else None,
+        network_seconds=bound.network if bound else None,
+        measured_step_seconds=measured,
+        compile_seconds=cost.compile_seconds,
+        largest=cost.largest,
+        fallbacks=[vars(fallback) for fallback in step.layout.fallbacks],
+        weights=cost.weights,
+    )

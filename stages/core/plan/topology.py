@@ -1,0 +1,126 @@
+"""Devices that are not there: TPU topologies described by libtpu, for the compiler alone, and simulated CPU devices.
+
+Purpose: the one place that uses JAX's topology descriptions and that knows libtpu's environment. Nothing here opens a
+TPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from stages.core.common.errors import StageError
+from stages.core.plan.chips import CHIPS, Chip
+
+# Topologies worth naming to a person who asked for one that does not exist: a host, and a few slices.
+EXAMPLES = {
+    "v2": ("2x2", "4x4"),
+    "v3": ("2x2", "4x4", "4x8"),
+    "v4": ("2x2x1", "2x2x2", "2x2x4"),
+    "v5e": ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
+    "v5p": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8"),
+    "v6e": ("2x2", "2x4", "4x4", "8x8", "16x16"),
+}
+# What libtpu reads when it is first used: not to ask the metadata server of a machine that has none, to take itself
+# for one host, and to log nowhere. The accelerator's type is overridden by each topology's name.
+ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_LOG_DIR": "disabled",
+    # Compilers do not fight over a device: several processes may use libtpu at once.
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Devices that a program can be compiled for.
+
+    `chip` is None for CPU devices, whose memory and speed are this machine's.
+    """
+
+    name: str
+    devices: tuple[Any, ...]
+    devices_per_chip: int
+    chip: Chip | None
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """A device's memory in bytes, or None for CPU devices."""
+        return None if self.chip is None else self.chip.memory_bytes // self.devices_per_chip
+
+
+def cpu_devices(name: str) -> int | None:
+    """Return the number of devices of a `cpu:8`, or None for another kind of topology."""
+    found = re.fullmatch(r"cpu:([1-9]\d{0,3})", name)
+    return int(found[1]) if found else None
+
+
+def describe(name: str) -> Topology:
+    """Return the devices of a topology; `devices.configure` must have been called, for as many as a `cpu:N` needs.
+
+    Args:
+        name: `v3:2x2`, `v5e:2x4`, `v5p:2x2x1`, ... or `cpu:8`.
+
+    Raises:
+        StageError: no such topology, or libtpu is not installed; the message names what there is.
+    """
+    import jax
+
+    count = cpu_devices(name)
+    if count is not None:
+        return Topology(name, tuple(jax.devices("cpu")[:count]), 1, None)
+    kind = name.partition(":")[0]
+    if kind not in CHIPS:
+        raise StageError(f"A topology must be one that the TPU compiler knows. Received: topology={name}. {_known()}")
+    if importlib.util.find_spec("libtpu") is None:
+        raise StageError(
+            f"The TPU compiler is in the package libtpu, which is not installed (it exists for Linux only). Received: "
+            f"topology={name}. Run `pip install libtpu==0.0.42`, or plan for cpu:8."
+        )
+    for key, value in ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    from jax.experimental import topologies
+
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name)
+    except Exception as error:
+        # Its own type is JaxRuntimeError for all reasons; the first line says which.
+        reason = str(error).splitlines()[0].removeprefix("INVALID_ARGUMENT: ")
+        raise StageError(
+            f"A topology must be one that the TPU compiler knows: {reason}. Received: topology={name}. {_known()}"
+        ) from error
+    devices = tuple(found.devices)
+    per_chip = len({device.core_on_chip for device in devices})
+    return Topology(name, devices, per_chip, CHIPS[kind])
+
+
+@contextlib.contextmanager
+def program_cache_off() -> Iterator[None]:
+    """Within the block JAX neither keeps compiled programs nor looks for kept ones: those of a TPU that is not there
+    cannot be read again (jax 0.10.2 warns of it each time)."""
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
+
+
+def _known() -> str:
+    names = [f"{kind}:{shape}" for kind, shapes in EXAMPLES.items() for shape in shapes]
+    return f"There are for example {', '.join(names)}, and cpu:N."

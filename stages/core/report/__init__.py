@@ -1,0 +1,1 @@
+"""One page that shows a run: settings, shardings, curves, measures and texts. Imports `config` and `common`."""

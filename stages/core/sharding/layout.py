@@ -1,0 +1,281 @@
+"""The layout engine: rules over weight paths, resolved against real shapes and a mesh before anything is allocated.
+
+Purpose: what Keras does silently with a mistyped rule (nothing: the weight is replicated) stops here with one message.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from stages.core.common.errors import StageError
+from stages.core.sharding.mesh import MeshShape
+
+Axis = str | tuple[str, ...] | None
+Spec = tuple[Axis, ...]
+
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4}
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight before it exists. `kind`: weight, lora or optimizer."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    kind: str = "weight"
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of one whole copy."""
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Weights whose whole path matches `pattern` are split as `spec` says: an axis, several, or None a dimension.
+
+    `optional` rules may match nothing (a named layout serves several Gemmas); a person's own rules may not.
+    """
+
+    pattern: str
+    spec: Spec
+    optional: bool = False
+
+    @property
+    def anchored(self) -> str:
+        """The pattern as Keras must get it: the same under `re.fullmatch` (since 3.14) and `re.search` (before)."""
+        return f"^(?:{self.pattern})$"
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """A weight that could not be split as it would be on a mesh that divides it."""
+
+    pattern: str
+    wanted: str
+    used: str
+    reason: str
+
+    def __str__(self) -> str:
+        where = self.used if self.used == "replicated" else f"split over {self.used}"
+        return f"{self.pattern} {where}, since {self.reason}."
+
+
+@dataclass(frozen=True)
+class NamedLayout:
+    """Rules, and the weights that had to be split otherwise than one would."""
+
+    name: str
+    rules: tuple[Rule, ...]
+    fallbacks: tuple[Fallback, ...] = ()
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a weight lies: the rule that matched (None: no rule, replicated), its spec and what a device holds."""
+
+    weight: Weight
+    rule: Rule | None
+    spec: Spec
+    shard_shape: tuple[int, ...]
+
+    @property
+    def bytes_per_device(self) -> int:
+        """Bytes that each device holds."""
+        return math.prod(self.shard_shape) * ITEM_BYTES[self.weight.dtype]
+
+    def splits(self, axis: str) -> bool:
+        """Whether the weight is split over a mesh axis."""
+        return any(axis in axes_of(entry) for entry in self.spec)
+
+
+def axes_of(entry: Axis) -> tuple[str, ...]:
+    """Return a spec entry as a tuple of axis names."""
+    if entry is None:
+        return ()
+    return (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def as_spec(entries: Sequence[Any]) -> Spec:
+    """Return a spec from YAML or JSON, where a dimension over two axes is a list."""
+    return tuple(tuple(entry) if isinstance(entry, list) else entry for entry in entries)
+
+
+def resolve(rules: Sequence[Rule], weights: Iterable[Weight], mesh: MeshShape) -> list[Placement]:
+    """Place every weight, or stop with one message that names path, shape, rule and mesh.
+
+    Args:
+        rules: each weight may match at most one; a weight that matches none is replicated.
+        weights: the model's weights with LoRA and optimizer slots.
+        mesh: axis names and sizes.
+
+    Raises:
+        StageError: a pattern that is no regular expression or matches nothing (one that names `lora` may, while no
+            weight is a LoRA kernel), two rules on one weight, a wrong number
+            of dimensions, an unknown axis, an axis used twice, a dimension that the axis does not divide.
+    """
+    compiled = []
+    for rule in rules:
+        try:
+            compiled.append(re.compile(rule.anchored))
+        except re.error as error:
+            raise StageError(
+                f"A layout pattern must be a regular expression: {error}. Received: pattern={rule.pattern!r}."
+            ) from error
+    used = [False] * len(rules)
+    placements = []
+    paths = []
+    has_adapter = False
+    for weight in weights:
+        paths.append(weight.path)
+        has_adapter |= weight.kind == "lora"
+        matches = [index for index, pattern in enumerate(compiled) if pattern.search(weight.path)]
+        if len(matches) > 1:
+            raise StageError(
+                f"A weight may match one layout rule only. Received: path={weight.path}, shape={weight.shape}, rules="
+                f"{[rules[index].pattern for index in matches]}, mesh={mesh}. Narrow one of them."
+            )
+        if matches:
+            used[matches[0]] = True
+        placements.append(place(weight, rules[matches[0]] if matches else None, mesh))
+    for rule, was_used in zip(rules, used, strict=True):
+        # A rule for LoRA kernels cannot show its worth before there are any: the load stage lays out the base alone.
+        premature = "lora" in rule.pattern and not has_adapter
+        if not was_used and not rule.optional and not premature:
+            example = next(
+                (path for path in paths if rule.pattern.split("/")[-1] in path), paths[0] if paths else "none"
+            )
+            raise StageError(
+                f"Every layout rule must match a whole weight path, and this one matches nothing, so what it was meant "
+                f"for would be replicated. Received: pattern={rule.pattern!r}, spec={format_spec(rule.spec)}, "
+                f"mesh={mesh}. A path of this model: {example}"
+            )
+    return placements
+
+
+def check_adapters(
+    rules: Sequence[Rule], weights: Iterable[Weight], mesh: MeshShape, say: Callable[[str], None]
+) -> None:
+    """Warn of each rule that fits no LoRA kernel it matches, as far as that follows from the base alone.
+
+    Which layers get an adapter, and of which rank, is not known yet. A rule that is meant for LoRA kernels (its pattern
+    names `lora`) must fit what it matches of some layer; the rank may be any that the mesh divides.
+
+    Args:
+        rules: a person's own; optional ones are passed over.
+        weights: the model's, with no adapter declared.
+        mesh: axis names and sizes.
+        say: shows one line to the person.
+
+    Raises:
+        StageError: a rule that is meant for LoRA kernels fits none of any layer.
+    """
+    rank = mesh.devices
+    adapters = [
+        [
+            Weight(f"{layer}/lora_kernel_a", (*each.shape[:-1], rank), "float32", "lora"),
+            Weight(f"{layer}/lora_kernel_b", (rank, each.shape[-1]), "float32", "lora"),
+        ]
+        for each in weights
+        for layer, _, name in [each.path.rpartition("/")]
+        if name == "kernel"
+    ]
+    for rule in rules:
+        pattern, meant = re.compile(rule.anchored), "lora" in rule.pattern
+        matches = [found for pair in adapters if (found := [each for each in pair if pattern.search(each.path)])]
+        if meant and not matches:
+            raise StageError(
+                f"A layout rule for LoRA kernels must match those of some layer, and this one matches none. Received: "
+                f"pattern={rule.pattern!r}. A path of this model: {adapters[0][0].path}"
+            )
+        problems = [problem for found in matches if (problem := _problem(found, rule, mesh))]
+        if rule.optional or len(problems) < len(matches) or not matches:
+            continue
+        if meant:
+            raise StageError(f"{problems[0]} So it is with any LoRA rank; {rank} is taken here.")
+        say(
+            f"Warning: the layout rule {rule.pattern!r} matches LoRA kernels too, such as {matches[0][0].path}, and "
+            "fits no layer's: finetune stops if these layers get an adapter. End the pattern in /kernel."
+        )
+
+
+def _problem(weights: Iterable[Weight], rule: Rule, mesh: MeshShape) -> StageError | None:
+    """Return why a rule does not fit one of some weights, or None if it fits all."""
+    try:
+        for weight in weights:
+            place(weight, rule, mesh)
+    except StageError as error:
+        return error
+    return None
+
+
+def place(weight: Weight, rule: Rule | None, mesh: MeshShape) -> Placement:
+    """Place one weight by one rule, checked."""
+    spec = rule.spec if rule else (None,) * len(weight.shape)
+    received = (
+        f"Received: path={weight.path}, shape={weight.shape}, rule={rule.pattern if rule else None!r}, "
+        f"spec={format_spec(spec)}, mesh={mesh}."
+    )
+    if len(spec) != len(weight.shape):
+        raise StageError(
+            f"A layout rule must have one entry for each of the weight's {len(weight.shape)} dimensions. {received}"
+        )
+    seen: list[str] = []
+    shard_shape = []
+    for size, entry in zip(weight.shape, spec, strict=True):
+        parts = 1
+        for axis in axes_of(entry):
+            if axis not in mesh.sizes:
+                raise StageError(
+                    f"A layout rule may name the axes {list(mesh.sizes)} only; {axis!r} is none. {received}"
+                )
+            if axis in seen:
+                raise StageError(f"A layout rule may use an axis once; {axis!r} stands twice. {received}")
+            seen.append(axis)
+            parts *= mesh.sizes[axis]
+        if size % parts:
+            raise StageError(f"The axis must divide the dimension; {size} by {parts} leaves {size % parts}. {received}")
+        shard_shape.append(size // parts)
+    return Placement(weight, rule, spec, tuple(shard_shape))
+
+
+def format_spec(spec: Spec) -> str:
+    """Return a spec as JAX prints it: `PartitionSpec(None, 'model', None)`."""
+    return "PartitionSpec(" + ", ".join(repr(entry) for entry in spec) + ")"
+
+
+def replicated_fraction(placements: Sequence[Placement], mesh: MeshShape, axis: str = "model") -> float:
+    """Return the share of the weights' bytes that every device of `axis` holds in full: 0.0 if the axis has one device.
+
+    Replication over the batch axis is what data parallelism is, and is not counted.
+    """
+    if mesh.sizes[axis] == 1:
+        return 0.0
+    total = sum(placement.weight.bytes for placement in placements)
+    return sum(placement.weight.bytes for placement in placements if not placement.splits(axis)) / total
+
+
+def check_replication(
+    placements: Sequence[Placement], mesh: MeshShape, limit: float, advice: Callable[[], str] | None = None
+) -> float:
+    """Return the replicated fraction, or stop if it is beyond `limit` and list the largest replicated weights.
+
+    `advice` tells what to do about it; by default that is to split them in the layout.
+    """
+    fraction = replicated_fraction(placements, mesh)
+    if fraction <= limit:
+        return fraction
+    replicated = sorted(
+        (placement for placement in placements if not placement.splits("model")), key=lambda each: -each.weight.bytes
+    )
+    listed = "; ".join(f"{each.weight.path} {each.weight.shape} {each.weight.bytes:,} bytes" for each in replicated[:5])
+    raise StageError(
+        f"At most layout.max_replicated_fraction of the weights may be replicated over the free axis 'model'. "
+        f"Received: {fraction:.4f} > {limit} on mesh={mesh}. Largest: {listed}. "
+        f"{advice() if advice else 'Split them in the layout'}, or raise the limit."
+    )

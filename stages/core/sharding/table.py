@@ -1,0 +1,95 @@
+"""The sharding report as data: one row a weight pattern, so that the file can be read, compared and kept in Git.
+
+Purpose: from resolved placements to `data/sharding/*.json` and to the table that the tutorial prints.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from stages.core.sharding.layout import Fallback, Placement, format_spec, replicated_fraction
+from stages.core.sharding.mesh import MeshShape
+
+
+def report(
+    placements: Sequence[Placement],
+    mesh: MeshShape,
+    fallbacks: Sequence[Fallback],
+    *,
+    preset: str,
+    layout: str,
+    dtype: str,
+    platform: str,
+    trainable_parameters: int,
+) -> dict[str, Any]:
+    """Return the whole report: sums, a row a weight pattern, and the fallbacks with their reasons.
+
+    Bytes are of one whole copy, unless the key says a device's share. `replicated_bytes` is what a device holds that no
+    axis but the batch axis splits.
+    """
+    model = [each for each in placements if each.weight.kind != "optimizer"]
+    kinds: dict[str, int] = {}
+    for each in placements:
+        kinds[each.weight.kind] = kinds.get(each.weight.kind, 0) + each.bytes_per_device
+    split_matters = mesh.sizes["model"] > 1
+    return {
+        "preset": preset,
+        "mesh": {"shape": list(mesh.shape), "axis_names": list(mesh.axis_names), "devices": platform},
+        "layout": layout,
+        "dtype": dtype,
+        "parameters": sum(_size(each) for each in model),
+        "trainable_parameters": trainable_parameters,
+        "bytes": sum(each.weight.bytes for each in model),
+        "bytes_per_device": sum(each.bytes_per_device for each in placements),
+        "replicated_bytes": sum(
+            each.bytes_per_device for each in placements if split_matters and not each.splits("model")
+        ),
+        "replicated_fraction": round(replicated_fraction(model, mesh), 6),
+        "by_kind": kinds,
+        "weights": rows(placements, mesh),
+        "fallbacks": [vars(fallback) for fallback in fallbacks],
+    }
+
+
+def rows(placements: Sequence[Placement], mesh: MeshShape) -> list[dict[str, Any]]:
+    """Return a row for each weight pattern (block numbers collapsed to `*`), in the model's order."""
+    grouped: dict[tuple[Any, ...], list[Placement]] = {}
+    for each in placements:
+        pattern = re.sub(r"(decoder_block_)\d+", r"\1*", each.weight.path)
+        key = (pattern, each.weight.shape, each.weight.dtype, each.spec, each.rule)
+        grouped.setdefault(key, []).append(each)
+    return [
+        {
+            "pattern": pattern,
+            "count": len(group),
+            "shape": list(shape),
+            "dtype": dtype,
+            "kind": group[0].weight.kind,
+            "rule": rule.pattern if rule else None,
+            "spec": [list(entry) if isinstance(entry, tuple) else entry for entry in spec],
+            "shard_shape": list(group[0].shard_shape),
+            "bytes": sum(each.weight.bytes for each in group),
+            "bytes_per_device": sum(each.bytes_per_device for each in group),
+            "replicated": mesh.sizes["model"] > 1 and not group[0].splits("model"),
+        }
+        for (pattern, shape, dtype, spec, rule), group in grouped.items()
+    ]
+
+
+def block_table(placements: Sequence[Placement], block: str = "decoder_block_1") -> str:
+    """Return the tutorial's table of the embedding and one block: path, shape and PartitionSpec, a line a weight."""
+    chosen = [
+        each
+        for each in placements
+        if each.weight.kind != "optimizer" and each.weight.path.startswith(("token_embedding/", f"{block}/"))
+    ]
+    return "\n".join(f"{each.weight.path:<58}  {each.weight.shape!s:<16}  {format_spec(each.spec)}" for each in chosen)
+
+
+def _size(placement: Placement) -> int:
+    size = 1
+    for dimension in placement.weight.shape:
+        size *= dimension
+    return size

@@ -1,0 +1,79 @@
+"""Gemma's turn format: what instruct presets were trained on, as token ids.
+
+Purpose: a prompt to continue, or prompts and their responses to learn from, are laid out as
+
+    <bos><start_of_turn>user
+    {prompt}<end_of_turn>
+    <start_of_turn>model
+    {response}<end_of_turn>
+
+(https://ai.google.dev/gemma/docs/core/prompt-structure), the texts without white space at their ends, as Gemma's chat
+template at Hugging Face has it. In a conversation a line break and the next turns follow; at the end, where nothing
+that is trained on follows the template's line break, it is left out. The two control tokens are put in by id: a text
+that spells one cannot end or begin a turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from stages.core.common.errors import StageError
+from stages.core.presets.tokenizer import Tokenizer
+from stages.core.tokenize.control_tokens import ControlTokens
+
+START, END = "<start_of_turn>", "<end_of_turn>"
+
+
+class Turns:
+    """The turn format with a vocabulary.
+
+    Attributes:
+        end: id of `<end_of_turn>`, which ends a response.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        """Look the control pieces up by name: their ids differ between the families.
+
+        Raises:
+            StageError: the vocabulary lacks one.
+        """
+        self._tokenizer = tokenizer
+        ids = {piece: tokenizer.piece_id(piece) for piece in (START, END)}
+        for piece, number in ids.items():
+            if number is None:
+                raise StageError(
+                    f"Gemma's turn format needs a vocabulary with the piece {piece}. Received: "
+                    f"{tokenizer.vocabulary_size} other pieces\nTake an instruct preset, or data with one text a row "
+                    "(prepare.prompt_column: null) and generate.turns: false."
+                )
+        self._start, self.end = ids[START], ids[END]
+        self._encode = ControlTokens(tokenizer).as_text
+        self._line_break, self._model = tokenizer.encode("\n"), tokenizer.encode("model\n")
+
+    def conversations(self, texts: Sequence[Sequence[str]]) -> list[list[list[int]]]:
+        """Return the ids of each turn of conversations, of which each is prompts and responses in turn."""
+        first = iter(self.prompts([each[0] for each in texts]))
+        later = iter(self.later_prompts([text for each in texts for text in each[2::2]]))
+        responses = iter(self.responses([text for each in texts for text in each[1::2]]))
+        return [
+            [next(responses if place % 2 else later if place else first) for place in range(len(each))]
+            for each in texts
+        ]
+
+    def prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return each text as the person's turn, up to where the model's response begins; BOS is the first id."""
+        return [[self._tokenizer.bos, *ids] for ids in self._prompts(texts)]
+
+    def later_prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return each text as the person's turn after a response, with the line break that comes between the two."""
+        return [[*self._line_break, *ids] for ids in self._prompts(texts)]
+
+    def _prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        return [
+            [self._start, *ids, self.end, *self._line_break, self._start, *self._model]
+            for ids in self._encode([f"user\n{text.strip()}" for text in texts])
+        ]
+
+    def responses(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return each text as the rest of the model's turn, to follow its prompt's ids; `<end_of_turn>` is the last."""
+        return [[*ids, self.end] for ids in self._encode([text.strip() for text in texts])]

@@ -1,0 +1,57 @@
+"""Rotations are keras-hub's own, and their way back is their transpose."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+HEAD = 16
+
+
+@pytest.fixture
+def queries(devices) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(2, 8, 3, HEAD)).astype("f4")
+
+
+def rotary(layers, positions, interleaved=False):
+    from stages.core.model.rotary import Rotary
+
+    return Rotary(layers, positions, HEAD, interleaved=interleaved)
+
+
+@pytest.mark.parametrize("scaling", [1.0, 8.0])
+def test_each_layer_turns_by_its_own_wavelength_and_scaling_as_in_keras_hub(queries, scaling):
+    from keras_hub.layers import RotaryEmbedding
+
+    layers = [RotaryEmbedding(10_000.0), RotaryEmbedding(1_000_000.0, scaling_factor=scaling)]
+    turn = rotary(layers, np.arange(8, dtype=np.int32)[None, :])
+    results = [np.asarray(turn(layer, queries)) for layer in layers]
+    for layer, result in zip(layers, results, strict=True):
+        np.testing.assert_allclose(result, layer(queries), atol=2e-6)
+    assert np.abs(results[0] - results[1]).max() > 0.1
+
+
+def test_a_row_with_positions_of_its_own_is_turned_by_them(queries):
+    from keras_hub.layers import RotaryEmbedding
+
+    layer = RotaryEmbedding()
+    positions = np.arange(8, dtype=np.int32)
+    shifted = np.stack([positions, positions + 5])
+    result = np.asarray(rotary([layer], shifted)(layer, queries))
+    for row in (0, 1):
+        np.testing.assert_allclose(result[row], layer(queries[row : row + 1], positions=shifted[row])[0], atol=2e-6)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_way_back_is_the_rotations_transpose(queries, interleaved, seed):
+    import jax
+    from keras_hub.layers import RotaryEmbedding
+
+    layer = RotaryEmbedding()
+    turn = rotary([layer], np.arange(8, dtype=np.int32)[None, :], interleaved)
+    towards = np.random.default_rng(seed).normal(size=queries.shape).astype("f4")
+    turned, pull = jax.vjp(lambda x: turn(layer, x), queries)
+    (back,) = pull(towards)
+    np.testing.assert_allclose(np.vdot(turned, towards), np.vdot(queries, back), atol=1e-3)
+    assert np.abs(np.asarray(back) - towards).max() > 0.1

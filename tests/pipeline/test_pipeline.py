@@ -1,0 +1,213 @@
+"""The whole pipeline with the real dvc on a tiny preset: what runs, and what runs again when one setting changes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from tests.support.copies import IDENTITY, copy_repository, dvc, ran
+from tests.support.sentinels import HF_TOKEN, KAGGLE_TOKEN, leaks
+from tests.support.tiny_presets import tiny_reviews
+
+pytestmark = pytest.mark.xdist_group("pipeline")
+
+ALL = {
+    "fetch",
+    "prepare",
+    "tokenize",
+    "load",
+    "finetune",
+    "generate@baseline",
+    "generate@tuned",
+    "evaluate@baseline",
+    "evaluate@tuned",
+    "compare",
+    "plan",
+    "report",
+}
+TUNED = {"finetune", "generate@tuned", "evaluate@tuned", "compare", "report"}
+# A plan fills what its entries leave out from the sections that shape a step.
+PLANNED = {"plan"}
+
+
+def change(repository: Path, section: str, **values) -> None:
+    """Change settings in `params.yaml` in place."""
+    yaml = YAML()
+    path = repository / "params.yaml"
+    content = yaml.load(path.read_text())
+    content[section].update(values)
+    with path.open("w") as stream:
+        yaml.dump(content, stream)
+
+
+@pytest.fixture(scope="module")
+def repository(presets: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fresh copy of the repository on a tiny Gemma 3 and made-up reviews, run once."""
+    folder = copy_repository(tmp_path_factory.mktemp("repository"))
+    (folder / "reviews.txt").write_text("\n".join(review.replace("\n", " ") for review in tiny_reviews(24)) + "\n")
+    change(folder, "fetch", source="path", preset="tiny", path=str(presets["gemma3"]))
+    change(folder, "prepare", source="files", train_file="reviews.txt", validation=4, min_characters=1)
+    change(folder, "tokenize", length=32)
+    change(folder, "finetune", batch_size=4, steps=3)
+    change(folder, "generate", max_tokens=6)
+    change(folder, "plan", targets=[{"topology": "cpu:8"}])
+    # Tokens that no stage needs: a test looks whether one wrote them down.
+    assert ran(dvc(folder, "repro", KAGGLE_API_TOKEN=KAGGLE_TOKEN, HF_TOKEN=HF_TOKEN)) == ALL
+    return folder
+
+
+def test_a_second_repro_runs_nothing(repository: Path):
+    assert ran(dvc(repository, "repro")) == set()
+    assert "up to date" in dvc(repository, "status").stdout
+
+
+def test_no_token_of_the_environment_is_in_a_file_of_the_repository_the_report_included(repository: Path):
+    assert (repository / "data/report/index.html").is_file()
+    assert leaks(repository) == []
+
+
+CHANGES = {
+    "a prompt": (
+        "generate",
+        {"prompts": ["Best comedy movies in the 90s "]},
+        {"generate@baseline", "generate@tuned", "report"},
+    ),
+    "the chat format": ("generate", {"turns": True}, {"generate@baseline", "generate@tuned", "report"}),
+    "the learning rate": ("finetune", {"learning_rate": 0.002}, TUNED),
+    "what is printed while training": (
+        "finetune",
+        {"sample_every": 2, "sample_prompt": "It was", "checkpoint_every": 2, "checkpoint_keep": 1},
+        {"report"},
+    ),
+    "the LoRA rank": ("finetune", {"rank": 2}, TUNED | PLANNED),
+    "the longest review measured": (
+        "evaluate",
+        {"max_length": 24},
+        {"evaluate@baseline", "evaluate@tuned", "compare", "report"},
+    ),
+    "the validation size": ("prepare", {"validation": 5}, ALL - {"fetch", "load", "generate@baseline", "plan"}),
+    # The held-out reviews are measured whole, so the baseline's figure stays what it is.
+    "length and packing": (
+        "tokenize",
+        {"length": 24, "packing": False},
+        ALL - {"fetch", "prepare", "load", "generate@baseline", "evaluate@baseline"},
+    ),
+    "the end of a review": ("tokenize", {"eos": False}, ALL - {"fetch", "prepare", "load", "generate@baseline"}),
+    "the mesh": ("mesh", {"shape": [2, 4]}, ALL - {"fetch", "prepare", "tokenize"}),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_only_what_depends_on_a_changed_setting_runs_again(repository: Path, case: str):
+    section, values, expected = CHANGES[case]
+    before = (repository / "params.yaml").read_text()
+    change(repository, section, **values)
+    assert section in dvc(repository, "params", "diff").stdout
+    assert ran(dvc(repository, "repro")) == expected
+    (repository / "params.yaml").write_text(before)
+    # Everything comes back out of the run cache, except the metrics files, which git keeps.
+    dvc(repository, "repro")
+
+
+def test_rank_0_trains_every_weight_and_is_loaded_again(repository: Path):
+    before = (repository / "params.yaml").read_text()
+    change(repository, "finetune", rank=0)
+    assert ran(dvc(repository, "repro")) == TUNED | PLANNED
+    metrics = json.loads((repository / "data/metrics/finetune.json").read_text())
+    assert metrics["trainable_parameters"] == metrics["total_parameters"]
+    assert (repository / "models/tuned/weights.safetensors").exists()
+    assert not (repository / "models/tuned/adapter.safetensors").exists()
+    (repository / "params.yaml").write_text(before)
+    dvc(repository, "repro")
+
+
+def test_the_same_settings_give_the_same_bytes(repository: Path):
+    names = ["models/tuned/adapter.safetensors", "models/tuned/model.json", "data/sharding/tuned.json"]
+    names += [
+        "data/generated/tuned.jsonl",
+        "data/tokens/train.npz",
+        "data/tokens/held_out.npz",
+        "data/evaluations/tuned.csv",
+        "data/imdb/train.parquet",
+        "data/sharding/base.json",
+    ]
+    first = {name: (repository / name).read_bytes() for name in names}
+    dvc(repository, "repro", "--force")
+    assert {name: (repository / name).read_bytes() for name in names} == first
+
+
+def test_dvcs_own_views_show_something_sensible(repository: Path):
+    shown = dvc(repository, "metrics", "show", "--json").stdout
+    metrics = json.loads(shown)[""]["data"]
+    assert metrics["data/metrics/load.json"]["data"]["devices"] == 8
+    assert set(metrics["data/metrics/evaluate-tuned.json"]["data"]) == {
+        *("loss", "loss_standard_error", "perplexity", "token_accuracy"),
+        *("targets", "reviews", "reviews_cut", "targets_cut"),
+    }
+    compared = metrics["data/metrics/compare.json"]["data"]
+    assert compared["loss_difference"] < 0 < compared["loss_difference_standard_error"]
+    assert compared["perplexity_ratio"] < 1
+    dvc(repository, "plots", "show", "--out", "plots-trial")
+    page = (repository / "plots-trial" / "index.html").read_text()
+    assert "Training loss" in page
+    shutil.rmtree(repository / "plots-trial")
+    assert "finetune" in dvc(repository, "dag", "--mermaid").stdout
+
+
+def test_an_experiment_can_be_run_and_compared(repository: Path):
+    subprocess.run(["git", "add", "-A"], cwd=repository, check=True)
+    subprocess.run(["git", *IDENTITY, "commit", "-qm", "Tiny"], cwd=repository, check=True)
+    dvc(repository, "exp", "run", "-n", "higher", "-S", "finetune.learning_rate=0.01")
+    table = dvc(repository, "exp", "show", "--csv").stdout
+    assert "higher" in table
+    assert "0.01" in table
+    subprocess.run(["git", "checkout", "-q", "."], cwd=repository, check=True)
+    dvc(repository, "checkout")
+
+
+def test_a_trial_with_out_root_leaves_the_pipeline_alone(repository: Path):
+    before = dvc(repository, "status").stdout
+    command = [sys.executable, "-m", "stages.generate", "--variant", "tuned", "--out-root", "scratch/x"]
+    subprocess.run([*command, "--set", "generate.max_tokens=2"], cwd=repository, check=True, capture_output=True)
+    assert (repository / "scratch/x/data/generated/tuned.jsonl").exists()
+    assert json.loads((repository / "scratch/x/data/metrics/generate-tuned.json").read_text())["tokens"] <= 6
+    assert dvc(repository, "status").stdout == before
+
+
+def test_an_altered_preset_file_is_told_with_the_way_to_repair_it(repository: Path, presets: dict[str, Path]):
+    weights = presets["gemma3"] / "model.weights.h5"
+    whole = weights.read_bytes()
+    try:
+        weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        command = [sys.executable, "-m", "stages.load", "--out-root", "scratch/y"]
+        result = subprocess.run(command, cwd=repository, capture_output=True, text=True)
+    finally:
+        weights.write_bytes(whole)
+    assert result.returncode == 1
+    assert "model.weights.h5" in result.stderr
+    assert "dvc repro --force --single-item fetch" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_an_adapter_is_refused_on_another_base(repository: Path, presets: dict[str, Path]):
+    trial = repository / "scratch/other"
+    set_other = [
+        "--set",
+        "fetch.preset=other",
+        "--set",
+        f"fetch.path={presets['gemma']}",
+        "--out-root",
+        "scratch/other",
+    ]
+    subprocess.run([sys.executable, "-m", "stages.fetch", *set_other], cwd=repository, check=True, capture_output=True)
+    command = [sys.executable, "-m", "stages.evaluate", "--variant", "tuned", "--out-root", "scratch/other"]
+    result = subprocess.run(command, cwd=repository, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "made from another preset" in result.stderr
+    shutil.rmtree(trial)

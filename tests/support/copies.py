@@ -1,0 +1,45 @@
+"""A copy of the repository as a clone would have it, and the real dvc run in it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.support.repository import ROOT
+
+IDENTITY = ["-c", "user.name=Test", "-c", "user.email=test@localhost"]
+
+
+def copy_repository(folder: Path) -> Path:
+    """Copy what git knows or would add, without tests and without the committed results, and commit it there."""
+    names = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(names, cwd=ROOT, capture_output=True, check=True).stdout.decode().split("\0")
+    for name in listed:
+        if name and (ROOT / name).is_file() and not name.startswith(("tests/", "data/metrics/")) and name != "dvc.lock":
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name, follow_symlinks=False)
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "A copy"]):
+        subprocess.run(["git", *IDENTITY, *command], cwd=folder, check=True)
+    return folder
+
+
+def dvc(repository: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the real dvc in a copy of the repository, with this environment's Python."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    result = subprocess.run(
+        [sys.executable, "-m", "dvc", *arguments],
+        cwd=repository,
+        env={**os.environ, "PATH": path, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, f"dvc {' '.join(arguments)}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
+    return result
+
+
+def ran(result: subprocess.CompletedProcess[str]) -> set[str]:
+    """The stages that `dvc repro` really ran."""
+    return {line.split("'")[1] for line in result.stdout.splitlines() if line.startswith("Running stage")}

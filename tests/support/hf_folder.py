@@ -1,0 +1,147 @@
+"""A tiny preset rewritten by hand as a Hugging Face folder: `config.json`, safetensors and `tokenizer.model`.
+
+The names and shapes are those of the public checkpoints (PyTorch's linear layers: outputs x inputs, heads one after the
+other); written from those, not from the reader under test.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.support.tiny_presets import CONFIGS, tiny_proto
+
+MODEL_TYPES = {"gemma": "gemma", "gemma2": "gemma2", "gemma3": "gemma3_text"}
+
+
+def config_of(family: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The `config.json` of a public checkpoint of the family, in the form of transformers 4."""
+    config = {
+        "architectures": ["GemmaForCausalLM"],
+        "model_type": MODEL_TYPES[family],
+        "vocab_size": arguments["vocabulary_size"],
+        "num_hidden_layers": arguments["num_layers"],
+        "num_attention_heads": arguments["num_query_heads"],
+        "num_key_value_heads": arguments["num_key_value_heads"],
+        "hidden_size": arguments["hidden_dim"],
+        "intermediate_size": arguments["intermediate_dim"] // (1 if family == "gemma3" else 2),
+        "head_dim": arguments["head_dim"],
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+    }
+    if family == "gemma":
+        return config | {"hidden_act": "gelu", "hidden_activation": None, "rope_scaling": None}
+    config |= {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": arguments["head_dim"],
+        "sliding_window": arguments["sliding_window_size"],
+        "attn_logit_softcapping": arguments.get("attention_logit_soft_cap"),
+        "final_logit_softcapping": arguments.get("final_logit_soft_cap"),
+    }
+    if family == "gemma2":
+        return config
+    return config | {
+        "rope_theta": 1000000.0,
+        "rope_local_base_freq": 10000.0,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window_pattern": 6,
+    }
+
+
+def tensors_of(family: str, weights: dict[str, np.ndarray], prefix: str = "model.") -> dict[str, np.ndarray]:
+    """Tensors by their public names, from weights by keras-hub's paths."""
+    norms = {
+        "pre_attention_norm": "input_layernorm",
+        "post_attention_norm": "post_attention_layernorm",
+        "pre_ffw_norm": "post_attention_layernorm" if family == "gemma" else "pre_feedforward_layernorm",
+        "post_ffw_norm": "post_feedforward_layernorm",
+        "query_norm": "self_attn.q_norm",
+        "key_norm": "self_attn.k_norm",
+    }
+    heads = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
+    linear = {"ffw_gating": "gate_proj", "ffw_gating_2": "up_proj", "ffw_linear": "down_proj"}
+    tensors = {}
+    for path, value in weights.items():
+        layer = path.split("/")[-2]
+        if path == "token_embedding/embeddings":
+            name = "embed_tokens"
+        elif path == "final_normalization/scale":
+            name = "norm"
+        else:
+            block = path.split("/")[0].removeprefix("decoder_block_")
+            if layer in norms:
+                name = norms[layer]
+            elif layer in heads:
+                name, value = f"self_attn.{heads[layer]}", np.concatenate([head.T for head in value])
+            elif layer == "attention_output":
+                name, value = "self_attn.o_proj", np.concatenate(list(value)).T
+            else:
+                name, value = f"mlp.{linear[layer]}", value.T
+            name = f"layers.{block}.{name}"
+        tensors[f"{prefix}{name}.weight"] = np.ascontiguousarray(value)
+    return tensors
+
+
+def write_hugging_face(
+    preset: Path, folder: Path, family: str, *, files: int = 1, dtype: str = "float32", prefix: str = "model."
+) -> Path:
+    """Rewrite a tiny keras-hub preset as a Hugging Face folder, in one weights file or several with an index."""
+    import keras_hub
+    import ml_dtypes  # noqa: F401 (numpy's bfloat16)
+    from safetensors.numpy import save_file
+
+    folder.mkdir()
+    backbone = keras_hub.models.Backbone.from_preset(str(preset), dtype="float32")
+    arguments = json.loads((preset / "config.json").read_text())["config"]
+    (folder / "config.json").write_text(json.dumps(config_of(family, arguments)))
+    weights = {weight.path: np.asarray(weight.value) for weight in backbone.weights}
+    tensors = {name: value.astype(dtype) for name, value in tensors_of(family, weights, prefix).items()}
+    shutil.copy(preset / "assets/tokenizer/vocabulary.spm", folder / "tokenizer.model")
+    if files == 1:
+        save_file(tensors, folder / "model.safetensors")
+        return folder
+    weight_map = {}
+    for number in range(files):
+        name = f"model-{number + 1:05}-of-{files:05}.safetensors"
+        part = {key: tensors[key] for key in sorted(tensors)[number::files]}
+        save_file(part, folder / name)
+        weight_map |= dict.fromkeys(part, name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+def hugging_face_files(files: int = 1, padding: int = 0) -> dict[str, bytes]:
+    """The files of a tiny Gemma 3 as a hub has them, made without Keras; padding bytes make the first file larger."""
+    from safetensors.numpy import save
+
+    from stages.core.presets.architecture import Architecture
+    from stages.core.presets.keras_h5 import stored_weights
+
+    architecture = Architecture("Gemma3Backbone", CONFIGS["gemma3"])
+    weights = {path: np.full(shape, 2.0, "f4") for path, (_, shape) in stored_weights(architecture).items()}
+    tensors = tensors_of("gemma3", weights)
+    content = {
+        "config.json": json.dumps(config_of("gemma3", CONFIGS["gemma3"])).encode(),
+        "tokenizer.model": tiny_proto(),
+    }
+    if files == 1:
+        return content | {"model.safetensors": save(tensors, {"padding": "x" * padding})}
+    weight_map = {}
+    for number in range(files):
+        name = f"model-{number + 1:05}-of-{files:05}.safetensors"
+        part = {key: tensors[key] for key in sorted(tensors)[number::files]}
+        content[name] = save(part)
+        weight_map |= dict.fromkeys(part, name)
+    return content | {"model.safetensors.index.json": json.dumps({"weight_map": weight_map}).encode()}
+
+
+def change_config(folder: Path, **values: Any) -> Path:
+    """Change entries of a folder's `config.json`; None takes one out."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | values
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    return folder

@@ -1,0 +1,16 @@
+"""Where the repository and its recorded data are, and the families that tests run over."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from stages.core.common.paths import cache_folder
+
+ROOT = Path(__file__).parents[2]
+DATA = ROOT / "tests" / "data"
+FAMILIES = ("gemma", "gemma2", "gemma3")
+
+# The real weights may be there already; tests on tiny models must not write beside them. Workers of pytest-xdist
+# inherit the environment of the process that starts them, the session's own cache included.
+REAL_CACHE = Path(os.environ.setdefault("GEMMA_TUNING_TESTS_REAL_CACHE", str(cache_folder())))

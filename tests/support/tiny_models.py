@@ -1,0 +1,73 @@
+"""Building tiny models for tests: what a variant's `model.json` says, and the model on a mesh."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stages.core.config.params import Layout
+from stages.core.fetch.local import fetch_local
+from stages.core.load import lora_kernels, variants, weight_loading
+from stages.core.load.variants import LoadedModel, Preset
+from stages.core.presets.architecture import read_architecture
+from stages.core.sharding.mesh import MeshShape
+from stages.core.sharding.named_layouts import make_layout
+
+AUTO = Layout(name="auto", rules=None, max_replicated_fraction=1.0)
+
+
+def open_tiny(folder: Path) -> Preset:
+    """A tiny preset folder as `open_preset` would give it."""
+    manifest = fetch_local(folder.name, str(folder), folder)
+    return Preset(manifest, folder, read_architecture(folder, manifest.format))
+
+
+def describe(preset: Preset, shape: tuple[int, int], layout: Layout = AUTO, dtype: str = "float32") -> dict[str, Any]:
+    """The `model.json` of a baseline on a mesh."""
+    mesh = MeshShape(shape)
+    named = make_layout(layout, preset.architecture, mesh)
+    return variants.model_description("baseline", preset, dtype, mesh, "simulated", named)
+
+
+def load_tiny(
+    folder: Path,
+    shape: tuple[int, int],
+    *,
+    rank: int | None = None,
+    targets: tuple[str, ...] = ("query", "value"),
+    layout: Layout = AUTO,
+    dtype: str = "float32",
+    random_b: bool = True,
+) -> LoadedModel:
+    """A tiny model on a mesh; with a rank it has an adapter, whose B is not zero so that it changes the numbers."""
+    preset = open_tiny(folder)
+    tuning = None if rank is None else {"rank": rank, "alpha": 2.0 * rank, "targets": list(targets)}
+    model = variants.declare_model(describe(preset, shape, layout, dtype), preset.architecture, tuning)
+    adapters = {}
+    for weight in weight_loading.weights_of(model.backbone):
+        if weight.kind == "lora":
+            adapters[weight.path] = lora_kernels.first_value(weight.path, weight.shape, seed=0)
+            if random_b and weight.path.endswith("_b"):
+                adapters[weight.path] = (
+                    np.random.default_rng(len(weight.path)).normal(0, 0.1, weight.shape).astype("f4")
+                )
+    variants.fill_model(model, preset, adapters)
+    return model
+
+
+def windows(count: int, length: int = 32, vocabulary: int = 512, seed: int = 0) -> dict[str, np.ndarray]:
+    """Random windows with two packed segments each and some weights zero."""
+    generator = np.random.default_rng(seed)
+    ids = generator.integers(4, vocabulary, (count, length)).astype(np.int32)
+    ids[:, 0] = ids[:, length // 2] = 2
+    segments = np.repeat([[1] * (length // 2) + [2] * (length - length // 2)], count, axis=0).astype(np.int32)
+    weights = np.ones((count, length), np.float32)
+    weights[:, -3:] = 0.0
+    return {
+        "token_ids": ids,
+        "target_ids": generator.integers(4, vocabulary, (count, length)).astype(np.int32),
+        "segment_ids": segments,
+        "weights": weights,
+    }
