@@ -247,7 +247,7 @@ def test_a_partition_in_the_folders_name_adds_no_column(tmp_path):
 @pytest.mark.parametrize(
     ("content", "kind"),
     [
-        (gzip.compress(b'{"text": "a"}'), r"gzip data, whose name ends in \.gz"),
+        (gzip.compress(b'{"text": "a"}', mtime=0), r"gzip data, whose name ends in \.gz"),
         (bz2.compress(b"a"), "bzip2 data"),
         (lzma.compress(b"a"), "xz data"),
         (b"PK\x03\x04...", r"a ZIP archive \(or a spreadsheet\)"),
