@@ -29,7 +29,7 @@ def main(name: str | None, overrides: tuple[str, ...], dry_run: bool, verbose: b
     A profile sets what any profile speaks of, the rest of that as in quickstart, and leaves all else alone.
     """
     from stages.core.config import profiles
-    from stages.core.config.params import check_params, read_text
+    from stages.core.config.reader import check_params, read_text
     from stages.core.files import write_text
 
     with mistakes_in_lines(verbose):

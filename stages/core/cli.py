@@ -25,7 +25,8 @@ from stages.core.common.errors import ParamsError, StageError
 from stages.core.common.installed import check_installed
 from stages.core.common.paths import Paths, check_outputs, lend_a_home, metrics
 from stages.core.common.redaction import guard_standard_error
-from stages.core.config.params import Params, read_params
+from stages.core.config.reader import read_params
+from stages.core.config.schema import Params
 from stages.core.files import explain, write_json
 
 REQUIREMENTS = "requirements.txt"

@@ -17,7 +17,7 @@ from pathlib import Path
 import click
 
 from stages.core.common.paths import metrics
-from stages.core.config.params import read_params
+from stages.core.config.reader import read_params
 
 
 def run(out: Path, stage: str, *settings: str) -> None:

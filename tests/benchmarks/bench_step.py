@@ -49,7 +49,7 @@ def batches(batch: int) -> list[dict]:
 def our_side(shape: tuple[int, int], batch: int) -> Callable[[int], list[float]]:
     """The step of `stages.finetune`."""
     from stages.core.common.paths import Paths
-    from stages.core.config.params import read_params
+    from stages.core.config.reader import read_params
     from stages.core.finetune import trainer
     from stages.core.load import variants
     from stages.core.sharding.mesh import MeshShape

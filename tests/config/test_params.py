@@ -9,7 +9,8 @@ import pytest
 from ruamel.yaml import YAML
 
 from stages.core.common.errors import ParamsError
-from stages.core.config.params import Params, read_params
+from stages.core.config.reader import read_params
+from stages.core.config.schema import Params
 from tests.support.repository import ROOT
 
 DEFAULT = ROOT / "params.yaml"

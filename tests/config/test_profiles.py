@@ -13,8 +13,8 @@ from click.testing import CliRunner
 from stages import profile
 from stages.core.common.errors import ParamsError
 from stages.core.config.edit import rewrite
-from stages.core.config.params import check_params, parse, plain
 from stages.core.config.profiles import PROFILES, apply
+from stages.core.config.reader import check_params, parse, plain
 from tests.plan.test_plan import has_libtpu
 from tests.support.repository import ROOT
 

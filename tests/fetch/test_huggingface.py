@@ -682,7 +682,8 @@ def test_a_check_says_what_is_wrong_as_a_fetch_does(hub, ask):
 
 
 def test_a_plan_needs_the_configuration_only(hub, ask, fetch, tmp_path, monkeypatch):
-    from stages.core.config.params import PlanStep, read_params
+    from stages.core.config.reader import read_params
+    from stages.core.config.schema import PlanStep
     from stages.core.plan.targets import architecture_of
     from stages.core.presets.safetensors import read_architecture
 
@@ -702,7 +703,8 @@ def test_a_plan_needs_the_configuration_only(hub, ask, fetch, tmp_path, monkeypa
 
 
 def test_a_plan_for_a_preset_of_the_registry_asks_nobody(monkeypatch):
-    from stages.core.config.params import PlanStep, read_params
+    from stages.core.config.reader import read_params
+    from stages.core.config.schema import PlanStep
     from stages.core.fetch import architectures
     from stages.core.plan.targets import architecture_of
 

@@ -65,7 +65,7 @@ def test_a_target_that_matches_nothing_is_told_with_the_layers_there_are(presets
 
 
 def test_rules_that_do_not_divide_an_adapter_stop_finetune_before_anything_is_allocated(presets, monkeypatch):
-    from stages.core.config.params import Layout
+    from stages.core.config.schema import Layout
     from stages.core.finetune import trainer
     from tests.support.tiny_models import describe
 

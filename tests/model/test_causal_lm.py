@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from stages.core.config.params import Layout
+from stages.core.config.schema import Layout
 from tests.support.repository import FAMILIES, ROOT
 from tests.support.tiny_models import AUTO, load_tiny, windows
 

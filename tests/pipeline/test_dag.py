@@ -10,7 +10,8 @@ import pytest
 from ruamel.yaml import YAML
 
 from stages.core.common.code import ROOT, dependencies
-from stages.core.config.params import Params, read_params, without
+from stages.core.config.reader import read_params
+from stages.core.config.schema import Params, without
 
 DAG = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())
 STAGES = DAG["stages"]

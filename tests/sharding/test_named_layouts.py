@@ -7,7 +7,7 @@ import re
 import pytest
 
 from stages.core.common.errors import StageError
-from stages.core.config.params import Layout
+from stages.core.config.schema import Layout
 from stages.core.sharding.layout import (
     Rule,
     check_adapters,

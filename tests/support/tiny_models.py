@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from stages.core.config.params import Layout
+from stages.core.config.schema import Layout
 from stages.core.fetch.local import fetch_local
 from stages.core.load import lora_kernels, variants, weight_loading
 from stages.core.load.variants import LoadedModel, Preset

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from stages.core.config.params import Finetune, read_params
+from stages.core.config.reader import read_params
+from stages.core.config.schema import Finetune
 from stages.core.finetune import trainer
 from stages.core.finetune.trainer import Result
 from tests.support.repository import ROOT

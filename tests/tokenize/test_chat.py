@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.core.common.errors import StageError
-from stages.core.config.params import Tokenize
+from stages.core.config.schema import Tokenize
 from stages.core.fetch.local import list_files
 from stages.core.generate import prompting
 from stages.core.prepare.cleaning import Review

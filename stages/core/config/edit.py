@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from stages.core.common.errors import ParamsError, shown
-from stages.core.config.params import parse, plain
+from stages.core.config.reader import parse, plain
 
 
 class Change(NamedTuple):

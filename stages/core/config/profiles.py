@@ -18,7 +18,8 @@ from typing import Any
 from stages.core.common.errors import ParamsError
 from stages.core.common.paths import own_path
 from stages.core.config.edit import Change, differing, rewrite
-from stages.core.config.params import Params, apply_override, parse
+from stages.core.config.reader import apply_override, parse
+from stages.core.config.schema import Params
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ import numpy as np
 from stages.core.common.errors import StageError
 from stages.core.common.host_memory import Growth
 from stages.core.common.paths import REVIEWS
-from stages.core.config.params import Finetune
+from stages.core.config.schema import Finetune
 from stages.core.files import optional
 from stages.core.finetune.checkpoint import Checkpoint, Store
 from stages.core.finetune.optimizer import Schedule

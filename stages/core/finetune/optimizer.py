@@ -8,7 +8,7 @@ from typing import Any
 
 import keras
 
-from stages.core.config.params import Finetune
+from stages.core.config.schema import Finetune
 from stages.core.load.variants import LoadedModel
 from stages.core.sharding.layout import Placement, Weight, place
 from stages.core.sharding.mesh import MeshShape

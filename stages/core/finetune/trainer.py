@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from stages.core.common import host_memory
 from stages.core.common.errors import ParamsError, StageError
 from stages.core.common.paths import TOKENS, Paths
-from stages.core.config.params import IN_FULL, NOT_IN_FULL, Finetune, without
+from stages.core.config.schema import IN_FULL, NOT_IN_FULL, Finetune, without
 from stages.core.files import sha256
 from stages.core.finetune import fingerprint, flops
 from stages.core.finetune.checkpoint import Store

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from stages.core.common.errors import ParamsError
-from stages.core.config.params import Dtype, PlanStep
+from stages.core.config.schema import Dtype, PlanStep
 from stages.core.fetch import architectures
 from stages.core.files import write_text
 from stages.core.plan.compilation import CompileRequest

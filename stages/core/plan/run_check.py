@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.core.common.paths import PLAN
-from stages.core.config.params import Finetune
+from stages.core.config.schema import Finetune
 from stages.core.records.plan import PlanFile, RunKey
 
 GIB = 2**30

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from stages.core.common.errors import StageError
-from stages.core.config.params import PlanScaling, PlanSearch
+from stages.core.config.schema import PlanScaling, PlanSearch
 from stages.core.plan.compilation import CompileRequest, compile_step
 from stages.core.plan.roofline import Bound, lower_bound
 from stages.core.plan.targets import Settings, architecture_of, step_of

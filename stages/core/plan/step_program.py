@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from stages.core.config.params import Finetune
+from stages.core.config.schema import Finetune
 from stages.core.finetune.optimizer import make_optimizer, slot_placements
 from stages.core.load import lora_kernels, weight_loading
 from stages.core.load.backbone import build_backbone, declared_only

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stages.core.common.paths import cache_folder, own_path
-from stages.core.config.params import Fetch, Finetune, Layout, Load, Mesh, Plan, PlanStep, PlanTarget, Tokenize
+from stages.core.config.schema import Fetch, Finetune, Layout, Load, Mesh, Plan, PlanStep, PlanTarget, Tokenize
 from stages.core.fetch import architectures
 from stages.core.fetch.catalog import REGISTRY, name_of
 from stages.core.plan.compilation import CompileRequest, StepCost

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from stages.core.common.errors import ParamsError, StageError, shown
 from stages.core.common.paths import own_path
-from stages.core.config.params import Prepare
+from stages.core.config.schema import Prepare
 from stages.core.prepare.cleaning import RawReview, Review, Tally, clean
 from stages.core.prepare.split import hold_out, shuffled
 

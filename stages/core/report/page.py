@@ -28,7 +28,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from stages.core.common.errors import StageError
 from stages.core.common.paths import CURVE, MANIFEST, PLAN, SAMPLES, SHARDING, Paths, generated, maker_of, metrics
-from stages.core.config.params import Params
+from stages.core.config.schema import Params
 from stages.core.records.plan import PlanFile, RunKey
 from stages.core.report.charts import Bar, LineChart, Tick, line_chart, mesh_picture, stacked_bars
 from stages.core.report.plan_section import plan_view

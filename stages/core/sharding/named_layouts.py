@@ -18,7 +18,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 
-from stages.core.config.params import Layout
+from stages.core.config.schema import Layout
 from stages.core.presets.architecture import Architecture
 from stages.core.sharding.layout import (
     Fallback,

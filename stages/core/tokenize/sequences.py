@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stages.core.common.errors import StageError
-from stages.core.config.params import Tokenize
+from stages.core.config.schema import Tokenize
 from stages.core.presets.tokenizer import Tokenizer
 from stages.core.tokenize import held_out, packing, pair_packing
 from stages.core.tokenize.chat import Turns
