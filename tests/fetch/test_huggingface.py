@@ -685,7 +685,7 @@ def test_a_plan_needs_the_configuration_only(hub, ask, fetch, tmp_path, monkeypa
     from stages.core.config.reader import read_params
     from stages.core.config.schema import PlanStep
     from stages.core.plan.targets import architecture_of
-    from stages.core.presets.safetensors import read_architecture
+    from stages.core.presets.hf_config import read_architecture
 
     asked = ask("architecture")
     assert hub.downloaded == ["config.json"]

@@ -12,7 +12,8 @@ import pytest
 from stages.core.common.errors import ParamsError, StageError
 from stages.core.fetch.local import fetch_local, folder_format
 from stages.core.presets import architecture
-from stages.core.presets.safetensors import SafetensorsWeights, read_architecture
+from stages.core.presets.hf_config import read_architecture
+from stages.core.presets.safetensors import SafetensorsWeights
 from stages.core.presets.tokenizer import holds_vocabulary, load_tokenizer
 from tests.data import record_configs
 from tests.support import tiny_presets, tokenizer_json

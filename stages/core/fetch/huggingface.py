@@ -429,7 +429,7 @@ def _refuse_other_models(source: Source, config: dict[str, Any] | None) -> None:
     Raises:
         ParamsError: not a text Gemma.
     """
-    from stages.core.presets.safetensors import MODEL_TYPES
+    from stages.core.presets.hf_config import MODEL_TYPES
 
     kind = (config or {}).get("model_type")
     if isinstance(kind, str) and kind not in MODEL_TYPES:

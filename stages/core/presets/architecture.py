@@ -128,9 +128,9 @@ def read_architecture(folder: Path, file_format: str) -> Architecture:
         found = gguf.read_architecture(files[0])
         return Architecture(found["class_name"], found["config"])
     if file_format == "safetensors":
-        from stages.core.presets import safetensors
+        from stages.core.presets import hf_config
 
-        found = safetensors.read_architecture(folder)
+        found = hf_config.read_architecture(folder)
         return Architecture(found["class_name"], found["config"])
     content = read_object(folder / "config.json")
     if not isinstance(content.get("class_name"), str) or not isinstance(content.get("config"), dict):
