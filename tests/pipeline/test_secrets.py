@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 
 from stages.core.common import redaction
 from stages.core.common.errors import StageError
-from stages.core.fetch.downloads import _pip_environment, download_wheel
+from stages.core.fetch.wheels import _pip_environment, download_wheel
 from tests.support.copies import copy_repository, dvc, ran
 from tests.support.repository import ROOT
 from tests.support.sentinels import HF_TOKEN, KAGGLE_TOKEN, SENTINELS, ArgumentsWatcher, forms, leaks

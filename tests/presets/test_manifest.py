@@ -156,7 +156,7 @@ def test_only_the_files_asked_for_are_checked(preset, tmp_path):
 def test_the_module_that_all_stages_need_brings_no_downloader_with_it():
     code = "import stages.core.presets.manifest, sys; print([name for name in sys.modules if 'stages.core.' in name])"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert not {"downloads", "pypi", "kaggle"} & {
+    assert not {"wheels", "pypi", "kaggle"} & {
         name.rpartition(".")[2] for name in json.loads(run.stdout.replace("'", '"'))
     }
 

@@ -38,7 +38,7 @@ from stages.core.common.redaction import (
 )
 from stages.core.fetch.catalog import EMBEDDING, HEALTH, REGISTRY, VISION, name_of, registered
 from stages.core.fetch.check import Check
-from stages.core.fetch.downloads import UNWRITTEN, check_room, explain_unwritten, free_bytes, one_at_a_time
+from stages.core.fetch.disk import UNWRITTEN, check_room, explain_unwritten, free_bytes, one_at_a_time
 from stages.core.fetch.local import check_contents, check_vocabulary, folder_format, other_kind
 from stages.core.files import read_json, write_json
 from stages.core.presets import keras_h5, safetensors

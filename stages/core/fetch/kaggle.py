@@ -15,7 +15,7 @@ from pathlib import Path
 from stages.core.common.errors import StageError
 from stages.core.fetch.catalog import HANDLE, kaggle_handle, licence_of
 from stages.core.fetch.check import Check
-from stages.core.fetch.downloads import check_room, explain_unwritten, free_bytes, no_room, not_writable, one_at_a_time
+from stages.core.fetch.disk import check_room, explain_unwritten, free_bytes, no_room, not_writable, one_at_a_time
 from stages.core.fetch.kaggle_client import MAKE_ROOM, OTHER_PLACE, KaggleModel, KaggleRefused, is_wanted
 from stages.core.fetch.kaggle_credentials import ask_for_token, import_kagglehub, kaggle_credentials, kaggle_host
 from stages.core.fetch.local import check_contents, check_keras_folder, list_files

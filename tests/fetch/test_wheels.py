@@ -15,16 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from stages.core.common.errors import StageError
-from stages.core.fetch.downloads import (
-    ATTEMPTS,
-    SCRATCH,
-    STALE_SECONDS,
-    Wheel,
-    check_room,
-    download_wheel,
-    extract_members,
-    one_at_a_time,
-)
+from stages.core.fetch.disk import check_room, one_at_a_time
+from stages.core.fetch.wheels import ATTEMPTS, SCRATCH, STALE_SECONDS, Wheel, download_wheel, extract_members
 from stages.core.files import sha256
 from tests.support.repository import ROOT
 from tests.support.servers.package_index import PackageIndex, make_wheel, pip_environment, serving
@@ -43,7 +35,7 @@ def index(monkeypatch):
 def program(wheel):
     """Return a program that downloads a wheel to the folder it is given, and heeds interrupts wherever it is run."""
     return (
-        "import pathlib, signal, sys\nfrom stages.core.fetch.downloads import Wheel, download_wheel\n"
+        "import pathlib, signal, sys\nfrom stages.core.fetch.wheels import Wheel, download_wheel\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"download_wheel({wheel!r}, pathlib.Path(sys.argv[1]))"
     )
@@ -223,7 +215,7 @@ def test_a_disk_that_fills_up_while_files_are_joined_is_told_and_nothing_kept(tm
     wheel = wheel_file(tmp_path / "1.whl", {"a": content})
     target = tmp_path / "folder" / "joined.bin"
     said = on_a_full_disk(
-        "import sys; from pathlib import Path; from stages.core.fetch.downloads import extract_members\n"
+        "import sys; from pathlib import Path; from stages.core.fetch.wheels import extract_members\n"
         "extract_members([(Path(sys.argv[1]), 'a')], Path(sys.argv[2]), sys.argv[3], 3 << 20)",
         wheel,
         target,
