@@ -293,14 +293,14 @@ def params_of(name: str):
 
 @EVERY
 def test_the_layout_fits_the_preset_and_the_mesh(devices, name: str):
-    from stages.core.fetch import architectures
+    from stages.core.fetch import catalog
     from stages.core.load import shapes
     from stages.core.sharding.layout import check_replication
     from stages.core.sharding.mesh import MeshShape
     from stages.core.sharding.named_layouts import make_layout
 
     params = params_of(name)
-    architecture = architectures.architecture(params.fetch.preset)
+    architecture = catalog.architecture(params.fetch.preset)
     mesh = MeshShape(tuple(params.mesh.shape))
     layout = make_layout(params.layout, architecture, mesh)
     tuning = {"rank": params.finetune.rank, "alpha": params.finetune.alpha, "targets": params.finetune.targets}

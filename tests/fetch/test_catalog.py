@@ -7,7 +7,7 @@ import re
 import pytest
 
 from stages.core.common.errors import ParamsError
-from stages.core.fetch import architectures
+from stages.core.fetch import catalog
 from stages.core.fetch.catalog import (
     EMBEDDING,
     OTHERS,
@@ -61,20 +61,20 @@ def test_families_with_other_backbones_are_known_by_how_their_names_begin(keras_
 def test_a_preset_has_as_many_parameters_as_the_one_whose_architecture_it_shares():
     for name, each in REGISTRY.items():
         if each.like is not None:
-            assert each.parameters == architectures.GEMMAS[each.like]["params"], name
+            assert each.parameters == catalog.GEMMAS[each.like]["params"], name
             # The same family: Gemma 1, 2 and 3 do not share architectures.
-            assert architectures.architecture(name) == architectures.architecture(each.like)
-    assert {each.like for each in REGISTRY.values()} - {None} == set(architectures.GEMMAS)
+            assert catalog.architecture(name) == catalog.architecture(each.like)
+    assert {each.like for each in REGISTRY.values()} - {None} == set(catalog.GEMMAS)
 
 
 @pytest.mark.parametrize("preset", ["gemma_instruct_7b_en", "kaggle://keras/gemma/keras/gemma_7b_en/2"])
 def test_tuned_forms_and_handles_have_the_architecture_of_their_base(preset):
-    assert architectures.architecture(preset) == architectures.architecture("gemma_7b_en")
+    assert catalog.architecture(preset) == catalog.architecture("gemma_7b_en")
 
 
 def test_a_configuration_that_is_not_known_is_said_to_be_so():
     with pytest.raises(ParamsError, match=r"(?s)vault_gemma_1b_en is known only from its files.*Fetch it first"):
-        architectures.architecture("vault_gemma_1b_en")
+        catalog.architecture("vault_gemma_1b_en")
 
 
 REFUSED = {
@@ -140,4 +140,4 @@ def test_base_models_are_known_by_name_and_of_others_nothing_is_claimed(preset, 
 
 def test_of_each_instruct_preset_of_the_registry_it_is_known_that_it_is_no_base_model():
     assert not any(is_base(name) for name in REGISTRY if "instruct" in name)
-    assert all(is_base(name) for name in architectures.GEMMAS)
+    assert all(is_base(name) for name in catalog.GEMMAS)

@@ -705,10 +705,10 @@ def test_a_plan_needs_the_configuration_only(hub, ask, fetch, tmp_path, monkeypa
 def test_a_plan_for_a_preset_of_the_registry_asks_nobody(monkeypatch):
     from stages.core.config.reader import read_params
     from stages.core.config.schema import PlanStep
-    from stages.core.fetch import architectures
+    from stages.core.fetch import catalog
     from stages.core.plan.targets import architecture_of
 
     params = read_params(
         ROOT / "params.yaml", ("fetch.source=huggingface", "fetch.preset=hf://keras/gemma3_instruct_1b")
     )
-    assert architecture_of(params, PlanStep())[1] == architectures.architecture("gemma3_1b")
+    assert architecture_of(params, PlanStep())[1] == catalog.architecture("gemma3_1b")

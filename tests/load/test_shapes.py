@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from stages.core.common.errors import ParamsError, StageError
-from stages.core.fetch.architectures import GEMMAS, architecture
+from stages.core.fetch.catalog import GEMMAS, architecture
 from stages.core.load.shapes import count_parameters, count_trainable, resolve_shapes
 from stages.core.sharding.layout import Rule, Weight, resolve
 from stages.core.sharding.mesh import MeshShape
@@ -102,13 +102,13 @@ from stages.core.sharding import devices
 devices.configure("simulated", 1)
 from stages.core.load import backbone
 backbone.import_keras_hub()
-from stages.core.fetch import architectures
+from stages.core.fetch import catalog
 from stages.core.sharding import named_layouts
 from stages.core.load import weight_loading, lora_kernels, shapes
 from stages.core.sharding.mesh import MeshShape
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before, began = peak(), time.perf_counter()
-gemma, mesh = architectures.architecture("gemma3_27b_text"), MeshShape((4, 8))
+gemma, mesh = catalog.architecture("gemma3_27b_text"), MeshShape((4, 8))
 tuning = {"rank": 4, "alpha": None, "targets": ["query", "value"]}
 placements = shapes.resolve_shapes(gemma, mesh, named_layouts.auto(gemma, mesh), "bfloat16", tuning)
 import jax

@@ -18,7 +18,7 @@ from stages.core.common import code
 from stages.core.common.errors import ParamsError, StageError
 from stages.core.config.reader import read_params
 from stages.core.config.schema import PlanTarget
-from stages.core.fetch import architectures
+from stages.core.fetch import catalog
 from stages.core.plan import compilation, hlo, topology
 from stages.core.plan.chips import CHIPS
 from stages.core.plan.compilation import CompileRequest, StepCost
@@ -463,7 +463,7 @@ def test_an_unknown_preset_is_told_with_the_nearest(devices):
     params = read_params(ROOT / "params.yaml")
     with pytest.raises(ParamsError, match="gemma_7b_en"):
         targets.compile_request_of(params, PlanTarget(topology="cpu:8", preset="gemma_7b"))
-    assert architectures.architecture("gemma_7b_en").class_name == "GemmaBackbone"
+    assert catalog.architecture("gemma_7b_en").class_name == "GemmaBackbone"
 
 
 # --- The stage. ---
@@ -550,7 +550,7 @@ def test_the_table_of_presets_takes_the_first_topology_that_holds_the_step(tmp_p
     from tests.support.declared import architecture
 
     tiny = {**architecture("gemma3_270m").config, "num_layers": 6, "hidden_dim": 64, "intermediate_dim": 128}
-    monkeypatch.setattr(architectures, "GEMMAS", {"gemma3_270m": {**tiny, "vocabulary_size": 512, "head_dim": 32}})
+    monkeypatch.setattr(catalog, "GEMMAS", {"gemma3_270m": {**tiny, "vocabulary_size": 512, "head_dim": 32}})
     monkeypatch.setattr(presets_table, "LENGTH", 64)
     params = plan_settings()
     readme = tmp_path / "README.md"

@@ -125,10 +125,10 @@ def test_the_sizes_that_gemma_3s_public_files_leave_out_are_the_librarys(copy):
     config = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "sliding_window": 1024}
     config |= {"model_type": "gemma3_text", "rope_scaling": {"factor": 8.0, "rope_type": "linear"}}
     (folder / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": config}))
-    from stages.core.fetch import architectures
+    from stages.core.fetch import catalog
 
     # The text tower of the model with vision has 64 words more than the text preset, and keras-hub's defaults unsaid.
-    ours, public = read_architecture(folder)["config"], architectures.architecture("gemma3_4b_text").config
+    ours, public = read_architecture(folder)["config"], catalog.architecture("gemma3_4b_text").config
     assert ours["vocabulary_size"] == 262208
     assert {key: ours[key] for key in public if key != "vocabulary_size"} == {
         key: value for key, value in public.items() if key != "vocabulary_size"

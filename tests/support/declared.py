@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from stages.core.fetch.architectures import GEMMAS, architecture
+from stages.core.fetch.catalog import GEMMAS, architecture
 from stages.core.sharding.layout import Weight
 
 __all__ = ["GEMMAS", "architecture", "declared_weights"]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from stages.core.common.paths import MANIFEST, Paths
-from stages.core.fetch import architectures
+from stages.core.fetch import catalog
 from stages.core.load.shapes import count_parameters, count_trainable, resolve_shapes
 from stages.core.presets.architecture import Architecture, read_architecture
 from stages.core.presets.manifest import read_manifest, verified_folder
@@ -35,7 +35,7 @@ def dry_run(run: Run, preset: str | None) -> str:
         StageError: no manifest, a layout that does not fit, or more replication than the layout may have.
     """
     params = run.params
-    name, architecture = (preset, architectures.architecture(preset)) if preset else fetched(run.paths)
+    name, architecture = (preset, catalog.architecture(preset)) if preset else fetched(run.paths)
     # Keras needs some JAX to declare weights with; one CPU device, however many the mesh has.
     devices.configure("simulated", 1)
     mesh = MeshShape(tuple(params.mesh.shape))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from stages.core.common.errors import ParamsError
 from stages.core.config.schema import Dtype, PlanStep
-from stages.core.fetch import architectures
+from stages.core.fetch import catalog
 from stages.core.files import write_text
 from stages.core.plan.compilation import CompileRequest
 from stages.core.plan.search import argument_bytes, estimate_step
@@ -55,7 +55,7 @@ def table(params: Settings, say: Callable[[str], None]) -> str:
         f"| preset | LoRA r={RANK}: {' | '.join(columns)} | full: {' | '.join(columns)} |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name in architectures.GEMMAS:
+    for name in catalog.GEMMAS:
         cells = [cell for rank in DTYPES for cell in _cells(smallest(params, name, rank, say))]
         lines.append(f"| {' | '.join([name, *cells])} |")
     return "\n".join(lines)
@@ -63,7 +63,7 @@ def table(params: Settings, say: Callable[[str], None]) -> str:
 
 def smallest(params: Settings, name: str, rank: int, say: Callable[[str], None]) -> Estimate | None:
     """Return the estimate of a preset on the first topology of the ladder that its step fits on, or None."""
-    architecture = architectures.architecture(name)
+    architecture = catalog.architecture(name)
     settings = PlanStep(preset=name, dtype=DTYPES[rank], length=LENGTH, rank=rank, lora_targets=TARGETS)
     for topology_name, shape in LADDER:
         topology = describe(topology_name)

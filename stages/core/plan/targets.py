@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from stages.core.common.paths import cache_folder, own_path
 from stages.core.config.schema import Fetch, Finetune, Layout, Load, Mesh, Plan, PlanStep, PlanTarget, Tokenize
-from stages.core.fetch import architectures
+from stages.core.fetch import catalog
 from stages.core.fetch.catalog import REGISTRY, name_of
 from stages.core.plan.compilation import CompileRequest, StepCost
 from stages.core.plan.topology import cpu_devices
@@ -69,7 +69,7 @@ def architecture_of(params: Settings, step: PlanStep) -> tuple[str, Architecture
         from stages.core.fetch import huggingface
 
         return name, huggingface.architecture(name, cache_folder())
-    return name, architectures.architecture(name, "plan.preset")
+    return name, catalog.architecture(name, "plan.preset")
 
 
 def own_config(fetch: Fetch, root: Path) -> Path | None:
