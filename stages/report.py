@@ -15,7 +15,8 @@ from stages.core.files import write_text
 @stage
 def main(run: Run) -> None:
     """Write one self-contained HTML page that shows what the pipeline did."""
-    from stages.core.report.page import read_inputs, render
+    from stages.core.report.inputs import read_inputs
+    from stages.core.report.page import render
 
     inputs = read_inputs(run.paths)
     page = render(inputs, run.params)

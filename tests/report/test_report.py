@@ -28,8 +28,9 @@ from hypothesis import strategies as st
 from stages.core.common.errors import StageError
 from stages.core.common.paths import Paths
 from stages.core.config.reader import read_params
-from stages.core.report import charts
+from stages.core.report import charts, figures, inputs
 from stages.core.report import page as report
+from stages.core.report import text as text_form
 from tests.support.repository import ROOT
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -296,6 +297,7 @@ def plan() -> dict:
         **{
             "preset": "gemma3_270m",
             "topology": "cpu:8",
+            **{"batch_size": 1, "length": 512, "rank": 8, "lora_targets": ["attention/.*", "ffw_.*"]},
             "argument_bytes_per_device": 1000,
             "batch_bytes_per_device": 24,
         },
@@ -471,7 +473,7 @@ def root(tmp_path):
 
 
 def rendered(root: Path, *overrides: str) -> str:
-    return report.render(report.read_inputs(Paths(root, root)), read_params(root / "params.yaml", overrides))
+    return report.render(inputs.read_inputs(Paths(root, root)), read_params(root / "params.yaml", overrides))
 
 
 def saved(root: Path, *overrides: str) -> Path:
@@ -613,7 +615,7 @@ def test_the_sharding_is_shown_as_it_is_written_in_jax(root):
 
     for spec in ([], [None], [None, "model", None], [["batch", "model"], None]):
         axes = (tuple(axis) if isinstance(axis, list) else axis for axis in spec)
-        assert eval(report.partition_spec(spec), {"PartitionSpec": PartitionSpec}) == PartitionSpec(*axes)
+        assert eval(figures.partition_spec(spec), {"PartitionSpec": PartitionSpec}) == PartitionSpec(*axes)
     assert "PartitionSpec(None, 'model', None)" in Reader(rendered(root)).text
 
 
@@ -691,9 +693,9 @@ def test_without_samples_the_page_has_no_table_for_them(root):
 
 def test_a_prompt_given_twice_keeps_its_continuations_apart():
     def both(*texts):
-        return [report.Generation(prompt="p", text=text) for text in texts]
+        return [inputs.Generation(prompt="p", text=text) for text in texts]
 
-    rows = report.pairs({"baseline": both("b1", "b2"), "tuned": both("t1", "t2", "t3")})
+    rows = figures.pairs({"baseline": both("b1", "b2"), "tuned": both("t1", "t2", "t3")})
     assert [(row["baseline"], row["tuned"]) for row in rows] == [("b1", "t1"), ("b2", "t2"), (None, "t3")]
 
 
@@ -1019,8 +1021,8 @@ def test_values_are_read_off_a_chart_over_batches_at_every_place_of_any_line(roo
     for key in ("Home", "ArrowRight"):
         browser.send("Input.dispatchKeyEvent", type="keyDown", key=key, code=key)
         shown.append(browser.run("document.querySelector('#plan .chart output').textContent"))
-    assert shown[0] == "4 windows a batch: (1, 8) auto 6, (2, 4) auto 6, the chip's memory 16"
-    assert shown[1] == "8 windows a batch: (1, 8) auto 10, the chip's memory 16"
+    assert shown[0] == "4 sequences per batch: (1, 8) auto 6, (2, 4) auto 6, the chip's memory 16"
+    assert shown[1] == "8 sequences per batch: (1, 8) auto 10, the chip's memory 16"
 
 
 @in_a_browser
@@ -1121,7 +1123,7 @@ def test_on_paper_the_page_is_light_and_every_column_of_the_weights_fits(root, b
     ],
 )
 def test_a_metric_is_written_with_the_unit_its_key_tells(key, value, shown):
-    assert report.quantity(key, value).replace("\N{NO-BREAK SPACE}", " ") == shown
+    assert text_form.quantity(key, value).replace("\N{NO-BREAK SPACE}", " ") == shown
 
 
 @pytest.mark.parametrize(
@@ -1129,7 +1131,7 @@ def test_a_metric_is_written_with_the_unit_its_key_tells(key, value, shown):
     [(15.84, "+15.8"), (-15.84, f"{MINUS}15.8"), (0.04, "0.0"), (-0.04, "0.0"), (-1234, f"{MINUS}1,234.0")],
 )
 def test_a_change_bears_its_sign_unless_it_rounds_to_zero(value, shown):
-    assert report.signed(value, 1) == shown
+    assert text_form.signed(value, 1) == shown
 
 
 @given(st.floats(-1e9, 1e9), st.floats(1e-6, 1e9))
@@ -1189,8 +1191,8 @@ def test_steps_are_never_marked_between_two_steps():
 
 
 def test_memory_is_stacked_by_kind_with_the_replicated_part_apart():
-    tuned = report.Sharding.model_validate(sharding(tuned=True))
-    bar = report.memory({"tuned": tuned})["bars"][0]
+    tuned = inputs.Sharding.model_validate(sharding(tuned=True))
+    bar = figures.memory({"tuned": tuned})["bars"][0]
     assert bar.total == tuned.bytes_per_device
     assert [(s.kind, s.hatched) for s in bar.segments] == [
         (kind, hatched) for kind in ("weight", "lora", "optimizer") for hatched in (False, True)
