@@ -14,7 +14,7 @@ import pytest
 
 from stages.core.common.errors import ParamsError, StageError
 from stages.core.common.paths import MANIFEST
-from stages.core.fetch.huggingface import source_of
+from stages.core.fetch.hub import source_of
 from stages.core.presets.manifest import read_manifest, verified_folder
 from tests.support.fake_preset import preset_files
 from tests.support.hf_folder import config_of, hugging_face_files
@@ -324,9 +324,9 @@ def test_a_model_that_the_disk_cannot_hold_is_not_begun(hub, fetch):
 
 
 def test_a_disk_that_fills_up_on_the_way_and_a_folder_that_may_not_be_written_are_told(hub, fetch, tmp_path):
-    from stages.core.fetch.huggingface import _explain
+    from stages.core.fetch.hub import explain
 
-    said = _explain(OSError(errno.ENOSPC, "No space left on device"), REPO, None).splitlines()
+    said = explain(OSError(errno.ENOSPC, "No space left on device"), REPO, None).splitlines()
     assert said[0] == f"The disk filled up while {REPO}'s folder was written (No space left on device)."
     assert said[1].startswith("Make room, or set GEMMA_TUNING_CACHE")
     lock = tmp_path / "cache" / "presets" / "google--gemma-tiny-huggingface.lock"
@@ -578,14 +578,14 @@ def test_a_redirect_to_where_others_could_read_the_token_is_not_followed(monkeyp
     import httpx2
     from huggingface_hub.utils import get_session
 
-    from stages.core.fetch import huggingface
+    from stages.core.fetch import hub
 
     monkeypatch.setenv("HF_ENDPOINT", "https://huggingface.co")
-    huggingface._hub.cache_clear()
-    huggingface._hub()
+    hub.import_hub.cache_clear()
+    hub.import_hub()
     with pytest.raises(StageError, match=r"led to an address that is not https.* Received: host hub\.example\n"):
         get_session().send(httpx2.Request("GET", "http://hub.example/a", headers={"Authorization": "Bearer hf_a"}))
-    assert huggingface._refuse_open_roads(httpx2.Request("GET", "http://hub.example/a")) is None
+    assert hub.refuse_open_roads(httpx2.Request("GET", "http://hub.example/a")) is None
 
 
 def test_the_host_that_is_asked_is_named(hub, fetch, tmp_path):

@@ -10,35 +10,35 @@ revision stood for.
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import hashlib
-import os
 import re
 import shutil
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import quote, unquote
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from stages.core.common.errors import ParamsError, StageError, shown
-from stages.core.common.paths import lend_a_home
 from stages.core.common.redaction import (
     brief,
-    check_addresses,
-    check_private,
-    check_proxies,
     host_of,
-    is_private,
-    usable,
 )
-from stages.core.fetch.catalog import EMBEDDING, HEALTH, REGISTRY, VISION, name_of, registered
+from stages.core.fetch.catalog import HEALTH, REGISTRY, name_of
 from stages.core.fetch.check import Check
-from stages.core.fetch.disk import UNWRITTEN, check_room, explain_unwritten, free_bytes, one_at_a_time
+from stages.core.fetch.disk import check_room, free_bytes, one_at_a_time
+from stages.core.fetch.hub import (
+    Source,
+    asked,
+    credentials_source,
+    endpoint,
+    explained,
+    hub_client,
+    hub_name,
+    import_hub,
+    source_of,
+)
 from stages.core.fetch.local import check_contents, check_vocabulary, folder_format, other_kind
 from stages.core.files import read_json, write_json
 from stages.core.presets import keras_h5, safetensors
@@ -51,9 +51,8 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import ModelInfo, RepoSibling
 
-HANDLE = re.compile(r"hf://(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>\w[\w./-]*))?", re.ASCII)
+
 COMMIT = re.compile(r"[0-9a-f]{40}")
-SITE = "https://huggingface.co"
 CONFIG = "config.json"  # both kinds of preset call their configuration so
 # The files of a preset, by kind; all others (pickles, programs, other formats, pictures) stay where they are.
 KERAS_FILES = re.compile(
@@ -65,49 +64,6 @@ PLAIN_SHARDS = re.compile(r"model-\d+-of-\d+\.safetensors")
 INDEXES = {keras_h5.INDEX, safetensors.INDEX}
 WEIGHTS = re.compile(r".*\.(h5|safetensors)")
 FIRST_READ = 1 << 17  # bytes; the headers of most files fit into so many, and are had with one question
-WAITS = (1, 2, 4)  # seconds between attempts at a question that the Hub is too busy for
-LONGEST_WAIT = 60  # seconds, where the Hub names a time itself
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Source:
-    """A handle taken apart: the repository (owner/model), and the revision (branch, tag or commit)."""
-
-    repo: str
-    revision: str
-
-    @property
-    def page(self) -> str:
-        """The address of the model's page, for a person."""
-        return f"{SITE}/{self.repo}"
-
-    def base(self, cache: Path) -> Path:
-        """What the names of its folder and records begin with."""
-        return cache / "presets" / f"{self.repo.replace('/', '--')}-huggingface"
-
-    def folder(self, cache: Path, commit: str) -> Path:
-        """Where the files of a commit lie."""
-        base = self.base(cache)
-        return base.with_name(f"{base.name}-{commit}")
-
-
-def source_of(preset: str) -> Source:
-    """Take `hf://owner/model` or `hf://owner/model@revision` apart.
-
-    Raises:
-        ParamsError: it is not written so, or names a preset that is known not to be a text Gemma.
-    """
-    match = HANDLE.fullmatch(preset)
-    if not match or "--" in match["repo"] or ".." in preset:
-        raise ParamsError(
-            "fetch.preset must be hf://owner/model or hf://owner/model@revision with source: huggingface. "
-            f"Received: fetch.preset={preset}\nFor example hf://google/gemma-3-1b-pt, or hf://keras/gemma3_1b."
-        )
-    if name_of(preset) in (*VISION, *EMBEDDING):
-        registered(preset, "fetch.preset")
-    return Source(match["repo"], match["revision"] or "main")
 
 
 def fetch_huggingface(preset: str, cache: Path, say: Callable[[str], None]) -> Manifest:
@@ -146,12 +102,12 @@ def check_huggingface(preset: str, cache: Path) -> Check:
     """
     source = source_of(preset)
     present = _present(source, preset, cache) is not None
-    credentials, user, consent, size, handle = _credentials(), None, None, 0, preset
+    credentials, user, consent, size, handle = credentials_source(), None, None, 0, preset
     try:
-        with _explained(source):
-            api = _client()
+        with explained(source):
+            api = hub_client()
             if credentials:
-                user = _asked(api.whoami)["name"]
+                user = asked(api.whoami)["name"]
             info = _information(api, source, cache)
             handle = f"hf://{source.repo}@{info.sha}"
             if info.gated:
@@ -168,7 +124,7 @@ def check_huggingface(preset: str, cache: Path) -> Check:
         if not present or isinstance(error, ParamsError):
             raise
     return Check(
-        "huggingface", handle, credentials, user, consent, present, size, free_bytes(cache), host=host_of(_endpoint())
+        "huggingface", handle, credentials, user, consent, present, size, free_bytes(cache), host=host_of(endpoint())
     )
 
 
@@ -181,8 +137,8 @@ def architecture(preset: str, cache: Path) -> Architecture:
     source = source_of(preset)
     commit = _commit(source, cache)
     if commit is None or not _has_configuration(source, cache, commit):
-        with one_at_a_time(source.base(cache), lambda text: None), _explained(source):
-            info = _information(_client(), source, cache)
+        with one_at_a_time(source.base(cache), lambda text: None), explained(source):
+            info = _information(hub_client(), source, cache)
             commit = str(info.sha)
             folder = source.folder(cache, commit)
             _refuse_other_models(source, info.config)
@@ -257,8 +213,8 @@ def _recorded(source: Source, cache: Path, commit: str) -> dict[str, Any] | None
 
 def _restore(source: Source, preset: str, cache: Path, say: Callable[[str], None]) -> Manifest:
     """Download what is missing or altered, verify it, and write down what was found."""
-    with _explained(source):
-        info = _information(_client(), source, cache)
+    with explained(source):
+        info = _information(hub_client(), source, cache)
         commit = str(info.sha)
         folder = source.folder(cache, commit)
         _refuse_other_models(source, info.config)
@@ -268,7 +224,7 @@ def _restore(source: Source, preset: str, cache: Path, say: Callable[[str], None
         missing = [each for each in needed if _differs(folder, each)]
         check_room(folder, sum(each.size or 0 for each in missing), f"the files of {source.repo}")
         megabytes = sum(each.size or 0 for each in missing) / 1e6
-        say(f"Downloading {source.repo} from {_name()}: {megabytes:,.0f} MB in {len(missing)} files.")
+        say(f"Downloading {source.repo} from {hub_name()}: {megabytes:,.0f} MB in {len(missing)} files.")
         if any(WEIGHTS.fullmatch(each.rfilename) for each in missing):
             _inspect(source, commit, needed, folder)
         for each in missing:
@@ -286,7 +242,7 @@ def _restore(source: Source, preset: str, cache: Path, say: Callable[[str], None
     before = {file.name: file.sha256 for file in (_recorded(source, cache, commit) or {}).get("files", ())}
     if changed := [file.name for file in files if before.get(file.name, file.sha256) != file.sha256]:
         raise StageError(
-            f"{changed[0]} of {source.repo} came from {_name()} with other bytes than the first time, under the "
+            f"{changed[0]} of {source.repo} came from {hub_name()} with other bytes than the first time, under the "
             f"same commit. Received: fetch.preset={preset}\n"
             f"Delete {_record(source, cache, commit)} if you want to accept them, and run this again."
         )
@@ -351,15 +307,15 @@ def _header(source: Source, commit: str, file: RepoSibling) -> dict[str, safeten
         StageError: it has no header that can be read.
     """
     name = file.rfilename
-    start = _asked(lambda: _beginning(source, commit, name, FIRST_READ))
+    start = asked(lambda: _beginning(source, commit, name, FIRST_READ))
     if len(start) < (end := safetensors.header_end(start, name)):
-        start = _asked(lambda: _beginning(source, commit, name, end))
+        start = asked(lambda: _beginning(source, commit, name, end))
     return safetensors.read_header(start, name, file.size)
 
 
 def _beginning(source: Source, commit: str, name: str, count: int) -> bytes:
     """Return the first bytes of a file at the Hub, fewer if it has no more; a server may send all, and is not heard."""
-    hub = _hub()
+    hub = import_hub()
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
     address = hub.hf_hub_url(source.repo, name, revision=commit)
@@ -379,7 +335,7 @@ def _beginning(source: Source, commit: str, name: str, count: int) -> bytes:
 def _information(api: HfApi, source: Source, cache: Path) -> ModelInfo:
     """Ask the Hub what it has at the revision: commit, files with sizes and hashes, licence, gate."""
     revision = _commit(source, cache) or source.revision
-    return _asked(lambda: api.model_info(source.repo, revision=revision, files_metadata=True))
+    return asked(lambda: api.model_info(source.repo, revision=revision, files_metadata=True))
 
 
 def _has_consented(api: HfApi, source: Source) -> bool:
@@ -387,7 +343,7 @@ def _has_consented(api: HfApi, source: Source) -> bool:
     from huggingface_hub.errors import GatedRepoError
 
     try:
-        _asked(lambda: api.auth_check(source.repo))
+        asked(lambda: api.auth_check(source.repo))
     except GatedRepoError:
         return False
     return True
@@ -466,8 +422,8 @@ def _download(source: Source, commit: str, file: RepoSibling, folder: Path) -> N
     for attempt in (1, 2):
         # The client takes a file that is there for the right one, and its own cache's copy unless it is forced.
         path.unlink(missing_ok=True)
-        _asked(
-            lambda forced=attempt == 2: _hub().hf_hub_download(
+        asked(
+            lambda forced=attempt == 2: import_hub().hf_hub_download(
                 source.repo, file.rfilename, revision=commit, local_dir=folder, force_download=forced
             )
         )
@@ -476,7 +432,7 @@ def _download(source: Source, commit: str, file: RepoSibling, folder: Path) -> N
             return
     path.unlink(missing_ok=True)
     raise StageError(
-        f"{file.rfilename} of {source.repo} came from {_name()} with other bytes than announced: {difference}\n"
+        f"{file.rfilename} of {source.repo} came from {hub_name()} with other bytes than announced: {difference}\n"
         "Nothing of it was kept. Run `python -m stages.fetch` again; if it stays so, a proxy may alter downloads."
     )
 
@@ -513,209 +469,3 @@ def _licence(source: Source, info: ModelInfo) -> dict[str, str]:
     if not isinstance(named, str) or named == "other":
         return {"name": "terms on the model's page", "url": source.page}
     return {"name": named, "url": link if isinstance(link, str) and link.startswith("https://") else source.page}
-
-
-def _credentials() -> str | None:
-    """Return where huggingface_hub found a token; None if it found none.
-
-    Raises:
-        StageError: it cannot be one; names the source and does not show it.
-    """
-    hub = _hub()
-    from huggingface_hub import constants
-
-    path = str(constants.HF_TOKEN_PATH)
-    try:
-        with _explained(None):
-            token = hub.get_token()
-    except StageError as error:
-        if isinstance(error.__cause__, UnicodeDecodeError):
-            raise StageError(
-                f"The file of a token must be plain text. Received: {path}, which is not UTF-8\n"
-                "Store it again with `hf auth login`."
-            ) from None
-        raise
-    if token is None:
-        return None
-    named = [
-        name
-        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
-        if "".join(token.split()) == "".join(os.environ.get(name, "").split())
-    ]
-    if named:
-        source = f"the environment variable {named[0]}"
-    elif os.environ.get("HF_OIDC_RESOURCE"):
-        source = "the exchange that HF_OIDC_RESOURCE asks for"
-    else:
-        source = path if Path(path).is_file() else "the notebook's secret HF_TOKEN"
-    usable(source, token, of="Hugging Face")
-    return source
-
-
-def _client() -> HfApi:
-    """Return the Hub's client, once its token is known to be one."""
-    _credentials()
-    return _hub().HfApi()
-
-
-def _endpoint() -> str:
-    """Return the address that huggingface_hub asks."""
-    return os.environ.get("HF_ENDPOINT") or SITE
-
-
-def _name() -> str:
-    """Return what the Hub is called in messages: its host, where HF_ENDPOINT leads elsewhere."""
-    return "Hugging Face" if _endpoint().rstrip("/") == SITE else f"{host_of(_endpoint())} (HF_ENDPOINT)"
-
-
-@functools.cache
-def _hub() -> ModuleType:
-    """Import huggingface_hub so that it neither chats nor tells more than the request; it reads both when imported.
-
-    Raises:
-        StageError: a token would go where others can read it, or a setting of huggingface_hub's is malformed.
-    """
-    lend_a_home()
-    check_proxies()
-    check_addresses({"HF_ENDPOINT": _endpoint()})
-    check_private("HF_ENDPOINT", _endpoint())
-    os.environ["HF_ENDPOINT"] = _endpoint()  # an empty one is no address to the client
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    try:
-        import huggingface_hub
-        from huggingface_hub.utils._http import default_client_factory
-    except ValueError as error:
-        raise StageError(
-            f"huggingface_hub cannot read its settings. Received: {brief(error)}\n"
-            "Correct or unset the environment variables that begin with HF_."
-        ) from error
-
-    def client() -> Any:
-        made = default_client_factory()
-        made.event_hooks["request"].append(_refuse_open_roads)
-        return made
-
-    huggingface_hub.set_client_factory(client)
-    return huggingface_hub
-
-
-def _refuse_open_roads(request: Any) -> None:
-    """Stop a request that would carry a token, such as one that a redirect asks for, where others can read it."""
-    if "authorization" in request.headers and not is_private(str(request.url)):
-        raise StageError(
-            f"{_name()} led to an address that is not https, where others could read the token. "
-            f"Received: host {request.url.host}\nNothing was sent there. Set HF_ENDPOINT to another address."
-        )
-
-
-def _asked(question: Callable[[], T]) -> T:
-    """Ask the Hub, and again after a while when it is too busy or in trouble."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    for wait in WAITS:
-        try:
-            return question()
-        except HfHubHTTPError as error:
-            if error.response.status_code != 429 and error.response.status_code < 500:
-                raise
-            named = error.response.headers.get("Retry-After", "")
-            time.sleep(min(int(named), LONGEST_WAIT) if named.isdecimal() else wait)
-    return question()
-
-
-@contextlib.contextmanager
-def _explained(source: Source | None) -> Iterator[None]:
-    """Turn what huggingface_hub raises into two lines for the person."""
-    import httpx2
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OIDCError
-
-    model = source.repo if source else "the token"
-    try:
-        yield
-    except (
-        LocalEntryNotFoundError,
-        HfHubHTTPError,
-        httpx2.HTTPError,
-        OIDCError,
-        httpx2.InvalidURL,
-        OSError,
-        ValueError,
-    ) as raised:
-        error: BaseException = raised
-        while isinstance(error, LocalEntryNotFoundError | ValueError) and error.__cause__ is not None:
-            error = error.__cause__
-        if isinstance(error, HFValidationError):
-            raise ParamsError(
-                f"fetch.preset must name a repository as Hugging Face does. Received: {brief(error)}\n"
-                "For example hf://google/gemma-3-1b-pt, or hf://keras/gemma3_1b."
-            ) from raised
-        raise StageError(_explain(error, model, source)) from raised
-
-
-def _explain(error: BaseException, model: str, source: Source | None) -> str:
-    """Return two lines for an error of huggingface_hub's or of the system's."""
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
-    if isinstance(error, HfHubHTTPError) and error.response is not None:
-        return _explain_status(error, model, source)
-    if isinstance(error, OfflineModeIsEnabled):
-        return (
-            f"{model} is not here whole, and HF_HUB_OFFLINE forbids asking {_name()}.\n"
-            "Unset HF_HUB_OFFLINE and run this again."
-        )
-    if isinstance(error, OSError) and error.errno in UNWRITTEN:
-        return explain_unwritten(error, f"{model}'s folder")
-    return (
-        f"{model} could not be had from {_name()}. Received: {brief(error)}\n"
-        "Check the network and run this again; files that are here whole are not downloaded again."
-    )
-
-
-def _explain_status(error: Any, model: str, source: Source | None) -> str:
-    """Return two lines for an HTTP status that the Hub answered with."""
-    from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
-
-    status, page = error.response.status_code, source.page if source else SITE
-    found = _credentials()
-    if isinstance(error, GatedRepoError) and found is None:
-        return (
-            f"{_name()} answered {status} for {model}: it wants an account that accepted the licence, and no token "
-            f"was found.\nAccept it at {page}, make a token at {SITE}/settings/tokens, and set HF_TOKEN "
-            "(or store it with `hf auth login`)."
-        )
-    if isinstance(error, GatedRepoError) and status != 401:
-        return (
-            f"{_name()} answered {status} for {model}: your account has not accepted the licence, or the token may "
-            f"not read gated models.\nAccept it at {page}, and look at the token at {SITE}/settings/tokens."
-        )
-    if isinstance(error, RevisionNotFoundError):
-        return (
-            f"{_name()} answered {status}: {model} has no revision {_revision_asked_for(error)}.\n"
-            f"See {page}/commits for its commits, and set fetch.preset."
-        )
-    if status == 401 and found is not None:
-        return (
-            f"{_name()} answered {status} for {model}: it does not accept the token from {found}.\n"
-            f"Make a new one at {SITE}/settings/tokens, and set HF_TOKEN."
-        )
-    if status in (401, 404):
-        hint = " Or it is a private one: set HF_TOKEN." if found is None else ""
-        return f"{_name()} answered {status}: it has no model {model}.{hint}\nSee {page}, and set fetch.preset."
-    if status == 403:
-        return (
-            f"{_name()} answered 403 for {model}: access is forbidden.\n"
-            f"See {page}, and the token's rights at {SITE}/settings/tokens."
-        )
-    if status == 429 or status >= 500:
-        return (
-            f"{_name()} answered {status} for {model}, {len(WAITS) + 1} times.\n"
-            "Run this again later; files that are here whole are not downloaded again."
-        )
-    return f"{_name()} answered {status} for {model}.\nSee {page}, and run this again later."
-
-
-def _revision_asked_for(error: Any) -> str:
-    """Return the revision that a refused request named: of a branch, the commit that it was here if that is known."""
-    named = re.search(r"/(?:revision|resolve)/([^/?]+)", str(error.response.url))
-    return unquote(named[1]) if named else ""
