@@ -42,7 +42,7 @@ def main(run: Run, profile: Path | None) -> None:
     from stages.core.finetune.curve import write_curve, write_samples
     from stages.core.finetune.optimizer import optimizer_placements
     from stages.core.plan.run_check import run_of, warn_before_running
-    from stages.core.tokenize.batches import read_windows
+    from stages.core.tokenize.store import read_windows
 
     windows = {split: read_windows(run.paths, split) for split in ("train", "validation")}
     warn_before_running(run.paths.root, run_of(description, settings, windows["train"]["token_ids"].shape[1]), run.say)

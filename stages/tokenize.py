@@ -17,8 +17,8 @@ def main(run: Run) -> None:
     from stages.core.fetch.catalog import is_base
     from stages.core.presets.manifest import read_manifest, verified_folder
     from stages.core.presets.tokenizer import holds_vocabulary, load_tokenizer
-    from stages.core.tokenize.packing import write_windows
     from stages.core.tokenize.sequences import holds_pairs, lay_out
+    from stages.core.tokenize.store import write_windows
 
     settings = run.params.tokenize
     sources = {split: run.paths.read(path) for split, path in REVIEWS.items()}

@@ -16,7 +16,7 @@ import pytest
 
 from stages.core.common.paths import HELD_OUT
 from stages.core.tokenize import held_out
-from stages.core.tokenize.packing import write_windows
+from stages.core.tokenize.store import write_windows
 from tests.support.copies import copy_repository, dvc, ran
 from tests.support.repository import DATA, REAL_CACHE
 

@@ -85,7 +85,7 @@ def test_the_order_is_the_seeds_and_another_each_epoch(devices):
 def test_a_split_without_a_token_to_learn_is_told(devices, tmp_path):
     from stages.core.common.errors import StageError
     from stages.core.common.paths import Paths
-    from stages.core.tokenize.batches import read_windows
+    from stages.core.tokenize.store import read_windows
 
     (tmp_path / "data/tokens").mkdir(parents=True)
     data = windows(3)
@@ -97,7 +97,7 @@ def test_a_split_without_a_token_to_learn_is_told(devices, tmp_path):
 def test_a_split_without_a_window_is_told(devices, tmp_path):
     from stages.core.common.errors import StageError
     from stages.core.common.paths import Paths
-    from stages.core.tokenize.batches import read_windows
+    from stages.core.tokenize.store import read_windows
 
     (tmp_path / "data/tokens").mkdir(parents=True)
     np.savez(tmp_path / "data/tokens/train.npz", token_ids=np.zeros((0, 8), np.int32))

@@ -23,7 +23,7 @@ from pyarrow import parquet
 from stages.core.files import sha256
 from stages.core.presets.manifest import LICENCE, Manifest, PresetFile, write_manifest
 from stages.core.presets.tokenizer import KERAS_VOCABULARY, Tokenizer
-from stages.core.tokenize import packing
+from stages.core.tokenize import packing, store
 from tests.support import tiny_presets
 from tests.support.repository import ROOT
 
@@ -209,9 +209,9 @@ def test_one_window_a_review_is_what_keras_hub_s_preprocessor_makes(family, eos,
 
 def test_the_same_windows_give_the_same_bytes_whenever_they_are_written(tmp_path):
     packed = packing.pack([[5, 6, 7]] * 9, 8, bos=BOS, eos=EOS, pad=PAD)
-    packing.write_windows(tmp_path / "first.npz", packed)
+    store.write_windows(tmp_path / "first.npz", packed)
     time.sleep(2.1)  # a ZIP entry's date has steps of two seconds
-    packing.write_windows(tmp_path / "second.npz", packed)
+    store.write_windows(tmp_path / "second.npz", packed)
     assert (tmp_path / "first.npz").read_bytes() == (tmp_path / "second.npz").read_bytes()
     with zipfile.ZipFile(tmp_path / "first.npz") as archive:
         assert {entry.date_time for entry in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}

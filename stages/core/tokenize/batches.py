@@ -11,29 +11,9 @@ from collections.abc import Mapping
 import keras
 import numpy as np
 
-from stages.core.common.errors import StageError
-from stages.core.common.paths import TOKENS, Paths
 from stages.core.sharding.mesh import MeshShape
 
 INPUTS = ("token_ids", "target_ids", "weights", "segment_ids")
-
-
-def read_windows(paths: Paths, split: str) -> dict[str, np.ndarray]:
-    """Return the arrays of a split, as `tokenize` wrote them.
-
-    Raises:
-        StageError: there is no window in it, or no token that is learnt.
-    """
-    with np.load(paths.read(TOKENS[split])) as file:
-        windows = {name: file[name] for name in file.files}
-    if not len(windows["token_ids"]):
-        raise StageError(f"{TOKENS[split]} must hold at least one window. Received: none. Give prepare more reviews.")
-    if not (windows["weights"] > 0).any():
-        raise StageError(
-            f"{TOKENS[split]} must hold at least one token that is learnt. Received: none in "
-            f"{len(windows['weights'])} sequences. Give prepare other texts, or tokenize a greater length."
-        )
-    return windows
 
 
 def padded_size(batch_size: int, mesh: MeshShape) -> int:

@@ -1,6 +1,6 @@
 """Held-out sequences, whole: what `evaluate` measures, independent of how `tokenize` cuts and packs for training.
 
-Reads: `data/tokens/held_out.npz` (written through `windows.write_windows`), whose arrays are
+Reads: `data/tokens/held_out.npz` (written through `store.write_windows`), whose arrays are
     token_ids  int32 (tokens,)         the tokens of all sequences, one sequence after another, each with its BOS first
     is_target  bool (tokens,)          true where the token is predicted and measured: of a review all but BOS, of a
                                        pair of prompt and response the response's, of a conversation every response's

@@ -1,7 +1,7 @@
 """Reviews, as token ids, into windows of a fixed length: packed without waste, or one a review as the tutorial does.
 
 Purpose: what the model learns from, laid out so that each target belongs to one review and can be traced to it.
-Writes: `data/tokens/*.npz` (through `write_windows`), whose arrays are, each (windows, length):
+The arrays of `data/tokens/*.npz` are, each (windows, length):
     token_ids   int32    the model's input; pad where nothing is
     target_ids  int32    the token that follows each input; pad where nothing is
     weights     float32  1 where the target is trained on; 0 where nothing is, or what is there is only context
@@ -14,13 +14,10 @@ and with packing also
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
-from stages.core.files import atomic_path
-
-Windows = dict[str, np.ndarray]
+from stages.core.tokenize.store import Windows
 
 
 def pack(reviews: Sequence[Sequence[int]], length: int, *, bos: int, eos: int | None, pad: int) -> Windows:
@@ -143,13 +140,3 @@ def window_metrics(windows: Windows, reviews: Sequence[Sequence[int]], *, eos: b
         "positions_padded": int(weights.size) - kept - repeated,
         "filled_fraction": round(kept / weights.size, 6) if weights.size else 0.0,
     }
-
-
-def write_windows(path: Path, windows: Windows) -> None:
-    """Write the arrays as an .npz file, atomically.
-
-    The same arrays give the same bytes: numpy dates every entry 1980, and nothing is compressed, since the outcome of
-    that depends on the zlib of the machine.
-    """
-    with atomic_path(path) as temporary, temporary.open("wb") as stream:
-        np.savez(stream, **windows)
