@@ -30,13 +30,13 @@ def test_what_dvc_reads_and_writes_is_the_same_to_the_byte(name: str, tmp_path: 
 
 def test_an_experiment_changes_the_line_of_its_setting_and_freezing_a_stage_nothing_that_stays(tmp_path: Path):
     repository = copy_repository(tmp_path / "repository")
-    dvc(repository, "exp", "run", "--queue", "-S", "finetune.rank=8")
+    dvc(repository, "exp", "run", "--queue", "-S", "finetune.rank=16")
     queued = ["git", "show", "refs/exps/celery/stash:params.yaml"]
     written = subprocess.run(queued, cwd=repository, capture_output=True, text=True, check=True).stdout
-    assert SETTINGS.count("\n  rank: 4\n") == 1
-    assert written == SETTINGS.replace("\n  rank: 4\n", "\n  rank: 8\n")
+    assert SETTINGS.count("\n  rank: 8\n") == 1
+    assert written == SETTINGS.replace("\n  rank: 8\n", "\n  rank: 16\n")
     # What `exp run` without --queue does to the person's own file.
-    apply_overrides(repository / "params.yaml", ["finetune.rank=8"])
+    apply_overrides(repository / "params.yaml", ["finetune.rank=16"])
     assert (repository / "params.yaml").read_text() == written
 
     pipeline = (repository / "dvc.yaml").read_text()
