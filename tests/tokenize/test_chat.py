@@ -328,7 +328,7 @@ def test_a_conversation_is_one_sequence_as_the_chat_template_spells_it_with_the_
 ):
     rows = [Review(CONVERSATION[3], None, "0", CONVERSATION[2], CONVERSATION[:2]), Review("Alien.", None, "1", "One?")]
     write_reviews(tmp_path / "train.parquet", rows)
-    tokenize = Tokenize(length=128, packing=packing, eos=True, control_tokens="text")
+    tokenize = Tokenize(length=128, packing=packing, eos="end", control_tokens="text")
     found = sequences.lay_out(tmp_path / "train.parquet", "train", FOUND_IN_TEXT, tokenize)
     places = found.windows["review"] == 0
     ids, targets, weights = (found.windows[name][places] for name in ("token_ids", "target_ids", "weights"))
@@ -351,7 +351,7 @@ def test_a_conversation_is_one_sequence_as_the_chat_template_spells_it_with_the_
 def test_a_conversation_that_is_longer_than_a_sequence_is_cut_at_its_end_and_counted(tmp_path):
     rows = [Review("Ran.", None, "0", "Another? " * 40, ("Name a film.", "Heat."))]
     write_reviews(tmp_path / "train.parquet", rows)
-    tokenize = Tokenize(length=48, packing=True, eos=True, control_tokens="text")
+    tokenize = Tokenize(length=48, packing=True, eos="end", control_tokens="text")
     found = sequences.lay_out(tmp_path / "train.parquet", "train", FOUND_IN_TEXT, tokenize)
     (weights, targets) = (found.windows[name][0] for name in ("weights", "target_ids"))
     assert spelled(FOUND_IN_TEXT, targets[weights == 1].tolist()) == "Heat.<end_of_turn>"
