@@ -579,13 +579,13 @@ def test_the_table_of_presets_plans_runs_that_params_yaml_may_ask_for(devices, m
 
     planned = []
 
-    def figures(question, *_):
-        planned.append((question.request.settings.rank, question.request.dtype))
-        return {"fits": True}
+    def estimate(request, *_):
+        planned.append((request.step.settings.rank, request.step.dtype))
+        return Estimate(mesh=[1, 8], layout="auto", fits=True)
 
     monkeypatch.setattr(presets_table, "describe", lambda name: SimpleNamespace(memory_bytes=1))
-    monkeypatch.setattr(presets_table, "argument_bytes", lambda question: 0)
-    monkeypatch.setattr(presets_table, "figures_of", figures)
+    monkeypatch.setattr(presets_table, "argument_bytes", lambda request: 0)
+    monkeypatch.setattr(presets_table, "estimate_step", estimate)
     for rank in presets_table.DTYPES:
         presets_table.smallest(plan_settings(), "gemma3_270m", rank, lambda text: None)
     assert planned == [(4, "bfloat16"), (0, "mixed_bfloat16")]

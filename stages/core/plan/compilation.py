@@ -154,7 +154,7 @@ def compile_step(request: CompileRequest, say: Callable[[str], None] = lambda te
         # The compiler gave up before it had buffers to list. All blocks are alike, so two show them.
         cost = cost.model_copy(update={"largest": compile_step(dataclasses.replace(request, blocks=2), say).largest})
     with optional("the plan is not kept for later", say):
-        write_kept(file, cost.model_dump_json(exclude_none=True).encode())
+        write_kept(file, cost.model_dump_json().encode())
     return cost
 
 
