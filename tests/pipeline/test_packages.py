@@ -13,11 +13,6 @@ from tests.support.repository import ROOT
 CORE = ROOT / "stages" / "core"
 
 
-def package(parts: tuple[str, ...]) -> str:
-    """The package (or the module at the top) that a path or a dotted name below stages/core belongs to."""
-    return parts[0].removesuffix(".py")
-
-
 def imported(file: Path) -> set[str]:
     """The modules below `stages.core` that a file imports, anywhere in it, as dotted names without that prefix."""
     names = set()
@@ -45,8 +40,8 @@ FILES = [path for path in CORE.rglob("*.py") if path.name != "__init__.py"]
 def test_packages_import_along_the_arrows_and_every_arrow_is_used():
     arrows = defaultdict(set)
     for file in FILES:
-        own = package(file.relative_to(CORE).parts)
-        arrows[own] |= {package(tuple(name.split("."))) for name in imported(file)} - {own}
+        own = file.relative_to(CORE).parts[0].removesuffix(".py")
+        arrows[own] |= {name.split(".")[0] for name in imported(file)} - {own}
     assert dict(arrows) == drawn()
 
 
