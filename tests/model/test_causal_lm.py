@@ -12,6 +12,7 @@ import pytest
 from stages.core.config.schema import Layout
 from tests.support.repository import FAMILIES, ROOT
 from tests.support.tiny_models import AUTO, load_tiny, windows
+from tests.support.tiny_runs import sampled
 
 
 def our_loss_and_gradients(model, batch, **options):
@@ -129,15 +130,6 @@ def test_layouts_that_replicate_adapters_or_split_oddly_give_the_same_gradients(
         np.testing.assert_allclose(gradient, wanted_gradients[path], rtol=1e-3, atol=3e-5 * scale, err_msg=path)
 
 
-def sampled(model, prompts):
-    """The likeliest continuations by the model's own head and cache."""
-    from stages.core.generate import sampling
-    from stages.core.model.causal_lm import make_model
-
-    causal = make_model(model.backbone, model.jax_mesh, model.placements)
-    return sampling.generate(causal, prompts, sampling.SamplerSettings(3, 0.0, None, (511,)), 0)
-
-
 # 60 hidden, 6 heads, 120 units: what 3, 5 or 6 devices divide of it differs, and they never divide the vocabulary.
 ODD = {"hidden_dim": 60, "num_query_heads": 6, "num_key_value_heads": 3, "intermediate_dim": 120}
 ODD_MESHES = [(1, 3), (1, 5), (2, 3), (1, 6), (1, 7)]
@@ -189,9 +181,8 @@ from pathlib import Path
 from stages.core.sharding.devices import configure
 configure("simulated", 12)
 from stages.core.finetune import trainer
-from tests.support.tiny_runs import settings
+from tests.support.tiny_runs import sampled, settings
 from tests.support.tiny_models import load_tiny, windows
-from tests.model.test_causal_lm import sampled
 
 for preset, length in json.loads(sys.argv[1]):
     given = {"train": windows(4, length), "validation": windows(2, length, seed=1)}
