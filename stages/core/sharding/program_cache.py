@@ -17,6 +17,8 @@ from jax._src.compilation_cache_interface import CacheInterface
 from stages.core.files import optional, read_kept, write_kept
 
 SUFFIX = ".program"
+WORTH_KEEPING = 0.1
+"""Seconds of compilation from which a program is kept: a run makes some of these, and very many below."""
 
 
 class ProgramCache(CacheInterface):
@@ -50,7 +52,7 @@ def keep_programs(folder: Path) -> None:
         tempfile.TemporaryFile(dir=folder).close()
         compilation_cache.get_file_cache = lambda path: (ProgramCache(Path(path)), path)
         jax.config.update("jax_compilation_cache_dir", str(folder))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", WORTH_KEEPING)
 
 
 def _warn(text: str) -> None:
