@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from stages.core.fetch.pypi import Packed
+from tests.support.quick_compilation import compile_quickly
 from tests.support.repository import FAMILIES, REAL_CACHE, ROOT
 from tests.support.servers import package_index
 
@@ -40,6 +41,7 @@ def devices() -> int:
     from stages.core.sharding.devices import configure
 
     configure("simulated", DEVICES)
+    compile_quickly()
     # The stages import it without TensorFlow; tests compare with keras-hub's own tokenizers, which need that.
     import keras_hub  # noqa: F401
 
