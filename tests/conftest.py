@@ -1,4 +1,4 @@
-"""What all tests share: a cache of their own, eight simulated devices in this process, and tiny models."""
+"""What all tests share: a cache of their own, quick compilation, eight simulated devices here, and tiny models."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 from stages.core.fetch.pypi import Packed
-from tests.support.quick_compilation import compile_quickly
-from tests.support.repository import FAMILIES, REAL_CACHE, ROOT
+from tests.support.repository import FAMILIES, QUICK, REAL_CACHE, ROOT
 from tests.support.servers import package_index
 
 DEVICES = 8
@@ -27,6 +26,9 @@ def pytest_configure(config: pytest.Config) -> None:
     """Give the session a cache folder of its own, compiled programs included; workers share it."""
     if not _IS_WORKER:
         config.stash[_CACHE] = os.environ["GEMMA_TUNING_CACHE"] = tempfile.mkdtemp(prefix="gemma-tuning-tests-")
+    # For this process, and for those that it starts.
+    sys.path.append(str(QUICK))
+    os.environ["PYTHONPATH"] = str(QUICK)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -41,7 +43,6 @@ def devices() -> int:
     from stages.core.sharding.devices import configure
 
     configure("simulated", DEVICES)
-    compile_quickly()
     # The stages import it without TensorFlow; tests compare with keras-hub's own tokenizers, which need that.
     import keras_hub  # noqa: F401
 
