@@ -226,16 +226,15 @@ def test_more_batches_than_an_epoch_has_are_not_accumulated(presets):
     ],
     ids=str,
 )
-def test_a_setting_that_does_nothing_in_a_run_of_this_length_is_told_in_one_line(changes, told):
+def test_a_setting_that_does_nothing_in_a_run_of_this_length_is_told_in_one_line(logged, changes, told):
     from stages.core.finetune.trainer import check_length
 
     wanted = settings(**changes)
     per_epoch = math.ceil(4 / wanted.gradient_accumulation)
-    said = []
     total = min(wanted.epochs * per_epoch, wanted.steps or 10**9)
-    check_length(wanted, batches=4, steps=total, say=said.append)
-    assert len(said) == len(told)
-    for line, name in zip(said, told, strict=True):
+    check_length(wanted, batches=4, steps=total)
+    assert len(logged()) == len(told)
+    for line, name in zip(logged(), told, strict=True):
         assert f"Warning: finetune.{name} does nothing" in line and "\n" not in line
 
 
@@ -399,12 +398,11 @@ def test_the_progress_counts_the_steps_that_the_run_does(presets, capsys, steps,
     assert re.findall(r"^(\d+/\d+) - ", capsys.readouterr().out, re.MULTILINE) == shown
 
 
-def test_a_profile_that_cannot_be_written_never_ends_the_run(presets, tmp_path):
+def test_a_profile_that_cannot_be_written_never_ends_the_run(presets, tmp_path, logged):
     (tmp_path / "file").write_text("in the place of a folder")
-    said: list[str] = []
-    result, _ = train(presets["gemma3"], settings(steps=3), profile=tmp_path / "file" / "profile", say=said.append)
+    result, _ = train(presets["gemma3"], settings(steps=3), profile=tmp_path / "file" / "profile")
     assert result.history.steps == 3
-    assert said[-1].startswith("Warning: the JAX profile is not written (")
+    assert logged()[-1].startswith("Warning: the JAX profile is not written (")
 
 
 def test_validation_comes_when_it_is_wanted_and_changes_nothing(presets, plain):
@@ -418,7 +416,7 @@ def test_validation_comes_when_it_is_wanted_and_changes_nothing(presets, plain):
     assert measured(validate_every=3) == [3, 4]
 
 
-def test_early_stopping_gives_the_weights_of_the_lowest_held_out_loss(presets):
+def test_early_stopping_gives_the_weights_of_the_lowest_held_out_loss(presets, logged):
     from stages.core.tokenize.batches import Batches
 
     # Random targets: what is learnt of some windows is wrong for others.
@@ -427,13 +425,12 @@ def test_early_stopping_gives_the_weights_of_the_lowest_held_out_loss(presets):
     model = load_tiny(presets["gemma3"], (1, 1), rank=2)
     from stages.core.finetune import trainer
 
-    said = []
-    history = trainer.fit(model, given, wanted, say=said.append).history
+    history = trainer.fit(model, given, wanted).history
     held_out = [row["validation_loss"] for row in history.rows if row["validation_loss"] is not None]
     assert history.steps < 80
     assert min(held_out) < min(held_out[-3:])
     assert held_out.index(min(held_out)) == len(held_out) - 4
-    assert f"Stopped after step {history.steps}" in said[0]
+    assert f"Stopped after step {history.steps}" in logged()[0]
     causal = trainer.make_causal(model, wanted)
     causal.compile(optimizer=None, loss=None)
     loss = causal.evaluate(Batches(given["validation"], 4, model.mesh_shape), return_dict=True, verbose=0)["loss"]
@@ -494,7 +491,7 @@ def test_a_loss_that_is_not_finite_names_step_rate_and_reviews(presets):
     assert f"step={step + 1}, learning_rate={0.01 * (1 - step / 4):.6g}, reviews={reviews}" in str(raised.value)
 
 
-def test_weights_that_are_not_finite_are_never_kept(presets, tmp_path, monkeypatch):
+def test_weights_that_are_not_finite_are_never_kept(presets, tmp_path, monkeypatch, logged):
     """A gradient may overflow where the loss does not; the step's own loss then tells nothing of it."""
     from stages.core.finetune.checkpoint import Store
 
@@ -507,10 +504,12 @@ def test_weights_that_are_not_finite_are_never_kept(presets, tmp_path, monkeypat
     huge[:] = huge * 3e38
     with pytest.raises(StageError, match="Training diverged"):
         train(presets["gemma3"], wanted, given, store=store)
-    assert store.newest(pytest.fail) is None
+    before = logged()
+    assert store.newest() is None
+    assert logged() == before
 
 
-def test_a_sample_that_fails_is_told_in_one_line_and_the_run_goes_on(presets, monkeypatch):
+def test_a_sample_that_fails_is_told_in_one_line_and_the_run_goes_on(presets, monkeypatch, logged):
     from stages.core.generate import sampling
     from stages.core.presets.tokenizer import load_tokenizer
 
@@ -518,12 +517,11 @@ def test_a_sample_that_fails_is_told_in_one_line_and_the_run_goes_on(presets, mo
         raise IndexError("a row\nwithout a piece")
 
     monkeypatch.setattr(sampling.Sampler, "__call__", fail)
-    said: list[str] = []
     wanted = settings(batch_size=2, steps=4, sample_every=2, sample_prompt="This movie was", sample_tokens=5)
     tokenizer = load_tokenizer(presets["gemma"], "keras")
-    result, _ = train(presets["gemma"], wanted, tokenizer=tokenizer, say=said.append)
+    result, _ = train(presets["gemma"], wanted, tokenizer=tokenizer)
     assert [row["step"] for row in result.history.rows][-1] == 4
     assert [each["text"] for each in result.history.samples] == ["", ""]
-    assert [line for line in said if "sample" in line] == [
+    assert [line for line in logged() if "sample" in line] == [
         f"No sample after step {step}: IndexError: a row without a piece" for step in (2, 4)
     ]

@@ -350,7 +350,7 @@ def test_where_the_compiler_lists_no_buffers_those_of_two_blocks_tell_them(prese
     large = asked.with_batch(2**20)
     compiled, size = compilation._compile, asked.step.settings.batch_size
     monkeypatch.setattr(
-        compilation, "_compile", lambda q, say: gave_up if q.blocks is None else compiled(q.with_batch(size), say)
+        compilation, "_compile", lambda q: gave_up if q.blocks is None else compiled(q.with_batch(size))
     )
     assert compilation.compile_step(large).largest == listed
 
@@ -386,21 +386,19 @@ def test_the_largest_buffers_of_a_program_are_told_once_with_their_place():
     ]
 
 
-def test_an_answer_is_kept_and_asked_for_only_once(presets):
-    said: list[str] = []
+def test_an_answer_is_kept_and_asked_for_only_once(presets, logged):
     asked = request(presets["gemma2"], "cpu:8", batch_size=2, learning_rate=0.011)
-    first = compilation.compile_step(asked, said.append)
-    assert compilation.compile_step(asked, said.append) == first
-    assert len(said) == 1
+    first = compilation.compile_step(asked)
+    assert compilation.compile_step(asked) == first
+    assert len(logged()) == 1
     other = dataclasses.replace(asked.step, length=16)
     assert compilation.key_of(asked) != compilation.key_of(dataclasses.replace(asked, step=other))
 
 
-def test_a_damaged_answer_is_noticed_and_made_anew(presets, tmp_path, monkeypatch):
+def test_a_damaged_answer_is_noticed_and_made_anew(presets, tmp_path, monkeypatch, logged):
     monkeypatch.setenv("GEMMA_TUNING_CACHE", str(tmp_path))
     made: list[int] = []
     monkeypatch.setattr(compilation, "_compile", lambda *_: made.append(1) or cost(needed_bytes=len(made)))
-    said: list[str] = []
     asked = request(presets["gemma2"], "cpu:8")
     compilation.compile_step(asked)
     (file,) = (tmp_path / "plans").iterdir()
@@ -408,19 +406,18 @@ def test_a_damaged_answer_is_noticed_and_made_anew(presets, tmp_path, monkeypatc
     old = cost(needed_bytes=9).model_dump_json().encode()
     for damaged in (b"", whole[:-1], whole.replace(b"true", b"null"), old, b"\xff" + whole):
         file.write_bytes(damaged)
-        assert compilation.compile_step(asked, said.append).needed_bytes == len(made)
-        assert compilation.compile_step(asked, said.append).needed_bytes == len(made)
+        assert compilation.compile_step(asked).needed_bytes == len(made)
+        assert compilation.compile_step(asked).needed_bytes == len(made)
     assert len(made) == 6
-    assert said == [f"Warning: the kept plan {file.name} is damaged; it is made anew."] * 5
+    assert logged() == [f"Warning: the kept plan {file.name} is damaged; it is made anew."] * 5
 
 
-def test_an_answer_that_cannot_be_kept_is_an_answer(presets, tmp_path, monkeypatch):
+def test_an_answer_that_cannot_be_kept_is_an_answer(presets, tmp_path, monkeypatch, logged):
     (tmp_path / "file").write_text("in the place of a folder")
     monkeypatch.setenv("GEMMA_TUNING_CACHE", str(tmp_path / "file" / "cache"))
     monkeypatch.setattr(compilation, "_compile", lambda *_: cost())
-    said: list[str] = []
-    assert compilation.compile_step(request(presets["gemma2"], "cpu:8"), said.append) == cost()
-    assert said[-1].startswith("Warning: the plan is not kept for later (Not a directory")
+    assert compilation.compile_step(request(presets["gemma2"], "cpu:8")) == cost()
+    assert logged()[-1].startswith("Warning: the plan is not kept for later (Not a directory")
 
 
 @pytest.mark.parametrize("changed", [{"learning_rate": 0.5}, {"seed": 7}, {"steps": 3}, {"sample_prompt": "It was"}])
@@ -522,7 +519,7 @@ def test_the_largest_batch_is_found_and_what_surely_does_not_fit_is_not_compiled
 
     asked = []
 
-    def estimate_step(request, topology, held, say):
+    def estimate_step(request, topology, held):
         batch = request.step.settings.batch_size
         asked.append(batch)
         needed = round((1.5 + a_window * batch) * 2**30)
@@ -532,7 +529,7 @@ def test_the_largest_batch_is_found_and_what_surely_does_not_fit_is_not_compiled
     monkeypatch.setattr(search, "estimate_step", estimate_step)
     wanted = request(presets["gemma"], "v5e:2x4", shape=(1, 8))
     place = dataclasses.replace(topology.describe("cpu:8"), chip=CHIPS["v5e"])
-    tried, best = search._largest_batch(wanted, place, 512, lambda text: None)
+    tried, best = search._largest_batch(wanted, place, 512)
     fitting = [2**power for power in range(10) if 1.5 + a_window * 2**power <= 16]
     assert best.largest_batch == max(fitting, default=0)
     assert best.fits == bool(fitting)
@@ -555,7 +552,7 @@ def test_the_table_of_presets_takes_the_first_topology_that_holds_the_step(tmp_p
     params = plan_settings()
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{presets_table.BEGIN}\nold\n{presets_table.END}\nafter\n")
-    presets_table.write_table(params, readme, lambda text: None)
+    presets_table.write_table(params, readme)
     lines = readme.read_text().splitlines()
     assert (lines[0], lines[1], lines[-2], lines[-1]) == ("before", presets_table.BEGIN, presets_table.END, "after")
     cells = [cell.strip() for cell in lines[4].split("|")[1:-1]]
@@ -564,11 +561,11 @@ def test_the_table_of_presets_takes_the_first_topology_that_holds_the_step(tmp_p
     assert all(re.fullmatch(r"\d+\.\d\d GiB", cells[place]) for place in (2, 5))
     assert all(re.fullmatch(r"\d+ ms \((compute|memory|network)\)", cells[place]) for place in (3, 6))
     again = readme.read_text()
-    presets_table.write_table(params, readme, lambda text: None)
+    presets_table.write_table(params, readme)
     assert readme.read_text() == again
     # A model too large for every topology is said to be so.
     monkeypatch.setattr(presets_table, "argument_bytes", lambda request: 2**50)
-    assert "| gemma3_270m | none of these |" in presets_table.table(params, lambda text: None)
+    assert "| gemma3_270m | none of these |" in presets_table.table(params)
 
 
 def test_the_table_of_presets_plans_runs_that_params_yaml_may_ask_for(devices, monkeypatch):
@@ -587,7 +584,7 @@ def test_the_table_of_presets_plans_runs_that_params_yaml_may_ask_for(devices, m
     monkeypatch.setattr(presets_table, "argument_bytes", lambda request: 0)
     monkeypatch.setattr(presets_table, "estimate_step", estimate)
     for rank in presets_table.DTYPES:
-        presets_table.smallest(plan_settings(), "gemma3_270m", rank, lambda text: None)
+        presets_table.smallest(plan_settings(), "gemma3_270m", rank)
     assert planned == [(4, "bfloat16"), (0, "mixed_bfloat16")]
     for rank, dtype in planned:
         found = read_params(ROOT / "params.yaml", (f"finetune.rank={rank}", f"load.dtype={dtype}"))
@@ -600,7 +597,7 @@ def test_the_table_of_presets_needs_its_marks(tmp_path):
     (tmp_path / "a.md").write_text("no marks")
     for name in ("a.md", "missing.md"):
         with pytest.raises(ParamsError, match="--presets needs a file with the marks"):
-            presets_table.write_table(plan_settings(), tmp_path / name, lambda text: None)
+            presets_table.write_table(plan_settings(), tmp_path / name)
 
 
 def plan_settings():
@@ -626,7 +623,7 @@ def plan_settings():
         ({"fits": False, "preset": "gemma_2b_en"}, None, None),
     ],
 )
-def test_a_run_that_the_plan_said_does_not_fit_is_warned_of(tmp_path, changes, device_bytes, said):
+def test_a_run_that_the_plan_said_does_not_fit_is_warned_of(tmp_path, logged, changes, device_bytes, said):
     from stages.core.common.paths import PLAN
     from stages.core.files import write_json
     from stages.core.plan.run_check import warn_if_planned_not_to_fit
@@ -639,15 +636,15 @@ def test_a_run_that_the_plan_said_does_not_fit_is_warned_of(tmp_path, changes, d
         scaling=None,
     )
     run = RunKey(**asked)
-    lines = []
-    warn_if_planned_not_to_fit(tmp_path, run, device_bytes, lines.append)
-    assert lines == [], "there is no plan yet"
+    warn_if_planned_not_to_fit(tmp_path, run, device_bytes)
+    assert logged() == [], "there is no plan yet"
     write_json(tmp_path / PLAN, plan.content())
-    warn_if_planned_not_to_fit(tmp_path, run, device_bytes, lines.append)
+    warn_if_planned_not_to_fit(tmp_path, run, device_bytes)
     if said is None:
-        assert lines == []
+        assert logged() == []
     else:
-        assert len(lines) == 1 and said in lines[0] and "a target" in lines[0]
+        (line,) = logged()
+        assert said in line and "a target" in line
 
 
 def test_what_the_warning_compares_is_what_the_plan_writes(presets):

@@ -53,7 +53,7 @@ DEFAULTS = {
 
 
 def prepare(folder, **changes):
-    return prepare_reviews(Prepare.model_validate(DEFAULTS | changes), folder, folder / "cache", str)
+    return prepare_reviews(Prepare.model_validate(DEFAULTS | changes), folder, folder / "cache")
 
 
 def write_jsonl(path, rows):
@@ -61,8 +61,8 @@ def write_jsonl(path, rows):
     return path
 
 
-def read(path, text="text", label=None, prompt=None, say=str):
-    return file_reviews([path], "prepare.train_file", Columns(text, label, prompt), say)
+def read(path, text="text", label=None, prompt=None):
+    return file_reviews([path], "prepare.train_file", Columns(text, label, prompt))
 
 
 def texts(reviews):
@@ -461,11 +461,10 @@ def test_numbers_are_texts_in_every_format_and_none_is_dropped(tmp_path):
     assert (tally.read, tally.empty) == (10, 0)
 
 
-def test_columns_that_are_not_used_are_told(tmp_path):
+def test_columns_that_are_not_used_are_told(tmp_path, logged):
     (tmp_path / "mine.csv").write_text("id,text,label,note\n1,a,2,b\n")
-    said = []
-    read(tmp_path / "mine.csv", "text", "label", say=said.append)
-    assert said == ["mine.csv: columns not used: id, note."]
+    read(tmp_path / "mine.csv", "text", "label")
+    assert logged() == ["mine.csv: columns not used: id, note."]
 
 
 # What suits the sample is not done to a person's own texts
@@ -493,7 +492,7 @@ def test_a_persons_own_texts_stay_as_they_are_unless_a_setting_says_otherwise(tm
 def test_reviews_of_imdb_are_cleaned_without_a_setting(monkeypatch, tmp_path):
     raw = [RawReview(f"Film number {row} has a long review.<br />Yes.", 1, str(row)) for row in range(4)]
     raw.append(RawReview("A short one.", 1, "4"))
-    monkeypatch.setattr("stages.core.prepare.imdb.sample_reviews", lambda cache, say: iter(raw))
+    monkeypatch.setattr("stages.core.prepare.imdb.sample_reviews", lambda cache: iter(raw))
     parts, tally = prepare(tmp_path, **OWN, source="imdb_sample", train_file=None)
     assert tally == Tally(read=5, too_short=1, changed=4)
     assert not any("<br" in review.text for part in parts.values() for review in part)
@@ -522,9 +521,7 @@ def test_of_imdbs_two_parts_kept_repeats_leave_the_training_part_as_it_is(monkey
     split = {"train": ["a", "b", "a", "c", "d"], "test": ["c", "x", "a", "y", "x"]}
     monkeypatch.setattr(
         "stages.core.prepare.imdb.full_reviews",
-        lambda name, folder, say: (
-            RawReview(f"text {text}", 0, f"{name}:{row}") for row, text in enumerate(split[name])
-        ),
+        lambda name, folder: (RawReview(f"text {text}", 0, f"{name}:{row}") for row, text in enumerate(split[name])),
     )
     changes = {"source": "imdb_reviews", "train_file": None, "take": 4, "min_characters": 1}
     parts, tally = prepare(tmp_path, duplicates="keep", **changes)
@@ -868,7 +865,7 @@ def test_the_sample_is_200_reviews_in_two_balanced_parts(real_sample, tmp_path):
     assert not any("<br" in row["text"] for row in train + held)
     ids = [row["id"] for row in train + held]
     assert sorted(ids, key=lambda id: int(id.rpartition(":")[2])) == [f"imdb_sample:{row}" for row in range(200)]
-    raw = {review.id: review.text for review in sample_reviews(real_sample, str)}
+    raw = {review.id: review.text for review in sample_reviews(real_sample)}
     assert all(clean_text(raw[row["id"]], "newline") == row["text"] for row in train)
 
 
@@ -912,7 +909,7 @@ def test_the_tutorials_profile_trains_on_the_tutorials_4000_reviews(full_dataset
     run = run_stage(tmp_path, *overrides, f"data_dir={full_dataset}")
     assert run.returncode == 0, run.stderr
     train, held = (pq.read_table(tmp_path / f"data/imdb/{part}.parquet")["text"].to_pylist() for part in REVIEWS)
-    expected = [review.text for review in islice(full_reviews("train", full_dataset, str), 4000)]
+    expected = [review.text for review in islice(full_reviews("train", full_dataset), 4000)]
     assert train == expected
     assert len(set(expected)) == 3995, "the tutorial trains on five reviews twice"
     assert not set(train) & set(held)
@@ -926,11 +923,11 @@ def test_a_damaged_dataset_is_told(full_dataset, tmp_path):
         stream.seek(50_000)
         stream.write(b"\0" * 100)
     with pytest.raises(StageError, match=r"imdb_reviews is damaged\. Received: DataLossError") as caught:
-        list(full_reviews("train", folder, str))
+        list(full_reviews("train", folder))
     assert len(str(caught.value).splitlines()) == 2
     next(folder.rglob("dataset_info.json")).write_text("{")
     with pytest.raises(StageError, match=r"imdb_reviews is damaged\. Received: "):
-        list(full_reviews("train", folder, str))
+        list(full_reviews("train", folder))
 
 
 def test_what_tensorflow_datasets_says_of_a_folder_is_cut_and_made_safe(tmp_path):
