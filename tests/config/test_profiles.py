@@ -15,7 +15,7 @@ from stages.core.common.errors import ParamsError
 from stages.core.config.edit import rewrite
 from stages.core.config.profiles import PROFILES, apply
 from stages.core.config.reader import check_params, parse, plain
-from tests.plan.test_plan import has_libtpu
+from tests.support.plans import has_libtpu
 from tests.support.repository import ROOT
 
 DEFAULT = (ROOT / "params.yaml").read_text()

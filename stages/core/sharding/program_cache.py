@@ -19,6 +19,8 @@ from stages.core.files import optional, read_kept, write_kept
 logger = logging.getLogger(__name__)
 
 SUFFIX = ".program"
+WORTH_KEEPING = 0.1
+"""Seconds of compilation from which a program is kept: a run makes some of these, and very many below."""
 
 
 class ProgramCache(CacheInterface):
@@ -52,4 +54,4 @@ def keep_programs(folder: Path) -> None:
         tempfile.TemporaryFile(dir=folder).close()
         compilation_cache.get_file_cache = lambda path: (ProgramCache(Path(path)), path)
         jax.config.update("jax_compilation_cache_dir", str(folder))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", WORTH_KEEPING)
