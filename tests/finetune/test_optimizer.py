@@ -122,16 +122,15 @@ def test_more_batches_than_an_epoch_has_are_not_accumulated(presets):
     ],
     ids=str,
 )
-def test_a_setting_that_does_nothing_in_a_run_of_this_length_is_told_in_one_line(changes, told):
+def test_a_setting_that_does_nothing_in_a_run_of_this_length_is_told_in_one_line(logged, changes, told):
     from stages.core.finetune.trainer import check_length
 
     wanted = settings(**changes)
     per_epoch = math.ceil(4 / wanted.gradient_accumulation)
-    said = []
     total = min(wanted.epochs * per_epoch, wanted.steps or 10**9)
-    check_length(wanted, batches=4, steps=total, say=said.append)
-    assert len(said) == len(told)
-    for line, name in zip(said, told, strict=True):
+    check_length(wanted, batches=4, steps=total)
+    assert len(logged()) == len(told)
+    for line, name in zip(logged(), told, strict=True):
         assert f"Warning: finetune.{name} does nothing" in line and "\n" not in line
 
 

@@ -31,12 +31,11 @@ def test_the_progress_counts_the_steps_that_the_run_does(presets, capsys, steps,
     assert re.findall(r"^(\d+/\d+) - ", capsys.readouterr().out, re.MULTILINE) == shown
 
 
-def test_a_profile_that_cannot_be_written_never_ends_the_run(presets, tmp_path):
+def test_a_profile_that_cannot_be_written_never_ends_the_run(presets, tmp_path, logged):
     (tmp_path / "file").write_text("in the place of a folder")
-    said: list[str] = []
-    result, _ = train(presets["gemma3"], settings(steps=3), profile=tmp_path / "file" / "profile", say=said.append)
+    result, _ = train(presets["gemma3"], settings(steps=3), profile=tmp_path / "file" / "profile")
     assert result.history.steps == 3
-    assert said[-1].startswith("Warning: the JAX profile is not written (")
+    assert logged()[-1].startswith("Warning: the JAX profile is not written (")
 
 
 def test_validation_comes_when_it_is_wanted_and_changes_nothing(presets, plain):
@@ -50,7 +49,7 @@ def test_validation_comes_when_it_is_wanted_and_changes_nothing(presets, plain):
     assert measured(validate_every=3) == [3, 4]
 
 
-def test_early_stopping_gives_the_weights_of_the_lowest_held_out_loss(presets):
+def test_early_stopping_gives_the_weights_of_the_lowest_held_out_loss(presets, logged):
     from stages.core.tokenize.batches import Batches
 
     # Random targets: what is learnt of some windows is wrong for others.
@@ -59,13 +58,12 @@ def test_early_stopping_gives_the_weights_of_the_lowest_held_out_loss(presets):
     model = load_tiny(presets["gemma3"], (1, 1), rank=2)
     from stages.core.finetune import trainer
 
-    said = []
-    history = trainer.fit(model, given, wanted, say=said.append).history
+    history = trainer.fit(model, given, wanted).history
     held_out = [row["validation_loss"] for row in history.rows if row["validation_loss"] is not None]
     assert history.steps < 80
     assert min(held_out) < min(held_out[-3:])
     assert held_out.index(min(held_out)) == len(held_out) - 4
-    assert f"Stopped after step {history.steps}" in said[0]
+    assert f"Stopped after step {history.steps}" in logged()[0]
     causal = trainer.make_causal(model, wanted)
     causal.compile(optimizer=None, loss=None)
     loss = causal.evaluate(Batches(given["validation"], 4, model.mesh_shape), return_dict=True, verbose=0)["loss"]

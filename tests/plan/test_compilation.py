@@ -56,26 +56,24 @@ def test_where_the_compiler_lists_no_buffers_those_of_two_blocks_tell_them(prese
     large = asked.with_batch(2**20)
     compiled, size = compilation._compile, asked.step.settings.batch_size
     monkeypatch.setattr(
-        compilation, "_compile", lambda q, say: gave_up if q.blocks is None else compiled(q.with_batch(size), say)
+        compilation, "_compile", lambda q: gave_up if q.blocks is None else compiled(q.with_batch(size))
     )
     assert compilation.compile_step(large).largest == listed
 
 
-def test_an_answer_is_kept_and_asked_for_only_once(presets):
-    said: list[str] = []
+def test_an_answer_is_kept_and_asked_for_only_once(presets, logged):
     asked = request(presets["gemma2"], "cpu:8", batch_size=2, learning_rate=0.011)
-    first = compilation.compile_step(asked, said.append)
-    assert compilation.compile_step(asked, said.append) == first
-    assert len(said) == 1
+    first = compilation.compile_step(asked)
+    assert compilation.compile_step(asked) == first
+    assert len(logged()) == 1
     other = dataclasses.replace(asked.step, length=16)
     assert compilation.key_of(asked) != compilation.key_of(dataclasses.replace(asked, step=other))
 
 
-def test_a_damaged_answer_is_noticed_and_made_anew(presets, tmp_path, monkeypatch):
+def test_a_damaged_answer_is_noticed_and_made_anew(presets, tmp_path, monkeypatch, logged):
     monkeypatch.setenv("GEMMA_TUNING_CACHE", str(tmp_path))
     made: list[int] = []
     monkeypatch.setattr(compilation, "_compile", lambda *_: made.append(1) or cost(needed_bytes=len(made)))
-    said: list[str] = []
     asked = request(presets["gemma2"], "cpu:8")
     compilation.compile_step(asked)
     (file,) = (tmp_path / "plans").iterdir()
@@ -83,19 +81,18 @@ def test_a_damaged_answer_is_noticed_and_made_anew(presets, tmp_path, monkeypatc
     old = cost(needed_bytes=9).model_dump_json().encode()
     for damaged in (b"", whole[:-1], whole.replace(b"true", b"null"), old, b"\xff" + whole):
         file.write_bytes(damaged)
-        assert compilation.compile_step(asked, said.append).needed_bytes == len(made)
-        assert compilation.compile_step(asked, said.append).needed_bytes == len(made)
+        assert compilation.compile_step(asked).needed_bytes == len(made)
+        assert compilation.compile_step(asked).needed_bytes == len(made)
     assert len(made) == 6
-    assert said == [f"Warning: the kept plan {file.name} is damaged; it is made anew."] * 5
+    assert logged() == [f"Warning: the kept plan {file.name} is damaged; it is made anew."] * 5
 
 
-def test_an_answer_that_cannot_be_kept_is_an_answer(presets, tmp_path, monkeypatch):
+def test_an_answer_that_cannot_be_kept_is_an_answer(presets, tmp_path, monkeypatch, logged):
     (tmp_path / "file").write_text("in the place of a folder")
     monkeypatch.setenv("GEMMA_TUNING_CACHE", str(tmp_path / "file" / "cache"))
     monkeypatch.setattr(compilation, "_compile", lambda *_: cost())
-    said: list[str] = []
-    assert compilation.compile_step(request(presets["gemma2"], "cpu:8"), said.append) == cost()
-    assert said[-1].startswith("Warning: the plan is not kept for later (Not a directory")
+    assert compilation.compile_step(request(presets["gemma2"], "cpu:8")) == cost()
+    assert logged()[-1].startswith("Warning: the plan is not kept for later (Not a directory")
 
 
 @pytest.mark.parametrize("changed", [{"learning_rate": 0.5}, {"seed": 7}, {"steps": 3}, {"sample_prompt": "It was"}])

@@ -33,6 +33,20 @@ def test_an_unknown_preset_is_told_with_the_nearest(devices):
     assert catalog.architecture("gemma_7b_en").class_name == "GemmaBackbone"
 
 
+def test_a_target_may_name_layers_of_its_own_for_the_adapter(devices):
+    from stages.core.plan import targets
+
+    params = read_params(ROOT / "params.yaml")
+    own, other = (
+        targets.compile_request_of(params, PlanTarget(topology="cpu:8", lora_targets=named))[1].step
+        for named in (None, ["query", "value"])
+    )
+    assert (own.settings.targets, other.settings.targets) == (params.finetune.targets, ["query", "value"])
+    keys = [targets.run_key("gemma3_270m", step) for step in (own, other)]
+    assert [key.lora_targets for key in keys] == [params.finetune.targets, ["query", "value"]]
+    assert not keys[0].matches(keys[1]), "a plan with other layers is no plan of this run"
+
+
 def test_the_stage_writes_metrics_search_and_scaling_the_same_each_time(presets, tmp_path):
     (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
     overrides = [
@@ -86,7 +100,7 @@ def test_the_largest_batch_is_found_and_what_surely_does_not_fit_is_not_compiled
 
     asked = []
 
-    def estimate_step(request, topology, held, say):
+    def estimate_step(request, topology, held):
         batch = request.step.settings.batch_size
         asked.append(batch)
         needed = round((1.5 + a_window * batch) * 2**30)
@@ -96,7 +110,7 @@ def test_the_largest_batch_is_found_and_what_surely_does_not_fit_is_not_compiled
     monkeypatch.setattr(search, "estimate_step", estimate_step)
     wanted = request(presets["gemma"], "v5e:2x4", shape=(1, 8))
     place = dataclasses.replace(topology.describe("cpu:8"), chip=CHIPS["v5e"])
-    tried, best = search._largest_batch(wanted, place, 512, lambda text: None)
+    tried, best = search._largest_batch(wanted, place, 512)
     fitting = [2**power for power in range(10) if 1.5 + a_window * 2**power <= 16]
     assert best.largest_batch == max(fitting, default=0)
     assert best.fits == bool(fitting)
@@ -116,7 +130,7 @@ def test_the_table_of_presets_takes_the_first_topology_that_holds_the_step(tmp_p
     params = plan_settings()
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{presets_table.BEGIN}\nold\n{presets_table.END}\nafter\n")
-    presets_table.write_table(params, readme, lambda text: None)
+    presets_table.write_table(params, readme)
     lines = readme.read_text().splitlines()
     assert (lines[0], lines[1], lines[-2], lines[-1]) == ("before", presets_table.BEGIN, presets_table.END, "after")
     cells = [cell.strip() for cell in lines[4].split("|")[1:-1]]
@@ -125,11 +139,11 @@ def test_the_table_of_presets_takes_the_first_topology_that_holds_the_step(tmp_p
     assert all(re.fullmatch(r"\d+\.\d\d GiB", cells[place]) for place in (2, 5))
     assert all(re.fullmatch(r"\d+ ms \((compute|memory|network)\)", cells[place]) for place in (3, 6))
     again = readme.read_text()
-    presets_table.write_table(params, readme, lambda text: None)
+    presets_table.write_table(params, readme)
     assert readme.read_text() == again
     # A model too large for every topology is said to be so.
     monkeypatch.setattr(presets_table, "argument_bytes", lambda request: 2**50)
-    assert "| gemma3_270m | none of these |" in presets_table.table(params, lambda text: None)
+    assert "| gemma3_270m | none of these |" in presets_table.table(params)
 
 
 def test_the_table_of_presets_plans_runs_that_params_yaml_may_ask_for(devices, monkeypatch):
@@ -148,7 +162,7 @@ def test_the_table_of_presets_plans_runs_that_params_yaml_may_ask_for(devices, m
     monkeypatch.setattr(presets_table, "argument_bytes", lambda request: 0)
     monkeypatch.setattr(presets_table, "estimate_step", estimate)
     for rank in presets_table.DTYPES:
-        presets_table.smallest(plan_settings(), "gemma3_270m", rank, lambda text: None)
+        presets_table.smallest(plan_settings(), "gemma3_270m", rank)
     assert planned == [(4, "bfloat16"), (0, "mixed_bfloat16")]
     for rank, dtype in planned:
         found = read_params(ROOT / "params.yaml", (f"finetune.rank={rank}", f"load.dtype={dtype}"))
@@ -161,7 +175,7 @@ def test_the_table_of_presets_needs_its_marks(tmp_path):
     (tmp_path / "a.md").write_text("no marks")
     for name in ("a.md", "missing.md"):
         with pytest.raises(ParamsError, match="--presets needs a file with the marks"):
-            presets_table.write_table(plan_settings(), tmp_path / name, lambda text: None)
+            presets_table.write_table(plan_settings(), tmp_path / name)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +189,7 @@ def test_the_table_of_presets_needs_its_marks(tmp_path):
         ({"fits": False, "preset": "gemma_2b_en"}, None, None),
     ],
 )
-def test_a_run_that_the_plan_said_does_not_fit_is_warned_of(tmp_path, changes, device_bytes, said):
+def test_a_run_that_the_plan_said_does_not_fit_is_warned_of(tmp_path, logged, changes, device_bytes, said):
     from stages.core.common.paths import PLAN
     from stages.core.files import write_json
     from stages.core.plan.run_check import warn_if_planned_not_to_fit
@@ -188,15 +202,15 @@ def test_a_run_that_the_plan_said_does_not_fit_is_warned_of(tmp_path, changes, d
         scaling=None,
     )
     run = RunKey(**asked)
-    lines = []
-    warn_if_planned_not_to_fit(tmp_path, run, device_bytes, lines.append)
-    assert lines == [], "there is no plan yet"
+    warn_if_planned_not_to_fit(tmp_path, run, device_bytes)
+    assert logged() == [], "there is no plan yet"
     write_json(tmp_path / PLAN, plan.content())
-    warn_if_planned_not_to_fit(tmp_path, run, device_bytes, lines.append)
+    warn_if_planned_not_to_fit(tmp_path, run, device_bytes)
     if said is None:
-        assert lines == []
+        assert logged() == []
     else:
-        assert len(lines) == 1 and said in lines[0] and "a target" in lines[0]
+        (line,) = logged()
+        assert said in line and "a target" in line
 
 
 def test_what_the_warning_compares_is_what_the_plan_writes(presets):

@@ -215,11 +215,10 @@ def test_numbers_are_texts_in_every_format_and_none_is_dropped(tmp_path):
     assert (tally.read, tally.empty) == (10, 0)
 
 
-def test_columns_that_are_not_used_are_told(tmp_path):
+def test_columns_that_are_not_used_are_told(tmp_path, logged):
     (tmp_path / "mine.csv").write_text("id,text,label,note\n1,a,2,b\n")
-    said = []
-    read(tmp_path / "mine.csv", "text", "label", say=said.append)
-    assert said == ["mine.csv: columns not used: id, note."]
+    read(tmp_path / "mine.csv", "text", "label")
+    assert logged() == ["mine.csv: columns not used: id, note."]
 
 
 def test_a_persons_own_texts_stay_as_they_are_unless_a_setting_says_otherwise(tmp_path):
@@ -241,7 +240,7 @@ def test_a_persons_own_texts_stay_as_they_are_unless_a_setting_says_otherwise(tm
 def test_reviews_of_imdb_are_cleaned_without_a_setting(monkeypatch, tmp_path):
     raw = [RawReview(f"Film number {row} has a long review.<br />Yes.", 1, str(row)) for row in range(4)]
     raw.append(RawReview("A short one.", 1, "4"))
-    monkeypatch.setattr("stages.core.prepare.imdb.sample_reviews", lambda cache, say: iter(raw))
+    monkeypatch.setattr("stages.core.prepare.imdb.sample_reviews", lambda cache: iter(raw))
     parts, tally = prepare(tmp_path, **OWN, source="imdb_sample", train_file=None)
     assert tally == Tally(read=5, too_short=1, changed=4)
     assert not any("<br" in review.text for part in parts.values() for review in part)
@@ -270,9 +269,7 @@ def test_of_imdbs_two_parts_kept_repeats_leave_the_training_part_as_it_is(monkey
     split = {"train": ["a", "b", "a", "c", "d"], "test": ["c", "x", "a", "y", "x"]}
     monkeypatch.setattr(
         "stages.core.prepare.imdb.full_reviews",
-        lambda name, folder, say: (
-            RawReview(f"text {text}", 0, f"{name}:{row}") for row, text in enumerate(split[name])
-        ),
+        lambda name, folder: (RawReview(f"text {text}", 0, f"{name}:{row}") for row, text in enumerate(split[name])),
     )
     changes = {"source": "imdb_reviews", "train_file": None, "take": 4, "min_characters": 1}
     parts, tally = prepare(tmp_path, duplicates="keep", **changes)

@@ -83,7 +83,7 @@ def test_the_sample_is_200_reviews_in_two_balanced_parts(real_sample, tmp_path):
     assert not any("<br" in row["text"] for row in train + held)
     ids = [row["id"] for row in train + held]
     assert sorted(ids, key=lambda id: int(id.rpartition(":")[2])) == [f"imdb_sample:{row}" for row in range(200)]
-    raw = {review.id: review.text for review in sample_reviews(real_sample, str)}
+    raw = {review.id: review.text for review in sample_reviews(real_sample)}
     assert all(clean_text(raw[row["id"]], "newline") == row["text"] for row in train)
 
 
@@ -127,7 +127,7 @@ def test_the_tutorials_profile_trains_on_the_tutorials_4000_reviews(full_dataset
     run = run_stage(tmp_path, *overrides, f"data_dir={full_dataset}")
     assert run.returncode == 0, run.stderr
     train, held = (pq.read_table(tmp_path / f"data/imdb/{part}.parquet")["text"].to_pylist() for part in REVIEWS)
-    expected = [review.text for review in islice(full_reviews("train", full_dataset, str), 4000)]
+    expected = [review.text for review in islice(full_reviews("train", full_dataset), 4000)]
     assert train == expected
     assert len(set(expected)) == 3995, "the tutorial trains on five reviews twice"
     assert not set(train) & set(held)
@@ -141,11 +141,11 @@ def test_a_damaged_dataset_is_told(full_dataset, tmp_path):
         stream.seek(50_000)
         stream.write(b"\0" * 100)
     with pytest.raises(StageError, match=r"imdb_reviews is damaged\. Received: DataLossError") as caught:
-        list(full_reviews("train", folder, str))
+        list(full_reviews("train", folder))
     assert len(str(caught.value).splitlines()) == 2
     next(folder.rglob("dataset_info.json")).write_text("{")
     with pytest.raises(StageError, match=r"imdb_reviews is damaged\. Received: "):
-        list(full_reviews("train", folder, str))
+        list(full_reviews("train", folder))
 
 
 def test_what_tensorflow_datasets_says_of_a_folder_is_cut_and_made_safe(tmp_path):

@@ -38,7 +38,7 @@ DEFAULTS = {
 
 
 def prepare(folder, **changes):
-    return prepare_reviews(Prepare.model_validate(DEFAULTS | changes), folder, folder / "cache", str)
+    return prepare_reviews(Prepare.model_validate(DEFAULTS | changes), folder, folder / "cache")
 
 
 def write_jsonl(path, rows):
@@ -46,8 +46,8 @@ def write_jsonl(path, rows):
     return path
 
 
-def read(path, text="text", label=None, prompt=None, say=str):
-    return file_reviews([path], "prepare.train_file", Columns(text, label, prompt), say)
+def read(path, text="text", label=None, prompt=None):
+    return file_reviews([path], "prepare.train_file", Columns(text, label, prompt))
 
 
 def texts(reviews):
