@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.support.repository import FAMILIES
-from tests.support.tiny_models import AUTO, load_tiny, windows
+from tests.support.tiny_models import AUTO, keras_hub_reads, load_tiny, windows
 
 LENGTH = 32
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
@@ -18,15 +18,8 @@ TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
 @pytest.fixture(scope="module")
 def keras_hub_says(presets: dict[str, Path]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Hidden states and logits of keras-hub's own model, loaded by keras-hub."""
-    import keras_hub
-
     ids = windows(4, LENGTH)["token_ids"]
-    results = {}
-    for family, folder in presets.items():
-        backbone = keras_hub.models.Backbone.from_preset(str(folder), dtype="float32")
-        hidden = backbone({"token_ids": ids, "padding_mask": np.ones_like(ids)})
-        results[family] = (np.asarray(hidden), np.asarray(backbone.token_embedding(hidden, reverse=True)))
-    return results
+    return {family: tuple(map(np.asarray, keras_hub_reads(folder)(ids))) for family, folder in presets.items()}
 
 
 def forward(model, batch):
