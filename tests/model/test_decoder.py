@@ -45,9 +45,9 @@ def forward(model, batch):
             table = model.backbone.token_embedding._embeddings.value
             hidden = decoder.hidden_states(
                 model.backbone,
-                cross_entropy.embed(table, batch["token_ids"], causal._plan),
+                cross_entropy.embed(table, batch["token_ids"], causal.head_plan),
                 decoder.causal_mask(batch["segment_ids"]),
-                constrain=causal._constrain,
+                constrain=causal.constrain,
             )
         return hidden
 
@@ -112,10 +112,8 @@ def test_one_token_at_a_time_with_a_cache_gives_the_same_hidden_states(presets, 
     @jax.jit
     def step(values, ids, positions, caches):
         with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))):
-            embedded = cross_entropy.embed(model.backbone.token_embedding._embeddings.value, ids, causal._plan)
-            return decoder.hidden_states_cached(
-                model.backbone, embedded, positions, caches, constrain=causal._constrain
-            )
+            embedded = cross_entropy.embed(model.backbone.token_embedding._embeddings.value, ids, causal.head_plan)
+            return decoder.hidden_states_cached(model.backbone, embedded, positions, caches, constrain=causal.constrain)
 
     values = [variable.value for variable in variables]
     caches = decoder.empty_caches(model.backbone, 2, LENGTH)

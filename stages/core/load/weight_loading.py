@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from stages.core.common.errors import StageError
+from stages.core.sharding.keras_internals import place
 from stages.core.sharding.layout import Placement, Weight
 
 if TYPE_CHECKING:
@@ -121,10 +122,7 @@ def fill(
             shards += jax.block_until_ready(held)
             del values
         value = jax.make_array_from_single_device_arrays(shape, layout.backend_layout, shards)
-        # The layout is what Keras consults when it derives others from it: optimizer slots get their weight's.
-        variable._layout = layout
-        variable._value = value
-        variable._initializer = None
+        place(variable, value, layout)
         if progress:
             done += placement.weight.bytes
             progress(done)
