@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -690,7 +691,7 @@ def test_a_plan_needs_the_configuration_only(hub, ask, fetch, tmp_path, monkeypa
     asked = ask("architecture")
     assert hub.downloaded == ["config.json"]
     folder = tmp_path / "cache" / FOLDER
-    assert asked == read_architecture(folder)
+    assert asked == asdict(read_architecture(folder))
     # Now it is here, and the rest comes with the fetch.
     monkeypatch.setenv("GEMMA_TUNING_CACHE", str(tmp_path / "cache"))
     params = read_params(ROOT / "params.yaml", ("fetch.source=huggingface", f"fetch.preset={PRESET}"))

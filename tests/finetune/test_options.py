@@ -441,9 +441,9 @@ def test_early_stopping_gives_the_weights_of_the_lowest_held_out_loss(presets):
 
 
 def test_samples_are_taken_on_the_way_and_change_nothing(presets, plain):
-    from stages.core.presets.tokenizer import load_tokenizer
+    from stages.core.presets.formats import format_of
 
-    tokenizer = load_tokenizer(presets["gemma3"], "keras")
+    tokenizer = format_of("keras").load_tokenizer(presets["gemma3"])
     wanted = settings(batch_size=2, sample_every=2, sample_prompt="This movie was", sample_tokens=5)
     result, weights = train(presets["gemma3"], wanted, tokenizer=tokenizer)
     assert distance(weights, plain[1]) == 0.0
@@ -512,7 +512,7 @@ def test_weights_that_are_not_finite_are_never_kept(presets, tmp_path, monkeypat
 
 def test_a_sample_that_fails_is_told_in_one_line_and_the_run_goes_on(presets, monkeypatch):
     from stages.core.generate import sampling
-    from stages.core.presets.tokenizer import load_tokenizer
+    from stages.core.presets.formats import format_of
 
     def fail(*_: object) -> None:
         raise IndexError("a row\nwithout a piece")
@@ -520,7 +520,7 @@ def test_a_sample_that_fails_is_told_in_one_line_and_the_run_goes_on(presets, mo
     monkeypatch.setattr(sampling.Sampler, "__call__", fail)
     said: list[str] = []
     wanted = settings(batch_size=2, steps=4, sample_every=2, sample_prompt="This movie was", sample_tokens=5)
-    tokenizer = load_tokenizer(presets["gemma"], "keras")
+    tokenizer = format_of("keras").load_tokenizer(presets["gemma"])
     result, _ = train(presets["gemma"], wanted, tokenizer=tokenizer, say=said.append)
     assert [row["step"] for row in result.history.rows][-1] == 4
     assert [each["text"] for each in result.history.samples] == ["", ""]

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from stages.core.common.errors import StageError
-from stages.core.presets.gguf import GgufWeights, read_architecture, tokenizer_proto
+from stages.core.presets.gguf import GgufWeights, read_architecture
+from stages.core.presets.gguf_tokenizer import tokenizer_proto
 from tests.support import tiny_presets
 from tests.support.repository import DATA
 
@@ -119,11 +120,11 @@ def gguf_name(path: str) -> str:
 
 
 def test_the_architecture_has_the_arguments_the_backbone_was_built_with(tmp_path, tiny_backbone):
-    architecture = read_architecture(write_gguf(tmp_path / "tiny.gguf", tiny_backbone, "F32"))
+    architecture = read_architecture(write_gguf(tmp_path / "tiny.gguf", tiny_backbone, "F32").parent)
     built_with = tiny_backbone.get_config()
-    assert architecture["class_name"] == "Gemma3Backbone"
-    assert architecture["config"] == {name: built_with[name] for name in architecture["config"]}
-    left_out = set(built_with) - set(architecture["config"])
+    assert architecture.class_name == "Gemma3Backbone"
+    assert architecture.config == {name: built_with[name] for name in architecture.config}
+    left_out = set(built_with) - set(architecture.config)
     assert left_out == {
         "name",
         "trainable",
@@ -195,7 +196,7 @@ def test_a_file_that_is_cut_short_is_a_person_s_error_not_a_traceback(tmp_path, 
 def test_a_model_that_keras_hub_cannot_express_is_refused(tmp_path, tiny_backbone, metadata, message):
     path = write_gguf(tmp_path / "other.gguf", tiny_backbone, "F32", metadata=metadata)
     with pytest.raises(StageError, match=message):
-        read_architecture(path)
+        read_architecture(path.parent)
 
 
 def test_a_tokenizer_of_another_kind_is_refused(tmp_path, tiny_backbone):
@@ -250,7 +251,7 @@ def embedded_backbone(real_gguf):
     os.environ.setdefault("KERAS_BACKEND", "jax")
     import keras_hub
 
-    backbone = keras_hub.models.Gemma3Backbone(**read_architecture(real_gguf)["config"], dtype="float32")
+    backbone = keras_hub.models.Gemma3Backbone(**read_architecture(real_gguf.parent).config, dtype="float32")
     weights = GgufWeights(real_gguf)
     assert weights.paths() == [weight.path for weight in backbone.weights]
     for weight in backbone.weights:

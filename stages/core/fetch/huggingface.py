@@ -39,10 +39,11 @@ from stages.core.fetch.hub import (
     import_hub,
     source_of,
 )
-from stages.core.fetch.local import check_contents, check_vocabulary, folder_format, other_kind
+from stages.core.fetch.local import check_contents, check_vocabulary, config_format, folder_format, other_kind
 from stages.core.files import read_json, write_json
 from stages.core.presets import keras_h5, safetensors
-from stages.core.presets.architecture import Architecture, read_architecture
+from stages.core.presets.architecture import Architecture
+from stages.core.presets.formats import format_of
 from stages.core.presets.manifest import LICENCE, Manifest, PresetFile, fault, sha256_with_progress
 from stages.core.presets.tokenizer import HUGGING_FACE_VOCABULARY, JSON_VOCABULARY
 from stages.core.presets.untrusted import read_object
@@ -403,7 +404,7 @@ def _checked_architecture(source: Source, folder: Path) -> Architecture:
     """
     try:
         content = read_json(folder / CONFIG)
-        return read_architecture(folder, "safetensors" if "model_type" in content else "keras")
+        return format_of(config_format(content)).read_architecture(folder)
     except (StageError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ParamsError(
             f"{source.repo} is not a text Gemma that this project runs. Received: {brief(error)}\n"

@@ -131,8 +131,7 @@ def auto(architecture: Architecture, mesh: MeshShape) -> NamedLayout:
 
     vocabulary, hidden = config["vocabulary_size"], config["hidden_dim"]
     heads, kv_heads, head = config["num_query_heads"], config["num_key_value_heads"], config["head_dim"]
-    # GemmaBackbone counts both gate matrices in intermediate_dim, Gemma3Backbone counts one.
-    ffw = config["intermediate_dim"] // (2 if architecture.class_name == "GemmaBackbone" else 1)
+    ffw = architecture.ffw_dim
     rule(
         "token_embedding/embeddings",
         first_that_divides(
