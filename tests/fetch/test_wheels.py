@@ -287,37 +287,37 @@ def test_a_wheel_without_the_member_is_named(tmp_path, content):
     assert names_in(tmp_path / "out") == []
 
 
-def test_whoever_comes_second_waits_for_the_first_and_says_so(tmp_path):
-    target, said, order = tmp_path / "folder" / "file", [], []
+def test_whoever_comes_second_waits_for_the_first_and_says_so(tmp_path, logged):
+    target, order = tmp_path / "folder" / "file", []
     inside, leave = threading.Event(), threading.Event()
 
     def first():
-        with one_at_a_time(target, said.append):
+        with one_at_a_time(target):
             inside.set()
             leave.wait(20)
             order.append("first")
 
     def second():
-        with one_at_a_time(target, said.append):
+        with one_at_a_time(target):
             order.append("second")
 
     with ThreadPoolExecutor(2) as pool:
         one = pool.submit(first)
         assert inside.wait(20)
         two = pool.submit(second)
-        while not said:
+        while not logged():
             time.sleep(0.01)
         leave.set()
         one.result(), two.result()
     assert order == ["first", "second"]
-    assert said == ["Another run is fetching file; waiting for it."]
+    assert logged() == ["Another run is fetching file; waiting for it."]
 
 
 def test_a_cache_folder_that_cannot_be_made_is_the_persons_to_mend(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with (
         pytest.raises(StageError, match=r"must be writable\. Received: .*\nSet GEMMA_TUNING_CACHE"),
-        one_at_a_time(tmp_path / "file" / "presets" / "key", print),
+        one_at_a_time(tmp_path / "file" / "presets" / "key"),
     ):
         pass
 

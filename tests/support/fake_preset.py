@@ -11,7 +11,9 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from stages.core.fetch.local import list_files
 from stages.core.presets.architecture import Architecture
+from stages.core.presets.manifest import LICENCE, Manifest
 from stages.core.presets.weight_table import weight_table
 from tests.support.tiny_presets import VOCABULARY_SIZE, tiny_proto
 
@@ -24,6 +26,7 @@ SMALLEST = {
     "intermediate_dim": 4,
     "head_dim": 2,
 }
+NAMES = ["assets/tokenizer/vocabulary.spm", "config.json", "model.weights.h5"]
 CONFIG = {"class_name": "GemmaBackbone", "registered_name": "keras_hub>GemmaBackbone", "config": SMALLEST}
 
 
@@ -59,3 +62,8 @@ def make_preset(folder: Path, weights: Sequence[str] = ("model.weights.h5",)) ->
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
     return folder
+
+
+def manifest_of(folder: Path, names: Sequence[str] = NAMES) -> Manifest:
+    """The manifest of a folder's files."""
+    return Manifest("tiny", "path", "keras", None, str(folder), LICENCE, list_files(folder, names))

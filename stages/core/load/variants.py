@@ -138,11 +138,11 @@ def declare_model(
     """
     mesh_shape = MeshShape(tuple(description["mesh"]["shape"]), tuple(description["mesh"]["axis_names"]))
     platform = devices.configure(description["mesh"]["devices"], mesh_shape.devices)
+    backbone = build_backbone(architecture, description["dtype"])
     import keras
 
     from stages.core.sharding import mesh as meshes
 
-    backbone = build_backbone(architecture, description["dtype"])
     if tuning:
         lora_kernels.declare(backbone, tuning["rank"], tuning["alpha"], tuning["targets"])
     rules = [Rule(rule["pattern"], as_spec(rule["spec"]), rule["optional"]) for rule in description["layout"]["rules"]]
