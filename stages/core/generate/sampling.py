@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
-from stages.core.model import cross_entropy, decoder
+from stages.core.model import decoder, tied_table
 from stages.core.model.causal_lm import CausalModel
 
 
@@ -103,10 +103,10 @@ def _generate(
     stop = settings.stop_ids[0]
     with keras.StatelessScope(state_mapping=list(zip(backbone.variables, values, strict=True))):
         table = model.table.value.astype(backbone.token_embedding.compute_dtype)
-        vocabulary, table = table.shape[0], cross_entropy.padded(table, plan)
+        vocabulary, table = table.shape[0], tied_table.padded(table, plan)
 
         def advance(caches: Any, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, Any]:
-            embedded = constrain(cross_entropy.embed(table, tokens, plan), "hidden")
+            embedded = constrain(tied_table.embed(table, tokens, plan), "hidden")
             return decoder.hidden_states_cached(
                 backbone, embedded, positions, caches, constrain=constrain, projections=model.projections
             )
@@ -117,7 +117,7 @@ def _generate(
             return jnp.where(jnp.isin(token, jnp.array(settings.stop_ids)), stop, token)
 
         def pick(hidden: jax.Array, step: jax.Array) -> jax.Array:
-            z = cross_entropy.logits(hidden, table, vocabulary, plan)
+            z = tied_table.logits(hidden, table, vocabulary, plan)
             if settings.pieces is not None and settings.pieces < z.shape[-1]:
                 z = jnp.where(jnp.arange(z.shape[-1]) < settings.pieces, z, -jnp.inf)
             if settings.temperature == 0.0:

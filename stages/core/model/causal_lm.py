@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from stages.core.common.errors import StageError
-from stages.core.model import cross_entropy, decoder
+from stages.core.model import cross_entropy, decoder, tied_table
 from stages.core.model.lora import Dropout
 from stages.core.model.tensor_parallel import Projections
 from stages.core.sharding.keras_internals import embedding_table, set_value, update_metrics
@@ -39,7 +39,7 @@ class CausalModel(keras.Model):
     def __init__(
         self,
         backbone: keras.Model,
-        plan: cross_entropy.HeadPlan,
+        plan: tied_table.HeadPlan,
         constrain: decoder.Constrain = decoder.unconstrained,
         projections: Projections = decoder.SINGLE,
         rematerialize: bool = False,
@@ -70,7 +70,7 @@ class CausalModel(keras.Model):
         """Return each token's loss in nats and whether its target was the likeliest word."""
         embedding = self.backbone.token_embedding
         table = self.table.value
-        embedded = cross_entropy.embed(table, inputs["token_ids"], self.head_plan, embedding.compute_dtype)
+        embedded = tied_table.embed(table, inputs["token_ids"], self.head_plan, embedding.compute_dtype)
         embedded = self.constrain(embedded, "hidden")
         hidden = decoder.hidden_states(
             self.backbone,
@@ -234,7 +234,7 @@ def make_model(
         dropout: share of what goes into an adapter that is dropped in training (0.0 to below 1.0).
         seed: of the dropout.
     """
-    plan = cross_entropy.HeadPlan(
+    plan = tied_table.HeadPlan(
         soft_cap=backbone.token_embedding.logit_soft_cap,
         mesh=mesh,
         table_is_trained=backbone.token_embedding.trainable,
