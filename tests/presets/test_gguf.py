@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from stages.core.common.errors import StageError
+from stages.core.presets.formats import format_of
 from stages.core.presets.gguf import GgufWeights, read_architecture
 from stages.core.presets.gguf_tokenizer import tokenizer_proto
 from tests.support import tiny_presets
@@ -121,6 +122,17 @@ def test_a_missing_tensor_is_named(tmp_path, tiny_backbone):
     path = write_gguf(tmp_path / "part.gguf", tiny_backbone, "F32", without="blk.3.ffn_up.weight")
     with pytest.raises(StageError, match=r"blk.3.ffn_up.weight \(for decoder_block_3/ffw_gating_2/kernel\)"):
         GgufWeights(path)
+
+
+def test_the_folder_needs_its_one_file_which_is_held_against_its_own_architecture(tmp_path, tiny_backbone):
+    write_gguf(tmp_path / "whole.gguf", tiny_backbone, "F32")
+    gguf = format_of("gguf")
+    assert gguf.needed_files(tmp_path) == ["whole.gguf"]
+    gguf.check_weights(tmp_path, gguf.read_architecture(tmp_path))
+    (tmp_path / "whole.gguf").unlink()
+    write_gguf(tmp_path / "part.gguf", tiny_backbone, "F32", without="blk.3.ffn_up.weight")
+    with pytest.raises(StageError, match=r"blk\.3\.ffn_up\.weight"):
+        gguf.check_weights(tmp_path, gguf.read_architecture(tmp_path))
 
 
 # --- The embedded model ---

@@ -34,6 +34,10 @@ class CausalModel(keras.Model):
     float32. The loss is the mean over tokens of weight x cross-entropy: Keras' own with
     `reduction="mean_with_sample_weight"`. A step may also take (batch, batches, length): its loss and gradients are
     those of one batch of all their sequences, in the memory of one of the batches and one more copy of the gradients.
+
+    Attributes:
+        backbone, head_plan, constrain, projections: what the sampler works with too, see `make_model`.
+        dropout_step: how many batches were trained on, None without dropout.
     """
 
     def __init__(
