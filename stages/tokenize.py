@@ -19,8 +19,9 @@ logger = logging.getLogger(__name__)
 def main(run: Run) -> None:
     """Turn reviews into windows of tokens: packed, or cut to one a review."""
     from stages.core.fetch.catalog import is_base
+    from stages.core.presets.formats import format_of
     from stages.core.presets.manifest import read_manifest, verified_folder
-    from stages.core.presets.tokenizer import holds_vocabulary, load_tokenizer
+    from stages.core.presets.tokenizer import holds_vocabulary
     from stages.core.tokenize.sequences import holds_pairs, lay_out
     from stages.core.tokenize.store import write_windows
 
@@ -29,7 +30,8 @@ def main(run: Run) -> None:
     manifest = read_manifest(run.paths.read(MANIFEST))
     # Only the vocabulary: a large preset's weights need not be hashed to split text.
     vocabulary = [file.name for file in manifest.files if holds_vocabulary(file.name)]
-    tokenizer = load_tokenizer(verified_folder(manifest, run.paths.root, only=vocabulary), manifest.format)
+    folder = verified_folder(manifest, run.paths.root, only=vocabulary)
+    tokenizer = format_of(manifest.format).load_tokenizer(folder)
     metrics: dict[str, object] = {}
     if holds_pairs(sources["train"]) and manifest.source != "path" and is_base(manifest.preset):
         logger.warning(
