@@ -10,12 +10,9 @@ Command: `python -m stages.evaluate --variant tuned`
 
 from __future__ import annotations
 
-import logging
 import sys
 
-from stages.core.cli import Run, click, stage
-
-logger = logging.getLogger(__name__)
+from stages.core.cli import Run, click, logger, stage
 
 
 @stage

@@ -11,14 +11,11 @@ licence was accepted, and how large the download is; exit code 1 if the fetch wo
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
-from stages.core.cli import Run, click, stage
+from stages.core.cli import Run, click, logger, stage
 from stages.core.common.errors import StageError
 from stages.core.common.paths import MANIFEST, cache_folder
-
-logger = logging.getLogger(__name__)
 
 
 @stage

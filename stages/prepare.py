@@ -8,12 +8,8 @@ Command: python -m stages.prepare
 
 from __future__ import annotations
 
-import logging
-
-from stages.core.cli import Run, stage
+from stages.core.cli import Run, logger, stage
 from stages.core.common.paths import REVIEWS, cache_folder
-
-logger = logging.getLogger(__name__)
 
 
 @stage

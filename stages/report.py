@@ -7,13 +7,9 @@ Command: python -m stages.report
 
 from __future__ import annotations
 
-import logging
-
-from stages.core.cli import Run, stage
+from stages.core.cli import Run, logger, stage
 from stages.core.common.paths import REPORT
 from stages.core.files import write_text
-
-logger = logging.getLogger(__name__)
 
 
 @stage
