@@ -1,4 +1,4 @@
-"""List the ready settings, or write one into `params.yaml` in place.
+"""List the profiles, or apply one to `params.yaml` in place.
 
 Reads and writes: `params.yaml`; comments and what no profile speaks of stay as they are.
 Command: `python -m stages.profile` lists, `python -m stages.profile gpu-single` applies. No stage of the pipeline: it
@@ -24,7 +24,7 @@ from stages.core.cli import click, mistakes_in_lines
 @click.option("--dry-run", is_flag=True, help="Only show what would change.")
 @click.option("-v", "--verbose", is_flag=True, help="Show the traceback of an error.")
 def main(name: str | None, overrides: tuple[str, ...], dry_run: bool, verbose: bool) -> None:
-    """List the ready settings, or write the one that is named into params.yaml.
+    """List the profiles, or apply the named one to params.yaml.
 
     A profile sets what any profile speaks of, the rest of that as in quickstart, and leaves all else alone.
     """

@@ -1,4 +1,4 @@
-"""The ready settings: written in place, the same whatever was there, valid, and fitting the devices they name."""
+"""The profiles: written in place, the same whatever was there, valid, and fitting the devices they name."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from stages.core.common.errors import ParamsError, StageError, shown
 MANIFEST = "models/preset/manifest.json"
 REVIEWS = {"train": "data/imdb/train.parquet", "validation": "data/imdb/validation.parquet"}
 TOKENS = {"train": "data/tokens/train.npz", "validation": "data/tokens/validation.npz"}
-# The held-out reviews whole, for `evaluate`; the windows of `validation` are for measuring while training.
+# The held-out reviews whole, for `evaluate`; the sequences of `validation` are for measuring while training.
 HELD_OUT = "data/tokens/held_out.npz"
 SHARDING = {"baseline": "data/sharding/base.json", "tuned": "data/sharding/tuned.json"}
 PLAN = "data/sharding/plan.json"

@@ -1,4 +1,4 @@
-"""The ready settings: what `python -m stages.profile` writes into `params.yaml`.
+"""The profiles: settings that `python -m stages.profile` writes into `params.yaml`.
 
 Purpose: each run that people ask for, in one place, a value as YAML. A key that any profile names goes back to
 quickstart's value under those that do not name it, so that a profile gives the same whichever was applied before; all
@@ -160,7 +160,7 @@ PROFILES: dict[str, Profile] = {
         'plan.targets=[{topology: "cpu:8"}]',
     ),
     "full-parameter": _profile(
-        "every weight of Gemma 3 270M instead of LoRA: four times the memory, a smaller step size",
+        "every weight of Gemma 3 270M instead of LoRA: four times the memory, a lower learning rate",
         "finetune.rank=0",
         "finetune.learning_rate=2.0e-5",
         "finetune.schedule=cosine",
@@ -168,7 +168,7 @@ PROFILES: dict[str, Profile] = {
         'plan.targets=[{topology: "v5e:2x4"}]',
     ),
     "instruct": _profile(
-        "Gemma 3 270M instruct, your pairs of prompt and response (pairs.jsonl), Gemma's turn format",
+        "Gemma 3 270M instruct, your pairs of prompt and response (pairs.jsonl), Gemma's chat template",
         "fetch.source=kaggle",
         "fetch.preset=gemma3_instruct_270m",
         "prepare.source=files",

@@ -17,7 +17,7 @@ import numpy as np
 from stages.core.common.errors import StageError
 from stages.core.evaluate.review_losses import ReviewLosses
 from stages.core.sharding.mesh import MeshShape
-from stages.core.tokenize.held_out import Sequences
+from stages.core.tokenize.held_out import HeldOut
 
 if TYPE_CHECKING:
     from stages.core.tokenize.batches import Batches
@@ -30,12 +30,12 @@ MULTIPLE = 64
 Model = Callable[["Batches"], tuple[np.ndarray, np.ndarray]]
 
 
-def measure(model: Model, sequences: Sequences, mesh: MeshShape, *, max_length: int, batch_tokens: int) -> ReviewLosses:
+def measure(model: Model, sequences: HeldOut, mesh: MeshShape, *, max_length: int, batch_tokens: int) -> ReviewLosses:
     """Measure every target of every sequence, up to a length.
 
     Args:
         model: such as `CausalModel.token_losses`.
-        sequences: from `held_out.read_sequences`.
+        sequences: from `held_out.read_held_out`.
         mesh: a batch's sequences are a multiple of its batch axis.
         max_length: a longer sequence is measured on its first `max_length` inputs; the targets after them are counted.
         batch_tokens: positions per batch; at least one sequence per row of the batch axis is taken.

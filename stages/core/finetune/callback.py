@@ -263,7 +263,7 @@ class Watch(keras.callbacks.Callback):
                 self._kept = self.history.steps
 
     def _validate(self) -> None:
-        """Measure the validation windows and put their loss beside the step; note the lowest and when to give up."""
+        """Measure the validation sequences and put their loss beside the step; note the lowest and when to give up."""
         history, patience = self.history, self._plan.settings.early_stopping
         self.model.jax_state_sync()
         with history.timed("validation"):

@@ -33,8 +33,8 @@ def step_flops(backbone: keras.Model, batch: int, length: int) -> int:
 
     Args:
         backbone: with its adapter, frozen as it is trained.
-        batch: windows a step, without padding of the batch.
-        length: tokens a window.
+        batch: sequences per step, without padding of the batch.
+        length: tokens per sequence.
     """
     tokens = batch * length
     shapes = {variable.path: variable.shape for variable in backbone.variables}

@@ -1,4 +1,4 @@
-"""The fine-tuning run: from windows and a baseline to trained weights and what happened on the way.
+"""The fine-tuning run: from sequences and a baseline to trained weights and what happened on the way.
 
 Purpose: what `stages/finetune.py` strings together.
 """
@@ -194,7 +194,7 @@ def check_length(settings: Finetune, batches: int, steps: int) -> None:
         )
     every = settings.validate_every or math.ceil(batches / settings.gradient_accumulation)
     told = {
-        "warmup_steps": (settings.warmup_steps >= steps, "the step size never reaches finetune.learning_rate"),
+        "warmup_steps": (settings.warmup_steps >= steps, "the learning rate never reaches finetune.learning_rate"),
         "early_stopping": (
             settings.early_stopping is not None and steps <= every,
             "the validation loss is measured once; set a smaller finetune.validate_every",
@@ -209,7 +209,7 @@ def check_length(settings: Finetune, batches: int, steps: int) -> None:
 
 def fit(
     model: LoadedModel,
-    windows: Mapping[str, Mapping[str, np.ndarray]],
+    sequences: Mapping[str, Mapping[str, np.ndarray]],
     settings: Finetune,
     *,
     store: Store | None = None,
@@ -222,7 +222,7 @@ def fit(
 
     Args:
         model: the baseline, with an adapter at its first values or all weights trainable.
-        windows: of `train` and `validation`.
+        sequences: of `train` and `validation`.
         settings: the training settings.
         store: the run's checkpoints; None: none are read or written, and signals act as usual.
         tokenizer: for samples; None: none are made.
@@ -250,7 +250,7 @@ def fit(
 
     def batches(first_step: int = 0, end_step: int | None = None) -> Batches:
         return Batches(
-            windows["train"],
+            sequences["train"],
             settings.batch_size,
             model.mesh_shape,
             seed=settings.seed,
@@ -259,7 +259,7 @@ def fit(
             accumulation=settings.gradient_accumulation,
         )
 
-    length = windows["train"]["token_ids"].shape[1]
+    length = sequences["train"]["token_ids"].shape[1]
     one_epoch = batches()
     per_epoch = one_epoch.steps_per_epoch
     total = min(settings.epochs * per_epoch, settings.steps or settings.epochs * per_epoch)
@@ -281,9 +281,9 @@ def fit(
         steps=total,
         steps_per_epoch=per_epoch,
         positions_per_step=one_epoch.positions_per_step,
-        reviews=windows["train"].get("review"),
+        reviews=sequences["train"].get("review"),
         # Nothing is kept for a backward pass, so more fit at a time, and fewer calls cost less.
-        held_out=Batches(windows["validation"], 4 * settings.batch_size, model.mesh_shape),
+        held_out=Batches(sequences["validation"], 4 * settings.batch_size, model.mesh_shape),
         store=store,
         sample=_sampler(causal, tokenizer, settings, turns) if tokenizer and settings.sample_every else None,
         profile=profile,

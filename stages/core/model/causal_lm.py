@@ -131,15 +131,15 @@ class CausalModel(keras.Model):
         """Return the means since the epoch began (as Keras shows) and this batch's own, and its tokens."""
         weights = x["weights"]
         correct = y_pred["correct"].astype("float32")
-        learnt = (weights > 0).astype("int32")
+        trained_on = (weights > 0).astype("int32")
         self._token_loss.update_state(y_pred["loss"], weights)
         self._token_accuracy.update_state(correct, weights)
-        self._token_count.update_state(learnt)
+        self._token_count.update_state(trained_on)
         return {
             **self.get_metrics_result(),
             "batch_loss": jnp.sum(y_pred["loss"] * weights) / _total(x),
             "batch_accuracy": jnp.sum(correct * weights) / _total(x),
-            "batch_tokens": jnp.sum(learnt),
+            "batch_tokens": jnp.sum(trained_on),
         }
 
     def measure(self, batches: keras.utils.PyDataset, tokens: int, verbose: int = 0) -> dict[str, float]:
