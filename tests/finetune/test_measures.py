@@ -130,7 +130,7 @@ def test_the_formula_agrees_with_the_products_in_the_program(presets, rank):
 
 def test_a_run_in_two_processes_counts_two_compilations():
     from stages.core.finetune.callback import History
-    from stages.core.finetune.trainer import Result
+    from stages.core.finetune.result import Result
 
     rows = [{"loss": float(tokens), "tokens": tokens} for tokens in (1, 3, 3, 1, 5, 1)]
     history = History(rows=rows, step_seconds=[9.0, 1.0, 1.0, 5.0, 1.0, 1.0], first_steps=[0, 3], step_growth=5)

@@ -10,7 +10,7 @@ import numpy as np
 from stages.core.config.reader import read_params
 from stages.core.config.schema import Finetune
 from stages.core.finetune import trainer
-from stages.core.finetune.trainer import Result
+from stages.core.finetune.result import Result
 from tests.support.repository import ROOT
 from tests.support.tiny_models import load_tiny, sequences
 

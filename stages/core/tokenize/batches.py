@@ -57,7 +57,7 @@ class Batches(keras.utils.PyDataset):
             self._sequences["segment_ids"] = np.ones_like(sequences["token_ids"])
         self._count = len(self._sequences["token_ids"])
         self.batch_size = min(batch_size, self._count)
-        self._accumulation = accumulation
+        self.accumulation = accumulation
         self._padded_size = padded_size(self.batch_size, mesh)
         self._seed = seed
         self._order: tuple[int, np.ndarray] | None = None
@@ -74,12 +74,12 @@ class Batches(keras.utils.PyDataset):
     @property
     def steps_per_epoch(self) -> int:
         """Steps of a whole epoch."""
-        return math.ceil(self.batches_per_epoch / self._accumulation)
+        return math.ceil(self.batches_per_epoch / self.accumulation)
 
     @property
     def positions_per_step(self) -> int:
         """Positions computed in a step, including those without a target and padding."""
-        return self._padded_size * self._accumulation * self._sequences["token_ids"].shape[1]
+        return self._padded_size * self.accumulation * self._sequences["token_ids"].shape[1]
 
     @property
     def tokens(self) -> int:
@@ -95,7 +95,7 @@ class Batches(keras.utils.PyDataset):
         if self._order is None or self._order[0] != epoch:
             shuffled = None if self._seed is None else np.random.default_rng([self._seed, epoch])
             self._order = (epoch, np.arange(self._count) if shuffled is None else shuffled.permutation(self._count))
-        size = self.batch_size * self._accumulation
+        size = self.batch_size * self.accumulation
         return self._order[1][step * size : (step + 1) * size]
 
     def tokens_of(self, epoch: int, step: int) -> int:
@@ -113,8 +113,8 @@ class Batches(keras.utils.PyDataset):
 
     def _laid_out(self, values: np.ndarray) -> np.ndarray:
         length = values.shape[1]
-        group = np.zeros((self._accumulation, self._padded_size, length), values.dtype)
-        full = np.zeros((self._accumulation * self.batch_size, length), values.dtype)
+        group = np.zeros((self.accumulation, self._padded_size, length), values.dtype)
+        full = np.zeros((self.accumulation * self.batch_size, length), values.dtype)
         full[: len(values)] = values
-        group[:, : self.batch_size] = full.reshape(self._accumulation, self.batch_size, length)
-        return group[0] if self._accumulation == 1 else np.ascontiguousarray(group.swapaxes(0, 1))
+        group[:, : self.batch_size] = full.reshape(self.accumulation, self.batch_size, length)
+        return group[0] if self.accumulation == 1 else np.ascontiguousarray(group.swapaxes(0, 1))
