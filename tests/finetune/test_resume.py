@@ -188,7 +188,7 @@ def test_a_second_run_of_the_same_settings_waits_for_the_first_and_both_end_well
     ended = [process.communicate()[1] for process in runs]
     assert [process.returncode for process in runs] == [0, 0], ended
     assert (
-        sum("Another run of the same settings, data and code is going on; waiting for it." in err for err in ended) == 1
+        sum("Another run of the same settings, data and code is active; waiting for it." in err for err in ended) == 1
     )
     for name in WRITTEN:
         whole = (trial.folder / "whole" / name).read_bytes()
