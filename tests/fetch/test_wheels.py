@@ -62,6 +62,15 @@ def test_a_wheel_is_downloaded_once_and_then_taken_from_the_cache(index, tmp_pat
     assert names_in(tmp_path) == ["some-data-1.0.whl"]
 
 
+def test_folders_may_stand_among_the_addresses_of_indexes(index, tmp_path, monkeypatch):
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        folder.mkdir()
+    monkeypatch.setenv("PIP_EXTRA_INDEX_URL", " ".join(folder.as_uri() for folder in folders))
+    wheel = index.add("some-data", "1.0", {"a.bin": CONTENT})
+    assert sha256(download_wheel(wheel, tmp_path / "cache")) == wheel.sha256
+
+
 def test_only_the_version_asked_for_is_taken_even_if_there_is_a_newer_one(index, tmp_path):
     old = index.add("some-data", "1.0", {"a.bin": b"old"})
     index.add("some-data", "2.0", {"a.bin": b"new"})
