@@ -18,7 +18,7 @@ if not (3, 11) <= sys.version_info < (3, 14):
         + "). Run `make venv PYTHON=python3.11`, then `. .venv/bin/activate`."
     )
 try:
-    # What every command imports at once; stages.core.cli tells of the others.
+    # What every command imports at once; stages.core.cli reports the others.
     import click  # noqa: F401
     import pydantic  # noqa: F401
     import ruamel.yaml  # noqa: F401

@@ -320,7 +320,7 @@ def test_a_lost_kagglehub_cache_is_filled_again(kaggle, fetch_kaggle, tmp_path):
         (
             403,
             "t",
-            "Error: Kaggle answered 403 for {}: your account has not accepted the licence",
+            "Error: Kaggle answered 403 for {}: your account has not accepted the license",
             "Accept it at https://www.kaggle.com/models/keras/tiny and",
         ),
         (404, "t", "Error: Kaggle answered 404: it has no model {}.", "See https://www.kaggle.com/models/keras/tiny"),
@@ -372,7 +372,7 @@ def test_a_download_from_kaggle_that_goes_wrong_is_not_taken_for_whole(kaggle, f
     else:
         assert "keras/tiny/keras/tiny_gemma/3, or the transfer broke off. Received: " in first
         assert second.startswith(
-            "Check the network and run `python -m stages.fetch` again; it goes on where it broke off."
+            "Check the network and run `python -m stages.fetch` again; it resumes where it broke off."
         )
     assert not (tmp_path / "out" / MANIFEST).exists()
     kaggle.cut, kaggle.wrong_hash = None, False

@@ -1,4 +1,4 @@
-"""What lies in the cache folder that no run will use again: found by how long nothing has used it, and removed.
+"""Leftovers in the cache folder: found by how long nothing has used them, and removed.
 
 Purpose: checkpoints of runs that were stopped and never continued, half-written files of runs that were killed, plans
 and compiled programs of other settings or versions. Downloads are left alone: getting them again is dear.
@@ -31,18 +31,18 @@ class Leftover:
 
 
 def find(cache: Path, days: float) -> list[Leftover]:
-    """Return what can go, the largest first; checkpoints and locks of a run that goes on are never among it.
+    """Return what can be removed, largest first; never checkpoints or locks of an active run.
 
     Args:
         cache: the cache folder.
-        days: what was used within so many days stays, half-written checkpoints of ended runs excepted.
+        days: what was used within this many days is kept, except half-written checkpoints of ended runs.
     """
     found = []
     for name, kind in KINDS.items():
         for path in _entries(cache / name):
             half = path.name.startswith(".")
             found.append(_leftover(path, f"half-written {kind}" if half else kind))
-    # A half-written file of a run that goes on is younger than a day: it takes seconds.
+    # A half-written file of an active run is younger than a day: it takes seconds.
     found = [each for each in found if each.age >= (1 if each.kind.startswith("half") else days) * DAY]
     for path in _entries(cache / "checkpoints"):
         if path.name.endswith(".lock"):

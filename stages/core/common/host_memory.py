@@ -32,7 +32,7 @@ class Growth:
             self._before = _status("VmRSS")
 
     def bytes(self) -> int | None:
-        """Return the growth so far, or None where the system does not tell."""
+        """Return the growth so far, or None if the system does not report it."""
         if self._before is None:
             return None
         return max(0, _status("VmHWM") - self._before)

@@ -1,6 +1,6 @@
 """What a stage reads from outside the repository, made visible to DVC.
 
-Purpose: `dvc.yaml` cannot name a path that stands in `params.yaml` and may be null. So it names a fixed place for each,
+Purpose: `dvc.yaml` cannot name a path that is set in `params.yaml` and may be null. So it names a fixed place for each,
 `data/inputs/<stage>/<key>`: a link to the person's file or folder, or to `data/inputs/none`, which the stage that reads
 it puts there. DVC hashes what the link points at: an edit reruns the stage, and its run cache keeps the versions apart.
 Always a link, never a file: where git knows a file and finds a link, `dvc exp run` writes the file through the link,
@@ -24,7 +24,7 @@ def declare(paths: Paths, stage: str, key: str, target: Path | None) -> None:
     """Point the place of one input at what was read; a trial (`--out-root`) leaves the pipeline's own place alone.
 
     Args:
-        paths: where the repository lies.
+        paths: of the repository.
         stage: whose dependency it is.
         key: the input's name there.
         target: a file or folder; None for none. Within the repository the link is relative.

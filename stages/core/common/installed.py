@@ -1,6 +1,6 @@
 """The check that the installed packages are those that `requirements.txt` pins.
 
-Purpose: DVC ties a result to `requirements.txt`. A package that was upgraded beside it would make results that are
+Purpose: DVC ties a result to `requirements.txt`. A package upgraded without changing it would make results that are
 taken for those of the pinned one.
 Reads: `requirements.txt`, the installed packages' versions.
 """

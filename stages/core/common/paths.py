@@ -1,4 +1,4 @@
-"""Where every input and output of the pipeline lies.
+"""The path of every input and output of the pipeline.
 
 Purpose: the contract of `dvc.yaml` in one place, and `--out-root`: a trial writes below another folder and reads
 from there what an earlier trial left, else from the repository.
@@ -64,11 +64,11 @@ def cache_folder() -> Path:
 
 
 def lend_a_home() -> None:
-    """Have the cache folder stand in for a home folder where there is none, as for a container's user without a name.
+    """Use the cache folder as the home folder if there is none, as for a container's user without a name.
 
     For libraries that look for their settings in it and cannot do without.
     """
-    if os.path.expanduser("~") == "~":  # noqa: PTH111 (Path raises where this tells)
+    if os.path.expanduser("~") == "~":  # noqa: PTH111 (Path raises in this case)
         os.environ["HOME"] = str(cache_folder().absolute())
 
 
@@ -96,7 +96,7 @@ class Paths:
     out_root: Path
 
     def read(self, relative: str) -> Path:
-        """Return where an input lies: below `out_root` if it is there, else below `root`.
+        """Return an input's path: below `out_root` if it exists there, else below `root`.
 
         Raises:
             StageError: it is in neither; the message names the stage that makes it.

@@ -28,8 +28,8 @@ SHORTEST = 6  # characters of a secret; hiding shorter ones would tear words apa
 LONGEST = 200  # characters of another program's message that are shown
 SECRET_NAMES = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
 PROXIES = tuple(name for lower in ("http_proxy", "https_proxy", "all_proxy") for name in (lower, lower.upper()))
-# What is secret wherever it stands: what goes before an address' host; its query, which at storage servers is as good
-# as a password, also where a path stands alone; and what a header of a request authorizes with.
+# Secrets recognized by position: what precedes an address' host; its query, which at storage servers is as good as a
+# password, also after a path alone; and what a request's header authorizes with.
 _SECRET_PLACES = (
     (re.compile(r"(?<=//)[^/\s]*@"), f"{HIDDEN}@"),
     (re.compile(r"(\w://[^\s?'\"<>]*)\?[^\s'\"<>)]+"), rf"\1?{HIDDEN}"),
@@ -128,15 +128,15 @@ class _Filtered(TextIOBase):
             self._stream.flush()
 
     def isatty(self) -> bool:
-        """Tell what the stream tells."""
+        """Return what the stream returns."""
         return self._stream.isatty()
 
     def fileno(self) -> int:
-        """Tell what the stream tells."""
+        """Return what the stream returns."""
         return self._stream.fileno()
 
     def writable(self) -> bool:
-        """Tell that it can be written to."""
+        """Return that it can be written to."""
         return True
 
 
@@ -238,7 +238,7 @@ def _secrets() -> set[str]:
 
 
 def _is_path(value: str) -> bool:
-    """Return whether something lies at a path."""
+    """Return whether a path exists."""
     with contextlib.suppress(OSError, ValueError, RuntimeError):
         return bool(value) and Path(value).expanduser().exists()
     return False

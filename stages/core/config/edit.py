@@ -1,6 +1,6 @@
 """Changing values in `params.yaml`, in the form in which DVC itself writes it (`dvc exp run -S`); comments stay.
 
-Purpose: `python -m stages.profile`. ruamel.yaml reads the file with its comments and writes it anew, as DVC has it do.
+Purpose: `python -m stages.profile`. ruamel.yaml reads the file with its comments and rewrites it, as DVC does.
 Reads and writes nothing itself: from text to text.
 """
 

@@ -183,7 +183,7 @@ PROFILES: dict[str, Profile] = {
     ),
 }
 
-# What goes with data of the person's own, beside where they lie.
+# Settings for the user's own data, in addition to their paths.
 OWN_DATA = (
     "prepare.source",
     "prepare.data_dir",
@@ -264,7 +264,7 @@ def table(text: str, file_name: str) -> str:
 
 
 def summary(name: str, params: Params, changes: Sequence[Change], root: Path, *, dry_run: bool) -> str:
-    """Return what was done, and what the person has to bring."""
+    """Return what was done, and what the user has to provide."""
     if not changes:
         return f"params.yaml already has the settings of {name}."
     lines = [f"{len(changes)} settings {'would change' if dry_run else 'changed'} for {name}."]

@@ -59,7 +59,7 @@ class Source:
         return cache / "presets" / f"{self.repo.replace('/', '--')}-huggingface"
 
     def folder(self, cache: Path, commit: str) -> Path:
-        """Where the files of a commit lie."""
+        """The folder of a commit's files."""
         base = self.base(cache)
         return base.with_name(f"{base.name}-{commit}")
 
@@ -136,7 +136,7 @@ def hub_name() -> str:
 
 @functools.cache
 def import_hub() -> ModuleType:
-    """Import huggingface_hub so that it neither chats nor tells more than the request; it reads both when imported.
+    """Import huggingface_hub without progress messages and telemetry; it reads both settings when imported.
 
     Raises:
         StageError: a token would go where others can read it, or a setting of huggingface_hub's is malformed.
@@ -246,13 +246,13 @@ def _explain_status(error: Any, model: str, source: Source | None) -> str:
     found = credentials_source()
     if isinstance(error, GatedRepoError) and found is None:
         return (
-            f"{hub_name()} answered {status} for {model}: it wants an account that accepted the licence, and no token "
+            f"{hub_name()} answered {status} for {model}: it wants an account that accepted the license, and no token "
             f"was found.\nAccept it at {page}, make a token at {SITE}/settings/tokens, and set HF_TOKEN "
             "(or store it with `hf auth login`)."
         )
     if isinstance(error, GatedRepoError) and status != 401:
         return (
-            f"{hub_name()} answered {status} for {model}: your account has not accepted the licence, or the token may "
+            f"{hub_name()} answered {status} for {model}: your account has not accepted the license, or the token may "
             f"not read gated models.\nAccept it at {page}, and look at the token at {SITE}/settings/tokens."
         )
     if isinstance(error, RevisionNotFoundError):

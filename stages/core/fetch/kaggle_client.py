@@ -43,7 +43,7 @@ class KaggleRefused(StageError):
     """Kaggle answered with an HTTP status that is an error, and stayed with it."""
 
     def __init__(self, message: str, status: int) -> None:
-        """Keep the status beside the message."""
+        """Keep the status with the message."""
         super().__init__(message)
         self.status = status
 
@@ -62,7 +62,7 @@ class KaggleModel:
 
     @property
     def page(self) -> str:
-        """The model's page, where its licence is accepted."""
+        """The model's page, where its license is accepted."""
         return "https://www.kaggle.com/models/" + "/".join(self.handle.split("/")[:2])
 
     @property
@@ -147,7 +147,7 @@ class KaggleModel:
         self._answer(ask)
 
     def user(self) -> str | None:
-        """Return who one is logged in as; None where Kaggle does not tell or does not know the credentials."""
+        """Return the name of the account; None if Kaggle does not report it or does not know the credentials."""
         hub = import_kagglehub()
         if self.credentials.source is None:
             return None
@@ -228,14 +228,14 @@ class KaggleModel:
         first = f"Kaggle answered {status} for {self.handle}"
         if status in (401, 403) and self.credentials.source is None:
             return (
-                f"{first}: it wants an account that accepted the licence, and no credentials were found.\n"
+                f"{first}: it wants an account that accepted the license, and no credentials were found.\n"
                 f"Accept it at {self.page}, make an API token at {SETTINGS_PAGE}, and set KAGGLE_API_TOKEN."
             )
         if status == 401:
             return f"{first}: it does not accept the credentials of {self.credentials.source}.\n{NEW_TOKEN}"
         if status == 403:
             return (
-                f"{first}: your account has not accepted the licence (credentials: {self.credentials.source}).\n"
+                f"{first}: your account has not accepted the license (credentials: {self.credentials.source}).\n"
                 f"Accept it at {self.page} and run this again."
             )
         if status == 404:
@@ -245,13 +245,13 @@ class KaggleModel:
             )
         if status == 429:
             return f"{first}: too many requests.\nWait some minutes and run `python -m stages.fetch` again."
-        return f"{first}.\nRun `python -m stages.fetch` again later; it goes on where it broke off."
+        return f"{first}.\nRun `python -m stages.fetch` again later; it resumes where it broke off."
 
     def _unreachable(self, what: str, error: Exception) -> str:
         """Return two lines for a network that failed."""
         return (
             f"Kaggle could not be reached for {what}, or the transfer broke off. Received: {brief(error)}\n"
-            "Check the network and run `python -m stages.fetch` again; it goes on where it broke off."
+            "Check the network and run `python -m stages.fetch` again; it resumes where it broke off."
         )
 
 

@@ -1,8 +1,8 @@
 """Which Kaggle credentials will be used, and where they were found.
 
 Purpose: kagglehub looks in many places and says nothing about which it took. Here the same places are gone through in
-the same order, with kagglehub's own functions where it has them, so that what is told is what is used; credentials
-that cannot work are told before anything is asked.
+the same order, with kagglehub's own functions where it has them, so that what is reported is what is used;
+credentials that cannot work are reported before any request.
 Reads: the environment, `~/.kaggle`, `KAGGLE_CONFIG_DIR`, the terminal. Writes nothing: secrets stay in memory.
 """
 
@@ -87,7 +87,7 @@ def kaggle_credentials() -> Credentials:
         secrets = (value for value in (found.api_key, found.username, found.key) if value)
         return Credentials(source, notes, usable(source, *secrets))
     if (home / "kaggle.json").exists():
-        # Kaggle's own library falls back on this file where kagglehub does not; told to kagglehub, both agree.
+        # Kaggle's own library falls back on this file where kagglehub does not; passed on to kagglehub, both agree.
         credentials = _from_file(home / "kaggle.json", notes)
         config.set_kaggle_credentials(*credentials.secrets)
         return credentials
@@ -210,7 +210,7 @@ def _from_file(path: Path, notes: tuple[str, ...]) -> Credentials:
         raise StageError(f"{wanted} Received: {reason}\n{NEW_TOKEN}") from None
     values = [content.get(name) for name in ("username", "key")] if isinstance(content, dict) else [None]
     if not all(isinstance(value, str) and value for value in values):
-        # Not its keys: a key may stand where its name should.
+        # Not its keys: a key may be where its name should be.
         received = "no text for both" if isinstance(content, dict) else type(content).__name__
         raise StageError(f"{wanted} Received: {received}\n{NEW_TOKEN}")
     return Credentials(str(path), (*notes, *_open_to_others(path)), usable(str(path), *values))

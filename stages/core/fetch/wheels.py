@@ -32,7 +32,7 @@ ATTEMPTS = 4  # times a transfer that broke off is begun
 BLOCK = 1 << 20  # bytes copied at a time
 STALE_SECONDS = 24 * 3600  # a scratch folder this old was left by a killed run
 SCRATCH = ".download-"
-SAYS_FULL = "|".join(re.escape(os.strerror(number)) for number in FULL)  # as pip tells it
+SAYS_FULL = "|".join(re.escape(os.strerror(number)) for number in FULL)  # pip's words
 # How pip names an index that it could not or would not ask; the reason follows, the innermost after "Caused by".
 UNREACHABLE = r"(?:Could not fetch URL \S+: (?:.*\(Caused by )?|The repository located at )(.*?)\)?(?: - skipping|$)"
 GOT = r"Got\s+([0-9a-f]{64})"  # how pip reports the SHA-256 of a wheel that is not the pinned one
@@ -52,7 +52,7 @@ class Wheel:
         return folder / f"{self.name}-{self.version}.whl"
 
     def is_whole(self, folder: Path) -> bool:
-        """Return whether it lies below a folder, undamaged."""
+        """Return whether a folder has it, undamaged."""
         path = self.path(folder)
         return path.is_file() and path.stat().st_size == self.size and sha256(path) == self.sha256
 

@@ -70,7 +70,7 @@ def load(path: Path, base: str) -> dict[str, np.ndarray]:
     description = describe(path)
     if description["base"] != base:
         raise StageError(
-            f"Tuned weights go on the base they were trained on: {description['preset']} ({description['base'][:12]}). "
-            f"Received: base={base[:12]}. Run `dvc repro finetune` for this preset."
+            f"Tuned weights must be applied to the base they were trained on: {description['preset']} "
+            f"({description['base'][:12]}). Received: base={base[:12]}. Run `dvc repro finetune` for this preset."
         )
     return load_file(path)

@@ -47,7 +47,7 @@ _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{")
 
 @dataclass(frozen=True)
 class Array:
-    """An array in a type: bits an element, dimensions, and whether it lies in the device's main memory."""
+    """An array in a type: bits per element, dimensions, and whether it is in the device's main memory."""
 
     bits: int
     dimensions: tuple[int, ...]
@@ -170,7 +170,7 @@ def largest_buffers(text: str, count: int) -> list[dict[str, Any]]:
 
 
 def _begins(instruction: Instruction, chains: set[str]) -> bool:
-    """Whether a collective is not yet counted: a TPU's runs through several fusions, and stands in each of them."""
+    """Whether a collective is not yet counted: a TPU's runs through several fusions, and is listed in each of them."""
     found = re.search(r'chain_id="([^"]*)"', instruction.attributes)
     if found is None:
         return True
@@ -390,7 +390,7 @@ def _traffic(instruction: Instruction, computation: _Computation, computations: 
         return 0
     results = instruction.arrays
     if opcode != instruction.opcode:
-        # What begins an operation names its result beside its operand: copies first, all others second.
+        # What begins an operation names its result next to its operand: copies first, all others second.
         results = results[:1] if opcode == "copy" else results[1:2]
     written = sum(each.bytes for each in results if each.in_memory)
     read = [_read_bytes(name, computation) for name in instruction.operands]

@@ -1,6 +1,6 @@
 """Every public Gemma on the smallest of a few topologies that holds it, adapter and in full: the README's table.
 
-Purpose: `python -m stages.plan --presets README.md` writes it anew between its two marks. Like the search it goes over
+Purpose: `python -m stages.plan --presets README.md` rewrites it between its two marks. Like the search it goes over
 programs of two and four blocks, so each preset costs minutes, not an hour; answers are kept in the cache folder.
 """
 

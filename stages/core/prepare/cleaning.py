@@ -1,6 +1,6 @@
 """Reviews, or pairs of prompt and response, as they come and as they are used: cleaning, and counting what is left out.
 
-Purpose: nothing is dropped in silence, and no review stands in both the training and the held-out part. A pair is a
+Purpose: nothing is dropped in silence, and no review is in both the training and the held-out part. A pair is a
 review with a prompt: its text is the response.
 """
 

@@ -1,6 +1,6 @@
 """Reviews, or pairs of prompt and response, from a person's own files.
 
-Purpose: which columns are read, and one rule for what stands in them, whatever the format: a text stands as it is, a
+Purpose: which columns are read, and one rule for their values, whatever the format: a text is kept as it is, a
 number or a boolean becomes its text, null is empty, and anything else stops with file, row and column.
 Reads: the files that `prepare.train_file` or `prepare.validation_file` names.
 """
@@ -113,7 +113,7 @@ def template(setting: str, column: str) -> Template:
             f"Received: prepare.{setting}={shown(column)} ({error})"
         ) from error
     if all(name is None for _, name, _, _ in parsed):
-        # {{ and }} stand for braces that are in a column's name.
+        # {{ and }} are braces in a column's name.
         return Template((("", "".join(piece for piece, *_ in parsed)),))
     if any(name == "" or specification or conversion for _, name, specification, conversion in parsed):
         raise ParamsError(
@@ -290,7 +290,7 @@ def is_folder(path: Path) -> bool:
 
 
 def labels_of(texts: list[str | None]) -> list[Label]:
-    """Return labels as whole numbers if every one is such that fits 64 bits, else as they stand; None where blank.
+    """Return labels as whole numbers if every one is such that fits 64 bits, else unchanged; None where blank.
 
     A zero in front makes a number a word: 01 is not 1. A table of decimal numbers has whole ones as 1.0.
     """
@@ -302,7 +302,7 @@ def labels_of(texts: list[str | None]) -> list[Label]:
 
 
 def _check_columns(path: Path, table: Table, columns: Columns, templates: dict[str, Template]) -> None:
-    """Stop when a column is not there, and tell which are not used."""
+    """Stop when a column is missing, and log which are not used."""
     for setting, each in templates.items():
         for column in each.columns:
             if column not in table.columns:
@@ -325,7 +325,7 @@ def _check_columns(path: Path, table: Table, columns: Columns, templates: dict[s
 
 
 def _cell(value: Any, path: Path, place: str, column: str | None) -> str | None:
-    """Return what stands in a cell as text, None for null."""
+    """Return a cell's value as text, None for null."""
     if value is None:
         return None
     where = f"in {place} of {shown(path)}" + ("" if column is None else f", column {shown(column, 40)}")

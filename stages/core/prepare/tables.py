@@ -1,4 +1,4 @@
-"""Rows of a file, as they stand: CSV and TSV, JSON Lines, a JSON array, Parquet, or text with one row a line.
+"""Rows of a file, unchanged: CSV and TSV, JSON Lines, a JSON array, Parquet, or text with one row a line.
 
 Purpose: one rule for all formats. A value is a text, None, or what only some formats have (a boolean, a list, an
 object); a number is its text as the file spells it. Nothing is guessed or repaired: what is malformed stops with its
@@ -199,7 +199,7 @@ def _rows(
         else:
             raise ParamsError(
                 f"{shown(path)} must have {len(header)} fields in every row, as in its header; a field that holds a "
-                f"delimiter, a quote or a line end stands in double quotes. Received: {len(fields)} fields in {place}"
+                f"delimiter, a quote or a line end is in double quotes. Received: {len(fields)} fields in {place}"
             )
 
 
@@ -237,7 +237,7 @@ def _header_end(text: str, delimiter: str) -> str:
             last = match[0]
             yield last
 
-    # What is malformed is told when the records are read.
+    # Malformed records are reported when they are read.
     with contextlib.suppress(csv.Error):
         next((fields for fields in csv.reader(lines(), delimiter=delimiter, strict=True) if fields), None)
     return "\r" if last.endswith("\r") else "\n"

@@ -88,7 +88,7 @@ def parse_object(content: bytes, what: str) -> dict[str, Any]:
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(content := dict(pairs)) != len(pairs):
-            raise ValueError("a key stands there twice")
+            raise ValueError("a key is there twice")
         return content
 
     def refuse(constant: str) -> None:
@@ -104,10 +104,10 @@ def parse_object(content: bytes, what: str) -> dict[str, Any]:
 
 
 def refuse_pointer(path: Path) -> None:
-    """Refuse a file that only says where its content lies, or that cannot be read.
+    """Refuse a file that is only a pointer to its content, or that cannot be read.
 
     Raises:
-        StageError: tells how to bring the content.
+        StageError: says how to download the content.
     """
     try:
         with path.open("rb") as stream:

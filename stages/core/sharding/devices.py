@@ -151,7 +151,7 @@ def _remedy(platform: str, reason: str) -> str:
     """Return what makes JAX use an accelerator that is there, in a sentence."""
     # Both of JAX's ways to say it: "Unknown backend cuda", "'cuda' is not in the list of known backends".
     if platform == "gpu" and "known backend" in reason:
-        return f'`pip install "jax[cuda12]=={version("jax")}"` brings what JAX lacks.'
+        return f'`pip install "jax[cuda12]=={version("jax")}"` installs what JAX lacks.'
     return "End what else may use it, and see that its driver and library are installed."
 
 

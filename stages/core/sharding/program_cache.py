@@ -36,7 +36,7 @@ class ProgramCache(CacheInterface):
             try:
                 return read_kept(self._path / f"{key}{SUFFIX}")
             except ValueError:
-                logger.warning("a compiled program in the cache folder is damaged; it is compiled anew.")
+                logger.warning("a compiled program in the cache folder is damaged and is compiled again.")
         return None
 
     def put(self, key: str, value: bytes) -> None:
