@@ -1,6 +1,6 @@
 """Measuring a model on whole held-out sequences, each from its own BOS.
 
-Purpose: a figure that depends on the model and the text alone. Sequences are padded to a few lengths (buckets) and
+Purpose: a metric that depends on the model and the text alone. Sequences are padded to a few lengths (buckets) and
 batched by length; neither these, nor the mesh, nor how training sequences are cut and packed changes it beyond float32
 rounding.
 """
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 MOST_BUCKETS = 4
 MULTIPLE = 64
 
-# From batches of one length to each target's loss (nats) and whether it was the likeliest token: (sequences, length).
+# From batches of one length to each target's loss (nats) and whether it was the most likely token: (sequences, length).
 Model = Callable[["Batches"], tuple[np.ndarray, np.ndarray]]
 
 
@@ -76,7 +76,7 @@ def measure(model: Model, sequences: HeldOut, mesh: MeshShape, *, max_length: in
             mesh,
         )
         loss, correct = model(batches)
-        # As many as came back: what is missing then is noticed below.
+        # As many as were returned: missing ones are noticed below.
         weights = weights[: len(loss)]
         loss = np.where(weights, loss[: len(rows)], 0.0)
         for name, values in (("targets", weights), ("loss", loss), ("correct", weights & correct[: len(rows)])):

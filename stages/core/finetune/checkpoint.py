@@ -61,8 +61,6 @@ class Store:
         """Wait until no other run of the same fingerprint is active, and block such runs until `clear` or the end.
 
         The system drops the lock of a process that ends, however it ends.
-
-        Args:
         """
         with optional("two runs of these settings at once may disturb each other's checkpoints"):
             self.folder.parent.mkdir(parents=True, exist_ok=True)

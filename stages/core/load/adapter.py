@@ -1,6 +1,6 @@
 """The tuned weights on disk: an adapter (or, with rank 0, all weights) as safetensors keyed by weight path.
 
-Purpose: one file that says itself what it belongs to; loading it on another base is refused.
+Purpose: one self-describing file; loading it on another base is refused.
 """
 
 from __future__ import annotations

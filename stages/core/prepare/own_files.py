@@ -1,4 +1,4 @@
-"""Reviews, or pairs of prompt and response, from a person's own files.
+"""Reviews, or pairs of prompt and response, from the user's own files.
 
 Purpose: which columns are read, and one rule for their values, whatever the format: a text is kept as it is, a
 number or a boolean becomes its text, null is empty, and anything else stops with file, row and column.
@@ -46,7 +46,7 @@ class Template(NamedTuple):
         return [column for _, column in self.pieces if column is not None]
 
     def fill(self, values: dict[str, str | None]) -> str | None:
-        """Return the text, None if all its columns are blank; white space that a blank one leaves at the ends goes."""
+        """Return the text, None if all its columns are blank; a blank column leaves no white space at the ends."""
         if len(self.pieces) == 1 and not self.pieces[0][0]:
             return values[self.columns[0]]
         found = [values[column] or "" for column in self.columns]
@@ -84,7 +84,7 @@ class Columns(NamedTuple):
         return {setting: column for setting, column in named.items() if column is not None}
 
     def received(self, setting: str) -> tuple[str, str]:
-        """Return the setting that a person wrote for this one, and it with its value, for a message."""
+        """Return the setting behind this one, and it with its value, for a message."""
         if self.format != "columns" and setting != "label_column":
             return "prepare.format", f"prepare.format={self.format}, which needs {shown(self.settings[setting])}"
         return f"prepare.{setting}", f"prepare.{setting}={shown(self.settings[setting])}"
@@ -148,8 +148,7 @@ def file_reviews(paths: Sequence[Path], setting: str, columns: Columns) -> list[
 
     Args:
         paths: the files; a suffix names the format, see `stages.core.prepare.tables`. A folder has folders `pos` and
-        `neg`
-            (or one of them) with a text in each file, as the Large Movie Review Dataset has; the label is 1 or 0.
+            `neg` (or one of them) with one text per file, as the Large Movie Review Dataset has; the label is 1 or 0.
         setting: the settings key that named them, for messages.
         columns: what is read; a .txt file has only texts.
 
@@ -174,7 +173,7 @@ class Cells(NamedTuple):
     """What a row has, None for what it does not.
 
     Of a conversation, prompt and text are the last exchange, and `earlier` the turns before it; `other`: it is one in
-    which prompts and responses do not take turns.
+    which prompts and responses do not alternate.
     """
 
     text: str | None

@@ -21,7 +21,7 @@ MOST_DOTS = 60
 MOST_DRAWN = 16
 # A thinner piece of a bar (percent) cannot be seen at all, and LoRA often is; the table next to it has the number.
 THINNEST = 0.4
-# So many lines have colours and dashes of their own; more begin again.
+# Lines with distinct colours and dashes; more lines reuse them.
 SERIES = 8
 
 Point = tuple[float, float]
@@ -236,7 +236,7 @@ def line_chart(
         title: what is measured.
         unit: its unit, shown next to the title.
         steps: the x values, ascending; as many as `values`.
-        values: one value a step; where one is not finite the line is broken.
+        values: one value per step; where one is not finite the line is broken.
         validation: (step, value) pairs drawn as dots joined by a line.
         breaks: steps at which a new epoch begins.
         from_zero: whether the y axis begins at zero.
