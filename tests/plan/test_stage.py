@@ -33,6 +33,20 @@ def test_an_unknown_preset_is_told_with_the_nearest(devices):
     assert catalog.architecture("gemma_7b_en").class_name == "GemmaBackbone"
 
 
+def test_a_target_may_name_layers_of_its_own_for_the_adapter(devices):
+    from stages.core.plan import targets
+
+    params = read_params(ROOT / "params.yaml")
+    own, other = (
+        targets.compile_request_of(params, PlanTarget(topology="cpu:8", lora_targets=named))[1].step
+        for named in (None, ["query", "value"])
+    )
+    assert (own.settings.targets, other.settings.targets) == (params.finetune.targets, ["query", "value"])
+    keys = [targets.run_key("gemma3_270m", step) for step in (own, other)]
+    assert [key.lora_targets for key in keys] == [params.finetune.targets, ["query", "value"]]
+    assert not keys[0].matches(keys[1]), "a plan with other layers is no plan of this run"
+
+
 def test_the_stage_writes_metrics_search_and_scaling_the_same_each_time(presets, tmp_path):
     (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
     overrides = [
