@@ -160,6 +160,6 @@ def fail(error: StageError, verbose: bool) -> None:
     """Show a person's mistake and exit with its code."""
     if verbose:
         traceback.print_exception(error)
-    prefix = "Wrong setting" if isinstance(error, ParamsError) else "Error"
+    prefix = "Invalid setting" if isinstance(error, ParamsError) else "Error"
     click.echo(f"{prefix}: {error}", err=True)
     sys.exit(error.exit_code)

@@ -56,7 +56,7 @@ def test_a_wrong_setting_ends_with_exit_code_2_before_anything_heavy(stage: str)
     assert imported_by(stage, *arguments) == (2, set())
     result = run("-m", f"stages.{stage}", *arguments)
     assert result.stderr.strip() == (
-        "Wrong setting: --set: finetune.rank must be a valid integer. Received: finetune.rank='four'"
+        "Invalid setting: --set: finetune.rank must be a valid integer. Received: finetune.rank='four'"
     )
 
 

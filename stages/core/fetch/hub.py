@@ -233,7 +233,7 @@ def explain(error: BaseException, model: str, source: Source | None) -> str:
     if isinstance(error, OSError) and error.errno in UNWRITTEN:
         return explain_unwritten(error, f"{model}'s folder")
     return (
-        f"{model} could not be had from {hub_name()}. Received: {brief(error)}\n"
+        f"{model} could not be downloaded from {hub_name()}. Received: {brief(error)}\n"
         "Check the network and run this again; files that are here whole are not downloaded again."
     )
 

@@ -195,10 +195,10 @@ class KaggleModel:
                 corrupt += 1
                 if corrupt == 2:
                     raise StageError(
-                        f"{what} came twice with another MD5 than Kaggle gives for it. Received: {brief(error)}\n"
+                        f"{what} failed its MD5 check twice. Received: {brief(error)}\n"
                         "Nothing of it was kept. See whether a proxy alters downloads, and run this again later."
                     ) from error
-                logger.info(f"{what} came with another MD5 than Kaggle gives for it; downloading it again.")
+                logger.info(f"{what} failed its MD5 check; downloading it again.")
             except (requests.RequestException, ConnectionError) as error:
                 if (has := self._bytes(name)) > had:
                     broken, had = iter(BROKEN_WAITS), has

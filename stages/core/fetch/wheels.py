@@ -217,7 +217,7 @@ def _explain(output: str, wheel: Wheel, *, stable: bool) -> str:
             "Nothing was kept. The package index or a proxy hands out another file (`python -m pip config list`)."
         )
     if "Downloading " in output:
-        reason = "other bytes each time" if re.search(GOT, output) else _last_error(output)
+        reason = "a different SHA-256 on each attempt" if re.search(GOT, output) else _last_error(output)
         return (
             f"The download of {wanted} broke off {ATTEMPTS} times. Received: {reason}\n"
             "Check the network and run this again; packages that are here whole are not downloaded again."

@@ -53,7 +53,7 @@ class CausalModel(keras.Model):
         self._projections = projections
         self._rematerialize = rematerialize
         self._dropout, self._seed = dropout, seed
-        # What a step drops follows from its number alone, so that a run that goes on drops what it would have.
+        # Dropout depends only on (seed, step, layer), so a resumed run drops the same values.
         self.dropout_step = None
         if dropout:
             self.dropout_step = self.add_weight(
@@ -66,7 +66,7 @@ class CausalModel(keras.Model):
         self.built = True
 
     def call(self, inputs: Mapping[str, jax.Array], training: bool = False) -> dict[str, jax.Array]:
-        """Return each token's loss in nats and whether its target was the likeliest word."""
+        """Return each token's loss in nats and whether its target was the most likely token."""
         embedding = self.backbone.token_embedding
         table = embedding._embeddings.value
         embedded = cross_entropy.embed(table, inputs["token_ids"], self._plan, embedding.compute_dtype)
@@ -163,7 +163,7 @@ class CausalModel(keras.Model):
         return measured
 
     def token_losses(self, batches: keras.utils.PyDataset, verbose: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """Return the loss of each token, and whether its target was the likeliest word, by Keras' `predict`.
+        """Return the loss of each token, and whether its target was the most likely token, by Keras' `predict`.
 
         Args:
             batches: sequences of one length.

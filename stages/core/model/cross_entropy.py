@@ -114,7 +114,7 @@ def embed(table: jax.Array, token_ids: jax.Array, plan: HeadPlan, dtype: Any = N
 def token_losses(
     hidden: jax.Array, table: jax.Array, target_ids: jax.Array, plan: HeadPlan
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the loss of each token, and whether the target was the likeliest word.
+    """Return the loss of each token, and whether the target was the most likely token.
 
     Args:
         hidden: (batch, length, hidden), the final normalised hidden states.

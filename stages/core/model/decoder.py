@@ -196,7 +196,7 @@ def _attention(
     if getattr(attention, "use_query_key_norm", False):
         query = _norm(attention.query_norm, query)
         key = _norm(attention.key_norm, key)
-    # Held once more, so that the backward pass finds the whole keys; XLA would gather them again for it.
+    # Constrain again after RoPE so that the backward pass reuses the gathered keys; XLA would gather them again.
     query = run.constrain(run.rotary(attention.rope_layer, query), "query")
     key = run.constrain(run.rotary(attention.rope_layer, key), "key")
     if cache is not None:

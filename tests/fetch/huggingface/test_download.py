@@ -192,7 +192,7 @@ def test_what_the_hub_refuses_is_said_in_two_lines(hub, fetch, tmp_path, token, 
 def test_without_a_network_and_when_it_is_forbidden_it_is_said_so(fetch):
     run = fetch(HF_ENDPOINT="http://127.0.0.1:9")
     assert run.returncode == 1
-    assert run.stderr.startswith(f"Error: {REPO} could not be had from Hugging Face. Received: ")
+    assert run.stderr.startswith(f"Error: {REPO} could not be downloaded from Hugging Face. Received: ")
     assert len(run.stderr.splitlines()) == 2
     run = fetch(HF_HUB_OFFLINE="1")
     assert run.returncode == 1
