@@ -42,15 +42,15 @@ def main(run: Run, profile: Path | None) -> None:
     from stages.core.finetune.curve import write_curve, write_samples
     from stages.core.finetune.optimizer import optimizer_placements
     from stages.core.plan.run_check import run_of, warn_before_running
-    from stages.core.tokenize.store import read_windows
+    from stages.core.tokenize.store import read_sequences
 
-    windows = {split: read_windows(run.paths, split) for split in ("train", "validation")}
-    warn_before_running(run.paths.root, run_of(description, settings, windows["train"]["token_ids"].shape[1]))
-    prompting.warn_of_another_format(tokenizer, windows["train"], turns=turns)
+    sequences = {split: read_sequences(run.paths, split) for split in ("train", "validation")}
+    warn_before_running(run.paths.root, run_of(description, settings, sequences["train"]["token_ids"].shape[1]))
+    prompting.warn_of_another_format(tokenizer, sequences["train"], turns=turns)
     store = trainer.checkpoints(run.paths, description, model.platform, settings)
     result = trainer.fit(
         model,
-        windows,
+        sequences,
         settings,
         store=store,
         tokenizer=tokenizer,

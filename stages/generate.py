@@ -8,12 +8,9 @@ Command: `python -m stages.generate --variant tuned`
 from __future__ import annotations
 
 import json
-import logging
 import time
 
-from stages.core.cli import Run, click, stage
-
-logger = logging.getLogger(__name__)
+from stages.core.cli import Run, click, logger, stage
 
 
 @stage

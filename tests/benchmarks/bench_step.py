@@ -215,7 +215,7 @@ def serve(side: str, batch: int) -> None:
 
 
 @click.command()
-@click.option("--batch", default=2, help="Windows a step.")
+@click.option("--batch", default=2, help="Sequences per step.")
 @click.option("--rounds", default=5, help="Turns of each side.")
 @click.option("--side", "only", multiple=True, type=click.Choice(SIDES), help="Measure these sides only.")
 @click.option("--peft-python", default=sys.executable, help="The Python that has torch, transformers and peft.")

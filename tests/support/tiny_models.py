@@ -61,8 +61,8 @@ def load_tiny(
     return model
 
 
-def windows(count: int, length: int = 32, vocabulary: int = 512, seed: int = 0) -> dict[str, np.ndarray]:
-    """Random windows with two packed segments each and some weights zero."""
+def sequences(count: int, length: int = 32, vocabulary: int = 512, seed: int = 0) -> dict[str, np.ndarray]:
+    """Random sequences with two packed segments each and some weights zero."""
     generator = np.random.default_rng(seed)
     ids = generator.integers(4, vocabulary, (count, length)).astype(np.int32)
     ids[:, 0] = ids[:, length // 2] = 2

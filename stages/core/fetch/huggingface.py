@@ -197,7 +197,7 @@ def _record(source: Source, cache: Path, commit: str) -> Path:
 
 
 def _recorded(source: Source, cache: Path, commit: str) -> dict[str, Any] | None:
-    """Return format, licence and files as they came, or None if that is not known."""
+    """Return format, license and files as they came, or None if that is not known."""
     try:
         content = read_json(_record(source, cache, commit))
         files = tuple(PresetFile(**file) for file in content["files"])
@@ -248,7 +248,7 @@ def _restore(source: Source, preset: str, cache: Path) -> Manifest:
 
 
 def _information(api: HfApi, source: Source, cache: Path) -> ModelInfo:
-    """Ask the Hub what it has at the revision: commit, files with sizes and hashes, licence, gate."""
+    """Ask the Hub what it has at the revision: commit, files with sizes and hashes, license, gate."""
     revision = _commit(source, cache) or source.revision
     return asked(lambda: api.model_info(source.repo, revision=revision, files_metadata=True))
 

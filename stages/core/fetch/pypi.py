@@ -72,7 +72,7 @@ def fetch_packed(packed: Packed, preset: str, cache: Path) -> Manifest:
         cache: the cache folder.
 
     Raises:
-        StageError: no room, the cache folder cannot be written to, or the packages cannot be had.
+        StageError: no room, the cache folder cannot be written to, or the packages cannot be downloaded.
     """
     folder = cache / packed.folder
     files = tuple(sorted((packed.terms, packed.notice, packed.weights), key=lambda file: file.name))

@@ -24,7 +24,7 @@ from stages.core.model.causal_lm import CausalModel
 class SamplerSettings:
     """How the next token is chosen; hashable, since the loop is compiled for it.
 
-    `temperature` 0.0 takes the likeliest; `top_k` None samples among all. Each of `stop_ids` ends a text. `pieces` is
+    `temperature` 0.0 is greedy; `top_k` None samples from all. Each of `stop_ids` ends a text. `pieces` is
     the size of the vocabulary: rows of the table beyond it stand for no text and are never chosen.
     """
 

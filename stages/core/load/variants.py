@@ -169,7 +169,7 @@ def check_placed(model: LoadedModel) -> None:
     """Compare what the devices really hold with the layout, weight by weight.
 
     Raises:
-        RuntimeError: they differ, which would be a fault of ours: the report must not say what is not so.
+        RuntimeError: internal error: actual and planned sharding differ.
     """
     by_path = {placement.weight.path: placement for placement in model.placements}
     for variable in model.backbone.weights:

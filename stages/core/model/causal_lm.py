@@ -58,7 +58,7 @@ class CausalModel(keras.Model):
         self.projections = projections
         self._rematerialize = rematerialize
         self._dropout, self._seed = dropout, seed
-        # What a step drops follows from its number alone, so that a run that goes on drops what it would have.
+        # Dropout depends only on (seed, step, layer), so a resumed run drops the same values.
         self.dropout_step = None
         if dropout:
             self.dropout_step = self.add_weight(
@@ -71,7 +71,7 @@ class CausalModel(keras.Model):
         self.built = True
 
     def call(self, inputs: Mapping[str, jax.Array], training: bool = False) -> dict[str, jax.Array]:
-        """Return each token's loss in nats and whether its target was the likeliest word."""
+        """Return each token's loss in nats and whether its target was the most likely token."""
         embedding = self.backbone.token_embedding
         table = self.table.value
         embedded = tied_table.embed(table, inputs["token_ids"], self.head_plan, embedding.compute_dtype)
@@ -141,15 +141,15 @@ class CausalModel(keras.Model):
         """Return the means since the epoch began (as Keras shows) and this batch's own, and its tokens."""
         weights = x["weights"]
         correct = y_pred["correct"].astype("float32")
-        learnt = (weights > 0).astype("int32")
+        trained_on = (weights > 0).astype("int32")
         self._token_loss.update_state(y_pred["loss"], weights)
         self._token_accuracy.update_state(correct, weights)
-        self._token_count.update_state(learnt)
+        self._token_count.update_state(trained_on)
         return {
             **self.get_metrics_result(),
             "batch_loss": jnp.sum(y_pred["loss"] * weights) / _total(x),
             "batch_accuracy": jnp.sum(correct * weights) / _total(x),
-            "batch_tokens": jnp.sum(learnt),
+            "batch_tokens": jnp.sum(trained_on),
         }
 
     def measure(self, batches: keras.utils.PyDataset, tokens: int, verbose: int = 0) -> dict[str, float]:
@@ -173,7 +173,7 @@ class CausalModel(keras.Model):
         return measured
 
     def token_losses(self, batches: keras.utils.PyDataset, verbose: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """Return the loss of each token, and whether its target was the likeliest word, by Keras' `predict`.
+        """Return the loss of each token, and whether its target was the most likely token, by Keras' `predict`.
 
         Args:
             batches: sequences of one length.

@@ -30,7 +30,7 @@ from stages.core.model.tied_table import HeadPlan, cap, cap_slope, first_row, lo
 def token_losses(
     hidden: jax.Array, table: jax.Array, target_ids: jax.Array, plan: HeadPlan
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the loss of each token, and whether the target was the likeliest word.
+    """Return the loss of each token, and whether the target was the most likely token.
 
     Args:
         hidden: (batch, length, hidden), the final normalised hidden states.

