@@ -130,7 +130,7 @@ def architecture(preset: str, cache: Path) -> Architecture:
     source = source_of(preset)
     commit = _commit(source, cache)
     if commit is None or not _has_configuration(source, cache, commit):
-        with one_at_a_time(source.base(cache), lambda text: None), explained(source):
+        with one_at_a_time(source.base(cache)), explained(source):
             info = _information(hub_client(), source, cache)
             commit = str(info.sha)
             folder = source.folder(cache, commit)
