@@ -78,7 +78,7 @@ def _bar(sizes: Mapping[str, int | None], needed: int | None, memory: int) -> li
 
 
 def _beside_measured(target: Target, measured: Mapping[str, Any]) -> list[str]:
-    """Return the planned figures of this very run beside those it measured."""
+    """Return the planned figures of this run with the measured ones."""
     found = []
     if target.argument_bytes_per_device and (held := measured.get("state_bytes_per_device")):
         planned = target.argument_bytes_per_device - target.batch_bytes_per_device
