@@ -25,7 +25,7 @@ HEALTH = {
     "name": "Health AI Developer Foundations Terms of Use",
     "url": "https://developers.google.com/health-ai-developer-foundations/terms",
 }
-# Terms that could not be read: only their address is known.
+# What is known where the terms could not be read: where they stand.
 CELL2SENTENCE = {"name": "terms on the model's page", "url": "https://www.kaggle.com/models/keras/cell2sentence"}
 
 
@@ -133,7 +133,7 @@ def registered(preset: str, asked_by: str) -> Registered:
         asked_by: the option or setting that named it, for the message.
 
     Raises:
-        ParamsError: not a text Gemma of the registry; gives the reason, or the nearest names.
+        ParamsError: not a text Gemma of the registry; tells why not, or the nearest names.
     """
     name = name_of(preset)
     if name in REGISTRY:

@@ -1,7 +1,7 @@
 """The preset manifest: which files a preset consists of, where they lie, and the check that they are unaltered.
 
 Purpose: the weights stay outside DVC, in the cache folder or the person's own; the manifest pins them by size and
-SHA-256, so every stage that reads them can verify them.
+SHA-256, so every stage that reads them knows they are those it was told of.
 Reads and writes: `models/preset/manifest.json`; reads the files it names.
 """
 
@@ -136,7 +136,7 @@ def _fetch_public(manifest: Manifest, root: Path) -> None:
 
 
 def preset_folder(source: str, folder: str, root: Path) -> Path:
-    """Return a manifest's folder on this machine."""
+    """Return where a manifest's folder lies on this machine."""
     return root / Path(folder).expanduser() if source == "path" else cache_folder() / folder
 
 
