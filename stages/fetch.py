@@ -23,6 +23,7 @@ from stages.core.common.paths import MANIFEST, cache_folder
 def main(run: Run, check: bool) -> None:
     """Fetch the preset named in params.yaml, or restore its files, and write its manifest."""
     from stages.core.common import inputs
+    from stages.core.common.sizes import megabytes
     from stages.core.fetch.check import obstacle, show
     from stages.core.presets.manifest import write_manifest
 
@@ -65,7 +66,7 @@ def main(run: Run, check: bool) -> None:
     write_manifest(run.paths.write(MANIFEST), manifest)
     size = sum(file.size for file in manifest.files)
     logger.info(
-        f"{manifest.preset}: {len(manifest.files)} files, {size / 1e6:,.0f} MB. "
+        f"{manifest.preset}: {len(manifest.files)} files, {megabytes(size)}. "
         f"The weights come under the {manifest.licence['name']} ({manifest.licence['url']})."
     )
 

@@ -28,14 +28,14 @@ def main(run: Run, profile: Path | None) -> None:
     from stages.core.finetune import trainer
     from stages.core.generate import prompting
     from stages.core.load import adapter, variants
-    from stages.core.presets.tokenizer import load_tokenizer
+    from stages.core.presets.formats import format_of
     from stages.core.sharding import table
     from stages.core.sharding.layout import Fallback
 
     began = time.perf_counter()
     settings, turns = run.params.finetune, run.params.generate.turns
     preset = variants.open_preset(run.paths)
-    tokenizer = load_tokenizer(preset.folder, preset.manifest.format)
+    tokenizer = format_of(preset.manifest.format).load_tokenizer(preset.folder)
     description = {**variants.read_description(run.paths, "baseline"), "variant": "tuned", "tuned": None}
     model = trainer.load_trainable(preset, description, settings)
     # Keras chooses its backend when it is first imported, so what builds on it comes after the devices are set up.

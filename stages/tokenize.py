@@ -15,8 +15,9 @@ from stages.core.common.paths import HELD_OUT, MANIFEST, REVIEWS, TOKENS
 def main(run: Run) -> None:
     """Tokenize reviews into sequences: packed, or one truncated sequence per review."""
     from stages.core.fetch.catalog import is_base
+    from stages.core.presets.formats import format_of
     from stages.core.presets.manifest import read_manifest, verified_folder
-    from stages.core.presets.tokenizer import holds_vocabulary, load_tokenizer
+    from stages.core.presets.tokenizer import holds_vocabulary
     from stages.core.tokenize.sequences import holds_pairs, lay_out
     from stages.core.tokenize.store import write_sequences
 
@@ -25,7 +26,8 @@ def main(run: Run) -> None:
     manifest = read_manifest(run.paths.read(MANIFEST))
     # Only the vocabulary: a large preset's weights need not be hashed to split text.
     vocabulary = [file.name for file in manifest.files if holds_vocabulary(file.name)]
-    tokenizer = load_tokenizer(verified_folder(manifest, run.paths.root, only=vocabulary), manifest.format)
+    folder = verified_folder(manifest, run.paths.root, only=vocabulary)
+    tokenizer = format_of(manifest.format).load_tokenizer(folder)
     metrics: dict[str, object] = {}
     if holds_pairs(sources["train"]) and manifest.source != "path" and is_base(manifest.preset):
         logger.warning(

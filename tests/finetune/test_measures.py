@@ -18,7 +18,7 @@ from tests.support.tiny_runs import data, settings, train
 def measured(presets, tmp_path_factory):
     """A run of six steps with everything on, its metrics and the folder of its profile."""
     from stages.core.finetune.checkpoint import Store
-    from stages.core.presets.tokenizer import load_tokenizer
+    from stages.core.presets.formats import format_of
 
     folder = tmp_path_factory.mktemp("profile")
     wanted = settings(
@@ -30,7 +30,7 @@ def measured(presets, tmp_path_factory):
             presets["gemma3"],
             wanted,
             store=Store("measured", 2),
-            tokenizer=load_tokenizer(presets["gemma3"], "keras"),
+            tokenizer=format_of("keras").load_tokenizer(presets["gemma3"]),
             profile=folder,
             load_seconds=1.5,
         )

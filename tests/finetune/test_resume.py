@@ -22,7 +22,7 @@ from stages.core.common.errors import StageError
 from stages.core.finetune.checkpoint import Store
 from stages.core.finetune.fingerprint import ENTRY, fingerprint_of, record, with_program
 from stages.core.finetune.signals import Interruption, Stopped
-from tests.support.repository import ROOT
+from tests.support.repository import QUICK, ROOT
 from tests.support.tiny_presets import tiny_reviews
 
 # Everything that a checkpoint has to carry: dropout, schedule, groups of batches, the best weights,
@@ -52,7 +52,7 @@ class Trial:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.cache = folder / "cache"
-        self.environment = {**os.environ, "PYTHONPATH": str(ROOT), "GEMMA_TUNING_CACHE": str(self.cache)}
+        self.environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{QUICK}", "GEMMA_TUNING_CACHE": str(self.cache)}
 
     def start(self, stage: str, *arguments: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", f"stages.{stage}", *arguments]
@@ -356,7 +356,7 @@ def test_a_run_whose_code_changed_says_that_it_starts_over(tmp_path: Path, logge
 def test_a_killed_run_starts_over_when_the_training_code_changed_and_goes_on_when_a_help_text_did(trial: Trial):
     stages = trial.folder / "code" / "stages"
     shutil.copytree(ROOT / "stages", stages, ignore=shutil.ignore_patterns("__pycache__"))
-    environment = {**trial.environment, "PYTHONPATH": str(stages.parent)}
+    environment = {**trial.environment, "PYTHONPATH": f"{stages.parent}:{QUICK}"}
     killed = Trial(trial.folder)
     killed.environment = environment
     for number in (signal.SIGKILL, signal.SIGKILL):

@@ -140,14 +140,14 @@ def test_weights_that_are_not_finite_are_never_kept(presets, tmp_path, monkeypat
 
 def test_a_sample_that_fails_is_told_in_one_line_and_the_run_goes_on(presets, monkeypatch, logged):
     from stages.core.generate import sampling
-    from stages.core.presets.tokenizer import load_tokenizer
+    from stages.core.presets.formats import format_of
 
     def fail(*_: object) -> None:
         raise IndexError("a row\nwithout a piece")
 
     monkeypatch.setattr(sampling.Sampler, "__call__", fail)
     wanted = settings(batch_size=2, steps=4, sample_every=2, sample_prompt="This movie was", sample_tokens=5)
-    tokenizer = load_tokenizer(presets["gemma"], "keras")
+    tokenizer = format_of("keras").load_tokenizer(presets["gemma"])
     result, _ = train(presets["gemma"], wanted, tokenizer=tokenizer)
     assert [row["step"] for row in result.history.rows][-1] == 4
     assert [each["text"] for each in result.history.samples] == ["", ""]

@@ -71,9 +71,9 @@ def test_early_stopping_gives_the_weights_of_the_lowest_held_out_loss(presets, l
 
 
 def test_samples_are_taken_on_the_way_and_change_nothing(presets, plain):
-    from stages.core.presets.tokenizer import load_tokenizer
+    from stages.core.presets.formats import format_of
 
-    tokenizer = load_tokenizer(presets["gemma3"], "keras")
+    tokenizer = format_of("keras").load_tokenizer(presets["gemma3"])
     wanted = settings(batch_size=2, sample_every=2, sample_prompt="This movie was", sample_tokens=5)
     result, weights = train(presets["gemma3"], wanted, tokenizer=tokenizer)
     assert distance(weights, plain[1]) == 0.0

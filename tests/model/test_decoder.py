@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.support.repository import FAMILIES
-from tests.support.tiny_models import AUTO, load_tiny, sequences
+from tests.support.tiny_models import AUTO, keras_hub_reads, load_tiny, sequences
 
 LENGTH = 32
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
@@ -18,15 +18,8 @@ TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
 @pytest.fixture(scope="module")
 def keras_hub_says(presets: dict[str, Path]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Hidden states and logits of keras-hub's own model, loaded by keras-hub."""
-    import keras_hub
-
     ids = sequences(4, LENGTH)["token_ids"]
-    results = {}
-    for family, folder in presets.items():
-        backbone = keras_hub.models.Backbone.from_preset(str(folder), dtype="float32")
-        hidden = backbone({"token_ids": ids, "padding_mask": np.ones_like(ids)})
-        results[family] = (np.asarray(hidden), np.asarray(backbone.token_embedding(hidden, reverse=True)))
-    return results
+    return {family: tuple(map(np.asarray, keras_hub_reads(folder)(ids))) for family, folder in presets.items()}
 
 
 def forward(model, batch):
@@ -34,7 +27,7 @@ def forward(model, batch):
     import jax
     import keras
 
-    from stages.core.model import cross_entropy, decoder
+    from stages.core.model import decoder, tied_table
     from stages.core.model.causal_lm import make_model
 
     causal = make_model(model.backbone, model.jax_mesh, model.placements)
@@ -45,9 +38,9 @@ def forward(model, batch):
             table = model.backbone.token_embedding._embeddings.value
             hidden = decoder.hidden_states(
                 model.backbone,
-                cross_entropy.embed(table, batch["token_ids"], causal._plan),
+                tied_table.embed(table, batch["token_ids"], causal.head_plan),
                 decoder.causal_mask(batch["segment_ids"]),
-                constrain=causal._constrain,
+                constrain=causal.constrain,
             )
         return hidden
 
@@ -99,7 +92,7 @@ def test_one_token_at_a_time_with_a_cache_gives_the_same_hidden_states(presets, 
     import jax
     import keras
 
-    from stages.core.model import cross_entropy, decoder
+    from stages.core.model import decoder, tied_table
     from stages.core.model.causal_lm import make_model
 
     model = load_tiny(presets[family], shape)
@@ -112,10 +105,8 @@ def test_one_token_at_a_time_with_a_cache_gives_the_same_hidden_states(presets, 
     @jax.jit
     def step(values, ids, positions, caches):
         with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))):
-            embedded = cross_entropy.embed(model.backbone.token_embedding._embeddings.value, ids, causal._plan)
-            return decoder.hidden_states_cached(
-                model.backbone, embedded, positions, caches, constrain=causal._constrain
-            )
+            embedded = tied_table.embed(model.backbone.token_embedding._embeddings.value, ids, causal.head_plan)
+            return decoder.hidden_states_cached(model.backbone, embedded, positions, caches, constrain=causal.constrain)
 
     values = [variable.value for variable in variables]
     caches = decoder.empty_caches(model.backbone, 2, LENGTH)

@@ -20,7 +20,7 @@ from stages.core.plan.chips import CHIPS
 from stages.core.records.plan import Estimate, PlanFile, RunKey, Target
 from tests.support import tiny_models
 from tests.support.plans import has_libtpu, plan_settings, request
-from tests.support.repository import ROOT
+from tests.support.repository import QUICK, ROOT
 from tests.support.tiny_models import open_tiny
 
 
@@ -56,7 +56,7 @@ def test_the_stage_writes_metrics_search_and_scaling_the_same_each_time(presets,
         "plan.search={topology: 'cpu:4', length: 32, largest_batch: 8}",
         "plan.scaling={topologies: ['cpu:4', 'cpu:8'], model_axis: 4, batch_per_row: 2, length: 32}",
     ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{QUICK}"}
 
     def run() -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "stages.plan"]

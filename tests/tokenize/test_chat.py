@@ -17,7 +17,8 @@ from stages.core.fetch.local import list_files
 from stages.core.generate import prompting
 from stages.core.prepare.cleaning import Review
 from stages.core.prepare.parquet_file import write_reviews
-from stages.core.presets.tokenizer import Tokenizer, load_tokenizer
+from stages.core.presets.formats import format_of
+from stages.core.presets.tokenizer import Tokenizer
 from stages.core.tokenize import pair_packing, sequences
 from stages.core.tokenize.chat import ChatTemplate
 from stages.core.tokenize.control_tokens import ControlTokens
@@ -123,7 +124,7 @@ def test_a_vocabulary_without_the_control_pieces_is_told_with_what_to_do(kept):
 
 
 def test_the_embedded_model_has_the_control_pieces_where_gemma_3_has_them(real_gguf):
-    tokenizer = load_tokenizer(real_gguf.parent, "gguf")
+    tokenizer = format_of("gguf").load_tokenizer(real_gguf.parent)
     (prompt,), (response,) = ChatTemplate(tokenizer).prompts(["Hello"]), ChatTemplate(tokenizer).responses(["Yes."])
     assert prompt == [2, 105, 2364, 107, 9259, 106, 107, 105, 4368, 107]
     assert response == [10784, 236761, 106]

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from stages.core.common.sizes import megabytes
+
 
 @dataclass(frozen=True)
 class Check:
@@ -77,9 +79,7 @@ def obstacle(check: Check) -> str | None:
 
 def _size(count: int) -> str:
     """Return bytes for a person."""
-    return (
-        f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB" if count >= 1e5 else f"{count:,} bytes"
-    )
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else megabytes(count, 1) if count >= 1e5 else f"{count:,} bytes"
 
 
 def _plain(text: str) -> str:

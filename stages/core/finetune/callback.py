@@ -28,6 +28,7 @@ from stages.core.files import optional
 from stages.core.finetune.checkpoint import Checkpoint, Store
 from stages.core.finetune.optimizer import Schedule
 from stages.core.finetune.signals import Interruption, Stopped
+from stages.core.sharding.keras_internals import schedule_of, set_value
 from stages.core.tokenize.batches import Batches
 
 logger = logging.getLogger(__name__)
@@ -334,12 +335,12 @@ def bit_sums(values: list[jax.Array]) -> jax.Array:
 
 def put(variable: keras.Variable, value: np.ndarray) -> None:
     """Set a variable's value, sharded as the variable is."""
-    variable._value = jax.device_put(np.asarray(value, variable.dtype), variable.value.sharding)
+    set_value(variable, jax.device_put(np.asarray(value, variable.dtype), variable.value.sharding))
 
 
 def learning_rate(optimizer: keras.optimizers.Optimizer, settings: Finetune, step: int) -> float:
     """Return the learning rate of a step, counted from 0."""
-    schedule = optimizer._learning_rate
+    schedule = schedule_of(optimizer)
     return float(schedule(step)) if isinstance(schedule, Schedule) else settings.learning_rate
 
 

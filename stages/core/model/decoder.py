@@ -21,6 +21,7 @@ from stages.core.model.lora import Dropout
 from stages.core.model.products import product
 from stages.core.model.rotary import Rotary
 from stages.core.model.tensor_parallel import Projections
+from stages.core.presets.architecture import FAMILIES
 
 Cache = tuple[jax.Array, jax.Array]
 # Puts an activation where the mesh wants it, by its role (see causal.activation_layout).
@@ -154,9 +155,9 @@ def _norm(layer: Any, x: jax.Array) -> jax.Array:
 
 
 def _rotary(backbone: keras.Model, positions: jax.Array) -> Rotary:
-    """Return the rotary embeddings of a pass; keras-hub interleaves their halves for Gemma and Gemma 2."""
+    """Return the rotary embeddings of a pass."""
     layers = [layer.attention.rope_layer for layer in backbone.transformer_layers]
-    return Rotary(layers, positions, backbone.head_dim, interleaved=type(backbone).__name__ == "GemmaBackbone")
+    return Rotary(layers, positions, backbone.head_dim, interleaved=FAMILIES[type(backbone).__name__].interleaved)
 
 
 def _window(layer: Any, queries: jax.Array, keys: jax.Array) -> jax.Array | None:
