@@ -1,8 +1,8 @@
 """Show what in the cache folder no run will use again, and remove it with `--remove`.
 
 Reads and removes: below the cache folder, checkpoints of runs that were stopped and never continued, half-written
-files of runs that were killed, and plans and compiled programs that nothing has used for some days. What a run that
-goes on holds stays, and so do downloads.
+files of runs that were killed, and plans and compiled programs that nothing has used for some days. The files of
+active runs and downloads are kept.
 Command: `python -m stages.cache` shows, `python -m stages.cache --remove` removes. No stage of the pipeline.
 """
 
@@ -18,7 +18,7 @@ from stages.core.cli import click, mistakes_in_lines
     type=click.FloatRange(min=0),
     default=14,
     show_default=True,
-    help="Keep what was used within so many days, but for half-written checkpoints of killed runs.",
+    help="Keep what was used within this many days, except half-written checkpoints of killed runs.",
 )
 @click.option("-v", "--verbose", is_flag=True, help="Show the traceback of an error.")
 def main(remove: bool, days: float, verbose: bool) -> None:

@@ -1,7 +1,7 @@
 """Fine-tune with LoRA, or every weight with rank 0, by Keras' `fit` on the sharded model.
 
 Reads: `models/baseline/model.json` and the preset, `data/tokens/*.npz`; params `finetune` and `generate.turns` (for
-samples). Where it was stopped before it goes on from its newest checkpoint, in the cache folder.
+samples). A stopped run resumes from its newest checkpoint, in the cache folder.
 Writes: `models/tuned/`, `data/sharding/tuned.json`, `data/plots/finetune.csv`, `data/plots/samples.jsonl`,
 `data/metrics/finetune.json`.
 Command: `python -m stages.finetune`

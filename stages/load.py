@@ -1,9 +1,9 @@
-"""Shard and load: lay the model over the device mesh, load it straight into its shards, and write where everything is.
+"""Shard and load: load the model directly into its shards on the device mesh, and report every weight's sharding.
 
 Reads: `models/preset/manifest.json` and the preset's files; params `mesh`, `layout`, `load`.
 Writes: `models/baseline/model.json`, `data/sharding/base.json`, `data/metrics/load.json`; prints the tutorial's table.
 Command: `python -m stages.load`. With `--dry-run` it reads no weights, takes no devices and writes nothing: it prints
-where every weight, LoRA kernel and optimizer slot would lie, of the fetched preset or of any public Gemma (`--preset`).
+the sharding of every weight, LoRA kernel and optimizer slot, of the fetched preset or of any public Gemma (`--preset`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from stages.core.common.errors import ParamsError
 
 
 @stage
-@click.option("--dry-run", is_flag=True, help="Only print where everything would lie: no weights, no devices.")
+@click.option("--dry-run", is_flag=True, help="Only print every weight's sharding: no weights, no devices.")
 @click.option(
     "--preset",
     "public",
@@ -23,7 +23,7 @@ from stages.core.common.errors import ParamsError
     help="With --dry-run: a public Gemma such as gemma_7b_en instead of the fetched preset.",
 )
 def main(run: Run, dry_run: bool, public: str | None) -> None:
-    """Lay the model over the device mesh and load it into its shards."""
+    """Load the model into its shards on the device mesh."""
     if public and not dry_run:
         raise ParamsError(f"--preset goes with --dry-run; load takes the fetched preset. Received: --preset={public}")
     if dry_run:

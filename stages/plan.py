@@ -1,4 +1,4 @@
-"""Plan: what a training step needs on devices that are not there, by the real TPU compiler.
+"""Plan: what a training step needs on absent devices, by ahead-of-time compilation with the real TPU compiler.
 
 Reads: params `plan`, and `fetch`, `tokenize`, `mesh`, `layout`, `load` and `finetune` for what its entries leave out;
 no weights, no data.
@@ -21,7 +21,7 @@ from stages.core.cli import Run, click, stage
     help="Only write the table of all public presets between its marks in this file, such as README.md (half an hour).",
 )
 def main(run: Run, presets: Path | None) -> None:
-    """Report what training steps need on devices that are not there, by compiling them."""
+    """Report what training steps need on absent devices, by ahead-of-time compilation."""
     from stages.core.common import inputs
     from stages.core.common.paths import PLAN
     from stages.core.files import write_json

@@ -1,7 +1,7 @@
-"""What the stages are made of: a package for each stage, which shares its name, and a few that stages share.
+"""The implementation: a package for each stage, which shares its name, and a few that stages share.
 
-A package imports only what stands to the right of its arrow (tests/pipeline/test_packages.py holds the imports to it).
-Read it from below: each line needs only lines below it, so there is no circle.
+A package imports only those to the right of its arrow (tests/pipeline/test_packages.py enforces it).
+Each line needs only lines below it, so there are no cycles.
 
     plan      -> finetune load model tokenize sharding fetch presets records config cli common files
     cache     -> finetune

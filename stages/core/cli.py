@@ -38,7 +38,7 @@ logger = logging.getLogger("stages")
 
 @dataclass(frozen=True)
 class Run:
-    """What a stage works with: the checked settings and where things lie."""
+    """What a stage works with: the validated settings and the paths."""
 
     params: Params
     paths: Paths
@@ -94,7 +94,7 @@ def stage(function: Callable[..., None]) -> click.Command:
 
 @contextlib.contextmanager
 def mistakes_in_lines(verbose: bool) -> Iterator[None]:
-    """Within the block what a person can mend ends the process with one or two lines and its exit code."""
+    """Within the block a user error ends the process with one or two lines and its exit code."""
     guard_standard_error()
     try:
         # From here on Ctrl-C is an exception; `stages/__init__.py` had it end the process while modules load.
@@ -157,7 +157,7 @@ def line_of(record: logging.LogRecord) -> str:
 
 
 def fail(error: StageError, verbose: bool) -> None:
-    """Show a person's mistake and exit with its code."""
+    """Show a user error and exit with its code."""
     if verbose:
         traceback.print_exception(error)
     prefix = "Invalid setting" if isinstance(error, ParamsError) else "Error"

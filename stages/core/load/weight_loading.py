@@ -45,7 +45,7 @@ def fill(
         backbone: from `build_backbone`, its variables without values.
         placements: one for each of its weights.
         mesh: the Keras device mesh.
-        source: tells which source holds a weight path.
+        source: returns the source that holds a weight path.
         progress: called with the bytes in place so far, after each weight.
 
     Raises:

@@ -177,7 +177,7 @@ def _piece(
 
 
 def _pieces(rows: int, length: int, parts: int, most_tokens: int) -> int:
-    """Return into how many equal pieces of time a batch is cut: a piece has at most so many tokens, if that can be."""
+    """Return the number of equal parts along the sequence, each of at most this many tokens if possible."""
     pieces = 1
     while rows * length // pieces > most_tokens and length % (2 * pieces * parts) == 0:
         pieces *= 2

@@ -113,7 +113,7 @@ def hidden_states_cached(
     Args:
         backbone: a GemmaBackbone or Gemma3Backbone.
         token_embeddings: (batch, new, hidden), not yet scaled.
-        positions: int32 (batch, new), where each new token stands in its row; a row attends to all cache entries up
+        positions: int32 (batch, new), the position of each new token in its row; a row attends to all cache entries up
             to its own position, so what a row has beyond that (padding of a shorter prompt) is never seen.
         caches: keys and values (batch, capacity, key/value heads, head) a block.
         constrain: where activations go on the mesh.

@@ -25,7 +25,7 @@ def project(layer: Any, x: jax.Array, dropout: Dropout | None = None, *, divided
     Args:
         layer: one of Gemma's projections; its equation is such as `btd,ndh->btnh`.
         x: the activation, in the compute dtype.
-        dropout: applied to what goes into the adapter only; told the layer's path.
+        dropout: applied to the adapter's input only; called with the layer's path.
         divided: whether XLA is to divide the output's dimensions over devices, see `widen`.
 
     Returns:

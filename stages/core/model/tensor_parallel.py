@@ -8,7 +8,7 @@ Left to itself XLA sums the gradient of each projection's input on its own, and 
 
 An adapter's A is applied before the gathering, by each device to its own positions, and what comes out (rank numbers a
 head instead of the hidden size) is handed on: so the gathered hidden states, which a frozen kernel's gradients do not
-need, are not kept for the backward pass, where they would be most of what a block keeps beside its feed-forward.
+need, are not kept for the backward pass, where they would be most of a block's activations outside its feed-forward.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Projections:
     """Applies groups of `EinsumDense` layers, each as its kernel is split."""
 
     def __init__(self, mesh: Mesh | None = None, placements: Sequence[Placement] = ()) -> None:
-        """Take the mesh, and where each kernel lies on it; without a mesh, one device is meant."""
+        """Take the mesh and each kernel's sharding; without a mesh there is one device."""
         self._mesh = mesh
         self._divides = mesh is not None and mesh.shape["model"] > 1
         self._specs = {placement.weight.path: placement.spec for placement in placements}
@@ -148,7 +148,7 @@ def _narrow_everywhere(
     groups: Sequence[dict[str, jax.Array]],
     specs: Sequence[dict[str, tuple[Any, ...]]],
 ) -> dict[str, jax.Array]:
-    """Apply each adapter's A to a device's own positions, and hand the results to who goes on with them.
+    """Apply each adapter's A to a device's own positions, and exchange the results.
 
     Args:
         layers: those that share the input; those without an adapter are passed over.

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# What a compiled program depends on beside its request and the code that makes it.
+# Packages that a compiled program depends on, in addition to its request and code.
 PACKAGES = ("jax", "jaxlib", "libtpu", "keras", "keras-hub")
 LARGEST = 5  # buffers listed per program
 UNITS = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "": 1}

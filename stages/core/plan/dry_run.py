@@ -28,7 +28,7 @@ def dry_run(run: Run, preset: str | None) -> str:
     """Return what `load` and `finetune` would put on each device, as text for the person.
 
     Args:
-        run: settings `mesh`, `layout`, `load` and `finetune`, and where the manifest lies.
+        run: settings `mesh`, `layout`, `load` and `finetune`, and the manifest's path.
         preset: a public checkpoint by name; None for the preset that was fetched.
 
     Raises:

@@ -1,7 +1,7 @@
 """The train step as a program for devices that need not exist: lowered from shapes alone, nothing allocated.
 
 Purpose: what `plan` compiles is `CausalModel.train_step` with the optimizer, loss and layout of `stages.finetune`, not
-a copy. Beside it stands the tutorial's own step (keras-hub's layers and LoRA, Keras' loss), to compare with.
+a copy. For comparison the tutorial's own step (keras-hub's layers and LoRA, Keras' loss).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class StepRequest:
 
 @dataclass(frozen=True)
 class StepProgram:
-    """A lowered step, and where its state lies."""
+    """A lowered step, and its state's placements."""
 
     lowered: jax.stages.Lowered
     placements: list[Placement]

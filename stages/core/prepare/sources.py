@@ -53,7 +53,7 @@ def prepare_reviews(settings: Prepare, root: Path, cache: Path) -> tuple[dict[st
     if validation is None:
         reviews = in_order(list(cleaned(train, set())))
         _check_some(reviews, "train on", tally)
-        # Of repeats that are kept the first stands for all: a review is trained on or held out.
+        # Kept repeats are split as one: a review is either trained on or held out.
         once = list({review.content: review for review in reversed(reviews)}.values())[::-1]
         _check_enough(settings.validation, once, tally)
         held = hold_out(once, settings.validation, settings.seed)[1]

@@ -258,7 +258,7 @@ def _rope(config: _Gemma, path: Path) -> dict[str, tuple[float, float, str]]:
             )
         rope = parse(_Rope, {**older, **given} if isinstance(given, dict) else given, f"{path}: rope of {kind}")
         form = rope.rope_type or rope.type or "default"
-        # The plain form scales nothing, in transformers too, whatever factor stands beside it.
+        # The plain form scales nothing, in transformers too, whatever its factor.
         factor = (rope.factor or 1.0) if form != "default" else 1.0
         if (form == "linear" and rope.factor is None) or (rope.rope_type or rope.type or form) != (rope.type or form):
             _refuse(f"rope scaling of {kind}", "one rope_type with its factor", {**older, **given}, path)

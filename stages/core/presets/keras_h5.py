@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 SINGLE, INDEX = "model.weights.h5", "model.weights.json"
 
-# What a file may hold beside the weights: the counters of random numbers that dropout layers keep.
+# What a file may hold in addition to the weights: the counters of random numbers that dropout layers keep.
 SEEDS = re.compile(r".*/seed_generator(_state)?/.*")
 
 # How the structures of HDF5 begin: the file's signature, four capitals, a version 1 object header (version, reserved

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-# What has been read of a mapped file stays in this process's memory until the file is closed: after so many bytes.
+# What has been read of a mapped file stays in this process's memory until the file is closed: after this many bytes.
 BYTES_AN_OPENING = 1 << 26
 LARGEST_HEADER = 25_000_000
 """Bytes; the format allows 100 MB, and those of the largest Gemma have about 100,000."""
@@ -152,7 +152,7 @@ def read_header(start: bytes, file: str, size: int | None) -> dict[str, Stored]:
     return {name: Stored(tuple(entry.shape), entry.dtype, file) for name, entry in entries.items()}
 
 
-# What the files may hold beside the weights: buffers that are worked out anew, and the other towers of a Gemma 3.
+# What the files may hold in addition to the weights: buffers that are recomputed, and the other towers of a Gemma 3.
 BUFFERS = re.compile(r"(.*\.)?rotary_emb(_local)?\.(original_)?inv_freq")
 OTHER_TOWERS = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\..*")
 HEAD = re.compile(r"(.*\.)?lm_head\.weight")

@@ -361,7 +361,7 @@ def stacked_bars(bars: Sequence[tuple[str, list[tuple[str, bool, int]]]], unit: 
 
     Args:
         bars: for each bar its name and its pieces (kind, hatched, bytes), in drawing order.
-        unit: the bytes that one unit of the axis stands for.
+        unit: bytes per unit of the axis.
 
     Returns:
         The bars, and the ticks of the axis in that unit.

@@ -75,7 +75,7 @@ def versions() -> dict[str, str]:
 
 
 def clean(value: Any) -> Any:
-    """Return a text that HTML can hold as it stands: what a browser would drop or refuse gets a visible stand-in.
+    """Return a text that HTML can hold unchanged: what a browser would drop or refuse gets a visible stand-in.
 
     Control characters become their Unicode pictures and lone surrogates (half of a pair, as broken JSON can hold)
     U+FFFD. Anything but plain text is given back as it is.
@@ -115,7 +115,7 @@ def render(inputs: Inputs, params: Params) -> str:
         "web_address": web_address,
     }
     template = environment.get_template("template.html")
-    # The style and the script are blocks of the template, so that what is hashed is what stands in the page.
+    # The style and the script are blocks of the template, so that what is hashed is what is in the page.
     hashes = {name: source_hash("".join(template.blocks[name](template.new_context()))) for name in ("style", "script")}
     sharding = inputs.sharding.get("tuned") or inputs.sharding["baseline"]
     tuned = inputs.metrics.get("finetune", {})

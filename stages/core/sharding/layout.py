@@ -80,7 +80,7 @@ class NamedLayout:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a weight lies: the rule that matched (None: no rule, replicated), its spec and what a device holds."""
+    """A weight's placement: the rule that matched (None: no rule, replicated), its spec and what a device holds."""
 
     weight: Weight
     rule: Rule | None
