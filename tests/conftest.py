@@ -74,7 +74,7 @@ def presets(devices: int, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 def logged(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
     """Return a function that lists what the stages have logged since the test began, as the command line shows it."""
     caplog.set_level(logging.INFO, logger="stages")
-    return lambda: [line_of(record) for record in caplog.records if record.name.startswith("stages.")]
+    return lambda: [line_of(record) for record in caplog.records if record.name.startswith("stages")]
 
 
 @pytest.fixture(autouse=True)

@@ -46,12 +46,12 @@ def forget_peak() -> int:
 def open_preset(folder: Path):
     """Return a preset folder as the stages have it, without hashing its files."""
     from stages.core.load.variants import Preset
-    from stages.core.presets.architecture import read_architecture
+    from stages.core.presets.formats import format_of
     from stages.core.presets.manifest import LICENCE, Manifest
 
     file_format = "gguf" if list(folder.glob("*.gguf")) else "keras"
     manifest = Manifest("gemma3_270m", "path", file_format, None, str(folder), LICENCE, ())
-    return Preset(manifest, folder, read_architecture(folder, file_format))
+    return Preset(manifest, folder, format_of(file_format).read_architecture(folder))
 
 
 def describe(preset, shape: tuple[int, int]):
@@ -130,7 +130,7 @@ def run_side(side: str, folder: Path) -> dict[str, float]:
 
 def write_preset(source: Path, target: Path) -> None:
     """Write the embedded model as a keras-hub preset, tokenizer and preprocessor with it."""
-    from stages.core.presets.gguf import tokenizer_proto
+    from stages.core.presets.gguf_tokenizer import tokenizer_proto
     from stages.core.sharding import devices
 
     devices.configure("simulated", 1)

@@ -55,7 +55,7 @@ def test_a_wrong_setting_ends_with_exit_code_2_before_anything_heavy(stage: str)
     result, heavy = imported_by(stage, *VARIANTS.get(stage, []), "--set", "finetune.rank=four")
     assert (result.returncode, heavy) == (2, set())
     assert result.stderr.strip() == (
-        "Wrong setting: --set: finetune.rank must be a valid integer. Received: finetune.rank='four'"
+        "Invalid setting: --set: finetune.rank must be a valid integer. Received: finetune.rank='four'"
     )
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from stages.core.common.paths import HELD_OUT
 from stages.core.tokenize import held_out
-from stages.core.tokenize.store import write_windows
+from stages.core.tokenize.store import write_sequences
 from tests.support.copies import change, copy_repository, dvc, ran
 from tests.support.repository import DATA, REAL_CACHE
 
@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("default run")]
 
 # The cache that a person's runs have, and programs compiled as theirs are.
 AS_A_PERSON = {"GEMMA_TUNING_CACHE": str(REAL_CACHE), "PYTHONPATH": ""}
-# Of 93 steps 16, in windows of half the length; 16 held-out reviews instead of 40, short ones by this seed; of three
+# Of 93 steps 16, in sequences of half the length; 16 held-out reviews instead of 40, short ones by this seed; of three
 # plans the one that takes seconds (tests/config plans what the profiles name).
 SHORTER = {
     "prepare": {"validation": 16, "seed": 42},
@@ -97,7 +97,7 @@ def test_the_baseline_loss_on_a_review_is_hugging_faces(repository: Path):
     expected = json.loads((DATA / "reference_gemma3_270m.json").read_text())["first_review"]
     bos, *review = expected["token_ids"]
     trial = repository / "scratch" / "reference"
-    write_windows(trial / HELD_OUT, held_out.of_reviews([review], bos=bos, eos=None))
+    write_sequences(trial / HELD_OUT, held_out.of_reviews([review], bos=bos, eos=None))
     subprocess.run(
         [sys.executable, "-m", "stages.evaluate", "--variant", "baseline", "--out-root", str(trial)],
         cwd=repository,

@@ -12,7 +12,7 @@ from stages.core.config.schema import Layout
 from stages.core.fetch.local import fetch_local
 from stages.core.load import lora_kernels, variants, weight_loading
 from stages.core.load.variants import LoadedModel, Preset
-from stages.core.presets.architecture import read_architecture
+from stages.core.presets.formats import format_of
 from stages.core.sharding.mesh import MeshShape
 from stages.core.sharding.named_layouts import make_layout
 
@@ -25,7 +25,7 @@ AUTO = Layout(name="auto", rules=None, max_replicated_fraction=1.0)
 def open_tiny(folder: Path) -> Preset:
     """A tiny preset folder as `open_preset` would give it."""
     manifest = fetch_local(folder.name, str(folder), folder)
-    return Preset(manifest, folder, read_architecture(folder, manifest.format))
+    return Preset(manifest, folder, format_of(manifest.format).read_architecture(folder))
 
 
 def describe(preset: Preset, shape: tuple[int, int], layout: Layout = AUTO, dtype: str = "float32") -> dict[str, Any]:
@@ -61,8 +61,8 @@ def load_tiny(
     return model
 
 
-def windows(count: int, length: int = 32, vocabulary: int = 512, seed: int = 0) -> dict[str, np.ndarray]:
-    """Random windows with two packed segments each and some weights zero."""
+def sequences(count: int, length: int = 32, vocabulary: int = 512, seed: int = 0) -> dict[str, np.ndarray]:
+    """Random sequences with two packed segments each and some weights zero."""
     generator = np.random.default_rng(seed)
     ids = generator.integers(4, vocabulary, (count, length)).astype(np.int32)
     ids[:, 0] = ids[:, length // 2] = 2

@@ -6,7 +6,7 @@ Reads and writes: `data/evaluations/<variant>.csv`, one row per held-out review,
     targets   predicted tokens
     cut       targets beyond evaluate.max_length, which were not measured
     loss      sum of the targets' losses in nats
-    correct   targets that were the model's likeliest token
+    correct   targets that were the model's most likely token
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def metrics(variant: str, losses: ReviewLosses) -> dict[str, float | int | None]
 
     Returns:
         loss (mean over the targets, in nats per token) and its standard error over reviews, perplexity (exp of the
-        loss), token_accuracy (targets that were the likeliest token, of all); targets, reviews (those with a target),
+        loss), token_accuracy (targets that were the most likely token, of all); targets, reviews (those with a target),
         reviews_cut and targets_cut (what is beyond evaluate.max_length).
 
     Raises:

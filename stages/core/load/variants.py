@@ -17,7 +17,8 @@ from stages.core.common.progress import bytes_bar
 from stages.core.files import read_json
 from stages.core.load import adapter, lora_kernels, weight_loading
 from stages.core.load.backbone import build_backbone
-from stages.core.presets.architecture import Architecture, read_architecture
+from stages.core.presets.architecture import Architecture
+from stages.core.presets.formats import format_of
 from stages.core.presets.manifest import Manifest, read_manifest, verified_folder
 from stages.core.sharding import devices
 from stages.core.sharding.layout import NamedLayout, Placement, Rule, as_spec, resolve
@@ -69,7 +70,7 @@ def open_preset(paths: Paths) -> Preset:
     """
     manifest = read_manifest(paths.read(MANIFEST))
     folder = verified_folder(manifest, paths.root)
-    return Preset(manifest, folder, read_architecture(folder, manifest.format))
+    return Preset(manifest, folder, format_of(manifest.format).read_architecture(folder))
 
 
 def model_description(
@@ -156,7 +157,7 @@ def fill_model(model: LoadedModel, preset: Preset, trained: dict[str, Any]) -> N
     memory = weight_loading.ArraySource(trained)
     total = sum(placement.weight.bytes for placement in model.placements)
     with (
-        weight_loading.open_source(preset.folder, preset.manifest.format, preset.architecture) as files,
+        format_of(preset.manifest.format).open_weights(preset.folder, preset.architecture) as files,
         bytes_bar("Loading weights", total) as show,
     ):
         weight_loading.fill(
@@ -168,7 +169,7 @@ def check_placed(model: LoadedModel) -> None:
     """Compare what the devices really hold with the layout, weight by weight.
 
     Raises:
-        RuntimeError: they differ, which would be a fault of ours: the report must not say what is not so.
+        RuntimeError: internal error: actual and planned sharding differ.
     """
     by_path = {placement.weight.path: placement for placement in model.placements}
     for variable in model.backbone.weights:

@@ -41,7 +41,7 @@ Form = TypeVar("Form", bound=BaseModel)
 
 
 class Licence(BaseModel):
-    """A licence by name and address."""
+    """A license by name and address."""
 
     name: str
     url: str
