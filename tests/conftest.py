@@ -19,6 +19,8 @@ from tests.support.repository import FAMILIES, QUICK, REAL_CACHE, ROOT
 from tests.support.servers import package_index
 
 DEVICES = 8
+# Folders of tests whose fixtures and compiled programs take longer than the tests.
+SHARING = {"evaluate", "finetune", "generate", "load", "model", "plan"}
 
 _IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 _CACHE = pytest.StashKey[str]()
@@ -37,6 +39,14 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     """Leave nothing behind."""
     if not _IS_WORKER:
         shutil.rmtree(config.stash[_CACHE], ignore_errors=True)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the tests of a file that share models and programs in one worker; the others are handed out singly."""
+    for item in items:
+        if item.path.parent.name in SHARING and not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(f"{item.path.parent.name} {item.path.stem}"))
 
 
 @pytest.fixture(scope="session")

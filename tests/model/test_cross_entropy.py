@@ -41,9 +41,20 @@ def plan_for(shape, soft_cap, trained, block_rows):
     return tied_table.HeadPlan(soft_cap, mesh, table_is_trained=trained, block_rows=block_rows)
 
 
-@pytest.mark.parametrize("shape", [None, (1, 8), (2, 4), (4, 2), (4, 1), (1, 3), (1, 5), (2, 3), (1, 7)], ids=str)
-@pytest.mark.parametrize("soft_cap", [None, 3.0])
-@pytest.mark.parametrize("block_rows", [5, 13, 1000])
+SHAPES = [None, (1, 8), (2, 4), (4, 2), (4, 1), (1, 3), (1, 5), (2, 3), (1, 7)]
+BLOCK_ROWS = (5, 13, 1000)
+
+
+# Each mesh with and without a soft cap, and with two of the three block sizes.
+@pytest.mark.parametrize(
+    ("shape", "soft_cap", "block_rows"),
+    [
+        (shape, soft_cap, BLOCK_ROWS[(place + further) % 3])
+        for place, shape in enumerate(SHAPES)
+        for further, soft_cap in enumerate((None, 3.0))
+    ],
+    ids=str,
+)
 def test_loss_hits_and_gradients_equal_the_plain_computation(case, shape, soft_cap, block_rows):
     import jax
     import jax.numpy as jnp

@@ -11,6 +11,8 @@ import pytest
 
 from tests.support.repository import ROOT
 
+pytestmark = pytest.mark.xdist_group("instruct")
+
 RESPONSE = "Avoid it."
 # From real settings to a tiny model that learns one response to every prompt by heart.
 SETTINGS = [

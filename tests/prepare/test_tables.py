@@ -30,7 +30,7 @@ CHARACTERS = st.one_of(
     st.characters(exclude_categories=["Cs"], exclude_characters="\0"),
 )
 TEXT = st.text(CHARACTERS, max_size=12)
-FILES = settings(deadline=None, max_examples=300)
+FILES = settings(deadline=None, max_examples=100)
 
 
 @pytest.fixture(scope="module")
