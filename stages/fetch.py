@@ -24,7 +24,6 @@ def main(run: Run, check: bool) -> None:
     """Fetch the preset named in params.yaml, or restore its files, and write its manifest."""
     from stages.core.common import inputs
     from stages.core.fetch.check import obstacle, show
-    from stages.core.presets.manifest import write_manifest
 
     wanted = run.params.fetch
     if wanted.source == "pypi":
@@ -62,11 +61,11 @@ def main(run: Run, check: bool) -> None:
         return
     folder = None if wanted.path is None else run.paths.root / Path(wanted.path).expanduser()
     inputs.declare(run.paths, "fetch", "path", folder)
-    write_manifest(run.paths.write(MANIFEST), manifest)
+    manifest.write(run.paths.write(MANIFEST))
     size = sum(file.size for file in manifest.files)
     run.say(
         f"{manifest.preset}: {len(manifest.files)} files, {size / 1e6:,.0f} MB. "
-        f"The weights come under the {manifest.licence['name']} ({manifest.licence['url']})."
+        f"The weights come under the {manifest.licence.name} ({manifest.licence.url})."
     )
 
 

@@ -17,6 +17,7 @@ def main(run: Run) -> None:
     from stages.core.fetch.catalog import is_base
     from stages.core.presets.manifest import read_manifest, verified_folder
     from stages.core.presets.tokenizer import holds_vocabulary, load_tokenizer
+    from stages.core.records.tokenize import TokenizeMetrics
     from stages.core.tokenize.sequences import holds_pairs, lay_out
     from stages.core.tokenize.store import write_windows
 
@@ -41,7 +42,7 @@ def main(run: Run) -> None:
         else:
             write_windows(run.paths.write(HELD_OUT), laid_out.sequences)
         run.say(laid_out.summary)
-    run.write_metrics("tokenize", metrics)
+    run.write_metrics("tokenize", TokenizeMetrics.model_validate(metrics))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from stages.core.common.errors import ParamsError, StageError
 from stages.core.common.paths import MANIFEST
 from stages.core.fetch.hub import source_of
 from stages.core.presets.manifest import read_manifest, verified_folder
+from stages.core.records.manifest import Licence
 from tests.support.fake_preset import preset_files
 from tests.support.hf_folder import config_of, hugging_face_files
 from tests.support.repository import ROOT
@@ -120,7 +121,7 @@ def test_only_the_files_that_make_the_preset_come_pinned_to_a_commit(hub, fetch,
     found = manifest()
     assert (found.preset, found.source, found.format) == (PRESET, "huggingface", kind)
     assert (found.handle, found.folder) == (f"hf://{REPO}@{COMMIT}", FOLDER)
-    assert found.licence == {"name": "Gemma Terms of Use", "url": "https://ai.google.dev/gemma/terms"}
+    assert found.licence == Licence("Gemma Terms of Use", "https://ai.google.dev/gemma/terms")
     names = {file.name for file in found.files}
     assert names == set(files) - LEFT_OUT
     assert verified_folder(found, ROOT) == tmp_path / "cache" / FOLDER
@@ -546,7 +547,7 @@ def test_the_licence_is_the_one_that_the_models_card_states(hub, card, licence):
 
     from stages.core.fetch.huggingface import _licence
 
-    assert _licence(source_of(PRESET), ModelInfo(id=REPO, cardData=card)) == licence
+    assert _licence(source_of(PRESET), ModelInfo(id=REPO, cardData=card)) == Licence(**licence)
 
 
 def test_a_vision_model_of_keras_hubs_is_refused_by_its_name_alone():

@@ -80,13 +80,13 @@ def test_rules_that_do_not_divide_an_adapter_stop_finetune_before_anything_is_al
 def test_dropout_changes_training_and_not_what_is_measured(presets, plain):
     result, weights = train(presets["gemma3"], settings(batch_size=2, lora_dropout=0.5, validate_every=1))
     again = train(presets["gemma3"], settings(batch_size=2, lora_dropout=0.5))[1]
-    assert result.history.rows[0]["loss"] != plain[0].history.rows[0]["loss"]
+    assert result.history.rows[0].loss != plain[0].history.rows[0].loss
     assert distance(weights, plain[1]) > 0.0
     assert distance(weights, again) == 0.0
     # Nearly no step at all: what is measured then is the model without dropout.
     small = {"batch_size": 2, "learning_rate": 1e-9, "validate_every": 1}
-    without = train(presets["gemma3"], settings(**small))[0].history.rows[0]["validation_loss"]
-    with_it = train(presets["gemma3"], settings(**small, lora_dropout=0.5))[0].history.rows[0]["validation_loss"]
+    without = train(presets["gemma3"], settings(**small))[0].history.rows[0].validation_loss
+    with_it = train(presets["gemma3"], settings(**small, lora_dropout=0.5))[0].history.rows[0].validation_loss
     assert with_it == pytest.approx(without, rel=1e-6)
 
 
@@ -114,7 +114,7 @@ def test_dropout_is_the_same_on_every_mesh(presets):
     wanted = settings(batch_size=2, steps=2, lora_dropout=0.5)
     one = train(presets["gemma3"], wanted)[0].history.rows
     many = train(presets["gemma3"], wanted, shape=(2, 4))[0].history.rows
-    assert [row["loss"] for row in many] == pytest.approx([row["loss"] for row in one], rel=1e-4)
+    assert [row.loss for row in many] == pytest.approx([row.loss for row in one], rel=1e-4)
 
 
 # --- The optimizer ---
@@ -131,7 +131,7 @@ def wanted_rate(shape, step, steps, warmup):
 @pytest.mark.parametrize(("shape", "warmup"), [("constant", 3), ("linear", 0), ("linear", 2), ("cosine", 2)])
 def test_the_learning_rate_follows_its_schedule(presets, shape, warmup):
     wanted = settings(batch_size=1, schedule=shape, warmup_steps=warmup)
-    rates = [row["learning_rate"] for row in train(presets["gemma3"], wanted)[0].history.rows]
+    rates = [row.learning_rate for row in train(presets["gemma3"], wanted)[0].history.rows]
     assert len(rates) == 8
     assert rates == pytest.approx([wanted_rate(shape, step, 8, warmup) for step in range(8)], rel=1e-5)
 
@@ -182,7 +182,7 @@ def test_accumulated_batches_are_one_batch_of_all_their_sequences(presets, given
         for key in ("loss", "accuracy", "validation_loss"):
             assert one[key] == pytest.approx(other[key], rel=2e-5), key
     assert distance(of_small, of_large) < 1e-4
-    assert small.metrics()["loss_last"] == pytest.approx(large.metrics()["loss_last"], abs=1e-4)
+    assert small.metrics().loss_last == pytest.approx(large.metrics().loss_last, abs=1e-4)
 
 
 @pytest.mark.parametrize("wanted", [{"lora_dropout": 0.5}, {"clip_norm": 1e-3}], ids=str)
@@ -199,11 +199,11 @@ def test_steps_schedule_warm_up_validation_and_samples_count_updates(presets):
         batch_size=1, gradient_accumulation=3, epochs=2, schedule="linear", warmup_steps=2, validate_every=2
     )
     rows = train(presets["gemma3"], wanted)[0].history.rows
-    assert [row["epoch"] for row in rows] == [1, 1, 1, 2, 2, 2]
-    assert [row["learning_rate"] for row in rows] == pytest.approx(
+    assert [row.epoch for row in rows] == [1, 1, 1, 2, 2, 2]
+    assert [row.learning_rate for row in rows] == pytest.approx(
         [wanted_rate("linear", step, 6, 2) for step in range(6)], rel=1e-5
     )
-    assert [row["step"] for row in rows if row["validation_loss"] is not None] == [2, 4, 6]
+    assert [row.step for row in rows if row.validation_loss is not None] == [2, 4, 6]
     assert train(presets["gemma3"], wanted.model_copy(update={"steps": 4}))[0].history.steps == 4
 
 
@@ -298,7 +298,7 @@ def test_every_weight_in_bfloat16_is_refused_where_a_baseline_of_it_is_met(prese
 
 def test_every_weight_learns_in_mixed_bfloat16(presets):
     result, weights = train(presets["gemma3"], settings(batch_size=4, epochs=4, rank=0), dtype="mixed_bfloat16")
-    losses = [row["loss"] for row in result.history.rows]
+    losses = [row.loss for row in result.history.rows]
     assert losses[-1] < losses[0] - 0.05
     assert {array.dtype.name for array in weights.values()} == {"float32"}
 
@@ -367,7 +367,7 @@ def test_recomputing_blocks_keeps_less_for_the_backward_pass_and_gives_the_same_
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "mixed_bfloat16"])
 def test_the_adapter_learns_in_float32_whatever_the_models_dtype(presets, dtype):
     result, weights = train(presets["gemma3"], settings(batch_size=4, epochs=6), dtype=dtype, shape=(1, 2))
-    losses = [row["loss"] for row in result.history.rows]
+    losses = [row.loss for row in result.history.rows]
     assert losses[-1] < losses[0] - 0.05
     assert {array.dtype.name for array in weights.values()} == {"float32"}
     slots = [variable for variable in result.optimizer.variables if "lora" in variable.path]
@@ -382,8 +382,8 @@ def test_each_epoch_takes_every_window_once_in_an_order_of_its_own(presets):
     # With hardly any learning a window has the same loss in each epoch, and so is known by it.
     wanted = settings(batch_size=1, epochs=3, learning_rate=1e-9)
     rows = train(presets["gemma3"], wanted)[0].history.rows
-    assert [row["epoch"] for row in rows] == [1] * 8 + [2] * 8 + [3] * 8
-    orders = [[round(row["loss"], 4) for row in rows[start : start + 8]] for start in (0, 8, 16)]
+    assert [row.epoch for row in rows] == [1] * 8 + [2] * 8 + [3] * 8
+    orders = [[round(row.loss, 4) for row in rows[start : start + 8]] for start in (0, 8, 16)]
     assert sorted(orders[0]) == sorted(orders[1]) == sorted(orders[2])
     assert len(set(map(tuple, orders))) == 3
 
@@ -411,7 +411,7 @@ def test_validation_comes_when_it_is_wanted_and_changes_nothing(presets, plain):
     def measured(**changes):
         result, weights = train(presets["gemma3"], settings(batch_size=2, **changes))
         assert distance(weights, plain[1]) == 0.0
-        return [row["step"] for row in result.history.rows if row["validation_loss"] is not None]
+        return [row.step for row in result.history.rows if row.validation_loss is not None]
 
     assert measured() == [4]
     assert measured(validate_every=1) == [1, 2, 3, 4]
@@ -429,7 +429,7 @@ def test_early_stopping_gives_the_weights_of_the_lowest_held_out_loss(presets):
 
     said = []
     history = trainer.fit(model, given, wanted, say=said.append).history
-    held_out = [row["validation_loss"] for row in history.rows if row["validation_loss"] is not None]
+    held_out = [row.validation_loss for row in history.rows if row.validation_loss is not None]
     assert history.steps < 80
     assert min(held_out) < min(held_out[-3:])
     assert held_out.index(min(held_out)) == len(held_out) - 4
@@ -447,9 +447,9 @@ def test_samples_are_taken_on_the_way_and_change_nothing(presets, plain):
     wanted = settings(batch_size=2, sample_every=2, sample_prompt="This movie was", sample_tokens=5)
     result, weights = train(presets["gemma3"], wanted, tokenizer=tokenizer)
     assert distance(weights, plain[1]) == 0.0
-    assert [sample["step"] for sample in result.history.samples] == [2, 4]
-    assert {sample["prompt"] for sample in result.history.samples} == {"This movie was"}
-    assert all(len(tokenizer.encode(sample["text"])) <= 5 for sample in result.history.samples)
+    assert [sample.step for sample in result.history.samples] == [2, 4]
+    assert {sample.prompt for sample in result.history.samples} == {"This movie was"}
+    assert all(len(tokenizer.encode(sample.text)) <= 5 for sample in result.history.samples)
 
 
 def test_sampling_again_compiles_nothing_and_sees_the_new_weights(presets):
@@ -522,8 +522,8 @@ def test_a_sample_that_fails_is_told_in_one_line_and_the_run_goes_on(presets, mo
     wanted = settings(batch_size=2, steps=4, sample_every=2, sample_prompt="This movie was", sample_tokens=5)
     tokenizer = load_tokenizer(presets["gemma"], "keras")
     result, _ = train(presets["gemma"], wanted, tokenizer=tokenizer, say=said.append)
-    assert [row["step"] for row in result.history.rows][-1] == 4
-    assert [each["text"] for each in result.history.samples] == ["", ""]
+    assert [row.step for row in result.history.rows][-1] == 4
+    assert [each.text for each in result.history.samples] == ["", ""]
     assert [line for line in said if "sample" in line] == [
         f"No sample after step {step}: IndexError: a row without a piece" for step in (2, 4)
     ]

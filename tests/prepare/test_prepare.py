@@ -220,7 +220,7 @@ def test_files_with_nothing_that_is_long_enough_are_told_with_the_counts(tmp_pat
 
 def test_the_metrics_count_everything_and_hold_no_time():
     parts = {"train": labelled({0: 3, 1: 1}), "validation": labelled({1: 1, 0: 1})}
-    assert describe(parts, Tally(9, 1, 1, 1)) == {
+    assert describe(parts, Tally(9, 1, 1, 1)).content() == {
         "reviews_read": 9,
         "empty": 1,
         "too_short": 1,
@@ -238,7 +238,7 @@ def test_the_metrics_count_everything_and_hold_no_time():
 @pytest.mark.parametrize("label", ["good", None, 2])
 def test_only_labels_of_0_and_1_have_a_positive_fraction(label):
     parts = {"train": [Review("a", label, "0")], "validation": [Review("b", label, "1")]}
-    assert not [key for key in describe(parts, Tally()) if "fraction" in key]
+    assert not [key for key in describe(parts, Tally()).content() if "fraction" in key]
 
 
 # The files people have
@@ -622,7 +622,7 @@ def test_pairs_are_kept_apart_in_the_table(tmp_path):
         (review.prompt, review.text, review.label) for review in KEPT
     ]
     metrics = describe({"train": KEPT[:2], "validation": KEPT[2:]}, Tally(9, 3, 1, 1))
-    assert metrics["characters_mean"] == round(sum(len(review.prompt + review.text) for review in KEPT) / 4, 1)
+    assert metrics.characters_mean == round(sum(len(review.prompt + review.text) for review in KEPT) / 4, 1)
 
 
 # Layouts by their name, and files in numbers

@@ -28,6 +28,8 @@ from hypothesis import strategies as st
 from stages.core.common.errors import StageError
 from stages.core.common.paths import Paths
 from stages.core.config.reader import read_params
+from stages.core.records.generate import Generation
+from stages.core.records.sharding import Sharding
 from stages.core.report import charts, figures, inputs
 from stages.core.report import page as report
 from stages.core.report import text as text_form
@@ -137,14 +139,19 @@ def sharding(tuned: bool) -> dict:
 
 METRICS = {
     "prepare": {
-        "reviews": {"train": 160, "validation": 40},
-        "left_out": 0,
-        "positive_fraction": 0.515,
-        "seconds": 0.84,
+        **{"reviews_read": 200, "empty": 0, "too_short": 0, "duplicates": 0, "other_conversations": 0, "changed": 126},
+        **{"train_reviews": 160, "validation_reviews": 40, "train_positive_fraction": 0.515, "characters_mean": 1331.2},
     },
     "tokenize": {
-        "train": {"reviews": 160, "windows": 447, "tokens_kept": 54871, "filled_fraction": 0.9589},
-        "validation": {"reviews": 40, "windows": 113, "tokens_kept": 13642, "filled_fraction": 0.9431},
+        "train": {
+            **{"reviews": 160, "windows": 447, "tokens_kept": 54871, "tokens_cut": 0, "tokens_repeated": 446},
+            **{"positions_padded": 1899, "filled_fraction": 0.9589, "control_tokens_spelled": 0},
+        },
+        "tokens_cut_by_truncation_fraction": 0.124691,
+        "validation": {
+            **{"reviews": 40, "windows": 113, "tokens_kept": 13642, "tokens_cut": 0, "tokens_repeated": 112},
+            **{"positions_padded": 822, "filled_fraction": 0.9431, "control_tokens_spelled": 0},
+        },
     },
     "load": {
         "seconds": 5.62,
@@ -158,12 +165,19 @@ METRICS = {
         "total_parameters": 268_365_440,
         "trainable_parameters": 267_264,
         "steps": 223,
+        "tokens": 54871,
         "loss_first": 4.0132,
         "loss_last": 3.4417,
         "tokens_per_second": 131.4,
+        "positions_per_second": 136.9,
         "step_seconds_median": 1.87,
         "compile_seconds": 21.6,
+        **{"load_seconds": 31.7, "train_seconds": 1033.23, "validation_seconds": 192.01},
+        **{"sample_seconds": 24.99, "checkpoint_seconds": 1.92},
         "peak_host_bytes": 3_543_348_019,
+        "state_bytes_per_device": 147_018_272,
+        **{"flops_per_step": 613_614_092_288, "flops_per_second_of_matrix_product": 93_294_901_826},
+        "flops_share_of_peak": 0.6632,
     },
     "generate-baseline": {"prompts": 3, "tokens": 288, "tokens_per_second": 9.71},
     "generate-tuned": {"prompts": 3, "tokens": 288, "tokens_per_second": 9.64},
@@ -217,6 +231,10 @@ MANIFEST = {
 }
 
 
+COLUMNS = "step,epoch,loss,accuracy,tokens,tokens_per_second,positions_per_second,learning_rate,validation_loss"
+ROW = "{step},1,{loss},0.3,9,1.0,1.0,0.001,\n"
+
+
 def curve(steps: int = 223) -> list[dict]:
     """Return the rows of a training curve that falls from about 4.0 to 3.5 and is measured five times on the way."""
     chance = random.Random(0)
@@ -226,10 +244,12 @@ def curve(steps: int = 223) -> list[dict]:
         rows.append(
             {
                 "step": step,
-                "epoch": round(step / steps, 4),
+                "epoch": 1,
                 "loss": round(loss, 4),
                 "accuracy": round(0.36 - 0.05 * math.exp(-step / 40) + chance.gauss(0, 0.02), 4),
+                "tokens": 246,
                 "tokens_per_second": round(131 + chance.gauss(0, 6), 2) if step > 1 else 11.2,
+                "positions_per_second": 136.9,
                 "learning_rate": 0.001,
                 "validation_loss": round(3.59 + 0.18 * math.exp(-step / 45), 4)
                 if step % 45 == 0 or step == steps
@@ -693,7 +713,7 @@ def test_without_samples_the_page_has_no_table_for_them(root):
 
 def test_a_prompt_given_twice_keeps_its_continuations_apart():
     def both(*texts):
-        return [inputs.Generation(prompt="p", text=text) for text in texts]
+        return [Generation(prompt="p", text=text) for text in texts]
 
     rows = figures.pairs({"baseline": both("b1", "b2"), "tuned": both("t1", "t2", "t3")})
     assert [(row["baseline"], row["tuned"]) for row in rows] == [("b1", "t1"), ("b2", "t2"), (None, "t3")]
@@ -776,9 +796,16 @@ def test_without_the_manifest_or_the_sharding_there_is_no_report(root, relative)
         ("data/metrics/load.json", "{", "JSON"),
         ("data/generated/tuned.jsonl", '{"prompt": "p"}', "line 1"),
         ("data/plots/samples.jsonl", '{"prompt": "p", "text": "t"}', "line 1"),
-        ("data/plots/finetune.csv", "loss\n3\n", "columns step and loss"),
-        ("data/plots/finetune.csv", "step,loss\n1,3\n2,much\n", "line 3"),
-        ("data/plots/finetune.csv", "step,loss\n,3\n", "line 2"),
+        ("data/metrics/load.json", json.dumps(METRICS["load"] | {ATTACK: ATTACK}), "Extra inputs"),
+        ("data/metrics/load.json", json.dumps(METRICS["load"] | {"peak_host_bytes": ATTACK}), "peak_host_bytes"),
+        ("data/plots/finetune.csv", "loss\n3\n", "columns step, epoch, loss,"),
+        (
+            "data/plots/finetune.csv",
+            f"{COLUMNS}\n{ROW.format(step=1, loss=3)}{ROW.format(step=2, loss='much')}",
+            "line 3",
+        ),
+        ("data/plots/finetune.csv", f"{COLUMNS}\n{ROW.format(step='', loss=3)}", "line 2"),
+        ("data/plots/finetune.csv", f"{COLUMNS}\n1,1,3\n", "line 2"),
         ("data/generated/tuned.jsonl", b"\xff\xfe", "UTF-8"),
         ("data/plots/finetune.csv", b"\xff\xfe", "UTF-8"),
         ("data/metrics/load.json", b"\xff\xfe", "JSON"),
@@ -805,9 +832,10 @@ def test_a_diverged_loss_breaks_the_line_and_is_counted(root):
 
 
 def test_a_curve_without_rows_or_without_any_number_is_said(root):
-    (root / "data/plots/finetune.csv").write_text("step,loss\n", encoding="utf-8")
+    (root / "data/plots/finetune.csv").write_text(f"{COLUMNS}\n", encoding="utf-8")
     assert "finetune.csv has no rows" in Reader(rendered(root)).text
-    (root / "data/plots/finetune.csv").write_text("step,loss\n1,nan\n2,inf\n", encoding="utf-8")
+    rows = ROW.format(step=1, loss="nan") + ROW.format(step=2, loss="inf")
+    (root / "data/plots/finetune.csv").write_text(f"{COLUMNS}\n{rows}", encoding="utf-8")
     assert "2 of 2 steps have a loss that is not a number" in Reader(rendered(root)).text
 
 
@@ -873,8 +901,6 @@ def attack_everywhere(root: Path) -> None:
     for row in [*planned["search"]["points"], *planned["scaling"]["rows"]]:
         row |= {"name": ATTACK, "topology": ATTACK}
     write_json(root / "data/sharding/plan.json", {**planned, "targets": {ATTACK: target}})
-    edit(root, "data/metrics/prepare.json", **{ATTACK: ATTACK})
-    edit(root, "data/metrics/finetune.json", peak_host_bytes=ATTACK)
     bad = {"name": ATTACK, "url": "javascript:document.title='owned'"}
     files = [{"name": ATTACK, "size": 1, "sha256": ATTACK}]
     edit(root, "models/preset/manifest.json", preset=ATTACK, source=ATTACK, handle=ATTACK, licence=bad, files=files)
@@ -1044,7 +1070,7 @@ def test_the_page_never_scrolls_sideways(root, browser, width, shape):
     long = "word" * 200
     write_generations(root, "tuned", [("This movie was", long)])
     edit(root, "data/sharding/tuned.json", mesh={"shape": shape, "axis_names": ["batch", "model"], "devices": "tpu"})
-    edit(root, "data/metrics/prepare.json", source=long)
+    edit(root, "models/preset/manifest.json", handle=long)
     browser.open(saved(root), width=width)
     assert browser.run("document.documentElement.scrollWidth") == width
 
@@ -1191,7 +1217,7 @@ def test_steps_are_never_marked_between_two_steps():
 
 
 def test_memory_is_stacked_by_kind_with_the_replicated_part_apart():
-    tuned = inputs.Sharding.model_validate(sharding(tuned=True))
+    tuned = Sharding.model_validate(sharding(tuned=True))
     bar = figures.memory({"tuned": tuned})["bars"][0]
     assert bar.total == tuned.bytes_per_device
     assert [(s.kind, s.hatched) for s in bar.segments] == [

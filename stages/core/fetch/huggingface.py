@@ -43,9 +43,10 @@ from stages.core.fetch.local import check_contents, check_vocabulary, folder_for
 from stages.core.files import read_json, write_json
 from stages.core.presets import keras_h5, safetensors
 from stages.core.presets.architecture import Architecture, read_architecture
-from stages.core.presets.manifest import LICENCE, Manifest, PresetFile, fault, sha256_with_progress
+from stages.core.presets.manifest import LICENCE, fault, sha256_with_progress
 from stages.core.presets.tokenizer import HUGGING_FACE_VOCABULARY, JSON_VOCABULARY
 from stages.core.presets.untrusted import read_object
+from stages.core.records.manifest import Licence, Manifest, PresetFile
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -169,7 +170,7 @@ def _manifest(source: Source, preset: str, cache: Path, commit: str, record: dic
     """Return the manifest of a commit's files."""
     folder = source.folder(cache, commit).relative_to(cache).as_posix()
     handle = f"hf://{source.repo}@{commit}"
-    return Manifest(preset, "huggingface", record["format"], handle, folder, record["licence"], record["files"])
+    return Manifest(preset=preset, source="huggingface", handle=handle, folder=folder, **record)
 
 
 def _commit(source: Source, cache: Path) -> str | None:
@@ -206,7 +207,7 @@ def _recorded(source: Source, cache: Path, commit: str) -> dict[str, Any] | None
     try:
         content = read_json(_record(source, cache, commit))
         files = tuple(PresetFile(**file) for file in content["files"])
-        return {"format": content["format"], "licence": content["licence"], "files": files}
+        return {"format": content["format"], "licence": Licence(**content["licence"]), "files": files}
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
@@ -246,8 +247,9 @@ def _restore(source: Source, preset: str, cache: Path, say: Callable[[str], None
             f"same commit. Received: fetch.preset={preset}\n"
             f"Delete {_record(source, cache, commit)} if you want to accept them, and run this again."
         )
-    record = {"format": file_format, "licence": _licence(source, info), "files": files}
-    write_json(_record(source, cache, commit), record | {"files": [asdict(file) for file in files]})
+    record: dict[str, Any] = {"format": file_format, "licence": _licence(source, info), "files": files}
+    as_json = {"licence": asdict(record["licence"]), "files": [asdict(file) for file in files]}
+    write_json(_record(source, cache, commit), record | as_json)
     _remember(source, cache, commit)
     return _manifest(source, preset, cache, commit, record)
 
@@ -455,8 +457,8 @@ def _sha256(folder: Path, file: RepoSibling) -> str:
     return file.lfs.sha256 if file.lfs is not None else sha256_with_progress(folder / file.rfilename)
 
 
-def _licence(source: Source, info: ModelInfo) -> dict[str, str]:
-    """Return `name` and `url` of the terms that the model's card states."""
+def _licence(source: Source, info: ModelInfo) -> Licence:
+    """Return the terms that the model's card states."""
     card = info.card_data.to_dict() if info.card_data else {}
     stated, name, link = card.get("license"), card.get("license_name"), card.get("license_link")
     if stated == "gemma":
@@ -467,5 +469,5 @@ def _licence(source: Source, info: ModelInfo) -> dict[str, str]:
         return REGISTRY[preset].licence
     named = name if stated == "other" and name else stated
     if not isinstance(named, str) or named == "other":
-        return {"name": "terms on the model's page", "url": source.page}
-    return {"name": named, "url": link if isinstance(link, str) and link.startswith("https://") else source.page}
+        return Licence("terms on the model's page", source.page)
+    return Licence(named, link if isinstance(link, str) and link.startswith("https://") else source.page)

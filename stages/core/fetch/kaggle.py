@@ -20,7 +20,8 @@ from stages.core.fetch.kaggle_client import MAKE_ROOM, OTHER_PLACE, KaggleModel,
 from stages.core.fetch.kaggle_credentials import ask_for_token, import_kagglehub, kaggle_credentials, kaggle_host
 from stages.core.fetch.local import check_contents, check_keras_folder, list_files
 from stages.core.files import read_json, write_json
-from stages.core.presets.manifest import Manifest, PresetFile, fault
+from stages.core.presets.manifest import fault
+from stages.core.records.manifest import Manifest, PresetFile
 
 CONFIG = "config.json"
 WEIGHTS = "the weights of "
@@ -46,7 +47,15 @@ def fetch_kaggle(preset: str, cache: Path, say: Callable[[str], None]) -> Manife
         with one_at_a_time(link, say):
             # Another clone may have brought them while this one waited.
             files = _whole(link, record) or _fetch(model, link, record, say)
-    return Manifest(preset, "kaggle", "keras", handle, f"presets/{key}", licence_of(preset), files)
+    return Manifest(
+        preset=preset,
+        source="kaggle",
+        format="keras",
+        handle=handle,
+        folder=f"presets/{key}",
+        licence=licence_of(preset),
+        files=files,
+    )
 
 
 def check_kaggle(preset: str, cache: Path) -> Check:

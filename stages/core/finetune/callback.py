@@ -10,7 +10,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import keras
 import numpy as np
+from pydantic import TypeAdapter
 
 from stages.core.common.errors import StageError
 from stages.core.common.host_memory import Growth
@@ -27,6 +28,7 @@ from stages.core.files import optional
 from stages.core.finetune.checkpoint import Checkpoint, Store
 from stages.core.finetune.optimizer import Schedule
 from stages.core.finetune.signals import Interruption, Stopped
+from stages.core.records.finetune import Sample, Step
 from stages.core.tokenize.batches import Batches
 
 # Steps in a JAX profile, after the one that compiles.
@@ -45,15 +47,24 @@ class History:
     `step_growth` is how many bytes the process's memory grew within a step on CPU devices, where the system tells.
     """
 
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[Step] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
     first_steps: list[int] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
-    samples: list[dict[str, Any]] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
     best_loss: float | None = None
     waited: int = 0
     stopped_early: bool = False
     step_growth: int | None = None
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> History:
+        """Return the history that `state` was made of."""
+        return TypeAdapter(cls).validate_python(state)
+
+    def state(self) -> dict[str, Any]:
+        """Return the history as JSON can hold it."""
+        return TypeAdapter(type(self)).dump_python(self)
 
     @property
     def steps(self) -> int:
@@ -158,17 +169,17 @@ class Watch(keras.callbacks.Callback):
             raise StageError(f"Step {step} must train all {given} tokens of its sequences. Received: tokens={tokens}.")
         history.step_seconds.append(seconds)
         history.rows.append(
-            {
-                "step": step,
-                "epoch": epoch + 1,
-                "loss": loss,
-                "accuracy": accuracy,
-                "tokens": tokens,
-                "tokens_per_second": tokens / seconds,
-                "positions_per_second": plan.positions_per_step / seconds,
-                "learning_rate": rate,
-                "validation_loss": None,
-            }
+            Step(
+                step=step,
+                epoch=epoch + 1,
+                loss=loss,
+                accuracy=accuracy,
+                tokens=tokens,
+                tokens_per_second=tokens / seconds,
+                positions_per_second=plan.positions_per_step / seconds,
+                learning_rate=rate,
+                validation_loss=None,
+            )
         )
         if self._profiling and step in (self._first_step + 1 + PROFILED_STEPS, plan.steps):
             self._stop_profile()
@@ -185,7 +196,7 @@ class Watch(keras.callbacks.Callback):
                     plan.say(
                         f"No sample after step {step}: {type(error).__name__}: {' '.join(str(error).split())[:150]}"
                     )
-                history.samples.append({"step": step, "prompt": plan.settings.sample_prompt, "text": text})
+                history.samples.append(Sample(step=step, prompt=plan.settings.sample_prompt, text=text))
         told_to_stop = self._interruption.received
         if plan.store and not self.finished and (told_to_stop or step % plan.settings.checkpoint_every == 0):
             self._save()
@@ -201,7 +212,7 @@ class Watch(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Show the validation loss in Keras' line, if it was measured after the epoch's last step."""
-        held_out = self.history.rows[-1]["validation_loss"]
+        held_out = self.history.rows[-1].validation_loss
         if logs is not None and held_out is not None:
             logs["val_loss"] = held_out
 
@@ -257,7 +268,7 @@ class Watch(keras.callbacks.Callback):
                 for variable, value in zip(self.model.trainable_variables, self.best, strict=True):
                     arrays[f"best/{variable.path}"] = value
             with optional(f"the checkpoint after step {self.history.steps} is not kept", self._plan.say):
-                self._plan.store.save(self.history.steps, arrays, asdict(self.history))
+                self._plan.store.save(self.history.steps, arrays, self.history.state())
                 self._kept = self.history.steps
 
     def _validate(self) -> None:
@@ -273,7 +284,7 @@ class Watch(keras.callbacks.Callback):
                 put(variable, value)
         if not math.isfinite(loss):
             raise self._diverged(f"the validation loss is {loss}", history.steps)
-        history.rows[-1]["validation_loss"] = float(loss)
+        history.rows[-1] = history.rows[-1].model_copy(update={"validation_loss": float(loss)})
         if patience is None:
             return
         if history.best_loss is None or loss < history.best_loss:

@@ -8,10 +8,10 @@ from __future__ import annotations
 import contextlib
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stages.core.common import host_memory
 from stages.core.common.errors import ParamsError, StageError
@@ -22,6 +22,9 @@ from stages.core.finetune import fingerprint, flops
 from stages.core.finetune.checkpoint import Store
 from stages.core.load import adapter, lora_kernels, weight_loading
 from stages.core.load.variants import LoadedModel, Preset, declare_model, fill_model
+from stages.core.records.finetune import FinetuneMetrics, Step
+from stages.core.records.layout import LoraConfig
+from stages.core.records.model_config import ModelConfig, TunedWeights
 
 if TYPE_CHECKING:
     import keras
@@ -48,66 +51,54 @@ class Result:
     devices: int
     optimizer: keras.optimizers.Optimizer
 
-    def metrics(self) -> dict[str, float | int]:
-        """Return `data/metrics/finetune.json`, over all the processes that the run took.
-
-        The first step of a process holds the compilation; what it took beyond a usual step is `compile_seconds`. First
-        and last loss are means over the tokens of up to 10 steps, since single batches scatter. `tokens_per_second`
-        counts the tokens that are learnt, `positions_per_second` all that the devices compute: prompts and padding
-        too. `validation_seconds` and `sample_seconds` hold their own compilations. `peak_device_bytes` is there only if
-        the backend tells. `flops_share_of_peak` is the model flops per second of a usual step over what the devices'
-        float32 matrix products reach together, measured after the training. `state_bytes_per_device` is what the first
-        device holds of weights, optimizer and metrics; `step_growth_bytes` how far the process's memory grew within one
-        step: on simulated devices, the temporaries of all of them.
-        """
+    def metrics(self) -> FinetuneMetrics:
+        """Return `data/metrics/finetune.json`."""
         history = self.history
-        grown = history.step_growth
         first = set(history.first_steps)
         steady = [i for i in range(history.steps) if i not in first] or list(range(history.steps))
         median = statistics.median(history.step_seconds[i] for i in steady)
-        return {
-            "total_parameters": self.total_parameters,
-            "trainable_parameters": self.trainable_parameters,
-            "steps": history.steps,
-            "tokens": sum(row["tokens"] for row in history.rows),
-            "loss_first": round(_mean_loss(history.rows[:10]), 4),
-            "loss_last": round(_mean_loss(history.rows[-10:]), 4),
-            "tokens_per_second": round(statistics.fmean(history.rows[i]["tokens"] for i in steady) / median, 1),
-            "positions_per_second": round(self.positions_per_step / median, 1),
-            "step_seconds_median": round(median, 4),
-            "compile_seconds": round(sum(max(history.step_seconds[i] - median, 0.0) for i in first), 2),
-            "load_seconds": round(history.seconds["load"], 2),
-            "train_seconds": round(sum(history.step_seconds), 2),
-            "validation_seconds": round(history.seconds["validation"], 2),
-            "sample_seconds": round(history.seconds["sample"], 2),
-            "checkpoint_seconds": round(history.seconds["checkpoint"], 2),
-            "peak_host_bytes": self.peak_host_bytes,
-            **({} if self.peak_device_bytes is None else {"peak_device_bytes": self.peak_device_bytes}),
-            "state_bytes_per_device": self.state_bytes,
-            **({} if grown is None else {"step_growth_bytes": grown}),
-            "flops_per_step": self.flops_per_step,
-            "flops_per_second_of_matrix_product": round(self.matrix_product_rate),
-            "flops_share_of_peak": round(self.flops_per_step / median / (self.matrix_product_rate * self.devices), 4),
-        }
+        return FinetuneMetrics(
+            total_parameters=self.total_parameters,
+            trainable_parameters=self.trainable_parameters,
+            steps=history.steps,
+            tokens=sum(row.tokens for row in history.rows),
+            loss_first=round(_mean_loss(history.rows[:10]), 4),
+            loss_last=round(_mean_loss(history.rows[-10:]), 4),
+            tokens_per_second=round(statistics.fmean(history.rows[i].tokens for i in steady) / median, 1),
+            positions_per_second=round(self.positions_per_step / median, 1),
+            step_seconds_median=round(median, 4),
+            compile_seconds=round(sum(max(history.step_seconds[i] - median, 0.0) for i in first), 2),
+            load_seconds=round(history.seconds["load"], 2),
+            train_seconds=round(sum(history.step_seconds), 2),
+            validation_seconds=round(history.seconds["validation"], 2),
+            sample_seconds=round(history.seconds["sample"], 2),
+            checkpoint_seconds=round(history.seconds["checkpoint"], 2),
+            peak_host_bytes=self.peak_host_bytes,
+            peak_device_bytes=self.peak_device_bytes,
+            state_bytes_per_device=self.state_bytes,
+            step_growth_bytes=history.step_growth,
+            flops_per_step=self.flops_per_step,
+            flops_per_second_of_matrix_product=round(self.matrix_product_rate),
+            flops_share_of_peak=round(self.flops_per_step / median / (self.matrix_product_rate * self.devices), 4),
+        )
 
 
-def _mean_loss(rows: list[dict[str, Any]]) -> float:
+def _mean_loss(steps: Sequence[Step]) -> float:
     """Return the mean loss over the tokens of some steps."""
-    return statistics.fmean([row["loss"] for row in rows], [max(row["tokens"], 1e-9) for row in rows])
+    return statistics.fmean([step.loss for step in steps], [max(step.tokens, 1e-9) for step in steps])
 
 
-def load_trainable(preset: Preset, description: dict[str, Any], settings: Finetune) -> LoadedModel:
+def load_trainable(preset: Preset, config: ModelConfig, settings: Finetune) -> LoadedModel:
     """Load the baseline with LoRA kernels at their first values, or with every weight trainable for rank 0.
 
     Raises:
         StageError: the baseline was made from another preset, or in a dtype in which nothing is learnt.
     """
-    if description["base"] != preset.fingerprint:
+    if config.base != preset.fingerprint:
         raise StageError("models/baseline was made from another preset than models/preset names. Run `dvc repro`.")
-    if settings.rank == 0 and description["dtype"] == NOT_IN_FULL:
+    if settings.rank == 0 and config.dtype == NOT_IN_FULL:
         raise StageError(f"load.dtype {IN_FULL}. Received: models/baseline in {NOT_IN_FULL}, finetune.rank=0.")
-    tuning = {"rank": settings.rank, "alpha": settings.alpha, "targets": settings.targets}
-    model = declare_model(description, preset.architecture, tuning)
+    model = declare_model(config, preset.architecture, settings.lora)
     first = {
         weight.path: lora_kernels.first_value(weight.path, weight.shape, settings.seed)
         for weight in weight_loading.weights_of(model.backbone)
@@ -117,14 +108,9 @@ def load_trainable(preset: Preset, description: dict[str, Any], settings: Finetu
     return model
 
 
-def describe(settings: Finetune) -> dict[str, Any]:
-    """Return what `model.json` and the weights file say of the tuning."""
-    return {
-        "file": adapter.FILE[settings.rank > 0],
-        "rank": settings.rank,
-        "alpha": None if settings.rank == 0 else settings.alpha if settings.alpha is not None else float(settings.rank),
-        "targets": list(settings.targets) if settings.rank else [],
-    }
+def describe(lora: LoraConfig) -> TunedWeights:
+    """Return what `model.json` and the weights file say of what was trained."""
+    return TunedWeights(file=adapter.FILE[lora.rank > 0], rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
 
 
 def make_causal(model: LoadedModel, settings: Finetune) -> CausalModel:
@@ -143,7 +129,7 @@ def make_causal(model: LoadedModel, settings: Finetune) -> CausalModel:
 
 def checkpoints(
     paths: Paths,
-    description: dict[str, Any],
+    config: ModelConfig,
     platform: str,
     settings: Finetune,
     say: Callable[[str], None] = lambda text: None,
@@ -155,7 +141,7 @@ def checkpoints(
 
     Args:
         paths: where the tokens lie.
-        description: the baseline's `model.json`.
+        config: the baseline's `model.json`.
         platform: of the devices: cpu, tpu or gpu.
         settings: the training settings.
         say: shows one line to the person, if checkpoints cannot be used since the code has changed.
@@ -166,7 +152,7 @@ def checkpoints(
         {
             "settings": without(settings, "display"),
             "tokens": {split: sha256(paths.read(file)) for split, file in TOKENS.items()},
-            **{key: description[key] for key in ("base", "dtype", "mesh", "layout")},
+            **{key: config.content()[key] for key in ("base", "dtype", "mesh", "layout")},
             "platform": platform,
         }
     )
@@ -276,7 +262,7 @@ def fit(
     if store:
         store.hold(say)
     found = store.newest(say) if store else None
-    history = History(**found.state) if found else History()
+    history = History.from_state(found.state) if found else History()
     history.seconds["load"] += load_seconds
     plan = Plan(
         settings,

