@@ -27,7 +27,7 @@ HEALTH = Licence(
     "https://developers.google.com/health-ai-developer-foundations/terms",
 )
 # What is known where the terms could not be read: where they stand.
-CELL2SENTENCE = {"name": "terms on the model's page", "url": "https://www.kaggle.com/models/keras/cell2sentence"}
+CELL2SENTENCE = Licence("terms on the model's page", "https://www.kaggle.com/models/keras/cell2sentence")
 
 
 @dataclass(frozen=True)
