@@ -7,8 +7,12 @@ Command: `python -m stages.compare`
 
 from __future__ import annotations
 
+import logging
+
 from stages.core.cli import Run, stage
 from stages.core.common.paths import evaluation
+
+logger = logging.getLogger(__name__)
 
 
 @stage
@@ -20,7 +24,7 @@ def main(run: Run) -> None:
     values = difference(baseline, tuned)
     run.write_metrics("compare", values)
     error = values.loss_difference_standard_error
-    run.say(
+    logger.info(
         f"Loss, tuned - baseline: {values.loss_difference:+.4f} nats per token"
         + ("" if error is None else f", paired standard error {error:.4f}")
         + f"; perplexity x {values.perplexity_ratio:.4f}"

@@ -10,9 +10,12 @@ Command: `python -m stages.evaluate --variant tuned`
 
 from __future__ import annotations
 
+import logging
 import sys
 
 from stages.core.cli import Run, click, stage
+
+logger = logging.getLogger(__name__)
 
 
 @stage
@@ -42,7 +45,7 @@ def main(run: Run, variant: str) -> None:
     values = review_losses.metrics(variant, losses)
     review_losses.write_losses(run.paths.write(evaluation(variant)), losses)
     run.write_metrics(f"evaluate-{variant}", values)
-    run.say(
+    logger.info(
         f"{variant}: perplexity {values.perplexity:,.2f} over {values.targets:,} tokens of {values.reviews:,} "
         f"whole held-out reviews; {values.reviews_cut:,} cut at {settings.max_length:,} tokens"
     )

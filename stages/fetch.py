@@ -11,11 +11,14 @@ licence was accepted, and how large the download is; exit code 1 if the fetch wo
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from stages.core.cli import Run, click, stage
 from stages.core.common.errors import StageError
 from stages.core.common.paths import MANIFEST, cache_folder
+
+logger = logging.getLogger(__name__)
 
 
 @stage
@@ -32,21 +35,21 @@ def main(run: Run, check: bool) -> None:
         if check:
             found = check_packed(GEMMA3_270M, wanted.preset, cache_folder())
         else:
-            manifest = fetch_packed(GEMMA3_270M, wanted.preset, cache_folder(), run.say)
+            manifest = fetch_packed(GEMMA3_270M, wanted.preset, cache_folder())
     elif wanted.source == "kaggle":
         from stages.core.fetch.kaggle import check_kaggle, fetch_kaggle
 
         if check:
             found = check_kaggle(wanted.preset, cache_folder())
         else:
-            manifest = fetch_kaggle(wanted.preset, cache_folder(), run.say)
+            manifest = fetch_kaggle(wanted.preset, cache_folder())
     elif wanted.source == "huggingface":
         from stages.core.fetch.huggingface import check_huggingface, fetch_huggingface
 
         if check:
             found = check_huggingface(wanted.preset, cache_folder())
         else:
-            manifest = fetch_huggingface(wanted.preset, cache_folder(), run.say)
+            manifest = fetch_huggingface(wanted.preset, cache_folder())
     else:
         from stages.core.fetch.local import check_local, fetch_local
 
@@ -63,7 +66,7 @@ def main(run: Run, check: bool) -> None:
     inputs.declare(run.paths, "fetch", "path", folder)
     manifest.write(run.paths.write(MANIFEST))
     size = sum(file.size for file in manifest.files)
-    run.say(
+    logger.info(
         f"{manifest.preset}: {len(manifest.files)} files, {size / 1e6:,.0f} MB. "
         f"The weights come under the {manifest.licence.name} ({manifest.licence.url})."
     )

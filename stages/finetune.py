@@ -43,9 +43,9 @@ def main(run: Run, profile: Path | None) -> None:
     from stages.core.tokenize.store import read_windows
 
     windows = {split: read_windows(run.paths, split) for split in ("train", "validation")}
-    warn_before_running(run.paths.root, run_of(config, settings, windows["train"]["token_ids"].shape[1]), run.say)
-    prompting.warn_of_another_format(tokenizer, windows["train"], turns=turns, say=run.say)
-    store = trainer.checkpoints(run.paths, config, model.platform, settings, run.say)
+    warn_before_running(run.paths.root, run_of(config, settings, windows["train"]["token_ids"].shape[1]))
+    prompting.warn_of_another_format(tokenizer, windows["train"], turns=turns)
+    store = trainer.checkpoints(run.paths, config, model.platform, settings)
     result = trainer.fit(
         model,
         windows,
@@ -55,7 +55,6 @@ def main(run: Run, profile: Path | None) -> None:
         turns=turns,
         profile=profile,
         load_seconds=time.perf_counter() - began,
-        say=run.say,
     )
 
     tuned = trainer.describe(settings.lora)

@@ -7,9 +7,12 @@ Command: `python -m stages.generate --variant tuned`
 
 from __future__ import annotations
 
+import logging
 import time
 
 from stages.core.cli import Run, click, stage
+
+logger = logging.getLogger(__name__)
 
 
 @stage
@@ -33,7 +36,7 @@ def main(run: Run, variant: str) -> None:
     prompts, stops = prompting.encode(tokenizer, settings.prompts, turns=settings.turns)
     pieces = tokenizer.vocabulary_size
     sampler = sampling.SamplerSettings(settings.max_tokens, settings.temperature, settings.top_k, stops, pieces)
-    run.say(f"Generating up to {settings.max_tokens} tokens for each of {len(prompts)} prompts with {variant} ...")
+    logger.info(f"Generating up to {settings.max_tokens} tokens for each of {len(prompts)} prompts with {variant} ...")
     began = time.perf_counter()
     continued = sampling.generate(causal, prompts, sampler, settings.seed)
     seconds = time.perf_counter() - began

@@ -8,10 +8,13 @@ where every weight, LoRA kernel and optimizer slot would lie, of the fetched pre
 
 from __future__ import annotations
 
+import logging
 import time
 
 from stages.core.cli import Run, click, stage
 from stages.core.common.errors import ParamsError
+
+logger = logging.getLogger(__name__)
 
 
 @stage
@@ -47,8 +50,8 @@ def main(run: Run, dry_run: bool, public: str | None) -> None:
     layout = make_layout(params.layout, preset.architecture, mesh)
     config = variants.model_config(preset, params.load.dtype, mesh, layout)
     model = variants.declare_model(config, preset.architecture, None)
-    check_adapters(layout.rules, [placement.weight for placement in model.placements], mesh, run.say)
-    warn_before_running(run.paths.root, run_of(config), run.say)
+    check_adapters(layout.rules, [placement.weight for placement in model.placements], mesh)
+    warn_before_running(run.paths.root, run_of(config))
     advice = replication_advice(params.layout, preset.architecture, model.placements, mesh)
     fraction = check_replication(model.placements, mesh, params.layout.max_replicated_fraction, advice)
     variants.fill_model(model, preset, {})
@@ -64,7 +67,7 @@ def main(run: Run, dry_run: bool, public: str | None) -> None:
 
     click.echo(table.block_table(model.placements))
     for fallback in layout.fallbacks:
-        run.say(f"Layout: {fallback}")
+        logger.info(f"Layout: {fallback}")
     config.write(run.paths.write("models/baseline/model.json"))
     report.write(run.paths.write(SHARDING["baseline"]))
     run.write_metrics(

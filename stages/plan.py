@@ -37,18 +37,18 @@ def main(run: Run, presets: Path | None) -> None:
     from stages.core.records.plan import PlanFile, PlanMetrics
 
     if presets:
-        presets_table.write_table(settings, presets, run.say)
+        presets_table.write_table(settings, presets)
         return
     inputs.declare(run.paths, "plan", "config.json", targets.own_config(settings.fetch, run.paths.root))
     planned = {}
     for wanted in settings.plan.targets:
         name, request = targets.compile_request_of(settings, wanted)
-        target = targets.target_of(name, request, compilation.compile_step(request, run.say))
+        target = targets.target_of(name, request, compilation.compile_step(request))
         planned[targets.label(target)] = target
     plan = PlanFile(
         targets=planned,
-        search=search.search(settings, settings.plan.search, run.say) if settings.plan.search else None,
-        scaling=search.scaling(settings, settings.plan.scaling, run.say) if settings.plan.scaling else None,
+        search=search.search(settings, settings.plan.search) if settings.plan.search else None,
+        scaling=search.scaling(settings, settings.plan.scaling) if settings.plan.scaling else None,
     )
     table.show(plan)
     plan.write(run.paths.write(PLAN))

@@ -8,8 +8,12 @@ Command: python -m stages.prepare
 
 from __future__ import annotations
 
+import logging
+
 from stages.core.cli import Run, stage
 from stages.core.common.paths import REVIEWS, cache_folder
+
+logger = logging.getLogger(__name__)
 
 
 @stage
@@ -19,13 +23,13 @@ def main(run: Run) -> None:
     from stages.core.prepare.parquet_file import write_reviews
     from stages.core.prepare.sources import describe, own_inputs, prepare_reviews, summary
 
-    parts, tally = prepare_reviews(run.params.prepare, run.paths.root, cache_folder(), run.say)
+    parts, tally = prepare_reviews(run.params.prepare, run.paths.root, cache_folder())
     for key, path in own_inputs(run.params.prepare, run.paths.root).items():
         inputs.declare(run.paths, "prepare", key, path)
     for part, reviews in parts.items():
         write_reviews(run.paths.write(REVIEWS[part]), reviews)
     run.write_metrics("prepare", describe(parts, tally))
-    run.say(summary(parts, tally))
+    logger.info(summary(parts, tally))
 
 
 if __name__ == "__main__":

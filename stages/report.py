@@ -7,9 +7,13 @@ Command: python -m stages.report
 
 from __future__ import annotations
 
+import logging
+
 from stages.core.cli import Run, stage
 from stages.core.common.paths import REPORT
 from stages.core.files import write_text
+
+logger = logging.getLogger(__name__)
 
 
 @stage
@@ -22,8 +26,8 @@ def main(run: Run) -> None:
     page = render(inputs, run.params)
     write_text(run.paths.write(REPORT), page)
     for relative, command in inputs.missing.items():
-        run.say(f"Left out: {relative} does not exist; `{command}` writes it.")
-    run.say(f"Wrote {REPORT} ({len(page.encode()) / 1024:,.0f} KiB): open it in a browser.")
+        logger.info(f"Left out: {relative} does not exist; `{command}` writes it.")
+    logger.info(f"Wrote {REPORT} ({len(page.encode()) / 1024:,.0f} KiB): open it in a browser.")
 
 
 if __name__ == "__main__":

@@ -7,8 +7,12 @@ Command: python -m stages.tokenize
 
 from __future__ import annotations
 
+import logging
+
 from stages.core.cli import Run, stage
 from stages.core.common.paths import HELD_OUT, MANIFEST, REVIEWS, TOKENS
+
+logger = logging.getLogger(__name__)
 
 
 @stage
@@ -29,8 +33,8 @@ def main(run: Run) -> None:
     tokenizer = load_tokenizer(verified_folder(manifest, run.paths.root, only=vocabulary), manifest.format)
     metrics: dict[str, object] = {}
     if holds_pairs(sources["train"]) and manifest.source != "path" and is_base(manifest.preset):
-        run.say(
-            f"Warning: these are pairs of prompt and response, and {manifest.preset} is a base preset, which does not "
+        logger.warning(
+            f"these are pairs of prompt and response, and {manifest.preset} is a base preset, which does not "
             "know Gemma's turn format. An instruct preset learns from fewer of them."
         )
     for split, source in sources.items():
@@ -41,7 +45,7 @@ def main(run: Run) -> None:
             metrics["tokens_cut_by_truncation_fraction"] = laid_out.cut_by_truncation_fraction
         else:
             write_windows(run.paths.write(HELD_OUT), laid_out.sequences)
-        run.say(laid_out.summary)
+        logger.info(laid_out.summary)
     run.write_metrics("tokenize", TokenizeMetrics.model_validate(metrics))
 
 

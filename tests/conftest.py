@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from stages.core.cli import line_of
 from stages.core.fetch.pypi import Packed
 from tests.support.repository import FAMILIES, REAL_CACHE, ROOT
 from tests.support.servers import package_index
@@ -53,6 +55,13 @@ def presets(devices: int, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
     base = tmp_path_factory.mktemp("presets")
     return {family: write_tiny_preset(base / family, family) for family in FAMILIES}
+
+
+@pytest.fixture
+def logged(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    """Return a function that lists what the stages have logged since the test began, as the command line shows it."""
+    caplog.set_level(logging.INFO, logger="stages")
+    return lambda: [line_of(record) for record in caplog.records if record.name.startswith("stages.")]
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""The command line that all stages share: options, reading the settings, errors, and the metrics file.
+"""The command line that all stages share: options, reading the settings, messages, errors, and the metrics file.
 
 Purpose: a stage script is a straight line from `Run` to its outputs. Nothing heavy is imported here, so that `--help`
 and a wrong setting answer at once. The scripts take click from here too: the check in `stages/__init__.py` must come
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import logging
 import os
 import signal
 import sys
@@ -40,10 +41,6 @@ class Run:
     params: Params
     paths: Paths
     verbose: bool
-
-    def say(self, text: str) -> None:
-        """Print one line for the person, on standard error: standard output is for tables one may pipe."""
-        click.echo(text, err=True)
 
     def write_metrics(self, name: str, values: FileRecord) -> None:
         """Write `data/metrics/<name>.json`."""
@@ -102,7 +99,8 @@ def mistakes_in_lines(verbose: bool) -> Iterator[None]:
         if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         lend_a_home()
-        yield
+        with records_on_standard_error():
+            yield
     except StageError as error:
         fail(error, verbose)
     except ModuleNotFoundError as error:
@@ -122,6 +120,42 @@ def mistakes_in_lines(verbose: bool) -> Iterator[None]:
     except KeyboardInterrupt:
         click.echo("Interrupted.", err=True)
         sys.exit(130)
+
+
+@contextlib.contextmanager
+def records_on_standard_error() -> Iterator[None]:
+    """Within the block show what the stages log, from INFO on; what other libraries log is left to their own handlers.
+
+    Standard output is for tables one may pipe.
+    """
+    handler = _StandardError()
+    # A script that is run is called `__main__`.
+    loggers = [logging.getLogger(name) for name in ("stages", "__main__")]
+    for logger in loggers:
+        logger.setLevel(logging.INFO)
+        logger.addHandler(handler)
+        # A library may have given the root logger a handler, which would show each record once more.
+        logger.propagate = False
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.setLevel(logging.NOTSET)
+            logger.removeHandler(handler)
+            logger.propagate = True
+
+
+class _StandardError(logging.Handler):
+    """Prints to what `sys.stderr` is at the time; a closed pipe is an error as for any other output."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one record."""
+        click.echo(line_of(record), err=True)
+
+
+def line_of(record: logging.LogRecord) -> str:
+    """Return what is shown of a record: its bare message, after `Warning: ` if it is one."""
+    return ("Warning: " if record.levelno >= logging.WARNING else "") + record.getMessage()
 
 
 def fail(error: StageError, verbose: bool) -> None:

@@ -10,16 +10,19 @@ import contextlib
 import errno
 import hashlib
 import json
+import logging
 import os
 import re
 import secrets
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
+
+logger = logging.getLogger(__name__)
 
 # A full disk, a used-up quota, a file larger than is allowed.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -78,20 +81,18 @@ def flush(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def optional(what: str, warn: Callable[[str], None]) -> Iterator[None]:
+def optional(what: str) -> Iterator[None]:
     """Within the block a file that cannot be read or written is a warning of one line: the run does not need it.
 
     Args:
         what: what is lost then, to begin the sentence.
-        warn: shows one line to the person.
     """
     try:
         yield
     except OSError as error:
         place = f": {error.filename}" if error.filename else ""
-        warn(
-            f"Warning: {what} ({error.strerror or error}{place}). The run goes on; "
-            "GEMMA_TUNING_CACHE can name another folder."
+        logger.warning(
+            f"{what} ({error.strerror or error}{place}). The run goes on; GEMMA_TUNING_CACHE can name another folder."
         )
 
 

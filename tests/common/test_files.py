@@ -15,8 +15,7 @@ from stages.core import files
 from stages.core.common.paths import MAKERS, maker_of
 from stages.core.load.adapter import save
 from stages.core.records.finetune import Sample
-from tests.pipeline.test_dag import STAGES
-from tests.support.repository import ROOT
+from tests.support.repository import ROOT, STAGES
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])

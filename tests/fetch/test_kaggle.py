@@ -37,13 +37,8 @@ def kaggle(tmp_path, monkeypatch):
 
 @pytest.fixture
 def fetch(tmp_path):
-    """Return a function that fetches in this process; what it said is its attribute."""
-
-    def run():
-        return fetch_kaggle(HANDLE, tmp_path / "cache", run.said.append)
-
-    run.said = []
-    return run
+    """Return a function that fetches in this process."""
+    return lambda: fetch_kaggle(HANDLE, tmp_path / "cache")
 
 
 def files_of(manifest, tmp_path):
@@ -53,12 +48,12 @@ def files_of(manifest, tmp_path):
 
 @pytest.mark.parametrize("other", ["alice/tiny", "keras/medical"])
 def test_models_that_share_variation_and_version_keep_apart(kaggle, tmp_path, other):
-    cache, said = tmp_path / "cache", []
-    first = fetch_kaggle(HANDLE, cache, said.append)
+    cache = tmp_path / "cache"
+    first = fetch_kaggle(HANDLE, cache)
     kaggle.files["model.weights.h5"] = weight_bytes(value=2.0)
     preset = f"kaggle://{other}/keras/tiny_gemma/3"
     assert not check_kaggle(preset, cache).present
-    second = fetch_kaggle(preset, cache, said.append)
+    second = fetch_kaggle(preset, cache)
     assert files_of(second, tmp_path) == kaggle.files
     assert not any(fault(cache / first.folder, file) for file in first.files), "and the first is as it was"
 
@@ -77,24 +72,24 @@ def test_each_handle_has_a_place_of_its_own_directly_below_the_presets(one, othe
 @pytest.mark.parametrize("handle", ["kaggle://../tiny/keras/a/1", "kaggle://a/../keras/a/1", "kaggle://a/b/keras/../1"])
 def test_a_handle_that_leads_out_of_the_cache_folder_is_a_wrong_setting(handle):
     with pytest.raises(ParamsError, match=r"kaggle://owner/model/keras/variation/version"):
-        fetch_kaggle(handle, Path("nowhere"), print)
+        fetch_kaggle(handle, Path("nowhere"))
 
 
-def test_when_kaggle_is_busy_it_is_asked_again_as_late_as_it_says(kaggle, fetch, tmp_path):
+def test_when_kaggle_is_busy_it_is_asked_again_as_late_as_it_says(kaggle, fetch, tmp_path, logged):
     kaggle.statuses, kaggle.retry_after = [429, 503, 200, 500], "0"
     assert files_of(fetch(), tmp_path) == kaggle.files
-    asked_again = [line for line in fetch.said if "asking again" in line]
+    asked_again = [line for line in logged() if "asking again" in line]
     assert asked_again == [f"Kaggle answered {status}; asking again in 0 s." for status in (429, 503, 500)]
 
 
-def test_without_a_time_of_kaggles_the_pauses_grow_and_end(kaggle, fetch, monkeypatch):
+def test_without_a_time_of_kaggles_the_pauses_grow_and_end(kaggle, fetch, monkeypatch, logged):
     monkeypatch.setattr(kaggle_client, "BUSY_WAITS", (0.01, 0.02, 0.03))
     kaggle.status = 503
     with pytest.raises(
         StageError, match=rf"Kaggle answered 503 for {MODEL}\.\nRun `python -m stages\.fetch` again later"
     ):
         fetch()
-    assert fetch.said[1:] == [f"Kaggle answered 503; asking again in {pause:g} s." for pause in (0.01, 0.02, 0.03)]
+    assert logged()[1:] == [f"Kaggle answered 503; asking again in {pause:g} s." for pause in (0.01, 0.02, 0.03)]
     assert len(kaggle.requests) == 4
 
 

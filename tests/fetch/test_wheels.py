@@ -62,6 +62,15 @@ def test_a_wheel_is_downloaded_once_and_then_taken_from_the_cache(index, tmp_pat
     assert names_in(tmp_path) == ["some-data-1.0.whl"]
 
 
+def test_folders_may_stand_among_the_addresses_of_indexes(index, tmp_path, monkeypatch):
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        folder.mkdir()
+    monkeypatch.setenv("PIP_EXTRA_INDEX_URL", " ".join(folder.as_uri() for folder in folders))
+    wheel = index.add("some-data", "1.0", {"a.bin": CONTENT})
+    assert sha256(download_wheel(wheel, tmp_path / "cache")) == wheel.sha256
+
+
 def test_only_the_version_asked_for_is_taken_even_if_there_is_a_newer_one(index, tmp_path):
     old = index.add("some-data", "1.0", {"a.bin": b"old"})
     index.add("some-data", "2.0", {"a.bin": b"new"})
@@ -287,37 +296,37 @@ def test_a_wheel_without_the_member_is_named(tmp_path, content):
     assert names_in(tmp_path / "out") == []
 
 
-def test_whoever_comes_second_waits_for_the_first_and_says_so(tmp_path):
-    target, said, order = tmp_path / "folder" / "file", [], []
+def test_whoever_comes_second_waits_for_the_first_and_says_so(tmp_path, logged):
+    target, order = tmp_path / "folder" / "file", []
     inside, leave = threading.Event(), threading.Event()
 
     def first():
-        with one_at_a_time(target, said.append):
+        with one_at_a_time(target):
             inside.set()
             leave.wait(20)
             order.append("first")
 
     def second():
-        with one_at_a_time(target, said.append):
+        with one_at_a_time(target):
             order.append("second")
 
     with ThreadPoolExecutor(2) as pool:
         one = pool.submit(first)
         assert inside.wait(20)
         two = pool.submit(second)
-        while not said:
+        while not logged():
             time.sleep(0.01)
         leave.set()
         one.result(), two.result()
     assert order == ["first", "second"]
-    assert said == ["Another run is fetching file; waiting for it."]
+    assert logged() == ["Another run is fetching file; waiting for it."]
 
 
 def test_a_cache_folder_that_cannot_be_made_is_the_persons_to_mend(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with (
         pytest.raises(StageError, match=r"must be writable\. Received: .*\nSet GEMMA_TUNING_CACHE"),
-        one_at_a_time(tmp_path / "file" / "presets" / "key", print),
+        one_at_a_time(tmp_path / "file" / "presets" / "key"),
     ):
         pass
 

@@ -223,10 +223,11 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
 ARRAYS = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "n": np.array(7, np.int32)}
 
 
-def test_what_was_saved_comes_back_and_only_the_newest_are_kept(store: Store):
+def test_what_was_saved_comes_back_and_only_the_newest_are_kept(store: Store, logged):
     for step in (5, 10, 15):
         store.save(step, ARRAYS, {"rows": [{"loss": 0.1 + step}]})
-    found = store.newest(pytest.fail)
+    found = store.newest()
+    assert logged() == []
     assert found.step == 15
     assert found.state == {"rows": [{"loss": 15.1}]}
     assert found.arrays["a"].tobytes() == ARRAYS["a"].tobytes()
@@ -234,19 +235,20 @@ def test_what_was_saved_comes_back_and_only_the_newest_are_kept(store: Store):
     assert [path.name for path in sorted(store.folder.iterdir())] == ["step-00000010", "step-00000015"]
 
 
-def test_bfloat16_comes_back_as_bfloat16(store: Store):
+def test_bfloat16_comes_back_as_bfloat16(store: Store, logged):
     import ml_dtypes
 
     array = np.arange(5, dtype=np.float32).astype(ml_dtypes.bfloat16)
     store.save(1, {"b": array}, {})
-    found = store.newest(pytest.fail).arrays["b"]
+    found = store.newest().arrays["b"]
+    assert logged() == []
     assert found.dtype == ml_dtypes.bfloat16
     assert found.tobytes() == array.tobytes()
 
 
 @pytest.mark.parametrize("name", ["arrays.safetensors", "state.json", "SHA256SUMS"])
 @pytest.mark.parametrize("damage", ["cut", "changed", "missing", "empty"])
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(store: Store, name: str, damage: str):
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(store: Store, logged, name: str, damage: str):
     store.save(5, ARRAYS, {"rows": []})
     store.save(10, ARRAYS, {"rows": []})
     path = store.folder / "step-00000010" / name
@@ -257,20 +259,20 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(store: Store, name: st
             content[: len(content) // 2] + bytes([content[len(content) // 2] ^ 1]) + content[len(content) // 2 + 1 :]
         )
         path.write_bytes({"cut": content[:-3], "changed": changed, "empty": b""}[damage])
-    told: list[str] = []
-    assert store.newest(told.append).step == 5
-    assert len(told) == 1 and "step-00000010 is damaged" in told[0]
+    assert store.newest().step == 5
+    assert len(logged()) == 1 and "step-00000010 is damaged" in logged()[0]
 
 
-def test_a_half_written_checkpoint_is_never_found_and_goes_with_the_rest(store: Store):
+def test_a_half_written_checkpoint_is_never_found_and_goes_with_the_rest(store: Store, logged):
     (store.folder / ".writing-abc").mkdir(parents=True)
     (store.folder / ".writing-abc" / "arrays.safetensors").write_bytes(b"half")
-    assert store.newest(pytest.fail) is None
+    assert store.newest() is None
+    assert logged() == []
     store.clear()
     assert not store.folder.exists()
 
 
-def test_a_checkpoint_that_does_not_fit_leaves_the_ones_before(store: Store):
+def test_a_checkpoint_that_does_not_fit_leaves_the_ones_before(store: Store, logged):
     store.save(5, ARRAYS, {"rows": []})
     before, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
@@ -282,23 +284,25 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_ones_before(store: Store):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (before, hard))
     assert [path.name for path in store.folder.iterdir()] == ["step-00000005"]
-    assert store.newest(pytest.fail).step == 5
+    assert store.newest().step == 5
+    assert logged() == []
 
 
 CONTEND = """
 import sys
 import numpy as np
+from stages.core.finetune import checkpoint
 from stages.core.finetune.checkpoint import Store
 
-def damaged(text): sys.exit(text)
+checkpoint.logger.warning = sys.exit
 
 for turn in range(15):
     store = Store("contended", keep=2)
-    store.hold(lambda text: None)
-    assert store.newest(damaged) is None, "the run before ended well"
+    store.hold()
+    assert store.newest() is None, "the run before ended well"
     for step in (1, 2, 3):
         store.save(step, {"a": np.full(1000, step)}, {"turn": turn})
-    assert store.newest(damaged).state == {"turn": turn}
+    assert store.newest().state == {"turn": turn}
     store.clear()
 """
 
@@ -332,20 +336,21 @@ def test_the_fingerprint_holds_all_the_code_that_trains_and_none_that_only_talks
     assert held == code.dependencies(ENTRY)
 
 
-def test_a_run_whose_code_changed_says_that_it_starts_over(tmp_path: Path):
+def test_a_run_whose_code_changed_says_that_it_starts_over(tmp_path: Path, logged):
     parts = with_program({"settings": {"rank": 4}})
     changed = {**parts, "code": {**parts["code"], "stages/core/model/cross_entropy.py": "other"}}
-    said: list[str] = []
     for each in (parts, changed):
-        record(tmp_path / fingerprint_of(each), each, said.append)
-    assert said == [], "nothing was kept that could not be used"
+        record(tmp_path / fingerprint_of(each), each)
+    assert logged() == [], "nothing was kept that could not be used"
     (tmp_path / fingerprint_of(parts) / "step-00000005").mkdir()
     for other in ({**changed, "settings": {"rank": 8}}, parts):
-        record(tmp_path / f"new-{len(said)}-{other['settings']['rank']}", other, said.append)
-    assert said == []
-    record(tmp_path / "new", {**changed, "versions": {**parts["versions"], "jax": "0"}}, said.append)
-    assert len(said) == 1
-    assert said[0].endswith("other code or packages and are not used: jax, stages/core/model/cross_entropy.py changed.")
+        record(tmp_path / f"new-{other['settings']['rank']}", other)
+    assert logged() == []
+    record(tmp_path / "new", {**changed, "versions": {**parts["versions"], "jax": "0"}})
+    assert len(logged()) == 1
+    assert logged()[0].endswith(
+        "other code or packages and are not used: jax, stages/core/model/cross_entropy.py changed."
+    )
 
 
 def test_a_killed_run_starts_over_when_the_training_code_changed_and_goes_on_when_a_help_text_did(trial: Trial):

@@ -201,7 +201,7 @@ def test_a_dry_run_of_the_fetched_preset_reads_no_weights(clone, presets, family
 
 
 def test_a_dry_run_of_the_embedded_preset_counts_what_the_registry_does(clone, real_gguf):
-    from tests.presets.test_manifest import manifest_of
+    from tests.support.fake_preset import manifest_of
     from tests.support.repository import REAL_CACHE
 
     manifest = manifest_of(real_gguf.parent, [file.name for file in real_gguf.parent.iterdir()])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 from stages.core.config.schema import Layout
 from tests.support.repository import FAMILIES, ROOT
 from tests.support.tiny_models import AUTO, load_tiny, windows
+from tests.support.tiny_runs import sampled
 
 
 def our_loss_and_gradients(model, batch, **options):
@@ -36,16 +38,33 @@ def our_loss_and_gradients(model, batch, **options):
     return float(value), {path: np.asarray(each) for path, each in zip(paths, gradients, strict=True)}
 
 
-def keras_loss_and_gradients(folder, batch, model, full):
-    """The same by keras-hub's layers and Keras' own loss; weights are copied from `model`."""
+TARGETS = ("query", "value", "ffw_gating", "attention_output")
+
+
+def whole_windows():
+    """Four windows of one segment each, as keras-hub reads them."""
+    batch = windows(4)
+    batch["segment_ids"] = np.ones_like(batch["segment_ids"])
+    return batch
+
+
+@pytest.fixture(scope="module")
+def keras_says(presets):
+    """Loss and gradients by keras-hub's layers and Keras' own loss, by family and mode; computed once."""
+    return functools.cache(lambda family, full: keras_loss_and_gradients(presets[family], full))
+
+
+def keras_loss_and_gradients(folder, full):
+    """The same by keras-hub's layers and Keras' own loss, on one device."""
     import jax
     import keras
     import keras_hub
 
+    batch, model = whole_windows(), load_tiny(folder, (1, 1), rank=0 if full else 2, targets=TARGETS)
     keras.distribution.set_distribution(None)
     backbone = keras_hub.models.Backbone.from_preset(str(folder), dtype="float32")
     if not full:
-        backbone.enable_lora(2, target_layer_names=["query", "value", "ffw_gating", "attention_output"])
+        backbone.enable_lora(2, target_layer_names=list(TARGETS))
         for layer in backbone._flatten_layers():
             if getattr(layer, "lora_enabled", False):
                 layer.lora_alpha = 4.0
@@ -64,7 +83,7 @@ def keras_loss_and_gradients(folder, batch, model, full):
             logits = backbone.token_embedding(hidden, reverse=True)
             return crossentropy(batch["target_ids"], logits, sample_weight=batch["weights"])
 
-    value, gradients = jax.value_and_grad(loss)(
+    value, gradients = jax.jit(jax.value_and_grad(loss))(
         [variable.value for variable in backbone.trainable_variables],
         [variable.value for variable in backbone.non_trainable_variables],
     )
@@ -72,21 +91,22 @@ def keras_loss_and_gradients(folder, batch, model, full):
     return float(value), {path: np.asarray(each) for path, each in zip(paths, gradients, strict=True)}
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 8), (2, 4), (4, 1)], ids=str)
-@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_loss_and_gradients_are_plain_keras(presets, family, full, shape):
-    batch = windows(4)
-    batch["segment_ids"] = np.ones_like(batch["segment_ids"])
-    targets = ("query", "value", "ffw_gating", "attention_output")
-    model = load_tiny(presets[family], shape, rank=0 if full else 2, targets=targets)
-    loss, gradients = our_loss_and_gradients(model, batch)
-    wanted, wanted_gradients = keras_loss_and_gradients(presets[family], batch, model, full)
-    assert loss == pytest.approx(wanted, rel=2e-6)
+def assert_same(found, wanted):
+    """Losses and gradients are the same but for rounding."""
+    (loss, gradients), (wanted_loss, wanted_gradients) = found, wanted
+    assert loss == pytest.approx(wanted_loss, rel=2e-6)
     assert gradients.keys() == wanted_gradients.keys()
     for path, gradient in gradients.items():
         scale = np.abs(wanted_gradients[path]).max()
         np.testing.assert_allclose(gradient, wanted_gradients[path], rtol=1e-3, atol=3e-5 * scale, err_msg=path)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 8), (2, 4), (4, 1)], ids=str)
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients_are_plain_keras(presets, keras_says, family, full, shape):
+    model = load_tiny(presets[family], shape, rank=0 if full else 2, targets=TARGETS)
+    assert_same(our_loss_and_gradients(model, whole_windows()), keras_says(family, full))
 
 
 TUTORIAL = AUTO.model_copy(update={"name": "tutorial"})
@@ -116,26 +136,11 @@ CONTRARY = Layout.model_validate(
     ],
     ids=["tutorial gemma", "tutorial gemma2", "contrary gemma2", "contrary gemma3"],
 )
-def test_layouts_that_replicate_adapters_or_split_oddly_give_the_same_gradients(presets, family, layout, shape):
-    batch = windows(4)
-    batch["segment_ids"] = np.ones_like(batch["segment_ids"])
-    targets = ("query", "value", "ffw_gating", "attention_output")
-    model = load_tiny(presets[family], shape, rank=2, targets=targets, layout=layout)
-    loss, gradients = our_loss_and_gradients(model, batch)
-    wanted, wanted_gradients = keras_loss_and_gradients(presets[family], batch, model, False)
-    assert loss == pytest.approx(wanted, rel=2e-6)
-    for path, gradient in gradients.items():
-        scale = np.abs(wanted_gradients[path]).max()
-        np.testing.assert_allclose(gradient, wanted_gradients[path], rtol=1e-3, atol=3e-5 * scale, err_msg=path)
-
-
-def sampled(model, prompts):
-    """The likeliest continuations by the model's own head and cache."""
-    from stages.core.generate import sampling
-    from stages.core.model.causal_lm import make_model
-
-    causal = make_model(model.backbone, model.jax_mesh, model.placements)
-    return sampling.generate(causal, prompts, sampling.SamplerSettings(3, 0.0, None, (511,)), 0)
+def test_layouts_that_replicate_adapters_or_split_oddly_give_the_same_gradients(
+    presets, keras_says, family, layout, shape
+):
+    model = load_tiny(presets[family], shape, rank=2, targets=TARGETS, layout=layout)
+    assert_same(our_loss_and_gradients(model, whole_windows()), keras_says(family, False))
 
 
 # 60 hidden, 6 heads, 120 units: what 3, 5 or 6 devices divide of it differs, and they never divide the vocabulary.
@@ -189,9 +194,8 @@ from pathlib import Path
 from stages.core.sharding.devices import configure
 configure("simulated", 12)
 from stages.core.finetune import trainer
-from tests.support.tiny_runs import settings
+from tests.support.tiny_runs import sampled, settings
 from tests.support.tiny_models import load_tiny, windows
-from tests.model.test_causal_lm import sampled
 
 for preset, length in json.loads(sys.argv[1]):
     given = {"train": windows(4, length), "validation": windows(2, length, seed=1)}
@@ -361,7 +365,6 @@ def assert_close(gradients, wanted, tolerance):
 @pytest.fixture(scope="module")
 def in_float32(presets):
     """The gradients of the sequences that are left, in float32 on one device, by family and rank; computed once."""
-    import functools
 
     @functools.cache
     def gradients(family, rank):

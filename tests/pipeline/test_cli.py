@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from stages.core.cli import records_on_standard_error
 from tests.support.repository import ROOT
 
 # `profile` changes settings and `cache` cleans up: tests/config/test_profiles.py, tests/cache/test_cache.py.
@@ -169,6 +171,17 @@ def test_ctrl_c_in_a_command_that_runs_ends_it_with_130_and_a_word(tmp_path: Pat
     command, environment = [sys.executable, "-m", "stages.load"], {**os.environ, "PYTHONPATH": str(tmp_path)}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert (result.returncode, result.stdout, result.stderr) == (130, "", "Interrupted.\n")
+
+
+def test_what_the_stages_log_is_shown_once_and_bare_and_nothing_else_is(capsys: pytest.CaptureFixture[str]):
+    loggers = [logging.getLogger(name) for name in ("stages.core.files", "keras", "jax")]
+    with records_on_standard_error():
+        for logger in loggers:
+            logger.debug("detail")
+            logger.info("100% {done}")
+        loggers[0].warning("beware")
+    loggers[0].info("after the command")
+    assert capsys.readouterr() == ("", "100% {done}\nWarning: beware\n")
 
 
 def test_git_that_makes_crlf_leaves_every_text_as_it_is(tmp_path: Path):

@@ -7,14 +7,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from ruamel.yaml import YAML
 
 from stages.core.common.code import ROOT, dependencies
 from stages.core.config.reader import read_params
 from stages.core.config.schema import Params, without
+from tests.support.repository import STAGES
 
-DAG = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())
-STAGES = DAG["stages"]
 # Scripts that change settings or clean up, and make nothing: no stage of the pipeline.
 COMMANDS = {"cache", "profile"}
 PACKAGES = {folder.parent.relative_to(ROOT).as_posix() for folder in (ROOT / "stages" / "core").glob("*/__init__.py")}

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from tests.pipeline.test_pipeline import change
+from tests.support.copies import change
 from tests.support.hf_folder import write_hugging_face
 from tests.support.repository import FAMILIES, ROOT
 from tests.support.servers import hub_server

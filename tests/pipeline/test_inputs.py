@@ -12,10 +12,8 @@ import pytest
 from stages.core.common.inputs import declare
 from stages.core.common.paths import Paths
 from stages.core.config.reader import read_params
-from tests.pipeline.test_dag import STAGES
-from tests.pipeline.test_pipeline import change
-from tests.support.copies import copy_repository, dvc, ran
-from tests.support.repository import ROOT
+from tests.support.copies import change, copy_repository, dvc, ran
+from tests.support.repository import ROOT, STAGES
 
 pytestmark = pytest.mark.xdist_group("pipeline")
 

@@ -45,7 +45,7 @@ def kaggle(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("check", [[], ["--check"]])
 def test_with_a_full_cache_a_preset_of_kaggles_touches_no_network(kaggle, tmp_path, check):
-    fetch_kaggle(HANDLE, tmp_path / "cache", str)
+    fetch_kaggle(HANDLE, tmp_path / "cache")
     kaggle.requests.clear()
     run = offline("fetch", tmp_path / "out", *FROM_KAGGLE, *check)
     assert run.returncode == 0, run.stderr

@@ -9,9 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from ruamel.yaml import YAML
 
-from tests.support.copies import IDENTITY, copy_repository, dvc, ran
+from tests.support.copies import IDENTITY, change, copy_repository, dvc, ran
 from tests.support.sentinels import HF_TOKEN, KAGGLE_TOKEN, leaks
 from tests.support.tiny_presets import tiny_reviews
 
@@ -34,16 +33,6 @@ ALL = {
 TUNED = {"finetune", "generate@tuned", "evaluate@tuned", "compare", "report"}
 # A plan fills what its entries leave out from the sections that shape a step.
 PLANNED = {"plan"}
-
-
-def change(repository: Path, section: str, **values) -> None:
-    """Change settings in `params.yaml` in place."""
-    yaml = YAML()
-    path = repository / "params.yaml"
-    content = yaml.load(path.read_text())
-    content[section].update(values)
-    with path.open("w") as stream:
-        yaml.dump(content, stream)
 
 
 @pytest.fixture(scope="module")

@@ -146,7 +146,7 @@ def all_whole(labels) -> bool:
 
 
 def reviews(path):
-    return file_reviews([path], "prepare.train_file", Columns("text", "label"), str)
+    return file_reviews([path], "prepare.train_file", Columns("text", "label"))
 
 
 ARROW = st.sampled_from(

@@ -14,35 +14,19 @@ from stages.core.common.errors import ParamsError, StageError
 from stages.core.fetch.local import check_keras_folder, fetch_local, list_files
 from stages.core.presets import manifest as presets
 from stages.core.presets.manifest import (
-    LICENCE,
     fault,
     read_manifest,
     sha256_with_progress,
     verified_folder,
 )
-from stages.core.records.manifest import Manifest
-from tests.support.fake_preset import make_preset
+from tests.support.fake_preset import NAMES, make_preset, manifest_of
 from tests.support.repository import ROOT
 from tests.support.servers.package_index import pip_environment
-
-NAMES = ["assets/tokenizer/vocabulary.spm", "config.json", "model.weights.h5"]
 
 
 @pytest.fixture
 def preset(tmp_path):
     return make_preset(tmp_path / "preset")
-
-
-def manifest_of(folder, names=NAMES):
-    return Manifest(
-        preset="tiny",
-        source="path",
-        format="keras",
-        handle=None,
-        folder=str(folder),
-        licence=LICENCE,
-        files=list_files(folder, names),
-    )
 
 
 def test_a_manifest_is_read_as_it_was_written(preset, tmp_path):

@@ -70,7 +70,7 @@ def test_an_index_of_safetensors_that_names_files_elsewhere_is_refused(tmp_path,
 @pytest.mark.parametrize("kind", ["config", "keras config", "safetensors", "hdf5", "gguf"])
 def test_of_200_mutations_none_is_read_wrongly_ends_in_a_traceback_or_fills_the_memory(kind, devices, tmp_path):
     if kind == "gguf":
-        from tests.presets.test_gguf import write_gguf
+        from tests.support.gguf_file import write_gguf
         from tests.support.tiny_presets import tiny_backbone
 
         write_gguf(tmp_path / "tiny.gguf", tiny_backbone("gemma3"), "F32")

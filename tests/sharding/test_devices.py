@@ -56,11 +56,13 @@ def test_the_numbers_are_those_that_jax_knows(devices):
 RUN = """
 import sys
 from pathlib import Path
+from stages.core.cli import records_on_standard_error
 from stages.core.sharding import devices
 from stages.core.common.errors import StageError
 devices.DEVICE_FILES, devices.PROBE_SECONDS = Path(sys.argv[1]), float(sys.argv[4])
 try:
-    platform = devices.configure(sys.argv[2], int(sys.argv[3]))
+    with records_on_standard_error():
+        platform = devices.configure(sys.argv[2], int(sys.argv[3]))
 except StageError as error:
     sys.exit(str(error))
 import jax, jax.numpy as jnp

@@ -58,8 +58,10 @@ def test_neither_the_environment_nor_keras_own_configuration_reaches_a_run(tmp_p
     configuration = tmp_path / ".keras/keras.json"
     configuration.write_text('{"floatx": "float16", "backend": "torch", "epsilon": 0.1, "max_steps_per_epoch": 1}')
     program = """
+from stages.core.cli import records_on_standard_error
 from stages.core.sharding.devices import configure
-configure("simulated", 2)
+with records_on_standard_error():
+    configure("simulated", 2)
 import jax, keras
 config = jax.config
 print(len(jax.devices()), keras.config.floatx(), keras.config.epsilon(), keras.config.backend(),

@@ -7,6 +7,9 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
 
 from tests.support.repository import ROOT
 
@@ -43,3 +46,13 @@ def dvc(repository: Path, *arguments: str, **environment: str) -> subprocess.Com
 def ran(result: subprocess.CompletedProcess[str]) -> set[str]:
     """The stages that `dvc repro` really ran."""
     return {line.split("'")[1] for line in result.stdout.splitlines() if line.startswith("Running stage")}
+
+
+def change(repository: Path, section: str, **values: Any) -> None:
+    """Change settings in `params.yaml` in place."""
+    yaml = YAML()
+    path = repository / "params.yaml"
+    content = yaml.load(path.read_text())
+    content[section].update(values)
+    with path.open("w") as stream:
+        yaml.dump(content, stream)

@@ -11,8 +11,11 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from stages.core.fetch.local import list_files
 from stages.core.presets.architecture import Architecture
 from stages.core.presets.keras_h5 import stored_weights
+from stages.core.presets.manifest import LICENCE
+from stages.core.records.manifest import Manifest
 from tests.support.tiny_presets import VOCABULARY_SIZE, tiny_proto
 
 SMALLEST = {
@@ -24,6 +27,7 @@ SMALLEST = {
     "intermediate_dim": 4,
     "head_dim": 2,
 }
+NAMES = ["assets/tokenizer/vocabulary.spm", "config.json", "model.weights.h5"]
 CONFIG = {"class_name": "GemmaBackbone", "registered_name": "keras_hub>GemmaBackbone", "config": SMALLEST}
 
 
@@ -58,3 +62,16 @@ def make_preset(folder: Path, weights: Sequence[str] = ("model.weights.h5",)) ->
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
     return folder
+
+
+def manifest_of(folder: Path, names: Sequence[str] = NAMES) -> Manifest:
+    """The manifest of a folder's files."""
+    return Manifest(
+        preset="tiny",
+        source="path",
+        format="keras",
+        handle=None,
+        folder=str(folder),
+        licence=LICENCE,
+        files=list_files(folder, names),
+    )

@@ -1,14 +1,18 @@
-"""Where the repository and its recorded data are, and the families that tests run over."""
+"""Where the repository and its recorded data are, the pipeline's stages, and the families that tests run over."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
 
 from stages.core.common.paths import cache_folder
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "tests" / "data"
+STAGES: dict[str, Any] = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
 FAMILIES = ("gemma", "gemma2", "gemma3")
 
 # The real weights may be there already; tests on tiny models must not write beside them. Workers of pytest-xdist

@@ -48,3 +48,12 @@ def distance(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
     """The largest difference between two sets of weights."""
     assert one.keys() == other.keys()
     return max(float(np.abs(one[path].astype("f4") - other[path].astype("f4")).max()) for path in one)
+
+
+def sampled(model, prompts):
+    """The likeliest continuations by the model's own head and cache."""
+    from stages.core.generate import sampling
+    from stages.core.model.causal_lm import make_model
+
+    causal = make_model(model.backbone, model.jax_mesh, model.placements)
+    return sampling.generate(causal, prompts, sampling.SamplerSettings(3, 0.0, None, (511,)), 0)

@@ -443,17 +443,17 @@ def test_pairs_tokenized_for_a_base_preset_are_warned_of_in_one_line(project, ca
 @pytest.mark.parametrize(
     ("rows", "turns", "warned"), [(PAIRS, False, True), (PAIRS, True, False), (TEXTS, False, False)]
 )
-def test_training_on_turns_while_prompts_are_not_put_in_them_is_warned_of_in_one_line(project, rows, turns, warned):
-    said = []
+def test_training_on_turns_while_prompts_are_not_put_in_them_is_warned_of_in_one_line(
+    project, logged, rows, turns, warned
+):
     trained = project(rows, "gemma3_instruct_270m")
-    prompting.warn_of_another_format(FOUND_IN_TEXT, trained, turns=turns, say=said.append)
-    assert len(said) == warned
-    assert all("generate.turns: true" in line and "\n" not in line for line in said)
+    prompting.warn_of_another_format(FOUND_IN_TEXT, trained, turns=turns)
+    assert len(logged()) == warned
+    assert all("generate.turns: true" in line and "\n" not in line for line in logged())
 
 
-def test_a_vocabulary_without_turns_warns_of_none(project):
-    said = []
+def test_a_vocabulary_without_turns_warns_of_none(project, logged):
     trained = project(TEXTS, "gemma3_270m")
     without = Tokenizer.from_proto(tiny_presets.tiny_proto(turns=()))
-    prompting.warn_of_another_format(without, trained, turns=False, say=said.append)
-    assert said == []
+    prompting.warn_of_another_format(without, trained, turns=False)
+    assert logged() == []

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from stages.core.common.errors import StageError
 from stages.core.files import FULL
+
+logger = logging.getLogger(__name__)
 
 MAKE_ROOM = "Make room, or set GEMMA_TUNING_CACHE to a folder on a larger disk."
 UNWRITTEN = (*FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP)
@@ -49,14 +52,13 @@ def explain_unwritten(
 
 
 @contextlib.contextmanager
-def one_at_a_time(target: Path, say: Callable[[str], None]) -> Iterator[None]:
+def one_at_a_time(target: Path) -> Iterator[None]:
     """Hold a lock beside `target`, so that of several clones one fetches it and the others find it there.
 
     The system drops the lock of a process that ends, however it ends.
 
     Args:
         target: the file or folder that is about to be made.
-        say: prints one line for the person, when there is somebody to wait for.
 
     Raises:
         StageError: the folder cannot be written to.
@@ -67,7 +69,7 @@ def one_at_a_time(target: Path, say: Callable[[str], None]) -> Iterator[None]:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            say(f"Another run is fetching {target.name}; waiting for it.")
+            logger.info(f"Another run is fetching {target.name}; waiting for it.")
             lock.acquire()
     except OSError as error:
         raise StageError(explain_unwritten(error, target.parent)) from error

@@ -11,10 +11,10 @@ revision stood for.
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import ModelInfo, RepoSibling
 
+logger = logging.getLogger(__name__)
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 CONFIG = "config.json"  # both kinds of preset call their configuration so
@@ -67,7 +68,7 @@ WEIGHTS = re.compile(r".*\.(h5|safetensors)")
 FIRST_READ = 1 << 17  # bytes; the headers of most files fit into so many, and are had with one question
 
 
-def fetch_huggingface(preset: str, cache: Path, say: Callable[[str], None]) -> Manifest:
+def fetch_huggingface(preset: str, cache: Path) -> Manifest:
     """Bring a preset from Hugging Face into the cache folder and describe it; with no network if it is there unaltered.
 
     A branch or tag (`main`, if none is named) stands for the commit that it was at the first fetch.
@@ -75,7 +76,6 @@ def fetch_huggingface(preset: str, cache: Path, say: Callable[[str], None]) -> M
     Args:
         preset: `hf://owner/model`, with `@branch`, `@tag` or `@commit` if wanted.
         cache: the cache folder.
-        say: prints one line for the person.
 
     Raises:
         ParamsError: not such a handle, or not a text Gemma.
@@ -84,9 +84,9 @@ def fetch_huggingface(preset: str, cache: Path, say: Callable[[str], None]) -> M
     source = source_of(preset)
     found = _present(source, preset, cache)
     if found is None:
-        with one_at_a_time(source.base(cache), say):
+        with one_at_a_time(source.base(cache)):
             try:
-                found = _present(source, preset, cache) or _restore(source, preset, cache, say)
+                found = _present(source, preset, cache) or _restore(source, preset, cache)
             except ParamsError:
                 # A commit that was no use must not stand in the way of one that mends it.
                 _reference(source, cache).unlink(missing_ok=True)
@@ -212,7 +212,7 @@ def _recorded(source: Source, cache: Path, commit: str) -> dict[str, Any] | None
         return None
 
 
-def _restore(source: Source, preset: str, cache: Path, say: Callable[[str], None]) -> Manifest:
+def _restore(source: Source, preset: str, cache: Path) -> Manifest:
     """Download what is missing or altered, verify it, and write down what was found."""
     with explained(source):
         info = _information(hub_client(), source, cache)
@@ -225,7 +225,7 @@ def _restore(source: Source, preset: str, cache: Path, say: Callable[[str], None
         missing = [each for each in needed if _differs(folder, each)]
         check_room(folder, sum(each.size or 0 for each in missing), f"the files of {source.repo}")
         megabytes = sum(each.size or 0 for each in missing) / 1e6
-        say(f"Downloading {source.repo} from {hub_name()}: {megabytes:,.0f} MB in {len(missing)} files.")
+        logger.info(f"Downloading {source.repo} from {hub_name()}: {megabytes:,.0f} MB in {len(missing)} files.")
         if any(WEIGHTS.fullmatch(each.rfilename) for each in missing):
             _inspect(source, commit, needed, folder)
         for each in missing:

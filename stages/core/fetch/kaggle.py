@@ -7,8 +7,8 @@ Reads: Kaggle, with the credentials that are found. Writes: kagglehub's own cach
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -23,17 +23,18 @@ from stages.core.files import read_json, write_json
 from stages.core.presets.manifest import fault
 from stages.core.records.manifest import Manifest, PresetFile
 
+logger = logging.getLogger(__name__)
+
 CONFIG = "config.json"
 WEIGHTS = "the weights of "
 
 
-def fetch_kaggle(preset: str, cache: Path, say: Callable[[str], None]) -> Manifest:
+def fetch_kaggle(preset: str, cache: Path) -> Manifest:
     """Bring a preset from Kaggle into the cache folder and describe it; without a network if it is there unaltered.
 
     Args:
         preset: a name of keras-hub's registry, or `kaggle://<owner>/<model>/keras/<variation>/<version>`.
         cache: the cache folder.
-        say: prints one line for the person.
 
     Raises:
         ParamsError: no such preset.
@@ -44,9 +45,9 @@ def fetch_kaggle(preset: str, cache: Path, say: Callable[[str], None]) -> Manife
     link, record = cache / "presets" / key, cache / "presets" / f"{key}.json"
     files = _whole(link, record)
     if files is None:
-        with one_at_a_time(link, say):
+        with one_at_a_time(link):
             # Another clone may have brought them while this one waited.
-            files = _whole(link, record) or _fetch(model, link, record, say)
+            files = _whole(link, record) or _fetch(model, link, record)
     return Manifest(
         preset=preset,
         source="kaggle",
@@ -131,20 +132,20 @@ def _whole(link: Path, record: Path) -> tuple[PresetFile, ...] | None:
     return None if files is None or any(fault(link, file) for file in files) else files
 
 
-def _fetch(model: str, link: Path, record: Path, say: Callable[[str], None]) -> tuple[PresetFile, ...]:
+def _fetch(model: str, link: Path, record: Path) -> tuple[PresetFile, ...]:
     """Restore the files, with the credentials that are found; at a terminal with those that the person types."""
     credentials = kaggle_credentials()
     for note in credentials.notes:
-        say(note)
+        logger.info(note)
     try:
-        return _restore(KaggleModel(model, credentials, say), link, record)
+        return _restore(KaggleModel(model, credentials), link, record)
     except KaggleRefused as error:
         if error.status not in (401, 403) or credentials.source is not None:
             raise
         typed = ask_for_token()
         if typed is None:
             raise
-        return _restore(KaggleModel(model, typed, say), link, record)
+        return _restore(KaggleModel(model, typed), link, record)
 
 
 def _restore(kaggle: KaggleModel, link: Path, record: Path) -> tuple[PresetFile, ...]:
@@ -155,7 +156,7 @@ def _restore(kaggle: KaggleModel, link: Path, record: Path) -> tuple[PresetFile,
         link: the link to make.
         record: the list of files as they were when they came, made if it is not there.
     """
-    kaggle.say(f"Downloading {kaggle.handle} from Kaggle, as far as it is not here.")
+    logger.info(f"Downloading {kaggle.handle} from Kaggle, as far as it is not here.")
     files = _recorded(record)
     folder = _bring_all(kaggle) if files is None else _bring_again(kaggle, files, record)
     _refuse_strangers(folder)
@@ -187,7 +188,7 @@ def _bring_all(kaggle: KaggleModel) -> Path:
     check_room(kaggle.folder, kaggle.missing_bytes(sizes), WEIGHTS + kaggle.handle, MAKE_ROOM)
     for name, size in sizes.items():
         # kagglehub's bars have no names.
-        kaggle.say(f"{name}: {size / 1e6:,.1f} MB")
+        logger.info(f"{name}: {size / 1e6:,.1f} MB")
         folder = kaggle.download(name).parents[name.count("/")]
     return folder
 

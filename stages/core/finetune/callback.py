@@ -7,6 +7,7 @@ its step did and nothing of the next.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +31,8 @@ from stages.core.finetune.optimizer import Schedule
 from stages.core.finetune.signals import Interruption, Stopped
 from stages.core.records.finetune import Sample, Step
 from stages.core.tokenize.batches import Batches
+
+logger = logging.getLogger(__name__)
 
 # Steps in a JAX profile, after the one that compiles.
 PROFILED_STEPS = 3
@@ -98,7 +101,6 @@ class Plan:
     store: Store | None
     sample: Callable[[], str] | None
     profile: Path | None
-    say: Callable[[str], None]
 
 
 class Watch(keras.callbacks.Callback):
@@ -193,7 +195,7 @@ class Watch(keras.callbacks.Callback):
                     text = plan.sample()
                 except Exception as error:  # a sample shows how the run goes; it must not end it
                     text = ""
-                    plan.say(
+                    logger.info(
                         f"No sample after step {step}: {type(error).__name__}: {' '.join(str(error).split())[:150]}"
                     )
                 history.samples.append(Sample(step=step, prompt=plan.settings.sample_prompt, text=text))
@@ -267,7 +269,7 @@ class Watch(keras.callbacks.Callback):
             if self.best is not None:
                 for variable, value in zip(self.model.trainable_variables, self.best, strict=True):
                     arrays[f"best/{variable.path}"] = value
-            with optional(f"the checkpoint after step {self.history.steps} is not kept", self._plan.say):
+            with optional(f"the checkpoint after step {self.history.steps} is not kept"):
                 self._plan.store.save(self.history.steps, arrays, self.history.state())
                 self._kept = self.history.steps
 
@@ -294,7 +296,7 @@ class Watch(keras.callbacks.Callback):
             history.waited += 1
         if history.waited >= patience:
             history.stopped_early = True
-            self._plan.say(
+            logger.info(
                 f"Stopped after step {history.steps}: the validation loss was not below {history.best_loss:.4f} in the "
                 f"last {patience} measurements."
             )
@@ -318,9 +320,9 @@ class Watch(keras.callbacks.Callback):
             jax.profiler.stop_trace()
         except Exception as error:
             # Its writer has one type for all reasons; a profile is not worth the run.
-            self._plan.say(f"Warning: the JAX profile is not written ({str(error).splitlines()[0][:200]}).")
+            logger.warning(f"the JAX profile is not written ({str(error).splitlines()[0][:200]}).")
         else:
-            self._plan.say(f"Wrote a JAX profile below {self._plan.profile}.")
+            logger.info(f"Wrote a JAX profile below {self._plan.profile}.")
 
 
 @jax.jit

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,8 @@ from stages.core.files import flush, optional, read_json, sha256, write_arrays
 
 if TYPE_CHECKING:
     import numpy as np
+
+logger = logging.getLogger(__name__)
 
 ARRAYS, STATE, SUMS = "arrays.safetensors", "state.json", "SHA256SUMS"
 
@@ -54,20 +57,19 @@ class Store:
         self._keep = keep
         self._lock = lock_of(self.folder)
 
-    def hold(self, say: Callable[[str], None]) -> None:
+    def hold(self) -> None:
         """Wait until no other run of the same fingerprint goes on, and keep such runs waiting until `clear` or the end.
 
         The system drops the lock of a process that ends, however it ends.
 
         Args:
-            say: shows one line to the person, when there is somebody to wait for.
         """
-        with optional("two runs of these settings at once may disturb each other's checkpoints", say):
+        with optional("two runs of these settings at once may disturb each other's checkpoints"):
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             try:
                 self._lock.acquire(timeout=0)
             except Timeout:
-                say("Another run of the same settings, data and code is going on; waiting for it.")
+                logger.info("Another run of the same settings, data and code is going on; waiting for it.")
                 self._lock.acquire()
             except NotImplementedError as error:  # how filelock tells of a file system without locks
                 raise OSError(errno.ENOLCK, "the file system has no locks", str(self.folder.parent)) from error
@@ -105,13 +107,13 @@ class Store:
         for old in self._found()[self._keep :]:
             shutil.rmtree(old, ignore_errors=True)
 
-    def newest(self, warn: Callable[[str], None]) -> Checkpoint | None:
-        """Return the newest whole checkpoint, or None; `warn` is told of each that is damaged, and it is removed."""
+    def newest(self) -> Checkpoint | None:
+        """Return the newest whole checkpoint, or None; damaged ones are removed, with a warning."""
         for folder in self._found():
             try:
                 return self._read(folder)
             except (OSError, ValueError) as error:
-                warn(f"Warning: the checkpoint {folder.name} is damaged and not used ({error}).")
+                logger.warning(f"the checkpoint {folder.name} is damaged and not used ({error}).")
                 shutil.rmtree(folder, ignore_errors=True)
         return None
 

@@ -10,12 +10,15 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from stages.core.common import code
 from stages.core.files import read_json, write_json
+
+logger = logging.getLogger(__name__)
 
 # The training loop; all it imports is the code that decides how a run goes.
 ENTRY = "stages/core/finetune/trainer.py"
@@ -42,20 +45,21 @@ def fingerprint_of(parts: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def record(folder: Path, parts: Mapping[str, Any], say: Callable[[str], None]) -> None:
+def record(folder: Path, parts: Mapping[str, Any]) -> None:
     """Keep the parts beside the run's checkpoints; if other code or packages left checkpoints of this run, say so.
 
     Args:
         folder: of the run's checkpoints.
         parts: from `with_program`.
-        say: shows one line to the person.
     """
     if folder.exists():
         return
     for other in sorted(folder.parent.glob(f"*/{RUN}")):
         changed = _changed(parts, other) if any(other.parent.glob("step-*")) else None
         if changed:
-            say(f"Checkpoints of this run were made by other code or packages and are not used: {changed} changed.")
+            logger.info(
+                f"Checkpoints of this run were made by other code or packages and are not used: {changed} changed."
+            )
             break
     # Nothing but the message above depends on it.
     with contextlib.suppress(OSError):

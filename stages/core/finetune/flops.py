@@ -5,6 +5,7 @@ Purpose: a share of the machine's peak says more than seconds, and can be compar
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 import time
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 # A product of two square float32 matrices of this size: large enough to run at full speed, 17 GFLOP.
 MATRIX = 2048
-PRODUCTS = 7
+PRODUCTS = 3
 
 
 def step_flops(backbone: keras.Model, batch: int, length: int) -> int:
@@ -50,10 +51,11 @@ def step_flops(backbone: keras.Model, batch: int, length: int) -> int:
     return tokens * (a_token + attention)
 
 
+@functools.cache
 def matrix_product_rate() -> float:
     """Return the flops per second of this machine's float32 matrix product: the median of a few on one device.
 
-    Simulated devices share the machine's cores, so one of them can use all. Takes about a second on two cores.
+    Simulated devices share the machine's cores, so one of them can use all. Takes half a second on two cores, once.
     """
     import jax
     import jax.numpy as jnp

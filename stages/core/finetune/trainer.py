@@ -6,6 +6,7 @@ Purpose: what `stages/finetune.py` strings together.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from stages.core.finetune.callback import History
     from stages.core.model.causal_lm import CausalModel
     from stages.core.presets.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,6 @@ def checkpoints(
     config: ModelConfig,
     platform: str,
     settings: Finetune,
-    say: Callable[[str], None] = lambda text: None,
 ) -> Store | None:
     """Return where this run's checkpoints lie, or None if it is to have none.
 
@@ -144,7 +146,6 @@ def checkpoints(
         config: the baseline's `model.json`.
         platform: of the devices: cpu, tpu or gpu.
         settings: the training settings.
-        say: shows one line to the person, if checkpoints cannot be used since the code has changed.
     """
     if settings.checkpoint_every is None:
         return None
@@ -157,18 +158,17 @@ def checkpoints(
         }
     )
     store = Store(fingerprint.fingerprint_of(parts), settings.checkpoint_keep)
-    fingerprint.record(store.folder, parts, say)
+    fingerprint.record(store.folder, parts)
     return store
 
 
-def check_length(settings: Finetune, batches: int, steps: int, say: Callable[[str], None]) -> None:
+def check_length(settings: Finetune, batches: int, steps: int) -> None:
     """Compare the settings with the run's length, now that it is known: tell of each that cannot act.
 
     Args:
         settings: the training settings.
         batches: of an epoch.
         steps: updates of the whole run.
-        say: shows one line to the person.
 
     Raises:
         ParamsError: more batches are to be accumulated than there are.
@@ -190,7 +190,7 @@ def check_length(settings: Finetune, batches: int, steps: int, say: Callable[[st
     for name, (idle, why) in told.items():
         if idle:
             value = getattr(settings, name)
-            say(f"Warning: finetune.{name}={value} does nothing in a run of {steps} steps: {why}.")
+            logger.warning(f"finetune.{name}={value} does nothing in a run of {steps} steps: {why}.")
 
 
 def fit(
@@ -203,7 +203,6 @@ def fit(
     turns: bool = False,
     profile: Path | None = None,
     load_seconds: float = 0.0,
-    say: Callable[[str], None] = lambda text: None,
 ) -> Result:
     """Train with Keras' `fit` and its progress bar, from the newest checkpoint if there is one.
 
@@ -216,7 +215,6 @@ def fit(
         turns: put the sample prompt in the turn format.
         profile: folder for a JAX profile of a few steps.
         load_seconds: what loading the model took, for the metrics.
-        say: shows one line to the person.
 
     Raises:
         ParamsError: a setting does not go with the run's length.
@@ -251,7 +249,7 @@ def fit(
     one_epoch = batches()
     per_epoch = one_epoch.steps_per_epoch
     total = min(settings.epochs * per_epoch, settings.steps or settings.epochs * per_epoch)
-    check_length(settings, one_epoch.batches_per_epoch, total, say)
+    check_length(settings, one_epoch.batches_per_epoch, total)
     optimizer = make_optimizer(settings, total)
     causal.compile(optimizer=optimizer, loss=None, jit_compile=True)
     optimizer.build(causal.trainable_variables)
@@ -260,8 +258,8 @@ def fit(
     acting = [each for each in causal.trainable_variables if not each.path.endswith("lora_kernel_a")]
     untrained = np.asarray(bit_sums([each.value for each in acting]))
     if store:
-        store.hold(say)
-    found = store.newest(say) if store else None
+        store.hold()
+    found = store.newest() if store else None
     history = History.from_state(found.state) if found else History()
     history.seconds["load"] += load_seconds
     plan = Plan(
@@ -275,14 +273,13 @@ def fit(
         store=store,
         sample=_sampler(causal, tokenizer, settings, turns) if tokenizer and settings.sample_every else None,
         profile=profile,
-        say=say,
     )
     with Interruption() if store else contextlib.nullcontext() as interruption:
         watch = Watch(plan, history, interruption or Interruption())
         watch.set_model(causal)
         if found:
             watch.restore(found)
-            say(f"Going on from the checkpoint after step {found.step} of {total}.")
+            logger.info(f"Going on from the checkpoint after step {found.step} of {total}.")
         while not watch.finished:
             before = history.steps
             epoch, within = divmod(before, per_epoch)

@@ -5,7 +5,8 @@ Purpose: `generate` and the samples of `finetune` put prompts the same way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from stages.core.presets.tokenizer import Tokenizer
@@ -14,6 +15,8 @@ from stages.core.tokenize.control_tokens import ControlTokens
 
 if TYPE_CHECKING:
     import numpy as np
+
+logger = logging.getLogger(__name__)
 
 
 def encode(tokenizer: Tokenizer, prompts: Sequence[str], *, turns: bool) -> tuple[list[list[int]], tuple[int, ...]]:
@@ -33,9 +36,7 @@ def encode(tokenizer: Tokenizer, prompts: Sequence[str], *, turns: bool) -> tupl
     return form.prompts(prompts), (tokenizer.eos, form.end)
 
 
-def warn_of_another_format(
-    tokenizer: Tokenizer, trained: Mapping[str, np.ndarray], *, turns: bool, say: Callable[[str], None]
-) -> None:
+def warn_of_another_format(tokenizer: Tokenizer, trained: Mapping[str, np.ndarray], *, turns: bool) -> None:
     """Say so where the training data are in Gemma's turn format and the prompts are not put in it.
 
     Args:
@@ -44,10 +45,9 @@ def warn_of_another_format(
         if
             `<end_of_turn>` is one of the targets trained on.
         turns: as for `encode`.
-        say: shows one line to the person.
     """
     if not turns and ((trained["target_ids"] == tokenizer.piece_id(END)) & (trained["weights"] > 0)).any():
-        say(
-            "Warning: the training data are in Gemma's turn format, and with generate.turns: false no prompt is put "
+        logger.warning(
+            "the training data are in Gemma's turn format, and with generate.turns: false no prompt is put "
             "in it. Set generate.turns: true, or the outputs are not what was trained."
         )

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from stages.core.presets.architecture import Architecture
 
+OPTIONAL = ("tensorflow", "tensorflow_text", "kagglehub", "pandas")
+
 
 def build_backbone(architecture: Architecture, dtype: str) -> keras.Model:
     """Return the keras-hub backbone with all its variables declared and none allocated.
@@ -48,13 +50,13 @@ def declared_only() -> Iterator[None]:
 
 
 def import_keras_hub() -> ModuleType:
-    """Import keras-hub without TensorFlow, which it takes for optional and needs for its tokenizers only.
+    """Import keras-hub without what it and Keras take for optional: it starts in a third of the time.
 
-    It would cost four of six seconds at each start, print notes, and take an accelerator's memory away from JAX. Our
-    tokenizer is the sentencepiece library's.
+    TensorFlow, which only its tokenizers need (ours is the sentencepiece library's), would also print notes and take an
+    accelerator's memory away from JAX. kagglehub and pandas are used by `fetch` and `prepare`, which need no Keras.
     """
     if "keras_hub" not in sys.modules:
-        hidden = [name for name in ("tensorflow", "tensorflow_text") if name not in sys.modules]
+        hidden = [name for name in OPTIONAL if name not in sys.modules]
         # None makes Python raise ImportError, as if the package were not installed.
         sys.modules.update(dict.fromkeys(hidden))
         try:

@@ -133,11 +133,11 @@ def declare_model(config: ModelConfig, architecture: Architecture, lora: LoraCon
         lora: what is trained; None for the base alone.
     """
     platform = devices.configure(config.mesh.device_kind, config.mesh.devices)
+    backbone = build_backbone(architecture, config.dtype)
     import keras
 
     from stages.core.sharding import mesh as meshes
 
-    backbone = build_backbone(architecture, config.dtype)
     if lora:
         lora_kernels.declare(backbone, lora)
     rules = config.layout.rules

@@ -12,9 +12,9 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import logging
 import re
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,8 @@ from stages.core.sharding import table
 
 if TYPE_CHECKING:
     from stages.core.plan.step_program import StepRequest
+
+logger = logging.getLogger(__name__)
 
 # What a compiled program depends on beside its request and the code that makes it.
 PACKAGES = ("jax", "jaxlib", "libtpu", "keras", "keras-hub")
@@ -133,34 +135,33 @@ def _version(package: str) -> str:
         return "none"
 
 
-def compile_step(request: CompileRequest, say: Callable[[str], None] = lambda text: None) -> StepCost:
+def compile_step(request: CompileRequest) -> StepCost:
     """Compile a step and return what it needs, or return the cached result.
 
     Args:
         request: the step and the topology.
-        say: shows one line to the person before a compilation.
 
     Raises:
         StageError: the layout does not fit, the topology has too few devices, or the compiler fails for another reason
             than memory.
     """
     file = cache_folder() / "plans" / key_of(request)
-    with optional("a kept plan cannot be read", say):
+    with optional("a kept plan cannot be read"):
         try:
             if (kept := read_kept(file)) is not None:
                 return StepCost.model_validate_json(kept)
         except ValueError:
-            say(f"Warning: the kept plan {file.name} is damaged; it is made anew.")
-    cost = _compile(request, say)
+            logger.warning(f"the kept plan {file.name} is damaged; it is made anew.")
+    cost = _compile(request)
     if not cost.fits and not cost.largest and request.blocks is None:
         # The compiler gave up before it had buffers to list. All blocks are alike, so two show them.
-        cost = cost.model_copy(update={"largest": compile_step(dataclasses.replace(request, blocks=2), say).largest})
-    with optional("the plan is not kept for later", say):
+        cost = cost.model_copy(update={"largest": compile_step(dataclasses.replace(request, blocks=2)).largest})
+    with optional("the plan is not kept for later"):
         write_kept(file, cost.model_dump_json().encode())
     return cost
 
 
-def _compile(request: CompileRequest, say: Callable[[str], None]) -> StepCost:
+def _compile(request: CompileRequest) -> StepCost:
     from stages.core.plan.step_program import lower
 
     step = request.program()
@@ -182,7 +183,7 @@ def _compile(request: CompileRequest, say: Callable[[str], None]) -> StepCost:
         "by_kind": {**kinds, "batch": program.data_bytes},
         "weights": table.rows(program.placements, step.mesh),
     }
-    say(f"Compiling for {request.topology}, mesh {step.mesh} ...")
+    logger.info(f"Compiling for {request.topology}, mesh {step.mesh} ...")
     began = time.perf_counter()
     try:
         with contextlib.nullcontext() if topology.chip is None else program_cache_off():

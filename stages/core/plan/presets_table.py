@@ -6,7 +6,7 @@ programs of two and four blocks, so each preset costs minutes, not an hour; answ
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
 from pathlib import Path
 
 from stages.core.common.errors import ParamsError
@@ -21,6 +21,8 @@ from stages.core.plan.topology import describe
 from stages.core.records.plan import Estimate
 from stages.core.sharding.mesh import MeshShape
 
+logger = logging.getLogger(__name__)
+
 # The smallest first. All have eight devices or more on the model axis, as the tutorial's mesh has.
 LADDER = (("v5e:2x4", (1, 8)), ("v5p:2x2x2", (1, 8)), ("v5p:2x2x4", (1, 16)))
 LENGTH, BATCH, RANK, TARGETS = 512, 8, 4, ["query", "value"]
@@ -29,13 +31,12 @@ DTYPES: dict[int, Dtype] = {RANK: "bfloat16", 0: "mixed_bfloat16"}
 BEGIN, END = "<!-- plan: presets -->", "<!-- plan: end -->"
 
 
-def write_table(params: Settings, file: Path, say: Callable[[str], None]) -> None:
+def write_table(params: Settings, file: Path) -> None:
     """Write the table between the two marks of a Markdown file.
 
     Args:
         params: the training's other settings.
         file: a text file with the lines `BEGIN` and `END`.
-        say: shows one line to the person.
 
     Raises:
         ParamsError: there is no such file, or the marks are not in it.
@@ -45,10 +46,10 @@ def write_table(params: Settings, file: Path, say: Callable[[str], None]) -> Non
     _, end, after = rest.partition(END)
     if not (begin and end):
         raise ParamsError(f"--presets needs a file with the marks {BEGIN} and {END}. Received: --presets={file}")
-    write_text(file, f"{before}{begin}\n{table(params, say)}\n{end}{after}")
+    write_text(file, f"{before}{begin}\n{table(params)}\n{end}{after}")
 
 
-def table(params: Settings, say: Callable[[str], None]) -> str:
+def table(params: Settings) -> str:
     """Return the table as Markdown, a line per preset."""
     columns = ("topology", "memory per device", "step time >=")
     lines = [
@@ -56,12 +57,12 @@ def table(params: Settings, say: Callable[[str], None]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for name in catalog.GEMMAS:
-        cells = [cell for rank in DTYPES for cell in _cells(smallest(params, name, rank, say))]
+        cells = [cell for rank in DTYPES for cell in _cells(smallest(params, name, rank))]
         lines.append(f"| {' | '.join([name, *cells])} |")
     return "\n".join(lines)
 
 
-def smallest(params: Settings, name: str, rank: int, say: Callable[[str], None]) -> Estimate | None:
+def smallest(params: Settings, name: str, rank: int) -> Estimate | None:
     """Return the estimate of a preset on the first topology of the ladder that its step fits on, or None."""
     architecture = catalog.architecture(name)
     settings = PlanStep(preset=name, dtype=DTYPES[rank], length=LENGTH, rank=rank, lora_targets=TARGETS)
@@ -72,8 +73,8 @@ def smallest(params: Settings, name: str, rank: int, say: Callable[[str], None])
         held = argument_bytes(request)
         if topology.memory_bytes is not None and held >= topology.memory_bytes:
             continue
-        say(f"{name}, {f'rank {rank}' if rank else 'in full'}, on {topology_name}")
-        estimate = estimate_step(request, topology, held, say)
+        logger.info(f"{name}, {f'rank {rank}' if rank else 'in full'}, on {topology_name}")
+        estimate = estimate_step(request, topology, held)
         if estimate.fits:
             return estimate.model_copy(update={"topology": topology_name})
     return None

@@ -7,7 +7,7 @@ Reads: `data/sharding/plan.json`, where it exists.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,18 @@ from stages.core.config.schema import Finetune
 from stages.core.records.model_config import ModelConfig
 from stages.core.records.plan import PlanFile, RunKey
 
+logger = logging.getLogger(__name__)
+
 GIB = 2**30
 
 
-def warn_if_planned_not_to_fit(root: Path, run: RunKey, device_bytes: int | None, say: Callable[[str], None]) -> None:
+def warn_if_planned_not_to_fit(root: Path, run: RunKey, device_bytes: int | None) -> None:
     """Warn where the plan found that this very run does not fit, or needs more than the devices have.
 
     Args:
         root: the repository's folder.
         run: what is known of the run, from `run_of`.
         device_bytes: memory of one device as the backend reports it; None where it does not.
-        say: prints one line for the person.
     """
     try:
         targets = PlanFile.model_validate_json((root / PLAN).read_bytes()).targets
@@ -38,22 +39,22 @@ def warn_if_planned_not_to_fit(root: Path, run: RunKey, device_bytes: int | None
         needed = target.needed_bytes_per_device
         if not target.fits:
             size = f" it needs {needed / GIB:.2f} GiB per device" if needed else ""
-            say(f"Warning: by the plan this run does not fit on {target.topology}:{size} ({label}).")
+            logger.warning(f"by the plan this run does not fit on {target.topology}:{size} ({label}).")
         elif needed and device_bytes and needed > device_bytes:
-            say(
-                f"Warning: by the plan this run needs {needed / GIB:.2f} GiB per device, and those here have "
+            logger.warning(
+                f"by the plan this run needs {needed / GIB:.2f} GiB per device, and those here have "
                 f"{device_bytes / GIB:.2f} GiB ({label})."
             )
 
 
-def warn_before_running(root: Path, run: RunKey, say: Callable[[str], None]) -> None:
+def warn_before_running(root: Path, run: RunKey) -> None:
     """Do that for the devices of this process; simulated ones share the host's memory, so there is no warning."""
     import jax
 
     device = jax.local_devices()[0]
     if device.platform != "cpu":
         limit = (device.memory_stats() or {}).get("bytes_limit")
-        warn_if_planned_not_to_fit(root, run, limit, say)
+        warn_if_planned_not_to_fit(root, run, limit)
 
 
 def run_of(config: ModelConfig, settings: Finetune | None = None, length: int | None = None) -> RunKey:

@@ -9,7 +9,7 @@ says which of the two it is.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import logging
 from typing import Any
 
 from stages.core.common.errors import StageError
@@ -20,6 +20,8 @@ from stages.core.plan.targets import Settings, architecture_of, step_of
 from stages.core.plan.topology import Topology, describe
 from stages.core.records.plan import Estimate, Scaling, Search
 from stages.core.sharding.mesh import MeshShape
+
+logger = logging.getLogger(__name__)
 
 # Blocks of the two small programs. Two, since the first block of LoRA needs no gradient in its input; four, so that
 # what the compiler overlaps between blocks shows in the slope.
@@ -35,29 +37,26 @@ MODEL_AXIS = 8
 BATCH_PER_ROW = 8
 EXTRAPOLATED = ("temporary_bytes", "code_bytes", "flops", "pass_flops", "hbm_traffic_bytes", "interconnect_bytes")
 
-Say = Callable[[str], None]
 
-
-def search(params: Settings, settings: PlanSearch, say: Say) -> Search:
+def search(params: Settings, settings: PlanSearch) -> Search:
     """Return all candidates, best first, and every point that was looked at.
 
     Args:
         params: for what `settings` leaves out.
         settings: preset, topology, meshes, layouts and the largest batch to try.
-        say: shows one line to the person.
     """
     topology = describe(settings.topology)
     name, requests = _candidates(params, settings, topology)
     points: list[Estimate] = []
     table: list[Estimate] = []
     for number, (candidate, request) in enumerate(requests.items(), 1):
-        say(f"Search {number} of {len(requests)}: {candidate}")
-        tried, best = _largest_batch(request, topology, settings.largest_batch or LARGEST_BATCH, say)
+        logger.info(f"Search {number} of {len(requests)}: {candidate}")
+        tried, best = _largest_batch(request, topology, settings.largest_batch or LARGEST_BATCH)
         points += [_named(candidate, point) for point in tried]
         table.append(_named(candidate, best))
     table.sort(key=_worth, reverse=True)
     for row in [row for row in table if row.fits][:CONFIRMED]:
-        tried, confirmed = _confirm(row, requests[row.name], say)
+        tried, confirmed = _confirm(row, requests[row.name])
         points += [_named(row.name, point) for point in tried]
         table[table.index(row)] = confirmed
     table.sort(key=_worth, reverse=True)
@@ -66,7 +65,7 @@ def search(params: Settings, settings: PlanSearch, say: Say) -> Search:
     )
 
 
-def scaling(params: Settings, settings: PlanScaling, say: Say) -> Scaling:
+def scaling(params: Settings, settings: PlanScaling) -> Scaling:
     """Return how a step changes with the number of chips: extrapolated from small programs, the batch growing along."""
     name, architecture = architecture_of(params, settings)
     rows = []
@@ -81,10 +80,10 @@ def scaling(params: Settings, settings: PlanScaling, say: Say) -> Scaling:
             )
         mesh = MeshShape((devices // model_axis, model_axis))
         batch = (settings.batch_per_row or BATCH_PER_ROW) * mesh.sizes["batch"]
-        say(f"Scaling: {name} on {topology_name}, {devices} devices, batch {batch}")
+        logger.info(f"Scaling: {name} on {topology_name}, {devices} devices, batch {batch}")
         step = step_of(params, settings, architecture, mesh, layout=settings.layout, batch_size=batch)
         request = CompileRequest(step, topology_name)
-        estimate = estimate_step(request, topology, argument_bytes(request), say)
+        estimate = estimate_step(request, topology, argument_bytes(request))
         rows.append(estimate.model_copy(update={"topology": topology_name, "devices": devices}))
     return Scaling(preset=name, rows=rows)
 
@@ -125,9 +124,7 @@ def _batches(step: int, largest: int) -> list[int]:
     return batches
 
 
-def _largest_batch(
-    request: CompileRequest, topology: Topology, largest: int, say: Say
-) -> tuple[list[Estimate], Estimate]:
+def _largest_batch(request: CompileRequest, topology: Topology, largest: int) -> tuple[list[Estimate], Estimate]:
     """Return the estimate of each batch that was tried, by bisection, and that of the largest that fits."""
     step = request.step
     none = Estimate(mesh=list(step.mesh.shape), layout=step.layout.name, largest_batch=0, fits=False)
@@ -146,7 +143,7 @@ def _largest_batch(
         if memory is not None and _extrapolated_bytes(tried, choices[middle]) > SURELY * memory:
             high = middle
             continue
-        estimate = estimate_step(request.with_batch(choices[middle]), topology, held, say)
+        estimate = estimate_step(request.with_batch(choices[middle]), topology, held)
         tried.append(estimate)
         if estimate.fits:
             low, best = middle + 1, estimate.model_copy(update={"largest_batch": choices[middle]})
@@ -174,16 +171,15 @@ def argument_bytes(request: CompileRequest) -> int:
     return sum(placement.bytes_per_device for placement in placements)
 
 
-def estimate_step(request: CompileRequest, topology: Topology, held: int, say: Say) -> Estimate:
+def estimate_step(request: CompileRequest, topology: Topology, held: int) -> Estimate:
     """Return what a step needs, extrapolated from programs of two and four blocks.
 
     Args:
         request: the step and the topology's name.
         topology: that topology.
         held: bytes of state per device, from `argument_bytes`.
-        say: shows one line to the person.
     """
-    few, more = (compile_step(dataclasses.replace(request, blocks=blocks), say) for blocks in (FEW, MORE))
+    few, more = (compile_step(dataclasses.replace(request, blocks=blocks)) for blocks in (FEW, MORE))
     step = request.step
     estimate = Estimate(
         mesh=list(step.mesh.shape),
@@ -224,7 +220,7 @@ def _speed(request: CompileRequest, bound: Bound | None) -> dict[str, Any]:
     }
 
 
-def _confirm(row: Estimate, request: CompileRequest, say: Say) -> tuple[list[Estimate], Estimate]:
+def _confirm(row: Estimate, request: CompileRequest) -> tuple[list[Estimate], Estimate]:
     """Compile a candidate whole, with a smaller batch as long as it does not fit.
 
     Returns:
@@ -238,7 +234,7 @@ def _confirm(row: Estimate, request: CompileRequest, say: Say) -> tuple[list[Est
     tried: list[Estimate] = []
     for batch in reversed(_batches(row.mesh[0], row.largest_batch or 0)):
         asked = request.with_batch(batch)
-        cost = compile_step(asked, say)
+        cost = compile_step(asked)
         tried.append(
             Estimate(
                 name=row.name,

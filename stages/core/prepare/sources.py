@@ -19,9 +19,7 @@ from stages.core.prepare.split import hold_out, shuffled
 from stages.core.records.prepare import PrepareMetrics
 
 
-def prepare_reviews(
-    settings: Prepare, root: Path, cache: Path, say: Callable[[str], None]
-) -> tuple[dict[str, list[Review]], Tally]:
+def prepare_reviews(settings: Prepare, root: Path, cache: Path) -> tuple[dict[str, list[Review]], Tally]:
     """Return the reviews of `train` and `validation`, and what was read and left out.
 
     A review that is in both parts of its source stays in `validation` and is left out of `train`; of `imdb_reviews`
@@ -31,13 +29,12 @@ def prepare_reviews(
         settings: the section `prepare`.
         root: the repository's folder, which relative paths start from.
         cache: the cache folder.
-        say: prints one line for the person.
 
     Raises:
         ParamsError: a wrong path or column, or more reviews held out than there are.
         StageError: the source cannot be had, or nothing is left to train on.
     """
-    train, validation = _open(settings, root, cache, say)
+    train, validation = _open(settings, root, cache)
     tally = Tally()
     # What suits IMDb's reviews is not done to a person's own texts unasked.
     own = settings.source == "files"
@@ -154,19 +151,17 @@ def summary(parts: dict[str, list[Review]], tally: Tally) -> str:
     )
 
 
-def _open(
-    settings: Prepare, root: Path, cache: Path, say: Callable[[str], None]
-) -> tuple[Iterable[RawReview], Iterable[RawReview] | None]:
+def _open(settings: Prepare, root: Path, cache: Path) -> tuple[Iterable[RawReview], Iterable[RawReview] | None]:
     """Return the raw reviews to train on, and those to hold out where the source has a part of its own for that."""
     if settings.source == "imdb_sample":
         from stages.core.prepare.imdb import sample_reviews
 
-        return sample_reviews(cache, say), None
+        return sample_reviews(cache), None
     if settings.source == "imdb_reviews":
         from stages.core.prepare.imdb import full_reviews
 
         data_dir = None if settings.data_dir is None else own_path(root, "prepare.data_dir", settings.data_dir)
-        return full_reviews("train", data_dir, say), full_reviews("test", data_dir, say)
+        return full_reviews("train", data_dir), full_reviews("test", data_dir)
     from stages.core.prepare.own_files import columns_of, data_files, file_reviews
 
     columns = columns_of(
@@ -178,7 +173,7 @@ def _open(
     )
 
     def read(setting: str, value: str | list[str]) -> list[RawReview]:
-        return file_reviews(data_files(root, setting, value), setting, columns, say)
+        return file_reviews(data_files(root, setting, value), setting, columns)
 
     held = None if settings.validation_file is None else read("prepare.validation_file", settings.validation_file)
     return read("prepare.train_file", settings.train_file), held

@@ -7,18 +7,19 @@ must not take an accelerator away. Everything that needs JAX, Keras or keras-hub
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
 
-import click
-
 from stages.core.common.errors import StageError
 from stages.core.common.paths import cache_folder
 from stages.core.common.stderr import quiet_standard_error
 from stages.core.sharding import environment
+
+logger = logging.getLogger(__name__)
 
 # Google's PCI vendor number and those of TPUs v3, v4, v5p, v5e, v6e and v7x, as JAX itself knows them by
 # (jax/_src/hardware_utils.py; importing it would import JAX before it is set up).
@@ -94,7 +95,7 @@ def configure(kind: str, count: int) -> str:
     global _started
     if _started is None:
         if note := environment.isolate():
-            click.echo(note, err=True)
+            logger.info(note)
         platform = _choose(kind, count)
         _start(platform, count)
         _started = platform
@@ -142,7 +143,7 @@ def _choose(kind: str, count: int) -> str:
             f"mesh.devices: real needs a TPU or GPU, and {problem}. Received: mesh.devices=real\n"
             f"{remedy} Or set mesh.devices to auto or simulated to run on CPU devices.".lstrip()
         )
-    print(f"Running on {count} simulated CPU devices (mesh.devices: auto): {problem}. {remedy}", file=sys.stderr)
+    logger.info(f"Running on {count} simulated CPU devices (mesh.devices: auto): {problem}. {remedy}")
     return "cpu"
 
 

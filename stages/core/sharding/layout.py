@@ -5,6 +5,7 @@ Purpose: what Keras does silently with a mistyped rule (nothing: the weight is r
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -13,6 +14,8 @@ from typing import Any
 
 from stages.core.common.errors import StageError
 from stages.core.records.layout import Axis, MeshShape, Rule, Spec
+
+logger = logging.getLogger(__name__)
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4}
 
@@ -115,9 +118,7 @@ def resolve(rules: Sequence[Rule], weights: Iterable[Weight], mesh: MeshShape) -
     return placements
 
 
-def check_adapters(
-    rules: Sequence[Rule], weights: Iterable[Weight], mesh: MeshShape, say: Callable[[str], None]
-) -> None:
+def check_adapters(rules: Sequence[Rule], weights: Iterable[Weight], mesh: MeshShape) -> None:
     """Warn of each rule that fits no LoRA kernel it matches, as far as that follows from the base alone.
 
     Which layers get an adapter, and of which rank, is not known yet. A rule that is meant for LoRA kernels (its pattern
@@ -127,7 +128,6 @@ def check_adapters(
         rules: a person's own; optional ones are passed over.
         weights: the model's, with no adapter declared.
         mesh: axis names and sizes.
-        say: shows one line to the person.
 
     Raises:
         StageError: a rule that is meant for LoRA kernels fits none of any layer.
@@ -155,8 +155,8 @@ def check_adapters(
             continue
         if meant:
             raise StageError(f"{problems[0]} So it is with any LoRA rank; {rank} is taken here.")
-        say(
-            f"Warning: the layout rule {rule.pattern!r} matches LoRA kernels too, such as {matches[0][0].path}, and "
+        logger.warning(
+            f"the layout rule {rule.pattern!r} matches LoRA kernels too, such as {matches[0][0].path}, and "
             "fits no layer's: finetune stops if these layers get an adapter. End the pattern in /kernel."
         )
 

@@ -7,7 +7,7 @@ Reads and writes: `<cache folder>/xla/<key>.program`.
 
 from __future__ import annotations
 
-import sys
+import logging
 import tempfile
 from pathlib import Path
 
@@ -16,7 +16,11 @@ from jax._src.compilation_cache_interface import CacheInterface
 
 from stages.core.files import optional, read_kept, write_kept
 
+logger = logging.getLogger(__name__)
+
 SUFFIX = ".program"
+WORTH_KEEPING = 0.1
+"""Seconds of compilation from which a program is kept: a run makes some of these, and very many below."""
 
 
 class ProgramCache(CacheInterface):
@@ -28,16 +32,16 @@ class ProgramCache(CacheInterface):
 
     def get(self, key: str) -> bytes | None:
         """Return a program as JAX packed it, or None if there is none that is whole."""
-        with optional("a compiled program cannot be read", _warn):
+        with optional("a compiled program cannot be read"):
             try:
                 return read_kept(self._path / f"{key}{SUFFIX}")
             except ValueError:
-                _warn("Warning: a compiled program in the cache folder is damaged; it is compiled anew.")
+                logger.warning("a compiled program in the cache folder is damaged; it is compiled anew.")
         return None
 
     def put(self, key: str, value: bytes) -> None:
         """Keep a program, in place of a damaged one if there is any."""
-        with optional("a compiled program is not kept for later", _warn):
+        with optional("a compiled program is not kept for later"):
             write_kept(self._path / f"{key}{SUFFIX}", value)
 
 
@@ -45,13 +49,9 @@ def keep_programs(folder: Path) -> None:
     """Let JAX keep compiled programs in a folder from now on; if it cannot be written to, one line says so."""
     import jax
 
-    with optional("compiled programs are not kept for later", _warn):
+    with optional("compiled programs are not kept for later"):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
         compilation_cache.get_file_cache = lambda path: (ProgramCache(Path(path)), path)
         jax.config.update("jax_compilation_cache_dir", str(folder))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-
-
-def _warn(text: str) -> None:
-    print(text, file=sys.stderr)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", WORTH_KEEPING)

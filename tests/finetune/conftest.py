@@ -1,0 +1,13 @@
+"""The run that others are compared with."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.support.tiny_runs import settings, train
+
+
+@pytest.fixture(scope="module")
+def plain(presets):
+    """Four steps with the default options."""
+    return train(presets["gemma3"], settings(batch_size=2))

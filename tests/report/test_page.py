@@ -1,0 +1,217 @@
+"""What a reader finds in the report."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from stages.core.common.paths import REPORT
+from stages.core.records.generate import Generation
+from stages.core.report import figures
+from tests.support.pages import MINUS, Reader, edit, rendered, run_stage
+from tests.support.report_outputs import plan, sharding, write_generations, write_json, write_outputs, write_samples
+from tests.support.repository import ROOT
+
+
+def test_the_headline_tells_perplexity_loss_and_accuracy_before_and_after_with_the_change(root):
+    text = Reader(rendered(root)).text
+    assert f"perplexity on 40 whole held-out reviews fell from 31.43 to 29.72 ({MINUS}5.5 %)." in text
+    assert f"Perplexity 31.43→29.72 {MINUS}5.5 %, better" in text
+    assert f"Loss nats per token 3.448→3.392 {MINUS}0.056 ± 0.006, better" in text
+    assert "35.2 %→35.9 % +0.7 points ± 0.2, better" in text
+    assert "Each held-out review is read whole, from its own beginning." in text
+
+
+@pytest.mark.parametrize(
+    "shown",
+    [
+        "Parameters268,365,440",
+        "Trained parameters267,264 0.100 % of them",
+        "Trained tokens per second131 tokens/s",
+        "Step, median1.87 s",
+        "Compilation21.6 s",
+        "Peak host memory, tuning3.30 GiB",
+        "Peak host memory, loading2.00 GiB",
+        "train.windows447",
+        "positive_fraction51.5 %",
+        "Measured on 13,642 predicted tokens.",
+        "learning_rate0.001",
+        "Versionspython 3.",
+        "gemma3-270m-q4-k-m.gguf241 MiB",
+    ],
+)
+def test_numbers_of_the_metrics_files_are_shown_with_their_units(root, shown):
+    assert shown in Reader(rendered(root)).text
+
+
+def test_a_tuning_that_made_things_worse_is_called_worse(root):
+    edit(root, "data/metrics/evaluate-tuned.json", loss=4.1, perplexity=60.3, token_accuracy=0.3418)
+    edit(root, "data/metrics/compare.json", loss_difference=0.6521, token_accuracy_difference=-0.01)
+    text = Reader(rendered(root)).text
+    assert "rose from 31.43 to 60.30 (+91.8 %)." in text
+    assert "31.43→60.30 +91.8 %, worse" in text
+    assert "+0.652 ± 0.006, worse" in text
+    assert f"{MINUS}1.0 points ± 0.2, worse" in text
+
+
+def test_a_difference_within_two_standard_errors_is_called_neither_better_nor_worse(root):
+    edit(root, "data/metrics/compare.json", loss_difference_standard_error=0.03)
+    text = Reader(rendered(root)).text
+    chance = "within two standard errors of no change"
+    assert f"fell from 31.43 to 29.72 ({MINUS}5.5 %), {chance}." in text
+    assert f"31.43→29.72 {MINUS}5.5 %, {chance}" in text
+    assert f"3.448→3.392 {MINUS}0.056 ± 0.030, {chance}" in text
+    assert "+0.7 points ± 0.2, better" in text
+
+
+def test_a_difference_without_its_standard_error_is_not_judged(root):
+    edit(root, "data/metrics/compare.json", loss_difference_standard_error=None)
+    text = Reader(rendered(root)).text
+    assert f"31.43→29.72 {MINUS}5.5 % baseline: 31.43" in text
+    assert "+0.7 points ± 0.2, better" in text
+    (root / "data/metrics/compare.json").unlink()
+    text = Reader(rendered(root)).text
+    assert "better" not in text[text.index("Perplexity 31.43") : text.index("Baseline (grey")]
+    assert "python -m stages.compare" in text
+
+
+def test_reviews_that_are_longer_than_the_maximum_are_told(root):
+    edit(root, "data/metrics/evaluate-tuned.json", reviews_cut=3)
+    assert "from its own beginning; 3 that are longer than 8,192 tokens up to there." in Reader(rendered(root)).text
+
+
+def test_measures_over_different_numbers_of_tokens_are_said_not_to_compare(root):
+    edit(root, "data/metrics/evaluate-tuned.json", targets=99)
+    assert "different numbers of tokens (baseline: 13,642, tuned: 99) and do not compare" in Reader(rendered(root)).text
+
+
+def test_full_parameter_tuning_is_not_called_lora(root):
+    tuned = sharding(tuned=False)
+    write_json(root / "data/sharding/tuned.json", tuned | {"by_kind": tuned["by_kind"] | {"optimizer": 2**28}})
+    text = Reader(rendered(root, "finetune.rank=0")).text
+    assert "After full-parameter tuning and 223 steps" in text
+    assert "of weights and optimizer state." in text
+
+
+def test_the_sharding_is_shown_as_it_is_written_in_jax(root):
+    from jax.sharding import PartitionSpec
+
+    for spec in ([], [None], [None, "model", None], [["batch", "model"], None]):
+        axes = (tuple(axis) if isinstance(axis, list) else axis for axis in spec)
+        assert eval(figures.partition_spec(spec), {"PartitionSpec": PartitionSpec}) == PartitionSpec(*axes)
+    assert "PartitionSpec(None, 'model', None)" in Reader(rendered(root)).text
+
+
+def test_fallbacks_are_shown_with_their_reasons_and_once(root):
+    edit(root, "data/sharding/tuned.json", fallbacks=sharding(tuned=False)["fallbacks"])
+    text = Reader(rendered(root)).text
+    assert text.count("decoder_block_*/attention/query/kernel heads hidden") == 0
+    assert text.count("4 heads do not split over 8 devices") == 1
+    assert text.count("1 heads do not split over 8 devices") == 2
+
+
+def test_without_fallbacks_the_page_says_so(root):
+    edit(root, "data/sharding/base.json", fallbacks=[])
+    assert "Nothing: every weight lies as its rule says." in Reader(rendered(root)).text
+
+
+def test_the_plan_tells_what_fits_what_does_not_and_by_how_much(root):
+    text = Reader(rendered(root)).text
+    assert "fits (the tutorial measured 163 ms per step) yes" in text
+    sizes = "4.00 GiB 6.00 MiB 11.0 MiB 512 MiB 113 all-gather, 4 reduce-scatter 1.00 GiB"
+    assert f"31.2 % 5.00 GiB 16.0 GiB 29.5 ms (memory) {sizes}" in text and "lower bound" in text
+    assert "too large no" in text and "156.2 % 25.0 GiB 16.0 GiB" in text
+    assert "3.00 GiB f32[512,128,24576] jit(step)/gelu" in text
+
+
+def test_the_plan_of_this_run_stands_beside_what_the_run_measured(root):
+    held = "State per device: 976 B planned, 976 B measured (to the byte)."
+    grown = "Temporaries of all 8 simulated devices: 80.0 MiB planned, 100 MiB measured (\u221220.0 %)."
+    edit(root, "data/metrics/finetune.json", state_bytes_per_device=976, step_growth_bytes=100 * 2**20)
+    assert f"This run, planned and measured: {held} {grown}" in Reader(rendered(root)).text
+    assert "planned and measured" not in Reader(rendered(root, "finetune.batch_size=4")).text, "that is another run"
+    here = plan()["targets"]["here"]
+    elsewhere = {**here, "topology": "v5e:2x4", "argument_bytes_per_device": 2000}
+    edit(root, "data/sharding/plan.json", targets={"here": here, "elsewhere": elsewhere})
+    text = Reader(rendered(root)).text
+    assert f"This run, planned and measured: {held} {grown}" in text and text.count("State per device") == 1
+
+
+def test_the_search_marks_the_best_and_says_which_figures_are_compiled(root):
+    text = Reader(rendered(root)).text
+    assert "(1, 8) auto best 8 compiled 10.0 GiB 80.0 ms (compute) 51,200" in text
+    assert "(2, 4) auto 4 extrapolated 6.00 GiB" in text
+    assert "(8, 1) auto \u2013 no" in text
+    assert "v5p:256 256 32 \u00d7 8 256 yes" in text
+
+
+def test_a_plan_without_search_and_scaling_has_no_empty_tables(root):
+    edit(root, "data/sharding/plan.json", search=None, scaling=None)
+    text = Reader(rendered(root)).text
+    assert "Does it fit?" in text and "Search " not in text.partition("Plan Whole")[2].partition("Numbers and")[0]
+
+
+def test_each_prompt_stands_with_both_continuations_in_order(root):
+    text = Reader(rendered(root)).text
+    places = [
+        text.index(part.strip()[:30].strip()) for part in ("1. The Big", "I have seen", "released in", "so bad that")
+    ]
+    assert places == sorted(places)
+
+
+def test_samples_taken_while_training_stand_in_order_beside_their_steps(root):
+    page = rendered(root)
+    text = Reader(page).text
+    places = [text.index(part) for part in ("After step", "60are the ones", "1,200are a")]
+    assert places == sorted(places)
+    assert page.count(">are a\nwaste of time<") == 1, "line breaks are kept"
+
+
+def test_without_samples_the_page_has_no_table_for_them(root):
+    write_samples(root, [])
+    text = Reader(rendered(root)).text
+    assert "The style on its way" not in text
+    assert "samples.jsonl" not in text
+
+
+def test_a_prompt_given_twice_keeps_its_continuations_apart():
+    def both(*texts):
+        return [Generation(prompt="p", text=text) for text in texts]
+
+    rows = figures.pairs({"baseline": both("b1", "b2"), "tuned": both("t1", "t2", "t3")})
+    assert [(row["baseline"], row["tuned"]) for row in rows] == [("b1", "t1"), ("b2", "t2"), (None, "t3")]
+
+
+def test_an_empty_continuation_is_said_to_be_one(root):
+    write_generations(root, "tuned", [("This movie was", "")])
+    text = Reader(rendered(root)).text
+    assert "No text: the model ended at once." in text
+    assert "Not generated for this prompt." in text
+
+
+def test_a_line_separator_in_a_text_does_not_cut_the_line_of_jsonl(root):
+    path = root / "data/generated/tuned.jsonl"
+    path.write_text(json.dumps({"prompt": "p", "text": "a\u2028b"}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert "a\u2028b" in rendered(root)
+
+
+def test_same_inputs_give_the_same_bytes_in_another_folder(root, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other")
+    write_outputs(other)
+    for folder in (root, other):
+        assert run_stage(folder).returncode == 0
+    assert (root / REPORT).read_bytes() == (other / REPORT).read_bytes()
+
+
+def test_help_says_what_is_written():
+    assert "Write one self-contained HTML page" in run_stage(ROOT, "--help").stdout
+
+
+def test_a_trial_with_out_root_leaves_the_pipelines_report_alone(root, tmp_path_factory):
+    trial = tmp_path_factory.mktemp("trial")
+    result = run_stage(root, "--out-root", str(trial))
+    assert result.returncode == 0, result.stderr
+    assert (trial / REPORT).exists()
+    assert not (root / REPORT).exists()
+    assert not list((trial / REPORT).parent.glob(".*"))
