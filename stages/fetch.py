@@ -54,9 +54,9 @@ def main(run: Run, check: bool) -> None:
         from stages.core.fetch.local import check_local, fetch_local
 
         if check:
-            found = check_local(wanted.preset, wanted.path, run.paths.root)
+            found = check_local(wanted.preset, wanted.path or "", run.paths.root)
         else:
-            manifest = fetch_local(wanted.preset, wanted.path, run.paths.root)
+            manifest = fetch_local(wanted.preset, wanted.path or "", run.paths.root)
     if check:
         click.echo(show(found))
         if trouble := obstacle(found):

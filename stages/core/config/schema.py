@@ -304,11 +304,11 @@ class Params(Section):
         return self
 
 
-def without(settings: Section, *changes: str) -> dict[str, Any]:
+def without(settings: Section, *changes: Literal["display", "run"]) -> dict[str, Any]:
     """Return a section's settings as plain values, without those marked as changing only `display` or `run`."""
     marked = {
         name
         for name, field in type(settings).model_fields.items()
-        if (field.json_schema_extra or {}).get("changes") in changes
+        if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("changes") in changes
     }
     return settings.model_dump(exclude=marked)

@@ -48,7 +48,7 @@ class Registered:
 
 
 def _presets(
-    folder: str, parameters: int, like: str | None, licence: Licence = LICENCE, **versions: int
+    folder: str, parameters: int, like: str | None, licence: Licence = LICENCE, /, **versions: int
 ) -> dict[str, Registered]:
     """Return presets that differ in name and version only."""
     return {

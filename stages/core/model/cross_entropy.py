@@ -210,7 +210,7 @@ def _forward(
 
     def local(hidden: jax.Array, table: jax.Array, target_ids: jax.Array) -> Any:
         rows, length = target_ids.shape
-        parts = plan.mesh.shape[plan.vocabulary_axis] if split_time else 1
+        parts = plan.mesh.shape[plan.vocabulary_axis] if plan.mesh is not None and split_time else 1
         pieces = _pieces(rows, length, parts, plan.most_tokens)
         if pieces == 1:
             return piece(hidden, table, target_ids)
@@ -340,7 +340,7 @@ def _table_gradient(
 
 def _splits_time(length: int, plan: HeadPlan) -> bool:
     """Whether sums over the vocabulary's parts end up split over time."""
-    return length % plan.mesh.shape[plan.vocabulary_axis] == 0
+    return plan.mesh is not None and length % plan.mesh.shape[plan.vocabulary_axis] == 0
 
 
 def _sum_parts(parts: jax.Array, split_time: bool, plan: HeadPlan) -> jax.Array:

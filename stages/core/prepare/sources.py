@@ -176,7 +176,7 @@ def _open(settings: Prepare, root: Path, cache: Path) -> tuple[Iterable[RawRevie
         return file_reviews(data_files(root, setting, value), setting, columns)
 
     held = None if settings.validation_file is None else read("prepare.validation_file", settings.validation_file)
-    return read("prepare.train_file", settings.train_file), held
+    return read("prepare.train_file", settings.train_file or []), held
 
 
 def _check_some(reviews: list[Review], purpose: str, tally: Tally) -> None:

@@ -104,7 +104,7 @@ class _Reader(gguf.GGUFReader):
             return 12 + int(values.nbytes), [values], [0], types
         if element != gguf.GGUFValueType.STRING:
             raise ValueError("it holds an array of arrays")
-        content = np.asarray(self.data)
+        content: Any = np.asarray(self.data)
         length_at = struct.Struct("<Q").unpack_from
         strings, offset = [], start
         for _ in range(count):
@@ -197,7 +197,7 @@ def _architecture(reader: gguf.GGUFReader, path: Path) -> dict[str, Any]:
     epsilon = need("attention.layer_norm_rms_epsilon")
     if not isinstance(epsilon, float) or not 0 < epsilon < 1:
         raise StageError(f"The GGUF file must state a small epsilon. Received: {brief(epsilon)} in {path}")
-    found = {
+    found: dict[str, Any] = {
         "class_name": "Gemma3Backbone",
         "config": {
             # Of the tensor, not of the token list: some files pad one and not the other.
@@ -324,7 +324,9 @@ def _weight_table(config: dict[str, Any]) -> dict[str, tuple[str, tuple[int, ...
     }
     for index in range(config["num_layers"]):
         gguf_block, block = f"blk.{index}", f"decoder_block_{index}"
-        layers = {"pre_attention_norm/scale": ("attn_norm", (hidden,), "scale")}
+        layers: dict[str, tuple[str, tuple[int, ...], str]] = {
+            "pre_attention_norm/scale": ("attn_norm", (hidden,), "scale")
+        }
         if config["use_post_attention_norm"]:
             layers["post_attention_norm/scale"] = ("post_attention_norm", (hidden,), "scale")
         layers["attention/query/kernel"] = ("attn_q", (heads, hidden, head_dim), "heads_first")

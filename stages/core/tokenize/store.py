@@ -38,4 +38,5 @@ def write_windows(path: Path, windows: Windows) -> None:
     that depends on the zlib of the machine.
     """
     with atomic_path(path) as temporary, temporary.open("wb") as stream:
-        np.savez(stream, **windows)
+        # numpy's own types take any keyword for its flag.
+        np.savez(stream, **windows)  # type: ignore[arg-type]
