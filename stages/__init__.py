@@ -1,6 +1,6 @@
-"""The pipeline: one click script a stage, run as `python -m stages.<name>`; the work is in `stages.core`."""
+"""The pipeline: one click script per stage, run as `python -m stages.<name>`; the work is in `stages.core`."""
 
-# Before anything else is imported, and in words that any Python reads: may this one run the stages at all?
+# Before any other import, in syntax that every Python parses: check that this one can run the stages.
 import signal
 import sys
 
@@ -18,7 +18,7 @@ if not (3, 11) <= sys.version_info < (3, 14):
         + "). Run `make venv PYTHON=python3.11`, then `. .venv/bin/activate`."
     )
 try:
-    # What every command imports at once; stages.core.cli tells of the others.
+    # Packages that every command imports at once; stages.core.cli reports the others.
     import click  # noqa: F401
     import pydantic  # noqa: F401
     import ruamel.yaml  # noqa: F401

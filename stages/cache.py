@@ -26,15 +26,16 @@ def main(remove: bool, days: float, verbose: bool) -> None:
     with mistakes_in_lines(verbose):
         from stages.core.cache import leftovers
         from stages.core.common.paths import cache_folder
+        from stages.core.common.sizes import megabytes
 
         cache = cache_folder()
         found = leftovers.find(cache, days)
         for each in found:
             place = each.path.relative_to(cache)
-            click.echo(f"{each.size / 1e6:10,.1f} MB  {each.age / leftovers.DAY:6.1f} days  {each.kind}: {place}")
+            click.echo(f"{megabytes(each.size, 1):>13}  {each.age / leftovers.DAY:6.1f} days  {each.kind}: {place}")
             if remove:
                 leftovers.remove(each)
-        size = f"{len(found)} leftovers, {sum(each.size for each in found) / 1e6:,.1f} MB, in {cache}"
+        size = f"{len(found)} leftovers, {megabytes(sum(each.size for each in found), 1)}, in {cache}"
         done = f"Removed {size}." if remove else f"{size}; --remove removes them." if found else f"{size}."
         click.echo(done, err=True)
 

@@ -7,12 +7,8 @@ Command: `python -m stages.compare`
 
 from __future__ import annotations
 
-import logging
-
-from stages.core.cli import Run, stage
+from stages.core.cli import Run, logger, stage
 from stages.core.common.paths import evaluation
-
-logger = logging.getLogger(__name__)
 
 
 @stage

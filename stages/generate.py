@@ -7,12 +7,9 @@ Command: `python -m stages.generate --variant tuned`
 
 from __future__ import annotations
 
-import logging
 import time
 
-from stages.core.cli import Run, click, stage
-
-logger = logging.getLogger(__name__)
+from stages.core.cli import Run, click, logger, stage
 
 
 @stage
@@ -22,12 +19,12 @@ def main(run: Run, variant: str) -> None:
     from stages.core.common import paths
     from stages.core.generate import prompting
     from stages.core.load import variants
-    from stages.core.presets.tokenizer import load_tokenizer
+    from stages.core.presets.formats import format_of
     from stages.core.records.generate import GenerateMetrics, Generation
 
     settings = run.params.generate
     preset = variants.open_preset(run.paths)
-    tokenizer = load_tokenizer(preset.folder, preset.manifest.format)
+    tokenizer = format_of(preset.manifest.format).load_tokenizer(preset.folder)
     model = variants.load_variant(run.paths, variant, preset)
     from stages.core.generate import sampling
     from stages.core.model.causal_lm import make_model

@@ -8,13 +8,10 @@ where every weight, LoRA kernel and optimizer slot would lie, of the fetched pre
 
 from __future__ import annotations
 
-import logging
 import time
 
-from stages.core.cli import Run, click, stage
+from stages.core.cli import Run, click, logger, stage
 from stages.core.common.errors import ParamsError
-
-logger = logging.getLogger(__name__)
 
 
 @stage

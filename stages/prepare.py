@@ -1,19 +1,15 @@
-"""Choose the reviews to train on and those held out, cleaned.
+"""Clean the reviews, and choose those to train on and those held out.
 
-Reads: params `prepare`; the IMDb sample's package, TensorFlow Datasets, or the person's own files.
+Reads: params `prepare`; the IMDb sample's package, TensorFlow Datasets, or the user's own files.
 Writes: `data/imdb/train.parquet`, `data/imdb/validation.parquet`, `data/metrics/prepare.json`;
-links in `data/inputs/` to what it read of the person's own.
+links in `data/inputs/` to the user's files that it read.
 Command: python -m stages.prepare
 """
 
 from __future__ import annotations
 
-import logging
-
-from stages.core.cli import Run, stage
+from stages.core.cli import Run, logger, stage
 from stages.core.common.paths import REVIEWS, cache_folder
-
-logger = logging.getLogger(__name__)
 
 
 @stage

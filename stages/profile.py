@@ -1,6 +1,6 @@
-"""List the ready settings, or write one into `params.yaml` in place.
+"""List the profiles, or apply one to `params.yaml` in place.
 
-Reads and writes: `params.yaml`; comments and what no profile speaks of stay as they are.
+Reads and writes: `params.yaml`; comments and settings that no profile names are kept.
 Command: `python -m stages.profile` lists, `python -m stages.profile gpu-single` applies. No stage of the pipeline: it
 changes settings, and `dvc repro` then runs what they change.
 """
@@ -24,9 +24,9 @@ from stages.core.cli import click, mistakes_in_lines
 @click.option("--dry-run", is_flag=True, help="Only show what would change.")
 @click.option("-v", "--verbose", is_flag=True, help="Show the traceback of an error.")
 def main(name: str | None, overrides: tuple[str, ...], dry_run: bool, verbose: bool) -> None:
-    """List the ready settings, or write the one that is named into params.yaml.
+    """List the profiles, or apply the named one to params.yaml.
 
-    A profile sets what any profile speaks of, the rest of that as in quickstart, and leaves all else alone.
+    A profile sets every key that any profile names, by default as in quickstart, and keeps all others.
     """
     from stages.core.config import profiles
     from stages.core.config.reader import check_params, read_text

@@ -1,19 +1,15 @@
 """Write one HTML page that shows what the pipeline did: results, training, text before and after, and the sharding.
 
-Reads: the preset's manifest, `data/sharding/`, and what is there of `data/metrics/`, `data/plots/` and
+Reads: the preset's manifest, `data/sharding/`, and what exists of `data/metrics/`, `data/plots/` and
 `data/generated/`. Writes: `data/report/index.html`, which needs no network and no other file.
 Command: python -m stages.report
 """
 
 from __future__ import annotations
 
-import logging
-
-from stages.core.cli import Run, stage
+from stages.core.cli import Run, logger, stage
 from stages.core.common.paths import REPORT
 from stages.core.files import write_text
-
-logger = logging.getLogger(__name__)
 
 
 @stage

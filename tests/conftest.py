@@ -1,4 +1,4 @@
-"""What all tests share: a cache of their own, eight simulated devices in this process, and tiny models."""
+"""What all tests share: a cache of their own, quick compilation, eight simulated devices here, and tiny models."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 
 from stages.core.cli import line_of
 from stages.core.fetch.pypi import Packed
-from tests.support.repository import FAMILIES, REAL_CACHE, ROOT
+from tests.support.repository import FAMILIES, QUICK, REAL_CACHE, ROOT
 from tests.support.servers import package_index
 
 DEVICES = 8
@@ -28,6 +28,9 @@ def pytest_configure(config: pytest.Config) -> None:
     """Give the session a cache folder of its own, compiled programs included; workers share it."""
     if not _IS_WORKER:
         config.stash[_CACHE] = os.environ["GEMMA_TUNING_CACHE"] = tempfile.mkdtemp(prefix="gemma-tuning-tests-")
+    # For this process, and for those that it starts.
+    sys.path.append(str(QUICK))
+    os.environ["PYTHONPATH"] = str(QUICK)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -61,7 +64,7 @@ def presets(devices: int, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 def logged(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
     """Return a function that lists what the stages have logged since the test began, as the command line shows it."""
     caplog.set_level(logging.INFO, logger="stages")
-    return lambda: [line_of(record) for record in caplog.records if record.name.startswith("stages.")]
+    return lambda: [line_of(record) for record in caplog.records if record.name.startswith("stages")]
 
 
 @pytest.fixture(autouse=True)

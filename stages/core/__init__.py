@@ -8,7 +8,7 @@ Read it from below: each line needs only lines below it, so there is no circle.
     finetune  -> generate load model tokenize sharding presets config records common files
     generate  -> model tokenize presets
     evaluate  -> tokenize sharding records common files
-    model     -> sharding common
+    model     -> sharding presets common
     load      -> sharding presets records common files
     prepare   -> fetch presets config records common files
     fetch     -> presets records common files

@@ -32,6 +32,9 @@ from stages.core.files import explain
 from stages.core.records.record import FileRecord
 
 REQUIREMENTS = "requirements.txt"
+# The scripts' own, and above those of all modules. A script that is run is called `__main__`, and one that is run as a
+# file cannot import logging first: that needs the standard library's tokenize, and finds the stage's.
+logger = logging.getLogger("stages")
 
 
 @dataclass(frozen=True)
@@ -129,20 +132,16 @@ def records_on_standard_error() -> Iterator[None]:
     Standard output is for tables one may pipe.
     """
     handler = _StandardError()
-    # A script that is run is called `__main__`.
-    loggers = [logging.getLogger(name) for name in ("stages", "__main__")]
-    for logger in loggers:
-        logger.setLevel(logging.INFO)
-        logger.addHandler(handler)
-        # A library may have given the root logger a handler, which would show each record once more.
-        logger.propagate = False
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    # A library may have given the root logger a handler, which would show each record once more.
+    logger.propagate = False
     try:
         yield
     finally:
-        for logger in loggers:
-            logger.setLevel(logging.NOTSET)
-            logger.removeHandler(handler)
-            logger.propagate = True
+        logger.setLevel(logging.NOTSET)
+        logger.removeHandler(handler)
+        logger.propagate = True
 
 
 class _StandardError(logging.Handler):
@@ -162,6 +161,6 @@ def fail(error: StageError, verbose: bool) -> None:
     """Show a person's mistake and exit with its code."""
     if verbose:
         traceback.print_exception(error)
-    prefix = "Wrong setting" if isinstance(error, ParamsError) else "Error"
+    prefix = "Invalid setting" if isinstance(error, ParamsError) else "Error"
     click.echo(f"{prefix}: {error}", err=True)
     sys.exit(error.exit_code)

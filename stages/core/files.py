@@ -1,7 +1,7 @@
-"""Writing files so that a half-written one is never seen, and hashing them.
+"""Atomic writes, JSON, and hashes of files.
 
-Purpose: every output of every stage goes through here (temporary file beside the target, then rename), and what a run
-only keeps for later is written so that a full disk never ends it.
+Purpose: every output of every stage goes through here (temporary file next to the target, then rename), and a cache
+that cannot be written never ends a run.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ NOT_FLUSHED = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM, errno.EIS
 
 @contextlib.contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `target`, renamed to it when the block ends well and deleted when not.
+    """Yield a temporary path next to `target`, renamed to it if the block succeeds and deleted if not.
 
     What was written is on the disk before the rename, so that the power may fail too. The temporary name keeps the
     target's suffix, since some writers choose their format by it.
@@ -64,7 +64,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
 
 
 def flush(path: Path) -> None:
-    """Wait until a file or folder is on the disk, where the file system can tell.
+    """Wait until a file or folder is on the disk, if the file system supports it.
 
     Raises:
         OSError: the disk did not take it.
@@ -92,7 +92,7 @@ def optional(what: str) -> Iterator[None]:
     except OSError as error:
         place = f": {error.filename}" if error.filename else ""
         logger.warning(
-            f"{what} ({error.strerror or error}{place}). The run goes on; GEMMA_TUNING_CACHE can name another folder."
+            f"{what} ({error.strerror or error}{place}). The run continues; GEMMA_TUNING_CACHE can name another folder."
         )
 
 
@@ -123,7 +123,7 @@ def write_arrays(target: Path, arrays: Mapping[str, np.ndarray], metadata: dict[
     try:
         save_file(dict(arrays), target, metadata=metadata)
     except SafetensorError as error:
-        # The library has one type for all; what the system said stands in the text.
+        # The library has one type for all; only its text has the system's error.
         if number := re.search(r"os error (\d+)", str(error)):
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(target)) from error
         raise

@@ -1,4 +1,4 @@
-"""Stands in for the package where a stage is run as a file: `python stages/prepare.py`.
+"""Replaces the package if a stage is run as a file: `python stages/prepare.py`.
 
 Python then puts that file's folder first on its path, so that `stages` is this folder. Other packages would also find
 our `tokenize` and `profile` where they want Python's own.

@@ -46,7 +46,7 @@ def forget_peak() -> int:
 def open_preset(folder: Path):
     """Return a preset folder as the stages have it, without hashing its files."""
     from stages.core.load.variants import Preset
-    from stages.core.presets.architecture import read_architecture
+    from stages.core.presets.formats import format_of
     from stages.core.presets.manifest import LICENCE
     from stages.core.records.manifest import Manifest
 
@@ -60,7 +60,7 @@ def open_preset(folder: Path):
         licence=LICENCE,
         files=(),
     )
-    return Preset(manifest, folder, read_architecture(folder, file_format))
+    return Preset(manifest, folder, format_of(file_format).read_architecture(folder))
 
 
 def describe(preset, shape: tuple[int, int]):
@@ -137,7 +137,7 @@ def run_side(side: str, folder: Path) -> dict[str, float]:
 
 def write_preset(source: Path, target: Path) -> None:
     """Write the embedded model as a keras-hub preset, tokenizer and preprocessor with it."""
-    from stages.core.presets.gguf import tokenizer_proto
+    from stages.core.presets.gguf_tokenizer import tokenizer_proto
     from stages.core.sharding import devices
 
     devices.configure("simulated", 1)

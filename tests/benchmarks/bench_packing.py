@@ -1,7 +1,7 @@
-"""What the tutorial's truncation costs: the same number of steps on reviews cut off at one window each.
+"""What the tutorial's truncation costs: the same number of steps on reviews cut off at one sequence each.
 
 Needs the pipeline's outputs (`dvc repro`), whose packed run it compares with: the same settings and held-out reviews,
-which both are measured on whole; only the training windows differ. Takes as long as `finetune` and `evaluate` do.
+which both are measured on whole; only the training sequences differ. Takes as long as `finetune` and `evaluate` do.
 Command: `python -m tests.benchmarks.bench_packing`
 """
 
@@ -42,17 +42,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
         run(out, "tokenize", "tokenize.packing=false")
-        windows = read(out, "tokenize")["train"]["windows"]
-        epochs = math.ceil(steps * batch / windows)
+        sequences = read(out, "tokenize")["train"]["windows"]
+        epochs = math.ceil(steps * batch / sequences)
         settings = (f"finetune.steps={steps}", f"finetune.epochs={epochs}")
         run(out, "finetune", *settings, "finetune.sample_every=null", "finetune.checkpoint_every=null")
         run(out, "evaluate --variant tuned")
         loss = {"packed": read(here, "evaluate-tuned")["loss"], "truncated": read(out, "evaluate-tuned")["loss"]}
     packed = read(here, "tokenize")
-    click.echo(f"{steps} steps of {batch} windows; held-out loss before: {read(here, 'evaluate-baseline')['loss']:.4f}")
-    click.echo(f"packed: {packed['train']['windows']} windows, held-out loss {loss['packed']:.4f}")
     click.echo(
-        f"truncated: {windows} windows, {packed['tokens_cut_by_truncation_fraction']:.1%} of the tokens thrown away, "
+        f"{steps} steps of {batch} sequences; held-out loss before: {read(here, 'evaluate-baseline')['loss']:.4f}"
+    )
+    click.echo(f"packed: {packed['train']['windows']} sequences, held-out loss {loss['packed']:.4f}")
+    click.echo(
+        f"truncated: {sequences} sequences, {packed['tokens_cut_by_truncation_fraction']:.1%} of the tokens discarded, "
         f"{epochs} epochs begun, held-out loss {loss['truncated']:.4f}"
     )
 

@@ -85,7 +85,6 @@ def keras_side(batch: int) -> Callable[[int], list[float]]:
     """The tutorial's path: keras-hub's causal model, `enable_lora`, `compile`, `fit`."""
     os.environ["KERAS_BACKEND"] = "jax"
     from stages.core.common.paths import cache_folder
-    from stages.core.presets.architecture import Architecture
     from stages.core.presets.gguf import GgufWeights, read_architecture
     from stages.core.sharding.devices import configure
 
@@ -95,8 +94,7 @@ def keras_side(batch: int) -> Callable[[int], list[float]]:
     import numpy as np
 
     path = next(cache_folder().glob("presets/*/*.gguf"))
-    found = read_architecture(path)
-    architecture = Architecture(found["class_name"], found["config"])
+    architecture = read_architecture(path.parent)
     backbone = keras_hub.models.Gemma3Backbone(**architecture.config, dtype="float32")
     weights = GgufWeights(path)
     for variable in backbone.weights:
@@ -216,7 +214,7 @@ def serve(side: str, batch: int) -> None:
 
 
 @click.command()
-@click.option("--batch", default=2, help="Windows a step.")
+@click.option("--batch", default=2, help="Sequences per step.")
 @click.option("--rounds", default=5, help="Turns of each side.")
 @click.option("--side", "only", multiple=True, type=click.Choice(SIDES), help="Measure these sides only.")
 @click.option("--peft-python", default=sys.executable, help="The Python that has torch, transformers and peft.")

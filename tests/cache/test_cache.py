@@ -52,7 +52,7 @@ def test_a_damaged_program_is_noticed_compiled_anew_and_replaced(tmp_path: Path,
     again = compile_something(tmp_path)
     assert again.stdout == "20.0 compiled\n"
     assert again.stderr.splitlines() == [
-        "Warning: a compiled program in the cache folder is damaged; it is compiled anew."
+        "Warning: a compiled program in the cache folder is damaged and is compiled again."
     ] * len(programs)
     assert [len(path.read_bytes()) > 100 for path in programs] == [True] * len(whole)
     third = compile_something(tmp_path)

@@ -1,4 +1,4 @@
-"""The ready settings: written in place, the same whatever was there, valid, and fitting the devices they name."""
+"""The profiles: written in place, the same whatever was there, valid, and fitting the devices they name."""
 
 from __future__ import annotations
 
@@ -262,7 +262,7 @@ MISTAKES = [
 def test_a_mistake_ends_with_exit_code_2_and_leaves_the_file_alone(folder: Path, arguments, message):
     done = run(*arguments)
     assert done.exit_code == 2
-    assert done.stderr.startswith("Wrong setting: ") and message in done.stderr
+    assert done.stderr.startswith("Invalid setting: ") and message in done.stderr
     assert (folder / "params.yaml").read_text() == DEFAULT
 
 

@@ -18,7 +18,7 @@ from stages.core.evaluate.review_losses import ReviewLosses
 from stages.core.sharding.mesh import MeshShape
 from stages.core.tokenize import held_out
 from tests.support.repository import FAMILIES
-from tests.support.tiny_models import load_tiny
+from tests.support.tiny_models import keras_hub_reads, load_tiny
 
 BOS, EOS = 2, 1
 # Prompt and response; of a review the prompt is BOS. One is longer than every sliding window and bucket but the last.
@@ -64,18 +64,14 @@ def whole(presets) -> ReviewLosses:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_review_is_measured_as_keras_hub_reads_it_alone(presets, family):
-    import keras
-    import keras_hub
     from scipy.special import log_softmax
 
     measured = measure(presets[family], rank=None)
-    keras.distribution.set_distribution(None)
-    backbone = keras_hub.models.Backbone.from_preset(str(presets[family]), dtype="float32")
+    read = keras_hub_reads(presets[family])
     for row in ALONE:
         prompt, response = pairs()[row]
         ids = np.array([[*prompt, *response]], np.int32)
-        hidden = backbone({"token_ids": ids[:, :-1], "padding_mask": np.ones_like(ids[:, :-1])})
-        logits = np.asarray(backbone.token_embedding(hidden, reverse=True))[0, len(prompt) - 1 :].astype(np.float64)
+        logits = np.asarray(read(ids[:, :-1])[1])[0, len(prompt) - 1 :].astype(np.float64)
         likelihoods = log_softmax(logits, axis=-1)[np.arange(len(response)), response]
         assert measured.loss[row] == pytest.approx(-likelihoods.sum(), rel=2e-5)
         assert measured.correct[row] == (logits.argmax(axis=-1) == response).sum()

@@ -49,7 +49,7 @@ def test_with_consent_it_tells_who_one_is_and_how_large_the_download_is(kaggle, 
         "preset": HANDLE,
         "credentials": "KAGGLE_API_TOKEN",
         "logged in as": "some?[31mbody",
-        "licence": "accepted",
+        "license": "accepted",
         "here already": "no",
         "download": "2.5 MB",
     }
@@ -64,10 +64,10 @@ def test_without_consent_it_names_the_page_and_ends_with_1(kaggle, tmp_path, mon
     kaggle.need_consent = True
     run = check(tmp_path / "out", "source=kaggle", f"preset={HANDLE}")
     assert run.returncode == 1
-    assert "licence      not accepted\n" in run.stdout
+    assert "license      not accepted\n" in run.stdout
     assert "logged in as some?[31mbody\n" in run.stdout
     assert run.stderr.splitlines() == [
-        f"Error: Kaggle answered 403 for {MODEL}: your account has not accepted the licence "
+        f"Error: Kaggle answered 403 for {MODEL}: your account has not accepted the license "
         "(credentials: KAGGLE_API_TOKEN).",
         f"Accept it at {PAGE} and run this again. (KAGGLE_API_ENVIRONMENT had localhost asked.)",
     ]
@@ -88,7 +88,7 @@ def test_whatever_stops_the_fetch_is_the_reason(kaggle, tmp_path, monkeypatch, t
     expected = {
         "unknown token": ("it does not accept the credentials of KAGGLE_API_TOKEN", "Make a new API token"),
         "no such model": (f"it has no model {MODEL}", f"See {PAGE} for its variations and versions"),
-        "no credentials": ("it wants an account that accepted the licence", f"Accept it at {PAGE}, make an API token"),
+        "no credentials": ("it wants an account that accepted the license", f"Accept it at {PAGE}, make an API token"),
         "malformed": ("Received: other characters in KAGGLE_API_TOKEN", "Copy them again"),
         "no network": (f"Kaggle could not be reached for {MODEL}", "Check the network"),
     }[trouble]
@@ -183,8 +183,8 @@ def test_an_index_that_cannot_serve_is_told_before_the_download(packed, tmp_path
 # Hugging Face
 
 
-@pytest.mark.parametrize("token, licence, code", [("hf_consented", "accepted", 0), ("hf_other", "not accepted", 1)])
-def test_hugging_face_is_asked_too(tmp_path, monkeypatch, token, licence, code):
+@pytest.mark.parametrize("token, license, code", [("hf_consented", "accepted", 0), ("hf_other", "not accepted", 1)])
+def test_hugging_face_is_asked_too(tmp_path, monkeypatch, token, license, code):
     with hub_server.serving(hub_server.Hub("google/gemma-tiny", hugging_face_files())) as hub:
         hub.gated = True
         for name, value in hub_server.hub_environment(hub.url, tmp_path / "home").items():
@@ -193,7 +193,7 @@ def test_hugging_face_is_asked_too(tmp_path, monkeypatch, token, licence, code):
         monkeypatch.setenv("GEMMA_TUNING_CACHE", str(tmp_path / "cache"))
         run = check(tmp_path / "out", "source=huggingface", "preset=hf://google/gemma-tiny")
     assert run.returncode == code, run.stderr
-    assert f"licence      {licence}\n" in run.stdout
+    assert f"license      {license}\n" in run.stdout
     assert "credentials  the environment variable HF_TOKEN\n" in run.stdout
     if code:
         assert "was not accepted. Received: credentials=the environment variable HF_TOKEN\nAccept it" in run.stderr
@@ -236,7 +236,7 @@ def test_a_source_that_only_says_what_it_found_is_judged_by_that():
     good = Check(**facts, consent=True, present=False, download_bytes=10**9, free_bytes=2 * 10**9)
     assert obstacle(good) is None
     refused = Check(**facts, consent=False, present=False, download_bytes=10**9, free_bytes=2 * 10**9)
-    assert obstacle(refused).startswith("The licence of hf://a/b was not accepted. Received: credentials=HF_TOKEN\n")
+    assert obstacle(refused).startswith("The license of hf://a/b was not accepted. Received: credentials=HF_TOKEN\n")
     full = Check(**facts, consent=True, present=False, download_bytes=3 * 10**9, free_bytes=2 * 10**9)
     assert obstacle(full).startswith("3.0 GB are needed for hf://a/b. Received: free=2.0 GB\n")
     here = Check(**facts, consent=False, present=True, download_bytes=0, free_bytes=0)

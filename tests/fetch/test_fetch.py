@@ -208,7 +208,9 @@ def test_a_local_folder_is_described_and_stays_where_it_is(tmp_path):
 def test_a_wrong_folder_is_a_wrong_setting_and_leaves_no_manifest(tmp_path):
     run = fetch(tmp_path / "out", "source=path", f"path={tmp_path}")
     assert run.returncode == 2
-    assert run.stderr.startswith("Wrong setting: A preset folder as keras-hub's save_to_preset writes it was expected")
+    assert run.stderr.startswith(
+        "Invalid setting: A preset folder as keras-hub's save_to_preset writes it was expected"
+    )
     assert len(run.stderr.splitlines()) == 1
     assert not (tmp_path / "out" / MANIFEST).exists()
 
@@ -320,7 +322,7 @@ def test_a_lost_kagglehub_cache_is_filled_again(kaggle, fetch_kaggle, tmp_path):
         (
             403,
             "t",
-            "Error: Kaggle answered 403 for {}: your account has not accepted the licence",
+            "Error: Kaggle answered 403 for {}: your account has not accepted the license",
             "Accept it at https://www.kaggle.com/models/keras/tiny and",
         ),
         (404, "t", "Error: Kaggle answered 404: it has no model {}.", "See https://www.kaggle.com/models/keras/tiny"),
@@ -367,12 +369,12 @@ def test_a_download_from_kaggle_that_goes_wrong_is_not_taken_for_whole(kaggle, f
     assert run.returncode == 1
     first, second = run.stderr.splitlines()[-2:]
     if trouble == "wrong hash":
-        assert "keras/tiny/keras/tiny_gemma/3 came twice with another MD5 than Kaggle gives for it. Received: " in first
+        assert "keras/tiny/keras/tiny_gemma/3 failed its MD5 check twice. Received: " in first
         assert second == "Nothing of it was kept. See whether a proxy alters downloads, and run this again later."
     else:
         assert "keras/tiny/keras/tiny_gemma/3, or the transfer broke off. Received: " in first
         assert second.startswith(
-            "Check the network and run `python -m stages.fetch` again; it goes on where it broke off."
+            "Check the network and run `python -m stages.fetch` again; it resumes where it broke off."
         )
     assert not (tmp_path / "out" / MANIFEST).exists()
     kaggle.cut, kaggle.wrong_hash = None, False

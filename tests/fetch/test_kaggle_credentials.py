@@ -282,4 +282,4 @@ def test_doing_without_ends_with_what_kaggle_answered(kaggle, tmp_path):
     kaggle.status = 403
     code, shown = at_a_terminal("", "--out-root", str(tmp_path / "out"))
     assert code == 1
-    assert "it wants an account that accepted the licence, and no credentials were found." in shown
+    assert "it wants an account that accepted the license, and no credentials were found." in shown

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.support.declared import architecture
-from tests.support.tiny_models import load_tiny, windows
+from tests.support.tiny_models import load_tiny, sequences
 from tests.support.tiny_runs import data, settings, train
 
 
@@ -18,7 +18,7 @@ from tests.support.tiny_runs import data, settings, train
 def measured(presets, tmp_path_factory):
     """A run of six steps with everything on, its metrics and the folder of its profile."""
     from stages.core.finetune.checkpoint import Store
-    from stages.core.presets.tokenizer import load_tokenizer
+    from stages.core.presets.formats import format_of
 
     folder = tmp_path_factory.mktemp("profile")
     wanted = settings(
@@ -30,7 +30,7 @@ def measured(presets, tmp_path_factory):
             presets["gemma3"],
             wanted,
             store=Store("measured", 2),
-            tokenizer=load_tokenizer(presets["gemma3"], "keras"),
+            tokenizer=format_of("keras").load_tokenizer(presets["gemma3"]),
             profile=folder,
             load_seconds=1.5,
         )
@@ -108,7 +108,7 @@ def test_the_formula_agrees_with_the_products_in_the_program(presets, rank):
     model = load_tiny(presets["gemma3"], (1, 1), rank=rank)
     causal = trainer.make_causal(model, settings(rank=rank))
     causal.compile(optimizer=None, loss=None)
-    batch = windows(2, 32)
+    batch = sequences(2, 32)
     rest = [each.value for each in causal.non_trainable_variables]
     metrics = [each.value for each in causal.metrics_variables]
 
@@ -131,7 +131,7 @@ def test_the_formula_agrees_with_the_products_in_the_program(presets, rank):
 
 def test_a_run_in_two_processes_counts_two_compilations():
     from stages.core.finetune.callback import History
-    from stages.core.finetune.trainer import Result
+    from stages.core.finetune.result import Result
     from stages.core.records.finetune import Step
 
     rest = dict.fromkeys(Step.model_fields, 1)

@@ -20,7 +20,7 @@ import pytest
 from stages.core.finetune import trainer
 from stages.core.load import lora_kernels
 from stages.core.load.variants import Preset
-from stages.core.presets.architecture import read_architecture
+from stages.core.presets.formats import format_of
 from stages.core.presets.manifest import LICENCE
 from stages.core.records.manifest import Manifest
 from tests.support.hf_folder import tensors_of
@@ -68,7 +68,7 @@ def test_a_run_is_the_one_done_by_hand(name, folders, recorded, monkeypatch):
         licence=LICENCE,
         files=(),
     )
-    preset = Preset(manifest, folder, read_architecture(folder, manifest.format))
+    preset = Preset(manifest, folder, format_of(manifest.format).read_architecture(folder))
     model = trainer.load_trainable(preset, describe(preset, case.mesh), wanted)
     rows = trainer.fit(model, sequences(case), wanted).history.rows
     trained, first = trainer.trained_arrays(model), adapter

@@ -22,7 +22,7 @@ from stages.core.common.errors import StageError
 from stages.core.finetune.checkpoint import Store
 from stages.core.finetune.fingerprint import ENTRY, fingerprint_of, record, with_program
 from stages.core.finetune.signals import Interruption, Stopped
-from tests.support.repository import ROOT
+from tests.support.repository import QUICK, ROOT
 from tests.support.tiny_presets import tiny_reviews
 
 # Everything that a checkpoint has to carry: dropout, schedule, groups of batches, the best weights,
@@ -52,7 +52,7 @@ class Trial:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.cache = folder / "cache"
-        self.environment = {**os.environ, "PYTHONPATH": str(ROOT), "GEMMA_TUNING_CACHE": str(self.cache)}
+        self.environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{QUICK}", "GEMMA_TUNING_CACHE": str(self.cache)}
 
     def start(self, stage: str, *arguments: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", f"stages.{stage}", *arguments]
@@ -98,7 +98,7 @@ def trial(presets: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
         assert result.returncode == 0, result.stderr
     whole = trial.run("finetune", "--out-root", "whole")
     assert whole.returncode == 0, whole.stderr
-    assert "Going on" not in whole.stderr
+    assert "Resuming" not in whole.stderr
     assert not trial.checkpoints(), "a run that ended well needs none"
     return trial
 
@@ -108,20 +108,20 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(trial: Trial):
     assert killed.returncode == -signal.SIGKILL
 
     terminated = trial.stop_after_a_checkpoint(signal.SIGTERM)
-    assert "Going on from the checkpoint after step 5 " in terminated.stderr
+    assert "Resuming from the checkpoint after step 5 " in terminated.stderr
     assert terminated.returncode == 143, terminated.stderr
     assert terminated.stderr.strip().splitlines()[-1].startswith("Error: Stopped by SIGTERM after step ")
     assert "Traceback" not in terminated.stderr
 
     interrupted = trial.stop_after_a_checkpoint(signal.SIGINT)
     assert interrupted.returncode == 130, interrupted.stderr
-    assert "goes on from there" in interrupted.stderr
+    assert "resumes from there" in interrupted.stderr
 
     # Other settings are another run: it starts at its own beginning, and leaves this one's checkpoints alone.
     left = trial.checkpoints()
     other = trial.run("finetune", "--out-root", "other", "--set", "finetune.steps=1", "--set", "finetune.rank=1")
     assert other.returncode == 0, other.stderr
-    assert "Going on" not in other.stderr
+    assert "Resuming" not in other.stderr
     assert trial.checkpoints() == left
 
     assert len(left) == SETTINGS["checkpoint_keep"]
@@ -131,7 +131,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(trial: Trial):
     last = trial.run("finetune", "--out-root", "stopped")
     assert last.returncode == 0, last.stderr
     assert f"the checkpoint {left[-1].name} is damaged" in last.stderr
-    assert f"Going on from the checkpoint after step {int(left[-2].name[5:])} " in last.stderr
+    assert f"Resuming from the checkpoint after step {int(left[-2].name[5:])} " in last.stderr
     for name in WRITTEN:
         assert (trial.folder / "stopped" / name).read_bytes() == (trial.folder / "whole" / name).read_bytes(), name
     assert curve_without_speed(trial, "stopped") == curve_without_speed(trial, "whole")
@@ -188,7 +188,7 @@ def test_a_second_run_of_the_same_settings_waits_for_the_first_and_both_end_well
     ended = [process.communicate()[1] for process in runs]
     assert [process.returncode for process in runs] == [0, 0], ended
     assert (
-        sum("Another run of the same settings, data and code is going on; waiting for it." in err for err in ended) == 1
+        sum("Another run of the same settings, data and code is active; waiting for it." in err for err in ended) == 1
     )
     for name in WRITTEN:
         whole = (trial.folder / "whole" / name).read_bytes()
@@ -356,7 +356,7 @@ def test_a_run_whose_code_changed_says_that_it_starts_over(tmp_path: Path, logge
 def test_a_killed_run_starts_over_when_the_training_code_changed_and_goes_on_when_a_help_text_did(trial: Trial):
     stages = trial.folder / "code" / "stages"
     shutil.copytree(ROOT / "stages", stages, ignore=shutil.ignore_patterns("__pycache__"))
-    environment = {**trial.environment, "PYTHONPATH": str(stages.parent)}
+    environment = {**trial.environment, "PYTHONPATH": f"{stages.parent}:{QUICK}"}
     killed = Trial(trial.folder)
     killed.environment = environment
     for number in (signal.SIGKILL, signal.SIGKILL):
@@ -367,11 +367,11 @@ def test_a_killed_run_starts_over_when_the_training_code_changed_and_goes_on_whe
     command_line.write_text(command_line.read_text() + "\nCHANGED = 1\n")
     head = stages / "core/model/cross_entropy.py"
     head.write_text("# A comment.\n" + head.read_text())
-    assert "Going on from the checkpoint after step" in killed.stop_after_a_checkpoint(signal.SIGTERM).stderr
+    assert "Resuming from the checkpoint after step" in killed.stop_after_a_checkpoint(signal.SIGTERM).stderr
     head.write_text(head.read_text() + "\nCHANGED = 1\n")
     other = killed.run("finetune", "--out-root", "stopped")
     assert other.returncode == 0, other.stderr
-    assert "Going on" not in other.stderr
+    assert "Resuming" not in other.stderr
     assert "not used: stages/core/model/cross_entropy.py changed." in other.stderr
     assert sorted(file.read_bytes() for file in (trial.folder / "stopped/models/tuned").iterdir()) == sorted(
         file.read_bytes() for file in (trial.folder / "whole/models/tuned").iterdir()

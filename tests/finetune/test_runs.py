@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from stages.core.common.errors import StageError
-from tests.support.tiny_models import load_tiny, open_tiny, windows
+from tests.support.tiny_models import load_tiny, open_tiny, sequences
 from tests.support.tiny_runs import data, distance, settings, train
 
 
@@ -84,7 +84,7 @@ def test_recomputing_blocks_keeps_less_for_the_backward_pass_and_gives_the_same_
         causal.compile(optimizer=None, loss=None)
         rest = [each.value for each in causal.non_trainable_variables]
         metrics = [each.value for each in causal.metrics_variables]
-        batch = windows(4, 64)
+        batch = sequences(4, 64)
 
         def loss(trainable):
             return causal.compute_loss_and_updates(trainable, rest, metrics, batch, None, None, training=True)[0]
@@ -113,7 +113,7 @@ def test_a_loss_that_is_not_finite_names_step_rate_and_reviews(presets):
     given["train"]["weights"][5] = np.nan
     with pytest.raises(StageError) as raised:
         train(presets["gemma3"], settings(batch_size=2, schedule="linear"), given)
-    # The order of the first epoch, and so the step that has window 5, follow from the seed.
+    # The order of the first epoch, and so the step that has sequence 5, follow from the seed.
     order = np.random.default_rng([0, 0]).permutation(8)
     step = int(np.flatnonzero(order == 5)[0]) // 2
     reviews = sorted((10 + order[2 * step : 2 * step + 2]).tolist())
@@ -140,14 +140,14 @@ def test_weights_that_are_not_finite_are_never_kept(presets, tmp_path, monkeypat
 
 def test_a_sample_that_fails_is_told_in_one_line_and_the_run_goes_on(presets, monkeypatch, logged):
     from stages.core.generate import sampling
-    from stages.core.presets.tokenizer import load_tokenizer
+    from stages.core.presets.formats import format_of
 
     def fail(*_: object) -> None:
         raise IndexError("a row\nwithout a piece")
 
     monkeypatch.setattr(sampling.Sampler, "__call__", fail)
     wanted = settings(batch_size=2, steps=4, sample_every=2, sample_prompt="This movie was", sample_tokens=5)
-    tokenizer = load_tokenizer(presets["gemma"], "keras")
+    tokenizer = format_of("keras").load_tokenizer(presets["gemma"])
     result, _ = train(presets["gemma"], wanted, tokenizer=tokenizer)
     assert [row.step for row in result.history.rows][-1] == 4
     assert [each.text for each in result.history.samples] == ["", ""]

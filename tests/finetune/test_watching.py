@@ -11,7 +11,7 @@ from tests.support.tiny_runs import data, distance, settings, train
 
 
 def test_each_epoch_takes_every_window_once_in_an_order_of_its_own(presets):
-    # With hardly any learning a window has the same loss in each epoch, and so is known by it.
+    # With hardly any learning a sequence has the same loss in each epoch, and so is known by it.
     wanted = settings(batch_size=1, epochs=3, learning_rate=1e-9)
     rows = train(presets["gemma3"], wanted)[0].history.rows
     assert [row.epoch for row in rows] == [1] * 8 + [2] * 8 + [3] * 8
@@ -52,7 +52,7 @@ def test_validation_comes_when_it_is_wanted_and_changes_nothing(presets, plain):
 def test_early_stopping_gives_the_weights_of_the_lowest_held_out_loss(presets, logged):
     from stages.core.tokenize.batches import Batches
 
-    # Random targets: what is learnt of some windows is wrong for others.
+    # Random targets: what some sequences teach is wrong for others.
     given = data()
     wanted = settings(batch_size=4, epochs=40, learning_rate=0.05, validate_every=2, early_stopping=3)
     model = load_tiny(presets["gemma3"], (1, 1), rank=2)
@@ -71,9 +71,9 @@ def test_early_stopping_gives_the_weights_of_the_lowest_held_out_loss(presets, l
 
 
 def test_samples_are_taken_on_the_way_and_change_nothing(presets, plain):
-    from stages.core.presets.tokenizer import load_tokenizer
+    from stages.core.presets.formats import format_of
 
-    tokenizer = load_tokenizer(presets["gemma3"], "keras")
+    tokenizer = format_of("keras").load_tokenizer(presets["gemma3"])
     wanted = settings(batch_size=2, sample_every=2, sample_prompt="This movie was", sample_tokens=5)
     result, weights = train(presets["gemma3"], wanted, tokenizer=tokenizer)
     assert distance(weights, plain[1]) == 0.0

@@ -164,16 +164,16 @@ def test_more_devices_than_there_are_is_told(presets):
 
 
 def test_the_names_and_shapes_of_weights_in_a_file_are_those_that_keras_gives_them(presets):
-    from stages.core.presets.architecture import read_architecture
-    from stages.core.presets.keras_h5 import stored_weights
+    from stages.core.presets.formats import format_of
+    from stages.core.presets.weight_table import weight_table
 
     for family, folder in presets.items():
-        stored = stored_weights(read_architecture(folder, "keras"))
+        stored = weight_table(format_of("keras").read_architecture(folder))
         with h5py.File(folder / "model.weights.h5") as file:
             found = {}
             file.visititems(lambda name, each, found=found: found.update({name: each}))
             found = {name: each.shape for name, each in found.items() if isinstance(each, h5py.Dataset)}
-        assert dict(stored.values()) == found, family
+        assert {each.keras: each.shape for each in stored.values()} == found, family
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -12,7 +12,7 @@ import pytest
 
 from stages.core.config.schema import Layout
 from tests.support.repository import FAMILIES, ROOT
-from tests.support.tiny_models import AUTO, load_tiny, windows
+from tests.support.tiny_models import AUTO, load_tiny, sequences
 from tests.support.tiny_runs import sampled
 
 
@@ -42,8 +42,8 @@ TARGETS = ("query", "value", "ffw_gating", "attention_output")
 
 
 def whole_windows():
-    """Four windows of one segment each, as keras-hub reads them."""
-    batch = windows(4)
+    """Four sequences of one segment each, as keras-hub reads them."""
+    batch = sequences(4)
     batch["segment_ids"] = np.ones_like(batch["segment_ids"])
     return batch
 
@@ -175,7 +175,7 @@ def test_odd_meshes_lengths_batches_and_prompts_come_to_what_one_device_does(odd
             model = load_tiny(
                 odd_presets[family], mesh, rank=rank, targets=("query", "value", "ffw_gating", ".*output")
             )
-            batch = windows(2 * batches, length)
+            batch = sequences(2 * batches, length)
             found.append((*our_loss_and_gradients(model, batch), sampled(model, [[2, *range(9, length)], [2, 5]])))
         (loss, gradients, text), (wanted, wanted_gradients, wanted_text) = found[::-1]
         assert loss == pytest.approx(wanted, rel=2e-6)
@@ -195,10 +195,10 @@ from stages.core.sharding.devices import configure
 configure("simulated", 12)
 from stages.core.finetune import trainer
 from tests.support.tiny_runs import sampled, settings
-from tests.support.tiny_models import load_tiny, windows
+from tests.support.tiny_models import load_tiny, sequences
 
 for preset, length in json.loads(sys.argv[1]):
-    given = {"train": windows(4, length), "validation": windows(2, length, seed=1)}
+    given = {"train": sequences(4, length), "validation": sequences(2, length, seed=1)}
     found = []
     for shape in ((1, 1), (1, 12)):
         model = load_tiny(Path(preset), shape, rank=2, targets=("query", "value", "ffw_gating", ".*output"))
@@ -240,7 +240,7 @@ def test_an_adapter_split_over_its_rank_gives_the_same_gradients(presets):
     found = []
     for shape, layout in (((1, 1), AUTO), ((1, 2), RANK_SPLIT)):
         model = load_tiny(presets["gemma3"], shape, rank=2, layout=layout)
-        found.append(our_loss_and_gradients(model, windows(2)))
+        found.append(our_loss_and_gradients(model, sequences(2)))
     (wanted, wanted_gradients), (loss, gradients) = found
     assert loss == pytest.approx(wanted, rel=2e-6)
     for path, gradient in gradients.items():
@@ -250,8 +250,8 @@ def test_an_adapter_split_over_its_rank_gives_the_same_gradients(presets):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_recomputing_blocks_changes_no_gradient(presets, family):
     model = load_tiny(presets[family], (1, 4), rank=2)
-    loss, gradients = our_loss_and_gradients(model, windows(2))
-    again, recomputed = our_loss_and_gradients(model, windows(2), rematerialize=True)
+    loss, gradients = our_loss_and_gradients(model, sequences(2))
+    again, recomputed = our_loss_and_gradients(model, sequences(2), rematerialize=True)
     assert loss == pytest.approx(again, rel=1e-6)
     for path, gradient in gradients.items():
         np.testing.assert_allclose(gradient, recomputed[path], rtol=1e-4, atol=1e-6)
@@ -261,7 +261,7 @@ def test_padding_a_batch_changes_neither_loss_nor_accuracy(presets):
     from stages.core.model.causal_lm import make_model, pin_to_mesh
     from stages.core.tokenize.batches import Batches
 
-    data = windows(5)
+    data = sequences(5)
     measured = []
     for shape, size in (((1, 1), 5), ((4, 2), 2), ((8, 1), 3)):
         model = load_tiny(presets["gemma3"], shape)
@@ -283,9 +283,9 @@ def test_no_weight_is_gathered_in_the_compiled_step(presets):
 
     from stages.core.model.causal_lm import make_model
 
-    # A short window: kernels are larger than activations, which is when XLA is tempted.
+    # A short sequence: kernels are larger than activations, which is when XLA is tempted.
     model = load_tiny(presets["gemma3"], (1, 8), rank=2)
-    batch = windows(2, 16)
+    batch = sequences(2, 16)
     causal = make_model(model.backbone, model.jax_mesh, model.placements)
     causal.compile(optimizer=None, loss=None)
 
@@ -313,7 +313,7 @@ RATE = 1024.0
 
 def frequent(weights):
     """Eight sequences in which each fourth token, as input and as target, is the same; weights by sequence."""
-    data = windows(8)
+    data = sequences(8)
     often = np.random.default_rng(5).random((8, 32)) < 0.25
     for name in ("token_ids", "target_ids"):
         data[name] = np.where(often, 7, data[name]).astype(np.int32)

@@ -34,11 +34,11 @@ def plain(hidden, table, targets, soft_cap):
 
 def plan_for(shape, soft_cap, trained, block_rows):
     """The head's plan on a mesh, or on one device."""
-    from stages.core.model import cross_entropy
+    from stages.core.model import tied_table
     from stages.core.sharding.mesh import MeshShape, device_mesh, jax_mesh
 
     mesh = None if shape is None else jax_mesh(device_mesh(MeshShape(shape)))
-    return cross_entropy.HeadPlan(soft_cap, mesh, table_is_trained=trained, block_rows=block_rows)
+    return tied_table.HeadPlan(soft_cap, mesh, table_is_trained=trained, block_rows=block_rows)
 
 
 @pytest.mark.parametrize("shape", [None, (1, 8), (2, 4), (4, 2), (4, 1), (1, 3), (1, 5), (2, 3), (1, 7)], ids=str)
@@ -168,12 +168,12 @@ def test_devices_that_hold_no_word_at_all_add_nothing(case):
 def test_the_embedding_and_its_gradient_are_the_plain_lookup(case, shape):
     import jax
 
-    from stages.core.model import cross_entropy
+    from stages.core.model import tied_table
 
     _, table, ids, _ = case
     plan = plan_for(shape, None, True, 13)
-    np.testing.assert_array_equal(cross_entropy.embed(table, ids, plan), table[ids])
-    ours = jax.grad(lambda table: (cross_entropy.embed(table, ids, plan) ** 2).sum())(table)
+    np.testing.assert_array_equal(tied_table.embed(table, ids, plan), table[ids])
+    ours = jax.grad(lambda table: (tied_table.embed(table, ids, plan) ** 2).sum())(table)
     theirs = jax.grad(lambda table: (table[ids] ** 2).sum())(table)
     np.testing.assert_allclose(ours, theirs, rtol=1e-6)
 
@@ -186,14 +186,14 @@ def test_a_token_that_occurs_1025_times_gets_the_sum_of_its_1025_gradients(case,
     import jax
     import jax.numpy as jnp
 
-    from stages.core.model import cross_entropy
+    from stages.core.model import tied_table
 
     _, table, _, _ = case
     plan = plan_for(shape, None, True, 13)
     ids = np.where(np.arange(2048) < 1025, 7, 9).reshape(2, 1024).astype("i4")
-    np.testing.assert_array_equal(cross_entropy.embed(table, ids, plan, "bfloat16"), table.astype(jnp.bfloat16)[ids])
-    gradient = jax.grad(lambda table: cross_entropy.embed(table, ids, plan, "bfloat16").astype("float32").sum())(table)
+    np.testing.assert_array_equal(tied_table.embed(table, ids, plan, "bfloat16"), table.astype(jnp.bfloat16)[ids])
+    gradient = jax.grad(lambda table: tied_table.embed(table, ids, plan, "bfloat16").astype("float32").sum())(table)
     np.testing.assert_array_equal(gradient[7], np.full(HIDDEN, 1025, "f4"))
     np.testing.assert_array_equal(gradient[9], np.full(HIDDEN, 1023, "f4"))
     frozen = dataclasses.replace(plan, table_is_trained=False)
-    np.testing.assert_array_equal(cross_entropy.embed(table, ids, frozen, "bfloat16"), table.astype(jnp.bfloat16)[ids])
+    np.testing.assert_array_equal(tied_table.embed(table, ids, frozen, "bfloat16"), table.astype(jnp.bfloat16)[ids])

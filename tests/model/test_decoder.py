@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.support.repository import FAMILIES
-from tests.support.tiny_models import AUTO, load_tiny, windows
+from tests.support.tiny_models import AUTO, keras_hub_reads, load_tiny, sequences
 
 LENGTH = 32
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
@@ -18,15 +18,8 @@ TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
 @pytest.fixture(scope="module")
 def keras_hub_says(presets: dict[str, Path]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Hidden states and logits of keras-hub's own model, loaded by keras-hub."""
-    import keras_hub
-
-    ids = windows(4, LENGTH)["token_ids"]
-    results = {}
-    for family, folder in presets.items():
-        backbone = keras_hub.models.Backbone.from_preset(str(folder), dtype="float32")
-        hidden = backbone({"token_ids": ids, "padding_mask": np.ones_like(ids)})
-        results[family] = (np.asarray(hidden), np.asarray(backbone.token_embedding(hidden, reverse=True)))
-    return results
+    ids = sequences(4, LENGTH)["token_ids"]
+    return {family: tuple(map(np.asarray, keras_hub_reads(folder)(ids))) for family, folder in presets.items()}
 
 
 def forward(model, batch):
@@ -34,7 +27,7 @@ def forward(model, batch):
     import jax
     import keras
 
-    from stages.core.model import cross_entropy, decoder
+    from stages.core.model import decoder, tied_table
     from stages.core.model.causal_lm import make_model
 
     causal = make_model(model.backbone, model.jax_mesh, model.placements)
@@ -45,9 +38,9 @@ def forward(model, batch):
             table = model.backbone.token_embedding._embeddings.value
             hidden = decoder.hidden_states(
                 model.backbone,
-                cross_entropy.embed(table, batch["token_ids"], causal._plan),
+                tied_table.embed(table, batch["token_ids"], causal.head_plan),
                 decoder.causal_mask(batch["segment_ids"]),
-                constrain=causal._constrain,
+                constrain=causal.constrain,
             )
         return hidden
 
@@ -57,7 +50,7 @@ def forward(model, batch):
 @pytest.mark.parametrize("shape", [(1, 1), (1, 2), (1, 4), (1, 8), (2, 4), (4, 2), (4, 1)], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_hidden_states_are_keras_hubs_on_every_mesh(keras_hub_says, presets, family, shape):
-    batch = windows(4, LENGTH)
+    batch = sequences(4, LENGTH)
     batch["segment_ids"] = np.ones_like(batch["segment_ids"])
     model = load_tiny(presets[family], shape)
     np.testing.assert_allclose(forward(model, batch), keras_hub_says[family][0], **TOLERANCE)
@@ -67,7 +60,7 @@ def test_hidden_states_are_keras_hubs_on_every_mesh(keras_hub_says, presets, fam
 def test_the_tutorials_layout_gives_the_same_hidden_states(keras_hub_says, presets, family):
     if family == "gemma3":
         pytest.skip("one key/value head cannot be split by the tutorial's rules: the layout engine refuses it")
-    batch = windows(4, LENGTH)
+    batch = sequences(4, LENGTH)
     batch["segment_ids"] = np.ones_like(batch["segment_ids"])
     tutorial = AUTO.model_copy(update={"name": "tutorial"})
     model = load_tiny(presets[family], (2, 2), layout=tutorial)
@@ -77,7 +70,7 @@ def test_the_tutorials_layout_gives_the_same_hidden_states(keras_hub_says, prese
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_packed_review_does_not_see_the_one_before_it(presets, family):
     model = load_tiny(presets[family], (1, 1))
-    batch = windows(2, LENGTH)
+    batch = sequences(2, LENGTH)
     together = forward(model, batch)
     half = LENGTH // 2
     for segment in (slice(0, half), slice(half, LENGTH)):
@@ -88,7 +81,7 @@ def test_a_packed_review_does_not_see_the_one_before_it(presets, family):
 
 def test_the_test_of_packing_can_fail(presets):
     model = load_tiny(presets["gemma3"], (1, 1))
-    batch = windows(2, LENGTH)
+    batch = sequences(2, LENGTH)
     apart = forward(model, batch)
     batch["segment_ids"] = np.ones_like(batch["segment_ids"])
     assert np.abs(forward(model, batch) - apart)[:, LENGTH // 2 :].max() > 0.01
@@ -99,12 +92,12 @@ def test_one_token_at_a_time_with_a_cache_gives_the_same_hidden_states(presets, 
     import jax
     import keras
 
-    from stages.core.model import cross_entropy, decoder
+    from stages.core.model import decoder, tied_table
     from stages.core.model.causal_lm import make_model
 
     model = load_tiny(presets[family], shape)
     causal = make_model(model.backbone, model.jax_mesh, model.placements)
-    batch = windows(2, LENGTH)
+    batch = sequences(2, LENGTH)
     batch["segment_ids"] = np.ones_like(batch["segment_ids"])
     whole = forward(model, batch)
     variables = model.backbone.variables
@@ -112,10 +105,8 @@ def test_one_token_at_a_time_with_a_cache_gives_the_same_hidden_states(presets, 
     @jax.jit
     def step(values, ids, positions, caches):
         with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))):
-            embedded = cross_entropy.embed(model.backbone.token_embedding._embeddings.value, ids, causal._plan)
-            return decoder.hidden_states_cached(
-                model.backbone, embedded, positions, caches, constrain=causal._constrain
-            )
+            embedded = tied_table.embed(model.backbone.token_embedding._embeddings.value, ids, causal.head_plan)
+            return decoder.hidden_states_cached(model.backbone, embedded, positions, caches, constrain=causal.constrain)
 
     values = [variable.value for variable in variables]
     caches = decoder.empty_caches(model.backbone, 2, LENGTH)
@@ -128,7 +119,7 @@ def test_one_token_at_a_time_with_a_cache_gives_the_same_hidden_states(presets, 
 def test_queries_of_the_27b_models_are_scaled_by_their_own_rule(presets, devices):
     """keras-hub ignores query_head_dim_normalize=False; the original checkpoints do not."""
     model = load_tiny(presets["gemma2"], (1, 1))
-    batch = windows(2, LENGTH)
+    batch = sequences(2, LENGTH)
     usual = forward(model, batch)
     # hidden_dim / heads is 16 here as head_dim is, so take another head count's share.
     model.backbone.query_head_dim_normalize = False

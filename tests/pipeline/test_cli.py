@@ -27,8 +27,8 @@ def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=120)
 
 
-def imported_by(stage: str, *arguments: str) -> tuple[int, set[str]]:
-    """Run a stage and return its exit code and which heavy packages it had imported when it ended."""
+def imported_by(stage: str, *arguments: str) -> tuple[subprocess.CompletedProcess[str], set[str]]:
+    """Run a stage and return its end and which heavy packages it had imported by then, which it tells last."""
     code = (
         "import sys, runpy\n"
         f"sys.argv = ['{stage}', *{list(arguments)!r}]\n"
@@ -38,25 +38,24 @@ def imported_by(stage: str, *arguments: str) -> tuple[int, set[str]]:
         "sys.exit(status)\n"
     )
     result = run("-c", code)
-    return result.returncode, set(result.stdout.split("HEAVY")[1].split())
+    return result, set(result.stdout.split("HEAVY")[1].split())
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_help_imports_nothing_heavy_and_says_what_the_stage_does(stage: str):
-    assert imported_by(stage, "--help") == (0, set())
-    shown = run("-m", f"stages.{stage}", "--help").stdout
-    assert "--set" in shown
-    assert "--out-root" in shown
-    assert len(shown.splitlines()[2].strip()) > 20
+    result, heavy = imported_by(stage, "--help")
+    assert (result.returncode, heavy) == (0, set())
+    assert "--set" in result.stdout
+    assert "--out-root" in result.stdout
+    assert len(result.stdout.splitlines()[2].strip()) > 20
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_wrong_setting_ends_with_exit_code_2_before_anything_heavy(stage: str):
-    arguments = [*VARIANTS.get(stage, []), "--set", "finetune.rank=four"]
-    assert imported_by(stage, *arguments) == (2, set())
-    result = run("-m", f"stages.{stage}", *arguments)
+    result, heavy = imported_by(stage, *VARIANTS.get(stage, []), "--set", "finetune.rank=four")
+    assert (result.returncode, heavy) == (2, set())
     assert result.stderr.strip() == (
-        "Wrong setting: --set: finetune.rank must be a valid integer. Received: finetune.rank='four'"
+        "Invalid setting: --set: finetune.rank must be a valid integer. Received: finetune.rank='four'"
     )
 
 

@@ -15,14 +15,16 @@ import pytest
 
 from stages.core.common.paths import HELD_OUT
 from stages.core.tokenize import held_out
-from stages.core.tokenize.store import write_windows
+from stages.core.tokenize.store import write_sequences
 from tests.support.copies import change, copy_repository, dvc, ran
 from tests.support.repository import DATA, REAL_CACHE
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("default run")]
 
 
-# Of 93 steps 16, in windows of half the length; 16 held-out reviews instead of 40, short ones by this seed; of three
+# The cache that a person's runs have, and programs compiled as theirs are.
+AS_A_PERSON = {"GEMMA_TUNING_CACHE": str(REAL_CACHE), "PYTHONPATH": ""}
+# Of 93 steps 16, in sequences of half the length; 16 held-out reviews instead of 40, short ones by this seed; of three
 # plans the one that takes seconds (tests/config plans what the profiles name).
 SHORTER = {
     "prepare": {"validation": 16, "seed": 42},
@@ -39,7 +41,7 @@ def repository(real_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     folder = copy_repository(tmp_path_factory.mktemp("default"))
     for section, values in SHORTER.items():
         change(folder, section, **values)
-    dvc(folder, "repro", GEMMA_TUNING_CACHE=str(REAL_CACHE))
+    dvc(folder, "repro", **AS_A_PERSON)
     return folder
 
 
@@ -87,7 +89,7 @@ def test_the_prompts_are_continued_differently_after_tuning(repository: Path):
 
 
 def test_a_second_repro_runs_nothing(repository: Path):
-    assert ran(dvc(repository, "repro", GEMMA_TUNING_CACHE=str(REAL_CACHE))) == set()
+    assert ran(dvc(repository, "repro", **AS_A_PERSON)) == set()
 
 
 def test_the_baseline_loss_on_a_review_is_hugging_faces(repository: Path):
@@ -95,11 +97,11 @@ def test_the_baseline_loss_on_a_review_is_hugging_faces(repository: Path):
     expected = json.loads((DATA / "reference_gemma3_270m.json").read_text())["first_review"]
     bos, *review = expected["token_ids"]
     trial = repository / "scratch" / "reference"
-    write_windows(trial / HELD_OUT, held_out.of_reviews([review], bos=bos, eos=None))
+    write_sequences(trial / HELD_OUT, held_out.of_reviews([review], bos=bos, eos=None))
     subprocess.run(
         [sys.executable, "-m", "stages.evaluate", "--variant", "baseline", "--out-root", str(trial)],
         cwd=repository,
-        env={**os.environ, "GEMMA_TUNING_CACHE": str(REAL_CACHE)},
+        env={**os.environ, **AS_A_PERSON},
         check=True,
         capture_output=True,
     )

@@ -1,4 +1,4 @@
-"""Instruct data through the whole pipeline on a tiny preset: what is learnt is the response, and where it ends."""
+"""Instruct data through the whole pipeline on a tiny preset: only the response and its end are trained on."""
 
 from __future__ import annotations
 
@@ -78,11 +78,11 @@ def test_samples_while_training_are_asked_for_in_turns_too(project: Path):
 
 def test_loss_and_perplexity_are_over_the_responses_tokens(project: Path):
     from stages.core.presets.tokenizer import Tokenizer
-    from stages.core.tokenize.chat import Turns
+    from stages.core.tokenize.chat import ChatTemplate
     from tests.support.tiny_presets import tiny_proto
 
     counts, measured = metrics(project, "tokenize"), metrics(project, "evaluate-tuned")
-    (ids,) = Turns(Tokenizer.from_proto(tiny_proto())).responses([RESPONSE])
+    (ids,) = ChatTemplate(Tokenizer.from_proto(tiny_proto())).responses([RESPONSE])
     assert counts["train"]["response_tokens"] == 24 * len(ids)
     assert measured["targets"] == counts["validation"]["response_tokens"] == 6 * len(ids)
     assert measured["reviews"] == 6

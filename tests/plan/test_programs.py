@@ -40,7 +40,7 @@ def test_the_step_that_is_planned_is_the_step_that_runs(presets, family):
     from stages.core.model.causal_lm import pin_to_mesh
     from stages.core.plan.step_program import STEPS, lower
     from stages.core.tokenize.batches import Batches
-    from tests.support.tiny_models import windows
+    from tests.support.tiny_models import sequences
 
     asked = request(presets[family], "cpu:8", batch_size=4, alpha=4.0)
     planned = lower(asked.step, topology.describe("cpu:8").devices)
@@ -50,7 +50,7 @@ def test_the_step_that_is_planned_is_the_step_that_runs(presets, family):
     causal.compile(optimizer=make_optimizer(tuned, STEPS), loss=None, jit_compile=True)
     causal.optimizer.build(causal.trainable_variables)
     pin_to_mesh(causal, model.jax_mesh)
-    (batch,) = Batches(windows(4), 4, model.mesh_shape)[0]
+    (batch,) = Batches(sequences(4), 4, model.mesh_shape)[0]
     spread = jax.sharding.NamedSharding(model.jax_mesh, jax.sharding.PartitionSpec("batch", None))
     batch = {name: jax.device_put(values, spread) for name, values in batch.items()}
     state = tuple(
@@ -87,11 +87,11 @@ from pathlib import Path
 from stages.core.sharding.devices import configure
 configure("simulated", 8)
 from tests.support.tiny_runs import settings, train
-from tests.support.tiny_models import windows
+from tests.support.tiny_models import sequences
 
 preset, changes, length = json.loads(sys.argv[1])
 batch = changes["batch_size"]
-given = {"train": windows(changes["steps"] * batch, length), "validation": windows(batch, length, seed=1)}
+given = {"train": sequences(changes["steps"] * batch, length), "validation": sequences(batch, length, seed=1)}
 print(json.dumps(train(Path(preset), settings(**changes), given, shape=(2, 4))[0].metrics()))
 """
 

@@ -20,7 +20,7 @@ from stages.core.plan.chips import CHIPS
 from stages.core.records.plan import Estimate, PlanFile, RunKey, Target
 from tests.support import tiny_models
 from tests.support.plans import has_libtpu, plan_settings, request
-from tests.support.repository import ROOT
+from tests.support.repository import QUICK, ROOT
 from tests.support.tiny_models import open_tiny
 
 
@@ -56,7 +56,7 @@ def test_the_stage_writes_metrics_search_and_scaling_the_same_each_time(presets,
         "plan.search={topology: 'cpu:4', length: 32, largest_batch: 8}",
         "plan.scaling={topologies: ['cpu:4', 'cpu:8'], model_axis: 4, batch_per_row: 2, length: 32}",
     ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{QUICK}"}
 
     def run() -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "stages.plan"]
@@ -94,8 +94,8 @@ def test_the_best_candidate_is_the_fastest_and_of_equals_the_one_that_sends_leas
     assert best_first == ["quiet", "talks", "slow", "does not fit"]
 
 
-@pytest.mark.parametrize("a_window", [0.01, 0.3, 0.9, 1.0, 3.0, 13.0, 20.0])
-def test_the_largest_batch_is_found_and_what_surely_does_not_fit_is_not_compiled(presets, monkeypatch, a_window):
+@pytest.mark.parametrize("per_sequence", [0.01, 0.3, 0.9, 1.0, 3.0, 13.0, 20.0])
+def test_the_largest_batch_is_found_and_what_surely_does_not_fit_is_not_compiled(presets, monkeypatch, per_sequence):
     from stages.core.plan import search
 
     asked = []
@@ -103,7 +103,7 @@ def test_the_largest_batch_is_found_and_what_surely_does_not_fit_is_not_compiled
     def estimate_step(request, topology, held):
         batch = request.step.settings.batch_size
         asked.append(batch)
-        needed = round((1.5 + a_window * batch) * 2**30)
+        needed = round((1.5 + per_sequence * batch) * 2**30)
         fits = needed <= topology.memory_bytes
         return Estimate(mesh=[1, 8], layout="auto", batch_size=batch, fits=fits, needed_bytes=needed)
 
@@ -111,11 +111,11 @@ def test_the_largest_batch_is_found_and_what_surely_does_not_fit_is_not_compiled
     wanted = request(presets["gemma"], "v5e:2x4", shape=(1, 8))
     place = dataclasses.replace(topology.describe("cpu:8"), chip=CHIPS["v5e"])
     tried, best = search._largest_batch(wanted, place, 512)
-    fitting = [2**power for power in range(10) if 1.5 + a_window * 2**power <= 16]
+    fitting = [2**power for power in range(10) if 1.5 + per_sequence * 2**power <= 16]
     assert best.largest_batch == max(fitting, default=0)
     assert best.fits == bool(fitting)
     assert len(asked) == len(set(asked)) == len(tried) <= 4
-    if a_window == 0.3:
+    if per_sequence == 0.3:
         assert len(asked) == 2, "two batches give the line, the others are foreseen"
 
 

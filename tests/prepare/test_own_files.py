@@ -79,11 +79,11 @@ def test_numbers_beside_words_become_words(tmp_path):
         (
             "mine.jsonl",
             b'{"text": "a"}\n{"text"\n',
-            r"one JSON object a line\. Received: line 2: Expecting .* column 8",
+            r"one JSON object per line\. Received: line 2: Expecting .* column 8",
         ),
         ("mine.jsonl", b'{"text": "a"}\n["b"]\n', r"must hold JSON objects\. Received: line 2 is a list"),
         ("mine.jsonl", b'{"text": "a"}\n3\n', r"must hold JSON objects\. Received: line 2 is a text or number"),
-        ("mine.jsonl", b"[" * 10**5, r"one JSON object a line\. Received: line 1: it is nested too deeply"),
+        ("mine.jsonl", b"[" * 10**5, r"one JSON object per line\. Received: line 1: it is nested too deeply"),
         (
             "mine.jsonl",
             b'{"text": "\\ud83d"}\n',

@@ -61,7 +61,7 @@ def test_the_same_settings_give_the_same_bytes_in_every_run(tmp_path):
 def test_a_wrong_setting_writes_nothing(tmp_path):
     run = run_stage(tmp_path / "out", "source=files", f"train_file={tmp_path / 'none.csv'}")
     assert run.returncode == 2
-    assert run.stderr.startswith("Wrong setting: prepare.train_file must name a file that exists.")
+    assert run.stderr.startswith("Invalid setting: prepare.train_file must name a file that exists.")
     assert not (tmp_path / "out" / "data").exists()
 
 
@@ -166,8 +166,8 @@ def test_a_folder_without_the_dataset_is_a_wrong_setting(tmp_path):
     run = run_stage(tmp_path / "out", "source=imdb_reviews", f"data_dir={tmp_path}")
     assert run.returncode == 2
     assert run.stderr == (
-        "Wrong setting: prepare.data_dir must be a folder that holds imdb_reviews as TensorFlow Datasets prepares it. "
-        f"Received: prepare.data_dir={tmp_path}\n"
+        "Invalid setting: prepare.data_dir must be a folder that holds imdb_reviews as TensorFlow Datasets prepares "
+        f"it. Received: prepare.data_dir={tmp_path}\n"
     )
 
 

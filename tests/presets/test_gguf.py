@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from stages.core.common.errors import StageError
-from stages.core.presets.gguf import GgufWeights, read_architecture, tokenizer_proto
+from stages.core.presets.formats import format_of
+from stages.core.presets.gguf import GgufWeights, read_architecture
+from stages.core.presets.gguf_tokenizer import tokenizer_proto
 from tests.support import tiny_presets
 from tests.support.gguf_file import numpy_of, write_gguf
 from tests.support.repository import DATA
@@ -31,11 +33,11 @@ def tiny_backbone():
 
 
 def test_the_architecture_has_the_arguments_the_backbone_was_built_with(tmp_path, tiny_backbone):
-    architecture = read_architecture(write_gguf(tmp_path / "tiny.gguf", tiny_backbone, "F32"))
+    architecture = read_architecture(write_gguf(tmp_path / "tiny.gguf", tiny_backbone, "F32").parent)
     built_with = tiny_backbone.get_config()
-    assert architecture["class_name"] == "Gemma3Backbone"
-    assert architecture["config"] == {name: built_with[name] for name in architecture["config"]}
-    left_out = set(built_with) - set(architecture["config"])
+    assert architecture.class_name == "Gemma3Backbone"
+    assert architecture.config == {name: built_with[name] for name in architecture.config}
+    left_out = set(built_with) - set(architecture.config)
     assert left_out == {
         "name",
         "trainable",
@@ -107,7 +109,7 @@ def test_a_file_that_is_cut_short_is_a_person_s_error_not_a_traceback(tmp_path, 
 def test_a_model_that_keras_hub_cannot_express_is_refused(tmp_path, tiny_backbone, metadata, message):
     path = write_gguf(tmp_path / "other.gguf", tiny_backbone, "F32", metadata=metadata)
     with pytest.raises(StageError, match=message):
-        read_architecture(path)
+        read_architecture(path.parent)
 
 
 def test_a_tokenizer_of_another_kind_is_refused(tmp_path, tiny_backbone):
@@ -120,6 +122,17 @@ def test_a_missing_tensor_is_named(tmp_path, tiny_backbone):
     path = write_gguf(tmp_path / "part.gguf", tiny_backbone, "F32", without="blk.3.ffn_up.weight")
     with pytest.raises(StageError, match=r"blk.3.ffn_up.weight \(for decoder_block_3/ffw_gating_2/kernel\)"):
         GgufWeights(path)
+
+
+def test_the_folder_needs_its_one_file_which_is_held_against_its_own_architecture(tmp_path, tiny_backbone):
+    write_gguf(tmp_path / "whole.gguf", tiny_backbone, "F32")
+    gguf = format_of("gguf")
+    assert gguf.needed_files(tmp_path) == ["whole.gguf"]
+    gguf.check_weights(tmp_path, gguf.read_architecture(tmp_path))
+    (tmp_path / "whole.gguf").unlink()
+    write_gguf(tmp_path / "part.gguf", tiny_backbone, "F32", without="blk.3.ffn_up.weight")
+    with pytest.raises(StageError, match=r"blk\.3\.ffn_up\.weight"):
+        gguf.check_weights(tmp_path, gguf.read_architecture(tmp_path))
 
 
 # --- The embedded model ---
@@ -162,7 +175,7 @@ def embedded_backbone(real_gguf):
     os.environ.setdefault("KERAS_BACKEND", "jax")
     import keras_hub
 
-    backbone = keras_hub.models.Gemma3Backbone(**read_architecture(real_gguf)["config"], dtype="float32")
+    backbone = keras_hub.models.Gemma3Backbone(**read_architecture(real_gguf.parent).config, dtype="float32")
     weights = GgufWeights(real_gguf)
     assert weights.paths() == [weight.path for weight in backbone.weights]
     for weight in backbone.weights:

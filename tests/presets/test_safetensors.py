@@ -11,10 +11,10 @@ import pytest
 
 from stages.core.common.errors import ParamsError, StageError
 from stages.core.fetch.local import fetch_local, folder_format
-from stages.core.presets import architecture
+from stages.core.presets.formats import format_of
 from stages.core.presets.hf_config import read_architecture
 from stages.core.presets.safetensors import SafetensorsWeights
-from stages.core.presets.tokenizer import holds_vocabulary, load_tokenizer
+from stages.core.presets.tokenizer import holds_vocabulary
 from tests.data import record_configs
 from tests.support import tiny_presets, tokenizer_json
 from tests.support.hf_folder import change_config, config_of, hugging_face_files, write_hugging_face
@@ -69,10 +69,10 @@ def test_the_architecture_is_what_keras_hubs_own_converter_makes_of_it(folders, 
 
     theirs = keras_hub.models.Backbone.from_preset(str(folders[family]), load_weights=False)
     ours = read_architecture(folders[family])
-    assert ours["class_name"] == type(theirs).__name__
+    assert ours.class_name == type(theirs).__name__
     config = theirs.get_config()
     # keras-hub keeps an image size for images only; without a vision encoder nothing reads it.
-    for key, value in ours["config"].items():
+    for key, value in ours.config.items():
         assert key == "image_size" or config[key] == value, key
 
 
@@ -128,7 +128,7 @@ def test_the_sizes_that_gemma_3s_public_files_leave_out_are_the_librarys(copy):
     from stages.core.fetch import catalog
 
     # The text tower of the model with vision has 64 words more than the text preset, and keras-hub's defaults unsaid.
-    ours, public = read_architecture(folder)["config"], catalog.architecture("gemma3_4b_text").config
+    ours, public = read_architecture(folder).config, catalog.architecture("gemma3_4b_text").config
     assert ours["vocabulary_size"] == 262208
     assert {key: ours[key] for key in public if key != "vocabulary_size"} == {
         key: value for key, value in public.items() if key != "vocabulary_size"
@@ -147,7 +147,7 @@ def test_the_27b_models_scaling_of_queries_and_the_newer_form_of_rope_are_read(c
         },
         layer_types=["sliding_attention", "sliding_attention"],
     )
-    config = read_architecture(folder)["config"]
+    config = read_architecture(folder).config
     assert config["query_head_dim_normalize"] is False
     assert (config["local_rope_scaling_factor"], config["global_rope_scaling_factor"]) == (1.0, 8.0)
 
@@ -191,7 +191,7 @@ def test_what_keras_hubs_gemma_cannot_express_is_refused_when_the_preset_is_fetc
     change, message = REFUSED[case]
     folder = change_config(copy("gemma3"), **change)
     with pytest.raises(StageError, match=re.escape(message)):
-        architecture.read_architecture(folder, "safetensors")
+        format_of("safetensors").read_architecture(folder)
     with pytest.raises(ParamsError, match=re.escape(message)):
         fetch_local("mine", str(folder), folder)
 
@@ -290,11 +290,11 @@ def test_the_manifest_knows_the_two_kinds_of_folder_apart(presets, folders):
 
 def test_the_vocabulary_is_the_same_as_in_the_keras_hub_preset(presets, folders):
     text = "The movie was 4 out of 10.\n\nSee it!"
-    ours = load_tokenizer(folders["gemma3"], "safetensors")
-    assert ours.encode(text) == load_tokenizer(presets["gemma3"], "keras").encode(text)
+    ours = format_of("safetensors").load_tokenizer(folders["gemma3"])
+    assert ours.encode(text) == format_of("keras").load_tokenizer(presets["gemma3"]).encode(text)
     assert holds_vocabulary("tokenizer.model")
     with pytest.raises(StageError, match=r"a tokenizer\.json as transformers writes it"):
-        load_tokenizer(presets["gemma3"], "safetensors")
+        format_of("safetensors").load_tokenizer(presets["gemma3"])
 
 
 @pytest.fixture
@@ -370,14 +370,14 @@ def test_a_folder_of_transformers_5_has_a_tokenizer_json_alone(small):
 def test_a_key_that_is_left_out_means_transformers_default(small):
     config = change_config(small, model_type="gemma2", rope_scaling=None, rope_local_base_freq=None, rope_theta=None)
     change_config(config, sliding_window_pattern=None, sliding_window=None, head_dim=None, query_pre_attn_scalar=None)
-    found = read_architecture(small)["config"]
+    found = read_architecture(small).config
     assert (found["final_logit_soft_cap"], found["attention_logit_soft_cap"]) == (30, 50)
     assert (found["sliding_window_size"], found["head_dim"]) == (4096, 256)
 
 
 def test_a_factor_beside_the_plain_form_of_rope_scales_nothing(small):
     change_config(small, rope_scaling={"rope_type": "default", "factor": 8.0})
-    assert read_architecture(small)["config"]["global_rope_scaling_factor"] == 1.0
+    assert read_architecture(small).config["global_rope_scaling_factor"] == 1.0
 
 
 def test_a_tensor_that_two_files_hold_is_refused(small):
@@ -415,7 +415,7 @@ def test_what_transformers_writes_of_each_family_is_read(tmp_path):
     assert len(recorded) == 8
     for name, config in (recorded | PUBLIC).items():
         (tmp_path / "config.json").write_text(json.dumps(config))
-        found = architecture.read_architecture(tmp_path, "safetensors").config
+        found = format_of("safetensors").read_architecture(tmp_path).config
         text = config.get("text_config", config)
         default = 262208 if "Gemma3" in name else 256000
         assert found["vocabulary_size"] == text.get("vocab_size", default), name

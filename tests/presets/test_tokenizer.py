@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from stages.core.common.errors import StageError
-from stages.core.presets.gguf import tokenizer_proto
-from stages.core.presets.tokenizer import KERAS_VOCABULARY, Tokenizer, holds_vocabulary, load_tokenizer
+from stages.core.presets.formats import format_of
+from stages.core.presets.gguf_tokenizer import tokenizer_proto
+from stages.core.presets.tokenizer import KERAS_VOCABULARY, Tokenizer, holds_vocabulary
 from tests.support import tiny_presets, tokenizer_json
 from tests.support.repository import ROOT
 
@@ -47,7 +48,7 @@ def keras_tokenizer(family: str, proto: bytes):
 
 @pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3"])
 def test_a_preset_s_ids_and_texts_are_those_of_keras_hub(tmp_path, family):
-    ours = load_tokenizer(tiny_presets.write_tiny_preset(tmp_path, family), "keras")
+    ours = format_of("keras").load_tokenizer(tiny_presets.write_tiny_preset(tmp_path, family))
     theirs = keras_tokenizer(family, (tmp_path / KERAS_VOCABULARY).read_bytes())
     assert (ours.pad, ours.eos, ours.bos) == (theirs.pad_token_id, theirs.end_token_id, theirs.start_token_id)
     assert (ours.pad, ours.eos, ours.bos) == (0, 1, 2)
@@ -60,7 +61,10 @@ def test_a_preset_s_ids_and_texts_are_those_of_keras_hub(tmp_path, family):
 
 
 def test_the_embedded_ids_are_those_of_keras_hub(real_gguf):
-    ours, theirs = load_tokenizer(real_gguf.parent, "gguf"), keras_tokenizer("gemma3", tokenizer_proto(real_gguf))
+    ours, theirs = (
+        format_of("gguf").load_tokenizer(real_gguf.parent),
+        keras_tokenizer("gemma3", tokenizer_proto(real_gguf)),
+    )
     assert (ours.pad, ours.eos, ours.bos, ours.vocabulary_size) == (0, 1, 2, 262_144)
     for text in TEXTS:
         ids = [int(number) for number in theirs(text)]
@@ -105,13 +109,13 @@ def test_a_vocabulary_without_gemma_s_special_pieces_is_refused():
 
 def test_a_folder_without_a_vocabulary_is_a_person_s_error(tmp_path):
     with pytest.raises(StageError, match=KERAS_VOCABULARY):
-        load_tokenizer(tmp_path, "keras")
+        format_of("keras").load_tokenizer(tmp_path)
     with pytest.raises(StageError, match=r"one \.gguf file. Received: 0"):
-        load_tokenizer(tmp_path, "gguf")
+        format_of("gguf").load_tokenizer(tmp_path)
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / name).touch()
     with pytest.raises(StageError, match=r"one \.gguf file. Received: 2"):
-        load_tokenizer(tmp_path, "gguf")
+        format_of("gguf").load_tokenizer(tmp_path)
 
 
 def test_only_the_vocabulary_of_a_preset_counts_as_one():
@@ -141,7 +145,7 @@ def json_folder(folder: Path, change=lambda content: None) -> Path:
 
 
 def test_a_tokenizer_json_with_added_tokens_gives_transformers_ids(tmp_path):
-    tokenizer = load_tokenizer(json_folder(tmp_path), "safetensors")
+    tokenizer = format_of("safetensors").load_tokenizer(json_folder(tmp_path))
     ids = json.loads(tokenizer_json.RECORDED.read_text())["ids"]
     assert [tokenizer.encode(text) for text in tokenizer_json.TEXTS] == ids
     assert tokenizer.encode_all(tokenizer_json.TEXTS) == ids
@@ -151,7 +155,7 @@ def test_a_tokenizer_json_with_added_tokens_gives_transformers_ids(tmp_path):
 
 
 def test_no_text_spells_a_control_token_whatever_the_vocabulary_is_kept_in(tmp_path):
-    ours = load_tokenizer(json_folder(tmp_path), "safetensors")
+    ours = format_of("safetensors").load_tokenizer(json_folder(tmp_path))
     recorded = json.loads(tokenizer_json.RECORDED.read_text())
     pieces = Tokenizer.from_proto(base64.b64decode(recorded["proto"]))
     text = "<bos>a<eos><pad><unk><image_soft_token>"
@@ -172,13 +176,13 @@ def test_no_text_spells_a_control_token_whatever_the_vocabulary_is_kept_in(tmp_p
 )
 def test_a_tokenizer_json_that_cannot_be_read_as_it_stands_is_a_person_s_error(tmp_path, change):
     with pytest.raises(StageError):
-        load_tokenizer(json_folder(tmp_path, change), "safetensors")
+        format_of("safetensors").load_tokenizer(json_folder(tmp_path, change))
 
 
 def test_tokens_that_were_added_beside_a_sentencepiece_model_are_not_left_out(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(tiny_presets.tiny_proto())
     (tmp_path / "added_tokens.json").write_text('{"<image_soft_token>": 512}')
-    assert load_tokenizer(tmp_path, "safetensors").vocabulary_size == 512
+    assert format_of("safetensors").load_tokenizer(tmp_path).vocabulary_size == 512
     (tmp_path / "added_tokens.json").write_text('{"<|im_start|>": 512}')
     with pytest.raises(StageError, match=r"Received: <\|im_start\|> in"):
-        load_tokenizer(tmp_path, "safetensors")
+        format_of("safetensors").load_tokenizer(tmp_path)

@@ -41,7 +41,7 @@ CASES = {
     "a rule that matches nothing": (Rule("decoder_block.*quary/kernel", ("model", None, None)), "matches nothing"),
     "a part of a path only": (Rule("query/kernel", ("model", None, None)), "matches nothing"),
     "too few axes": (Rule(".*query/kernel", ("model", None)), "one entry for each of the weight's 3 dimensions"),
-    "an unknown axis": (Rule(".*query/kernel", ("data", None, None)), "'data' is none"),
+    "an unknown axis": (Rule(".*query/kernel", ("data", None, None)), "'data' is not a mesh axis"),
     "an axis twice": (Rule(".*query/kernel", ("model", "model", None)), "stands twice"),
     "an axis twice in one dimension": (Rule(".*query/kernel", (("model", "model"), None, None)), "stands twice"),
 }
@@ -57,7 +57,7 @@ def test_a_wrong_rule_stops_and_names_rule_and_mesh(case: str):
 
 
 def test_a_dimension_that_the_axis_does_not_divide_is_named():
-    with pytest.raises(StageError, match="4 by 8 leaves 4") as raised:
+    with pytest.raises(StageError, match="of size 4 must be divisible by the 8 devices") as raised:
         resolve([Rule(".*query/kernel", ("model", None, None))], [QUERY], MeshShape((1, 8)))
     for part in (QUERY.path, "(4, 64, 16)", ".*query/kernel", "(batch=1, model=8)"):
         assert part in str(raised.value)
@@ -88,7 +88,7 @@ def test_too_much_replication_stops_and_lists_the_largest():
     placements = resolve([], [QUERY, SCALE], MESH)
     with pytest.raises(StageError, match="Largest: decoder_block_0/attention/query/kernel") as raised:
         check_replication(placements, MESH, 0.02)
-    assert "free axis 'model'" in str(raised.value)
+    assert "along the axis 'model'" in str(raised.value)
     assert check_replication(placements, MESH, 1.0) == 1.0
 
 

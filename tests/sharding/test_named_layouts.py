@@ -125,8 +125,12 @@ def warned(logged):
     [
         (".*/lora_kernel_c", ("model", None), "must match those of some layer.*decoder_block_0/attention/query/lora"),
         (".*/attention/query/lora_kernel_a", ("model", None), "one entry for each of the weight's 3 dimensions"),
-        (".*/attention/key/lora_kernel_a", ("model", None, None), "1 by 8 leaves 1.*with any LoRA rank"),
-        (".*/attention/query/lora_kernel_b", (None, "data"), "'data' is none"),
+        (
+            ".*/attention/key/lora_kernel_a",
+            ("model", None, None),
+            "of size 1 must be divisible by the 8 devices.*with any LoRA rank",
+        ),
+        (".*/attention/query/lora_kernel_b", (None, "data"), "'data' is not a mesh axis"),
     ],
 )
 def test_a_rule_that_fits_no_adapter_of_any_layer_stops_at_load(devices: int, warned, pattern, spec, told):

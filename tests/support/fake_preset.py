@@ -13,8 +13,8 @@ import numpy as np
 
 from stages.core.fetch.local import list_files
 from stages.core.presets.architecture import Architecture
-from stages.core.presets.keras_h5 import stored_weights
 from stages.core.presets.manifest import LICENCE
+from stages.core.presets.weight_table import weight_table
 from stages.core.records.manifest import Manifest
 from tests.support.tiny_presets import VOCABULARY_SIZE, tiny_proto
 
@@ -35,8 +35,9 @@ def weight_bytes(files: int = 1, number: int = 0, value: float = 1.0) -> bytes:
     """The content of one of the preset's weight files, all its weights of one value."""
     content = io.BytesIO()
     with h5py.File(content, "w") as file:
-        for name, shape in sorted(stored_weights(Architecture(CONFIG["class_name"], SMALLEST)).values())[number::files]:
-            file[name] = np.full(shape, value, "f4")
+        weights = weight_table(Architecture(CONFIG["class_name"], SMALLEST)).values()
+        for weight in sorted(weights, key=lambda each: each.keras)[number::files]:
+            file[weight.keras] = np.full(weight.shape, value, "f4")
     return content.getvalue()
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from stages.core.common.errors import StageError
 from stages.core.fetch.local import fetch_local
-from stages.core.presets.architecture import read_architecture
+from stages.core.presets.formats import format_of
 
 GIGABYTE = 1 << 30
 ODD: list[Any] = [
@@ -71,19 +71,21 @@ def flipped(content: bytes, places: Any, rng: random.Random) -> bytes:
 def everything(folder: Path, file_format: str) -> tuple[dict[str, Any], dict[str, bytes]]:
     """Fetch and read a preset: the architecture's arguments, and every weight."""
     if file_format == "gguf":
-        from stages.core.presets.gguf import GgufWeights, tokenizer_proto
+        from stages.core.presets.gguf import GgufWeights
+        from stages.core.presets.gguf_tokenizer import tokenizer_proto
 
         path = next(folder.glob("*.gguf"))
         weights = GgufWeights(path)
         read = {name: weights.read(name).tobytes() for name in weights.paths()}
         tokenizer_proto(path)
-        return read_architecture(folder, "gguf").config, read
+        return format_of("gguf").read_architecture(folder).config, read
     manifest = fetch_local("mine", str(folder), folder)
-    architecture = read_architecture(folder, manifest.format)
-    from stages.core.presets.keras_h5 import KerasWeights, stored_weights
+    architecture = format_of(manifest.format).read_architecture(folder)
+    from stages.core.presets.keras_h5 import KerasWeights
     from stages.core.presets.safetensors import SafetensorsWeights
+    from stages.core.presets.weight_table import weight_table
 
-    cut = {name: (slice(None),) * len(shape) for name, (_, shape) in stored_weights(architecture).items()}
+    cut = {name: (slice(None),) * len(each.shape) for name, each in weight_table(architecture).items()}
     if manifest.format == "keras":
         with KerasWeights(folder, architecture) as source:
             return architecture.config, {name: source.read(name, cut[name]).tobytes() for name in cut}

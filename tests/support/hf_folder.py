@@ -119,10 +119,10 @@ def hugging_face_files(files: int = 1, padding: int = 0) -> dict[str, bytes]:
     from safetensors.numpy import save
 
     from stages.core.presets.architecture import Architecture
-    from stages.core.presets.keras_h5 import stored_weights
+    from stages.core.presets.weight_table import weight_table
 
     architecture = Architecture("Gemma3Backbone", CONFIGS["gemma3"])
-    weights = {path: np.full(shape, 2.0, "f4") for path, (_, shape) in stored_weights(architecture).items()}
+    weights = {path: np.full(each.shape, 2.0, "f4") for path, each in weight_table(architecture).items()}
     tensors = tensors_of("gemma3", weights)
     content = {
         "config.json": json.dumps(config_of("gemma3", CONFIGS["gemma3"])).encode(),

@@ -12,6 +12,8 @@ from stages.core.common.paths import cache_folder
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "tests" / "data"
+QUICK = ROOT / "tests" / "support" / "quick"
+"""On the path of what tests start: see the plugin in it."""
 STAGES: dict[str, Any] = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
 FAMILIES = ("gemma", "gemma2", "gemma3")
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -10,10 +12,13 @@ from stages.core.config.schema import Layout
 from stages.core.fetch.local import fetch_local
 from stages.core.load import lora_kernels, variants, weight_loading
 from stages.core.load.variants import LoadedModel, Preset
-from stages.core.presets.architecture import read_architecture
+from stages.core.presets.formats import format_of
 from stages.core.records.layout import LoraConfig, MeshShape
 from stages.core.records.model_config import ModelConfig
 from stages.core.sharding.named_layouts import make_layout
+
+if TYPE_CHECKING:
+    import jax
 
 AUTO = Layout(name="auto", rules=None, max_replicated_fraction=1.0)
 
@@ -21,7 +26,7 @@ AUTO = Layout(name="auto", rules=None, max_replicated_fraction=1.0)
 def open_tiny(folder: Path) -> Preset:
     """A tiny preset folder as `open_preset` would give it."""
     manifest = fetch_local(folder.name, str(folder), folder)
-    return Preset(manifest, folder, read_architecture(folder, manifest.format))
+    return Preset(manifest, folder, format_of(manifest.format).read_architecture(folder))
 
 
 def describe(preset: Preset, shape: tuple[int, int], layout: Layout = AUTO, dtype: str = "float32") -> ModelConfig:
@@ -57,8 +62,8 @@ def load_tiny(
     return model
 
 
-def windows(count: int, length: int = 32, vocabulary: int = 512, seed: int = 0) -> dict[str, np.ndarray]:
-    """Random windows with two packed segments each and some weights zero."""
+def sequences(count: int, length: int = 32, vocabulary: int = 512, seed: int = 0) -> dict[str, np.ndarray]:
+    """Random sequences with two packed segments each and some weights zero."""
     generator = np.random.default_rng(seed)
     ids = generator.integers(4, vocabulary, (count, length)).astype(np.int32)
     ids[:, 0] = ids[:, length // 2] = 2
@@ -71,3 +76,20 @@ def windows(count: int, length: int = 32, vocabulary: int = 512, seed: int = 0) 
         "segment_ids": segments,
         "weights": weights,
     }
+
+
+def keras_hub_reads(folder: Path) -> Callable[[np.ndarray], tuple[jax.Array, jax.Array]]:
+    """Keras-hub's own model of a preset, loaded by keras-hub: hidden states and logits of token ids, on one device."""
+    import jax
+    import keras
+    import keras_hub
+
+    keras.distribution.set_distribution(None)
+    backbone = keras_hub.models.Backbone.from_preset(str(folder), dtype="float32")
+
+    @jax.jit
+    def read(ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+        hidden = backbone({"token_ids": ids, "padding_mask": jax.numpy.ones_like(ids)})
+        return hidden, backbone.token_embedding(hidden, reverse=True)
+
+    return read

@@ -80,14 +80,14 @@ def tiny_reviews(count: int) -> list[str]:
 
 
 TURNS = ("<start_of_turn>", "<end_of_turn>")
-"""The control pieces of Gemma's turn format."""
+"""The control pieces of Gemma's chat template."""
 
 
 def tiny_proto(turns: tuple[str, ...] = TURNS, *, control: bool = False) -> bytes:
     """Return a SentencePiece proto like Gemma's: BPE, byte fallback, no normalizing, line breaks as own pieces.
 
     Args:
-        turns: the pieces of the turn format that it has.
+        turns: the pieces of the chat template that it has.
         control: they are control pieces, as a GGUF file has them, which SentencePiece finds in no text; else pieces as
             the line breaks are, as in Gemma's own vocabulary.
     """

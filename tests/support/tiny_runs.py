@@ -1,4 +1,4 @@
-"""What tests of fine-tuning share: settings with some changed, windows with review numbers, a run in this process."""
+"""What tests of fine-tuning share: settings with some changed, sequences with review numbers, a run in this process."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 from stages.core.config.reader import read_params
 from stages.core.config.schema import Finetune
 from stages.core.finetune import trainer
-from stages.core.finetune.trainer import Result
+from stages.core.finetune.result import Result
 from tests.support.repository import ROOT
-from tests.support.tiny_models import load_tiny, windows
+from tests.support.tiny_models import load_tiny, sequences
 
 
 def settings(**changes: Any) -> Finetune:
@@ -24,9 +24,9 @@ def settings(**changes: Any) -> Finetune:
 
 
 def data(train: int = 8, held_out: int = 4) -> dict[str, dict[str, np.ndarray]]:
-    """Training windows, each from a review of its own number (10, 11, ...), and held-out windows."""
+    """Training sequences, each from a review of its own number (10, 11, ...), and held-out sequences."""
     reviews = np.repeat(np.arange(10, 10 + train, dtype=np.int32)[:, None], 32, axis=1)
-    return {"train": {**windows(train), "review": reviews}, "validation": windows(held_out, seed=1)}
+    return {"train": {**sequences(train), "review": reviews}, "validation": sequences(held_out, seed=1)}
 
 
 def train(

@@ -1,4 +1,4 @@
-"""Batches: every window once an epoch, in a seeded order, nothing dropped and nothing counted twice."""
+"""Batches: every sequence once an epoch, in a seeded order, nothing dropped and nothing counted twice."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from stages.core.sharding.mesh import MeshShape
-from tests.support.tiny_models import windows
+from tests.support.tiny_models import sequences
 
 
 def seen(batches) -> list[int]:
@@ -25,7 +25,7 @@ def seen(batches) -> list[int]:
 def test_every_window_is_seen_once_and_what_is_missing_is_padded_without_weight(devices, count, size, shape, padded):
     from stages.core.tokenize.batches import Batches
 
-    data = windows(count)
+    data = sequences(count)
     batches = Batches(data, size, MeshShape(shape), seed=0)
     for step in range(len(batches)):
         assert all(values.shape[0] == padded for values in batches[step][0].values())
@@ -36,10 +36,10 @@ def test_every_window_is_seen_once_and_what_is_missing_is_padded_without_weight(
 def test_a_batch_is_no_larger_than_the_sequences_there_are(devices, count, size):
     from stages.core.tokenize.batches import Batches
 
-    batches = Batches(windows(count), size, MeshShape((1, 1)))
+    batches = Batches(sequences(count), size, MeshShape((1, 1)))
     assert len(batches) == 1
     assert len(batches[0][0]["token_ids"]) == count
-    assert seen(batches) == windows(count)["token_ids"][:, 1].tolist()
+    assert seen(batches) == sequences(count)["token_ids"][:, 1].tolist()
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 1), (4, 2)], ids=str)
@@ -47,7 +47,7 @@ def test_a_batch_is_no_larger_than_the_sequences_there_are(devices, count, size)
 def test_a_group_has_the_sequences_of_one_large_batch_and_ends_with_the_epoch(devices, count, size, group, shape):
     from stages.core.tokenize.batches import Batches
 
-    data = windows(count)
+    data = sequences(count)
     grouped = Batches(data, size, MeshShape(shape), seed=5, accumulation=group)
     large = Batches(data, size * group, MeshShape((1, 1)), seed=5)
     assert len(grouped) == len(large)
@@ -65,7 +65,7 @@ def test_a_group_has_the_sequences_of_one_large_batch_and_ends_with_the_epoch(de
 def test_epochs_that_are_never_reached_cost_nothing(devices):
     from stages.core.tokenize.batches import Batches
 
-    batches = Batches(windows(9), 2, MeshShape((1, 1)), seed=0)
+    batches = Batches(sequences(9), 2, MeshShape((1, 1)), seed=0)
     assert sorted(np.concatenate([batches.rows(10**9, step) for step in range(5)])) == list(range(9))
     assert batches.rows(0, 0).tolist() == np.random.default_rng([0, 0]).permutation(9)[:2].tolist()
 
@@ -73,7 +73,7 @@ def test_epochs_that_are_never_reached_cost_nothing(devices):
 def test_the_order_is_the_seeds_and_another_each_epoch(devices):
     from stages.core.tokenize.batches import Batches
 
-    data = windows(9)
+    data = sequences(9)
     first, again, other = (Batches(data, 2, MeshShape((1, 1)), seed=seed) for seed in (3, 3, 4))
     orders = [seen(first), seen(again), seen(other)]
     assert orders[0] == orders[1] != orders[2]
@@ -85,21 +85,21 @@ def test_the_order_is_the_seeds_and_another_each_epoch(devices):
 def test_a_split_without_a_token_to_learn_is_told(devices, tmp_path):
     from stages.core.common.errors import StageError
     from stages.core.common.paths import Paths
-    from stages.core.tokenize.store import read_windows
+    from stages.core.tokenize.store import read_sequences
 
     (tmp_path / "data/tokens").mkdir(parents=True)
-    data = windows(3)
+    data = sequences(3)
     np.savez(tmp_path / "data/tokens/validation.npz", **{**data, "weights": np.zeros_like(data["weights"])})
-    with pytest.raises(StageError, match=r"at least one token that is learnt\. Received: none in 3 sequences"):
-        read_windows(Paths(tmp_path, tmp_path), "validation")
+    with pytest.raises(StageError, match=r"at least one token to train on\. Received: none in 3 sequences"):
+        read_sequences(Paths(tmp_path, tmp_path), "validation")
 
 
-def test_a_split_without_a_window_is_told(devices, tmp_path):
+def test_a_split_without_a_sequence_is_refused(devices, tmp_path):
     from stages.core.common.errors import StageError
     from stages.core.common.paths import Paths
-    from stages.core.tokenize.store import read_windows
+    from stages.core.tokenize.store import read_sequences
 
     (tmp_path / "data/tokens").mkdir(parents=True)
     np.savez(tmp_path / "data/tokens/train.npz", token_ids=np.zeros((0, 8), np.int32))
-    with pytest.raises(StageError, match="at least one window"):
-        read_windows(Paths(tmp_path, tmp_path), "train")
+    with pytest.raises(StageError, match="at least one sequence"):
+        read_sequences(Paths(tmp_path, tmp_path), "train")

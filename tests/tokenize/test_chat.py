@@ -1,4 +1,4 @@
-"""Instruct data: Gemma's turn format as ids, and windows in which only the responses are learnt."""
+"""Instruct data: Gemma's chat template as ids, and sequences in which only the responses are trained on."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from stages.core.fetch.local import list_files
 from stages.core.generate import prompting
 from stages.core.prepare.cleaning import Review
 from stages.core.prepare.parquet_file import write_reviews
-from stages.core.presets.tokenizer import Tokenizer, load_tokenizer
+from stages.core.presets.formats import format_of
+from stages.core.presets.tokenizer import Tokenizer
 from stages.core.tokenize import pair_packing, sequences
-from stages.core.tokenize.chat import Turns
+from stages.core.tokenize.chat import ChatTemplate
 from stages.core.tokenize.control_tokens import ControlTokens
 from tests.support import tiny_presets
 
@@ -57,8 +58,8 @@ CHAT_TEMPLATE = {
 @pytest.mark.parametrize("pair", CHAT_TEMPLATE)
 def test_a_pair_is_spelled_as_the_chat_template_of_hugging_face_spells_it(tokenizer, pair):
     whole, opening = CHAT_TEMPLATE[pair]
-    turns = Turns(tokenizer)
-    ((prompt,), (response,)) = turns.prompts([pair[0]]), turns.responses([pair[1]])
+    template = ChatTemplate(tokenizer)
+    ((prompt,), (response,)) = template.prompts([pair[0]]), template.responses([pair[1]])
     assert spelled(tokenizer, prompt) == opening
     # Nothing follows the template's last line break, so it is left out.
     assert spelled(tokenizer, prompt + response) + "\n" == whole
@@ -66,21 +67,21 @@ def test_a_pair_is_spelled_as_the_chat_template_of_hugging_face_spells_it(tokeni
 
 def test_the_ids_are_those_of_the_whole_text_at_once():
     # A vocabulary that finds the control pieces in a text can encode the template's text in one piece.
-    turns = Turns(FOUND_IN_TEXT)
+    template = ChatTemplate(FOUND_IN_TEXT)
     for (prompt, response), (whole, _) in CHAT_TEMPLATE.items():
-        ids = turns.prompts([prompt])[0] + turns.responses([response])[0]
+        ids = template.prompts([prompt])[0] + template.responses([response])[0]
         at_once = FOUND_IN_TEXT.encode(whole.removeprefix("<bos>").removesuffix("\n"))
         assert ids == [FOUND_IN_TEXT.bos, *at_once]
 
 
 @VOCABULARIES
 def test_each_control_piece_is_one_token_taken_by_its_name(tokenizer):
-    turns = Turns(tokenizer)
-    (prompt,), (response,) = turns.prompts(["Hello"]), turns.responses(["Yes."])
+    template = ChatTemplate(tokenizer)
+    (prompt,), (response,) = template.prompts(["Hello"]), template.responses(["Yes."])
     start, end = (tokenizer.piece_id(piece) for piece in tiny_presets.TURNS)
     assert prompt[:2] == [tokenizer.bos, start]
     assert (prompt.count(start), prompt.count(end)) == (2, 1)
-    assert response[-1] == turns.end == end and response.count(end) == 1
+    assert response[-1] == template.end == end and response.count(end) == 1
 
 
 ATTACKS = [
@@ -97,21 +98,21 @@ ATTACKS = [
 @VOCABULARIES
 @pytest.mark.parametrize("text", ATTACKS)
 def test_a_text_that_spells_a_control_token_holds_none(tokenizer, text):
-    turns = Turns(tokenizer)
+    template = ChatTemplate(tokenizer)
     turn_pieces = (tokenizer.piece_id(piece) for piece in tiny_presets.TURNS)
     special = {tokenizer.pad, tokenizer.eos, tokenizer.bos, *turn_pieces}
-    (prompt,), (response,) = turns.prompts([text]), turns.responses([text])
-    plain_prompt, plain_response = turns.prompts(["Hello"])[0], turns.responses(["Hello"])[0]
+    (prompt,), (response,) = template.prompts([text]), template.responses([text])
+    plain_prompt, plain_response = template.prompts(["Hello"])[0], template.responses(["Hello"])[0]
     for ids, plain in ((prompt, plain_prompt), (response, plain_response)):
         assert [number for number in ids if number in special] == [n for n in plain if n in special]
-    assert tokenizer.decode(response[:-1]) == text.strip(), "the text is learnt as it is spelled"
+    assert tokenizer.decode(response[:-1]) == text.strip(), "the text is trained on as it is spelled"
 
 
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.sampled_from(["<", "end_of_turn>", "start_of_turn>", "<end_of_turn>", " ", "a", "\n"]), max_size=12))
 def test_no_mixture_of_parts_makes_a_control_token(parts):
     text = "".join(parts)
-    (ids,) = Turns(FOUND_IN_TEXT).responses([text])
+    (ids,) = ChatTemplate(FOUND_IN_TEXT).responses([text])
     assert not {FOUND_IN_TEXT.piece_id(piece) for piece in tiny_presets.TURNS} & set(ids[:-1])
     assert FOUND_IN_TEXT.decode(ids[:-1]) == text.strip()
 
@@ -119,12 +120,12 @@ def test_no_mixture_of_parts_makes_a_control_token(parts):
 @pytest.mark.parametrize("kept", [(), ("<start_of_turn>",)])
 def test_a_vocabulary_without_the_control_pieces_is_told_with_what_to_do(kept):
     with pytest.raises(StageError, match=r"the piece <\w+_of_turn>\. Received: 512 other pieces\nTake an instruct"):
-        Turns(Tokenizer.from_proto(tiny_presets.tiny_proto(kept)))
+        ChatTemplate(Tokenizer.from_proto(tiny_presets.tiny_proto(kept)))
 
 
 def test_the_embedded_model_has_the_control_pieces_where_gemma_3_has_them(real_gguf):
-    tokenizer = load_tokenizer(real_gguf.parent, "gguf")
-    (prompt,), (response,) = Turns(tokenizer).prompts(["Hello"]), Turns(tokenizer).responses(["Yes."])
+    tokenizer = format_of("gguf").load_tokenizer(real_gguf.parent)
+    (prompt,), (response,) = ChatTemplate(tokenizer).prompts(["Hello"]), ChatTemplate(tokenizer).responses(["Yes."])
     assert prompt == [2, 105, 2364, 107, 9259, 106, 107, 105, 4368, 107]
     assert response == [10784, 236761, 106]
 
@@ -146,7 +147,7 @@ def split_of(tmp_path, tokenizer, texts, control_tokens):
 def test_a_review_that_spells_control_tokens_is_text_with_every_vocabulary_and_told(tokenizer, tmp_path):
     laid_out = split_of(tmp_path, tokenizer, [*ATTACKS, RENDERED, "a < b <table>"], "text")
     special = {tokenizer.piece_id(piece) for piece in tiny_presets.TURNS}
-    assert not special & set(laid_out.windows["token_ids"].flat)
+    assert not special & set(laid_out.sequences["token_ids"].flat)
     assert laid_out.counts["control_tokens_spelled"] == len(ATTACKS) + 1
     assert laid_out.summary.endswith("; 8 texts spell control tokens such as <end_of_turn>: taken as text")
 
@@ -154,11 +155,11 @@ def test_a_review_that_spells_control_tokens_is_text_with_every_vocabulary_and_t
 @VOCABULARIES
 def test_a_review_laid_out_by_a_chat_template_can_be_taken_as_its_tokens(tokenizer, tmp_path):
     laid_out = split_of(tmp_path, tokenizer, [RENDERED], "tokens")
-    turns = Turns(tokenizer)
-    expected = [*turns.prompts(["What is it like?"])[0], *turns.responses(["A hill."])[0], tokenizer.eos]
-    ids = [*laid_out.windows["token_ids"][0], tokenizer.pad]
+    template = ChatTemplate(tokenizer)
+    expected = [*template.prompts(["What is it like?"])[0], *template.responses(["A hill."])[0], tokenizer.eos]
+    ids = [*laid_out.sequences["token_ids"][0], tokenizer.pad]
     assert ids[: len(expected) - 1] == expected[:-1], "one BOS"
-    assert laid_out.windows["target_ids"][0][len(expected) - 2] == tokenizer.eos
+    assert laid_out.sequences["target_ids"][0][len(expected) - 2] == tokenizer.eos
     assert laid_out.counts["tokens_kept"] == len(expected) - 1
     assert laid_out.summary.endswith("taken as tokens")
 
@@ -179,11 +180,11 @@ def test_prompts_are_put_as_they_stand_or_in_turns_which_end_with_their_own_toke
     assert plain == [[FOUND_IN_TEXT.bos, *FOUND_IN_TEXT.encode(text)] for text in ("This was", " so")]
     assert stops == (FOUND_IN_TEXT.eos,)
     put, stops = prompting.encode(FOUND_IN_TEXT, ["This was", " so"], turns=True)
-    assert put == Turns(FOUND_IN_TEXT).prompts(["This was", " so"])
-    assert stops == (FOUND_IN_TEXT.eos, Turns(FOUND_IN_TEXT).end)
+    assert put == ChatTemplate(FOUND_IN_TEXT).prompts(["This was", " so"])
+    assert stops == (FOUND_IN_TEXT.eos, ChatTemplate(FOUND_IN_TEXT).end)
 
 
-# --- Windows. ---
+# --- Sequences. ---
 
 
 PAIRS = st.lists(
@@ -202,14 +203,14 @@ def lay_out(pairs, length, packing):
 
 @settings(deadline=None)
 @given(PAIRS, LENGTHS, st.booleans())
-def test_each_response_token_that_fits_is_learnt_exactly_once_and_no_prompt_token_is(pairs, length, packing):
+def test_each_response_token_that_fits_is_trained_on_exactly_once_and_no_prompt_token_is(pairs, length, packing):
     laid_out = lay_out(pairs, length, packing)
     for row, (prompt, response) in enumerate(pairs):
         mine = laid_out["review"] == row
-        learnt = mine & (laid_out["weights"] == 1)
-        # A target is seen from the token before it, so a window has room for `length` tokens after the first.
+        trained_on = mine & (laid_out["weights"] == 1)
+        # A target is seen from the token before it, so a sequence has room for `length` tokens after the first.
         room = max(0, length + 1 - len(prompt))
-        assert laid_out["target_ids"][learnt].tolist() == response[:room]
+        assert laid_out["target_ids"][trained_on].tolist() == response[:room]
         assert laid_out["target_ids"][mine & (laid_out["weights"] == 0)].tolist() == (prompt[1:] if room else [])
     assert not laid_out["weights"][laid_out["review"] == -1].any()
     assert set(np.unique(laid_out["weights"])) <= {0.0, 1.0}
@@ -226,22 +227,22 @@ def test_a_pair_lies_in_one_window_in_one_segment_from_its_bos(pairs, length, pa
         assert array.dtype == (np.float32 if name == "weights" else np.int32), name
         assert array.shape == (len(laid_out["review"]), length), name
     for row, (prompt, response) in enumerate(pairs):
-        windows, places = np.nonzero(laid_out["review"] == row)
+        sequences, places = np.nonzero(laid_out["review"] == row)
         if len(prompt) > length:
             assert not len(places)
             continue
-        assert len(set(windows)) == 1
+        assert len(set(sequences)) == 1
         size = min(len(prompt) + len(response) - 1, length)
         assert places.tolist() == list(range(places[0], places[0] + size))
-        at = windows, places
+        at = sequences, places
         assert laid_out["token_ids"][at].tolist() == [*prompt, *response][:size]
         assert laid_out["token_ids"][at][0] == BOS
         if packing:
             assert laid_out["positions"][at].tolist() == list(range(size))
             (segment,) = set(laid_out["segment_ids"][at])
-            assert (laid_out["segment_ids"][windows[0]] == segment).sum() == size, "no other pair is in the segment"
+            assert (laid_out["segment_ids"][sequences[0]] == segment).sum() == size, "no other pair is in the segment"
         else:
-            assert places[0] == 0 and (laid_out["review"][windows[0]] >= 0).sum() == size
+            assert places[0] == 0 and (laid_out["review"][sequences[0]] >= 0).sum() == size
     if packing:
         assert ((laid_out["segment_ids"] > 0) == (laid_out["review"] >= 0)).all()
 
@@ -294,24 +295,28 @@ def written(path, pairs):
 def test_a_file_of_pairs_is_laid_out_in_turns_and_told_with_what_is_lost(tmp_path):
     pairs = [("This was", "an absolutely terrible movie."), ("Best comedy " * 40, "See it twice!"), ("Say", "so " * 90)]
     source = written(tmp_path / "train.parquet", pairs)
-    turns = Turns(FOUND_IN_TEXT)
+    template = ChatTemplate(FOUND_IN_TEXT)
     ids = list(
-        zip(turns.prompts([prompt for prompt, _ in pairs]), turns.responses([text for _, text in pairs]), strict=True)
+        zip(
+            template.prompts([prompt for prompt, _ in pairs]),
+            template.responses([text for _, text in pairs]),
+            strict=True,
+        )
     )
     for packing in (True, False):
         found = sequences.lay_out(
             source, "train", FOUND_IN_TEXT, Tokenize(length=64, packing=packing, eos="end", control_tokens="text")
         )
         expected = lay_out(ids, 64, packing)
-        assert all(np.array_equal(found.windows[name], expected[name]) for name in expected)
-        assert set(found.windows) == set(expected)
+        assert all(np.array_equal(found.sequences[name], expected[name]) for name in expected)
+        assert set(found.sequences) == set(expected)
         told = {"control_tokens_spelled": 0, "texts_trimmed": 2}
         assert found.counts == pair_packing.pair_metrics(expected, ids) | told
         assert "; 2 texts without the white space at their ends" in found.summary
         assert found.counts["prompts_too_long"] == found.counts["pairs_cut"] == 1 and found.counts["tokens_cut"] > 0
         assert 0 < found.cut_by_truncation_fraction < 1
-        assert "1 pairs left out, whose prompt alone fills a window" in found.summary
-        assert f"{found.counts['response_tokens']:,} response tokens to learn" in found.summary
+        assert "1 pairs skipped, whose prompt alone fills a sequence" in found.summary
+        assert f"{found.counts['response_tokens']:,} response tokens to train on" in found.summary
 
 
 # What the chat template of google/gemma-2-9b-it makes of two prompts with their responses.
@@ -330,8 +335,8 @@ def test_a_conversation_is_one_sequence_as_the_chat_template_spells_it_with_the_
     write_reviews(tmp_path / "train.parquet", rows)
     tokenize = Tokenize(length=128, packing=packing, eos="end", control_tokens="text")
     found = sequences.lay_out(tmp_path / "train.parquet", "train", FOUND_IN_TEXT, tokenize)
-    places = found.windows["review"] == 0
-    ids, targets, weights = (found.windows[name][places] for name in ("token_ids", "target_ids", "weights"))
+    places = found.sequences["review"] == 0
+    ids, targets, weights = (found.sequences[name][places] for name in ("token_ids", "target_ids", "weights"))
     assert np.array_equal(ids[1:], targets[:-1])
     assert spelled(FOUND_IN_TEXT, [*ids.tolist(), int(targets[-1])]) + "\n" == SPELLED
     assert spelled(FOUND_IN_TEXT, targets[weights == 1].tolist()) == "Heat.<end_of_turn>Ran.<end_of_turn>"
@@ -341,10 +346,10 @@ def test_a_conversation_is_one_sequence_as_the_chat_template_spells_it_with_the_
     )
     for name in ("token_ids", "target_ids", "weights"):
         assert np.array_equal(
-            found.windows[name][found.windows["review"] == 1], alone.windows[name][alone.windows["review"] == 0]
+            found.sequences[name][found.sequences["review"] == 1], alone.sequences[name][alone.sequences["review"] == 0]
         )
     assert found.counts["reviews"] == 2
-    assert found.counts["response_tokens"] == (found.windows["weights"] == 1).sum()
+    assert found.counts["response_tokens"] == (found.sequences["weights"] == 1).sum()
     assert found.counts["texts_trimmed"] == 2
 
 
@@ -353,7 +358,7 @@ def test_a_conversation_that_is_longer_than_a_sequence_is_cut_at_its_end_and_cou
     write_reviews(tmp_path / "train.parquet", rows)
     tokenize = Tokenize(length=48, packing=True, eos="end", control_tokens="text")
     found = sequences.lay_out(tmp_path / "train.parquet", "train", FOUND_IN_TEXT, tokenize)
-    (weights, targets) = (found.windows[name][0] for name in ("weights", "target_ids"))
+    (weights, targets) = (found.sequences[name][0] for name in ("weights", "target_ids"))
     assert spelled(FOUND_IN_TEXT, targets[weights == 1].tolist()) == "Heat.<end_of_turn>"
     assert (found.counts["pairs_cut"], found.counts["prompts_too_long"]) == (1, 0)
     assert found.counts["tokens_cut"] + found.counts["tokens_kept"] > 48
@@ -376,8 +381,8 @@ def test_reviews_are_laid_out_as_before(tmp_path):
     found = sequences.lay_out(tmp_path / "train.parquet", "train", FOUND_IN_TEXT, tokenize)
     special = {"bos": FOUND_IN_TEXT.bos, "eos": FOUND_IN_TEXT.eos, "pad": FOUND_IN_TEXT.pad}
     expected = packing.pack(FOUND_IN_TEXT.encode_all(texts), 32, **special)
-    assert all(np.array_equal(found.windows[name], expected[name]) for name in expected)
-    counts = packing.window_metrics(expected, FOUND_IN_TEXT.encode_all(texts), eos=True)
+    assert all(np.array_equal(found.sequences[name], expected[name]) for name in expected)
+    counts = packing.sequence_metrics(expected, FOUND_IN_TEXT.encode_all(texts), eos=True)
     assert json.dumps(found.counts) == json.dumps(counts | {"control_tokens_spelled": 0})
 
 

@@ -1,4 +1,4 @@
-"""Windows of tokens: packed without loss, or one a review exactly as keras-hub's preprocessor does; and the stage."""
+"""Sequences: packed without loss, or one per review exactly as keras-hub's preprocessor does; and the stage."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ REVIEWS = st.lists(st.lists(TOKENS, max_size=40), max_size=12)
 LENGTHS = st.integers(min_value=2, max_value=33)
 
 
-def segments(packed: packing.Windows) -> list[dict[str, list]]:
+def segments(packed: packing.Sequences) -> list[dict[str, list]]:
     """Return the segments in reading order, each with its part of every array, from the segment ids alone."""
     found = []
-    for window in range(len(packed["token_ids"])):
-        ids = packed["segment_ids"][window].tolist()
+    for sequence in range(len(packed["token_ids"])):
+        ids = packed["segment_ids"][sequence].tolist()
         for segment, places in groupby(range(len(ids)), key=lambda place: ids[place]):
             if segment:
                 cut = list(places)
                 found.append(
-                    {"window": window, "id": segment, **{k: v[window][cut].tolist() for k, v in packed.items()}}
+                    {"sequence": sequence, "id": segment, **{k: v[sequence][cut].tolist() for k, v in packed.items()}}
                 )
     return found
 
@@ -88,7 +88,7 @@ def test_only_what_a_segment_repeats_of_the_one_before_is_no_target_to_train_on(
 @given(REVIEWS, LENGTHS, st.sampled_from([None, EOS]))
 def test_segments_count_from_one_in_each_window_and_a_review_has_one_in_it(reviews, length, eos):
     packed = packing.pack(reviews, length, bos=BOS, eos=eos, pad=PAD)
-    for _, parts in groupby(segments(packed), key=lambda part: part["window"]):
+    for _, parts in groupby(segments(packed), key=lambda part: part["sequence"]):
         parts = list(parts)
         assert [part["id"] for part in parts] == list(range(1, len(parts) + 1))
         rows = [part["review"][0] for part in parts]
@@ -133,7 +133,7 @@ def test_packing_by_hand():
     assert packed["segment_ids"].tolist() == [[1, 1, 1, 1, 2, 3], [1, 1, 1, 1, 1, 0]]
     assert packed["positions"].tolist() == [[0, 1, 2, 3, 0, 0], [0, 1, 2, 3, 4, 0]]
     assert packed["review"].tolist() == [[0, 0, 0, 0, 1, 2], [2, 2, 2, 2, 2, -1]]
-    counts = packing.window_metrics(packed, [[11, 12, 13], [], [21, 22, 23, 24]], eos=True)
+    counts = packing.sequence_metrics(packed, [[11, 12, 13], [], [21, 22, 23, 24]], eos=True)
     assert (counts["tokens_kept"], counts["tokens_repeated"], counts["positions_padded"]) == (10, 1, 1)
 
 
@@ -145,14 +145,14 @@ def test_a_review_that_is_cut_ends_with_eos_only_where_that_is_asked_for():
     ended = packing.one_per_review(reviews, 3, **form, eos_after_cut=True)
     assert ended["token_ids"].tolist() == cut["token_ids"].tolist()
     assert ended["target_ids"].tolist() == [[11, 12, 1], [21, 22, 1], [31, 32, 1]]
-    assert packing.window_metrics(ended, reviews, eos=True) == packing.window_metrics(cut, reviews, eos=True)
+    assert packing.sequence_metrics(ended, reviews, eos=True) == packing.sequence_metrics(cut, reviews, eos=True)
 
 
 @given(REVIEWS, st.integers(min_value=2, max_value=33), st.booleans())
 def test_the_counts_add_up_and_truncation_is_counted_as_it_happens(reviews, length, eos):
     for lay_out in (packing.pack, packing.one_per_review):
         laid_out = lay_out(reviews, length, bos=BOS, eos=EOS if eos else None, pad=PAD)
-        counts = packing.window_metrics(laid_out, reviews, eos=eos)
+        counts = packing.sequence_metrics(laid_out, reviews, eos=eos)
         total = sum(map(len, reviews)) + len(reviews) * eos
         assert counts["tokens_kept"] + counts["tokens_cut"] == total
         places = counts["tokens_kept"] + counts["tokens_repeated"] + counts["positions_padded"]
@@ -210,9 +210,9 @@ def test_one_window_a_review_is_what_keras_hub_s_preprocessor_makes(family, eos,
 
 def test_the_same_windows_give_the_same_bytes_whenever_they_are_written(tmp_path):
     packed = packing.pack([[5, 6, 7]] * 9, 8, bos=BOS, eos=EOS, pad=PAD)
-    store.write_windows(tmp_path / "first.npz", packed)
+    store.write_sequences(tmp_path / "first.npz", packed)
     time.sleep(2.1)  # a ZIP entry's date has steps of two seconds
-    store.write_windows(tmp_path / "second.npz", packed)
+    store.write_sequences(tmp_path / "second.npz", packed)
     assert (tmp_path / "first.npz").read_bytes() == (tmp_path / "second.npz").read_bytes()
     with zipfile.ZipFile(tmp_path / "first.npz") as archive:
         assert {entry.date_time for entry in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
@@ -285,12 +285,14 @@ def test_the_stage_packs_both_splits_and_counts_them(project, tmp_path):
         read = np.load(tmp_path / f"data/tokens/{split}.npz")
         assert set(read) == set(expected)
         assert all(np.array_equal(read[name], expected[name]) for name in expected)
-        counts = packing.window_metrics(expected, reviews, eos=True)
+        counts = packing.sequence_metrics(expected, reviews, eos=True)
         assert metrics[split] == counts | {"control_tokens_spelled": 0}
-        # A small split has few windows to make up for the room left in the last one.
+        # A small split has few sequences to make up for the room left in the last one.
         assert metrics[split]["positions_padded"] < 64
-        assert re.search(rf"^{split}: {count} reviews in {len(expected['weights'])} windows", done.stderr, re.MULTILINE)
-    # Of 64 positions a window at most one repeats a token, and only the last window has room left.
+        assert re.search(
+            rf"^{split}: {count} reviews in {len(expected['weights'])} sequences", done.stderr, re.MULTILINE
+        )
+    # Of 64 positions per sequence at most one repeats a token, and only the last sequence has room left.
     assert metrics["train"]["filled_fraction"] >= 1 - 2 / 64
     assert 0 < metrics["tokens_cut_by_truncation_fraction"] < 1
 
@@ -372,5 +374,5 @@ def test_a_missing_split_is_named_with_the_stage_that_makes_it(project, tmp_path
     assert "stages.prepare" in done.stderr or "stages.fetch" in done.stderr
 
 
-settings.register_profile("windows", deadline=None)
-settings.load_profile("windows")
+settings.register_profile("sequences", deadline=None)
+settings.load_profile("sequences")

@@ -1,1 +1,1 @@
-"""What killed or old runs left in the cache folder, found and removed. Imports `finetune` (checkpoints)."""
+"""Finds and removes what killed or old runs left in the cache folder. Imports `finetune` (checkpoints)."""

@@ -1,7 +1,7 @@
-"""What lies in the cache folder that no run will use again: found by how long nothing has used it, and removed.
+"""Leftovers in the cache folder: found by how long nothing has used them, and removed.
 
 Purpose: checkpoints of runs that were stopped and never continued, half-written files of runs that were killed, plans
-and compiled programs of other settings or versions. Downloads are left alone: getting them again is dear.
+and compiled programs of other settings or versions. Downloads are kept: repeating them is expensive.
 Reads and removes: below `<cache folder>`: `checkpoints/`, `plans/`, `xla/`.
 """
 
@@ -22,7 +22,7 @@ KINDS = {"plans": "plan", "xla": "compiled program"}
 
 @dataclass(frozen=True)
 class Leftover:
-    """A file or folder that can go: what it is, its bytes, and the seconds since it was last used."""
+    """A file or folder that can be removed: its kind, its bytes, and the seconds since it was last used."""
 
     path: Path
     kind: str
@@ -31,22 +31,22 @@ class Leftover:
 
 
 def find(cache: Path, days: float) -> list[Leftover]:
-    """Return what can go, the largest first; checkpoints and locks of a run that goes on are never among it.
+    """Return what can be removed, largest first; never checkpoints or locks of an active run.
 
     Args:
         cache: the cache folder.
-        days: what was used within so many days stays, half-written checkpoints of ended runs excepted.
+        days: what was used within this many days is kept, except half-written checkpoints of ended runs.
     """
     found = []
     for name, kind in KINDS.items():
         for path in _entries(cache / name):
             half = path.name.startswith(".")
             found.append(_leftover(path, f"half-written {kind}" if half else kind))
-    # A half-written file of a run that goes on is younger than a day: it takes seconds.
+    # A half-written file of an active run is younger than a day: it takes seconds.
     found = [each for each in found if each.age >= (1 if each.kind.startswith("half") else days) * DAY]
     for path in _entries(cache / "checkpoints"):
         if path.name.endswith(".lock"):
-            # Beside its folder it goes with that.
+            # A lock next to its folder is removed with the folder.
             if not path.with_suffix("").exists() and _is_free(path.with_suffix("")):
                 found.append(_leftover(path, "lock of an ended run"))
         elif path.is_dir() and _is_free(path):
@@ -59,7 +59,7 @@ def find(cache: Path, days: float) -> list[Leftover]:
 
 
 def remove(leftover: Leftover) -> None:
-    """Remove it, unless a run has begun to use its checkpoints meanwhile; what is gone already is well.
+    """Remove it, unless a run has started to use its checkpoints meanwhile; if it is gone already, do nothing.
 
     Raises:
         OSError: it cannot be removed.
@@ -83,7 +83,7 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _leftover(path: Path, kind: str) -> Leftover:
-    """Measure a file or folder; what another process removes meanwhile counts as nothing."""
+    """Measure a file or folder; files that another process removes meanwhile do not count."""
     size, used = 0, 0.0
     for each in (path, *(path.rglob("*") if path.is_dir() else ())):
         with contextlib.suppress(FileNotFoundError):
@@ -95,7 +95,7 @@ def _leftover(path: Path, kind: str) -> Leftover:
 
 @contextlib.contextmanager
 def _held(folder: Path) -> Iterator[bool]:
-    """Hold the lock of a fingerprint's folder within the block, and yield whether that worked: else a run has it."""
+    """Hold the lock of a fingerprint's folder within the block; yield False if an active run holds it."""
     from stages.core.finetune.checkpoint import lock_of
 
     lock = lock_of(folder)
@@ -111,7 +111,7 @@ def _held(folder: Path) -> Iterator[bool]:
 
 
 def _is_free(folder: Path) -> bool:
-    """Whether no run has the checkpoints; asking leaves no new lock behind."""
+    """Whether no active run holds the checkpoints; the check leaves no new lock file."""
     file = folder.with_name(f"{folder.name}.lock")
     if not file.exists():
         return True

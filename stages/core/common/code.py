@@ -14,8 +14,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[3]
 
-# What cannot change what a stage writes: it reads settings (whose values DVC tracks), names places (which dvc.yaml
-# names itself), and talks to the person. A change there must not cost anyone a training run, so the search for imports
+# What cannot change what a stage writes: it reads settings (whose values DVC tracks), defines paths (which
+# dvc.yaml lists itself), and shows messages. A change there must not cost a training run, so the search for imports
 # stops at these folders and files.
 PLUMBING = (
     "stages/__init__.py",
@@ -47,7 +47,7 @@ def imported_files(path: Path) -> set[Path]:
 
 
 def dependencies(file: str) -> set[str]:
-    """Return a file and all that it reaches by imports, without the plumbing.
+    """Return a file and all that it imports, directly or indirectly, without the plumbing.
 
     Args:
         file: relative to the repository's folder, such as `stages/finetune.py`.

@@ -1,4 +1,4 @@
-"""Errors that are a person's to mend: shown in one or two lines, never as a traceback.
+"""User errors: shown in one or two lines, never as a traceback.
 
 Purpose: one type for each exit code, so that the command line needs no other knowledge.
 """
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 
 class StageError(Exception):
-    """A task that failed for a reason the person can mend (exit code 1).
+    """A task that failed for a reason the user can fix (exit code 1).
 
     The message says what was expected, `Received: name=value`, and what to do.
     """

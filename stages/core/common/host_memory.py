@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 PROCESS = Path("/proc/self")
-# The highest peak before the kernel's own mark was last taken back.
+# Highest peak before the last reset of the kernel's high-water mark.
 _highest = 0
 
 
@@ -20,10 +20,10 @@ def peak_host_bytes() -> int:
 
 
 class Growth:
-    """How far this process's resident memory grows at its highest, from here to `bytes`; Linux only."""
+    """Peak growth of this process's resident memory from here to `bytes`; Linux only."""
 
     def __init__(self) -> None:
-        """Take the kernel's high-water mark back to what is resident now (proc(5), clear_refs)."""
+        """Reset the kernel's high-water mark to the resident memory now (proc(5), clear_refs)."""
         global _highest
         _highest = peak_host_bytes()
         self._before: int | None = None
@@ -32,7 +32,7 @@ class Growth:
             self._before = _status("VmRSS")
 
     def bytes(self) -> int | None:
-        """Return the growth so far, or None where the system does not tell."""
+        """Return the growth so far, or None if the system does not report it."""
         if self._before is None:
             return None
         return max(0, _status("VmHWM") - self._before)

@@ -1,6 +1,6 @@
 """The check that the installed packages are those that `requirements.txt` pins.
 
-Purpose: DVC ties a result to `requirements.txt`. A package that was upgraded beside it would make results that are
+Purpose: DVC ties a result to `requirements.txt`. A package upgraded without changing it would make results that are
 taken for those of the pinned one.
 Reads: `requirements.txt`, the installed packages' versions.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from stages.core.common.errors import StageError
 
-# Pinned too, but no number comes from them.
+# Pinned too, but no result depends on them.
 TOOLS = {
     "click",
     "dvc",
@@ -31,9 +31,9 @@ TOOLS = {
 
 
 def check_installed(requirements: Path) -> None:
-    """Stop if a package that results come from is installed in another version than the pinned one.
+    """Stop if a package that results depend on is installed in another version than the pinned one.
 
-    A package that is not installed at all is left to its import.
+    A missing package is reported when it is imported.
 
     Raises:
         StageError: names the packages.

@@ -1,4 +1,4 @@
-"""Where every input and output of the pipeline lies.
+"""The path of every input and output of the pipeline.
 
 Purpose: the contract of `dvc.yaml` in one place, and `--out-root`: a trial writes below another folder and reads
 from there what an earlier trial left, else from the repository.
@@ -16,7 +16,7 @@ from stages.core.common.errors import ParamsError, StageError, shown
 MANIFEST = "models/preset/manifest.json"
 REVIEWS = {"train": "data/imdb/train.parquet", "validation": "data/imdb/validation.parquet"}
 TOKENS = {"train": "data/tokens/train.npz", "validation": "data/tokens/validation.npz"}
-# The held-out reviews whole, for `evaluate`; the windows of `validation` are for measuring while training.
+# The held-out reviews whole, for `evaluate`; the sequences of `validation` are for measuring while training.
 HELD_OUT = "data/tokens/held_out.npz"
 SHARDING = {"baseline": "data/sharding/base.json", "tuned": "data/sharding/tuned.json"}
 PLAN = "data/sharding/plan.json"
@@ -64,11 +64,11 @@ def cache_folder() -> Path:
 
 
 def lend_a_home() -> None:
-    """Have the cache folder stand in for a home folder where there is none, as for a container's user without a name.
+    """Use the cache folder as the home folder if there is none, as for a container's user without a name.
 
-    For libraries that look for their settings in it and cannot do without.
+    For libraries that require one to look for their settings.
     """
-    if os.path.expanduser("~") == "~":  # noqa: PTH111 (Path raises where this tells)
+    if os.path.expanduser("~") == "~":  # noqa: PTH111 (Path raises in this case)
         os.environ["HOME"] = str(cache_folder().absolute())
 
 
@@ -76,7 +76,7 @@ def own_path(root: Path, setting: str, value: str) -> Path:
     """Return the path that a setting names, absolute or relative to the repository; `~` is the home folder.
 
     Raises:
-        ParamsError: the home folder of a user that there is not, or a name that no file can have.
+        ParamsError: the home folder of an unknown user, or a name that no file can have.
     """
     try:
         path = root / Path(value).expanduser()
@@ -96,7 +96,7 @@ class Paths:
     out_root: Path
 
     def read(self, relative: str) -> Path:
-        """Return where an input lies: below `out_root` if it is there, else below `root`.
+        """Return an input's path: below `out_root` if it exists there, else below `root`.
 
         Raises:
             StageError: it is in neither; the message names the stage that makes it.
@@ -109,13 +109,13 @@ class Paths:
         )
 
     def write(self, relative: str) -> Path:
-        """Return where an output goes, its folder made."""
+        """Return an output's path, after making its folder."""
         path = self.out_root / relative
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
 
-# The stage that writes what begins so, as it is called; a stage of two variants once for each.
+# Prefixes of paths, and the stage that writes them; a stage with two variants has an entry for each.
 MAKERS = {
     "models/preset": "fetch",
     "data/imdb": "prepare",
@@ -153,7 +153,7 @@ def maker_of(relative: str) -> str:
 
 
 def check_outputs(out_root: Path, stage: str) -> None:
-    """Stop at once if a folder that a stage will write to takes no file, rather than after minutes of work.
+    """Check at the start that a stage's output folders are writable, rather than fail after minutes of work.
 
     Args:
         out_root: the folder that outputs go to.

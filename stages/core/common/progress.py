@@ -1,6 +1,6 @@
-"""A progress bar over bytes on standard error, silent when that is not a terminal.
+"""A progress bar over bytes on standard error, disabled if that is not a terminal.
 
-Purpose: downloads, joins and hashes of large files show how far they are, in one style.
+Purpose: one style of progress for downloads, joins and hashes of large files.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 @contextlib.contextmanager
 def bytes_bar(label: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """Yield a function that sets how many bytes are done; the bar vanishes when the block ends.
+    """Yield a function that sets how many bytes are done; the bar disappears when the block ends.
 
     Args:
         label: what is being done, a few words.

@@ -1,8 +1,8 @@
-"""One filter for all that reaches the screen: no token, no password, no signature of a download's address.
+"""Redaction: no token, password or signature of a download's address reaches the screen.
 
 Purpose: messages of pip, kagglehub, huggingface_hub and of the libraries below them can hold requests, addresses and
-headers. `guard_standard_error` puts the filter before standard error, so that errors, warnings, log lines and
-tracebacks pass it, whoever writes them. Addresses that a token must not go to are refused here too.
+headers. `guard_standard_error` filters standard error, so that errors, warnings, log lines and tracebacks of all
+libraries pass the filter. Addresses that a token must not go to are refused here too.
 Reads: the environment. Writes nothing.
 """
 
@@ -24,12 +24,12 @@ from urllib.request import getproxies, proxy_bypass
 from stages.core.common.errors import StageError
 
 HIDDEN = "***"
-SHORTEST = 6  # characters of a secret; hiding shorter ones would tear words apart
+SHORTEST = 6  # characters of a secret; hiding shorter ones would damage ordinary words
 LONGEST = 200  # characters of another program's message that are shown
 SECRET_NAMES = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
 PROXIES = tuple(name for lower in ("http_proxy", "https_proxy", "all_proxy") for name in (lower, lower.upper()))
-# What is secret wherever it stands: what goes before an address' host; its query, which at storage servers is as good
-# as a password, also where a path stands alone; and what a header of a request authorizes with.
+# Secrets recognized by position: what precedes an address' host; its query, which at storage servers is as good as a
+# password, also after a path alone; and what a request's header authorizes with.
 _SECRET_PLACES = (
     (re.compile(r"(?<=//)[^/\s]*@"), f"{HIDDEN}@"),
     (re.compile(r"(\w://[^\s?'\"<>]*)\?[^\s'\"<>)]+"), rf"\1?{HIDDEN}"),
@@ -81,7 +81,7 @@ def hide(text: str) -> str:
 def brief(said: BaseException | str) -> str:
     """Return what another program said, on one line of at most 200 characters, without secrets.
 
-    Of addresses the host is left, of Python's objects nothing.
+    Addresses are shortened to their host, and Python's object addresses are removed.
     """
     text = " ".join(str(said).split()) or type(said).__name__
     text = re.sub(r"<[\w.]+ object at 0x[0-9a-f]+>: ", "", hide(text))
@@ -91,26 +91,26 @@ def brief(said: BaseException | str) -> str:
 
 
 def guard_standard_error() -> None:
-    """Put the filter before standard error, once, for the rest of the process."""
+    """Filter standard error for the rest of the process."""
     if sys.stderr is not None and not isinstance(sys.stderr, _Filtered):
         sys.stderr = _Filtered(sys.stderr)
 
 
 class _Filtered(TextIOBase):
-    """A text stream that passes whole lines on, without secrets.
+    """A text stream that passes on complete lines without secrets.
 
-    It has no `buffer`: bytes would go past the filter.
+    It has no `buffer`: bytes would bypass the filter.
     """
 
     def __init__(self, stream: TextIO) -> None:
-        """Stand before a stream."""
+        """Wrap a stream."""
         self._stream, self._waiting, self._lock = stream, "", threading.RLock()
 
     encoding = property(lambda self: self._stream.encoding)
     errors = property(lambda self: self._stream.errors)
 
     def write(self, text: str) -> int:
-        """Pass on what ends in a line break, and keep the rest for later."""
+        """Pass on complete lines, and buffer the rest."""
         with self._lock:
             self._waiting += text
             end = max(self._waiting.rfind("\n"), self._waiting.rfind("\r")) + 1
@@ -128,15 +128,15 @@ class _Filtered(TextIOBase):
             self._stream.flush()
 
     def isatty(self) -> bool:
-        """Tell what the stream tells."""
+        """Return what the stream returns."""
         return self._stream.isatty()
 
     def fileno(self) -> int:
-        """Tell what the stream tells."""
+        """Return what the stream returns."""
         return self._stream.fileno()
 
     def writable(self) -> bool:
-        """Tell that it can be written to."""
+        """Return that it can be written to."""
         return True
 
 
@@ -144,7 +144,7 @@ def host_of(address: str) -> str:
     """Return an address' host, with its port if one is named.
 
     Raises:
-        ValueError: it has none, or cannot be taken apart: a password with a raw `#`, `/`, `?` or `@` splits it wrongly,
+        ValueError: it has none, or cannot be parsed: a password with a raw `#`, `/`, `?` or `@` splits it wrongly,
             and its parts would show up in messages as a host and a port.
     """
     address = address if "://" in address else f"http://{address}"
@@ -190,7 +190,7 @@ def check_proxies() -> None:
 
 
 def check_private(name: str, address: str) -> None:
-    """Check that nobody on the way reads what goes to an address: https, or this machine, also by way of its proxy.
+    """Check that requests to an address cannot be read in transit: https, or this machine, without a remote proxy.
 
     Raises:
         StageError: a token sent there could be read.
@@ -204,7 +204,7 @@ def check_private(name: str, address: str) -> None:
 
 
 def is_private(address: str) -> bool:
-    """Return whether what is sent to an address cannot be read on the way."""
+    """Return whether requests to an address cannot be read in transit."""
     parts = urlsplit(address)
     if parts.scheme == "https":
         return True
@@ -225,7 +225,7 @@ def _is_this_machine(host: str) -> bool:
 
 
 def _secrets() -> set[str]:
-    """Return all secrets that are known, long enough to be hidden; with their parts, as a message may break them."""
+    """Return all known secrets that are long enough to be hidden, and their parts, since a message may break them."""
     found = set(_remembered)
     for name, value in os.environ.items():
         # A name that ends so may hold the path of a file with the secret, which is none.
@@ -239,14 +239,14 @@ def _secrets() -> set[str]:
 
 
 def _is_path(value: str) -> bool:
-    """Return whether something lies at a path."""
+    """Return whether a path exists."""
     with contextlib.suppress(OSError, ValueError, RuntimeError):
         return bool(value) and Path(value).expanduser().exists()
     return False
 
 
 def _passwords(text: str) -> set[str]:
-    """Return the passwords in the addresses of a text, whole and in the parts that a wrong reading makes of them."""
+    """Return the passwords in the addresses of a text, whole and in the parts that a wrong parse makes of them."""
     found = set()
     for before_host in re.findall(r"//(\S+)@", text):
         user, _, password = before_host.partition(":")

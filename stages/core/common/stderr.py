@@ -1,7 +1,7 @@
-"""Importing TensorFlow, or what imports it, without the notes that its C++ libraries print.
+"""Importing TensorFlow without the notes that its C++ libraries print.
 
-Purpose: standard error is for the person. TF_CPP_MIN_LOG_LEVEL does not silence what is printed before TensorFlow's
-logging starts, so the file descriptor itself is turned away while the block runs.
+Purpose: TF_CPP_MIN_LOG_LEVEL does not silence what is printed before TensorFlow's logging starts, so the file
+descriptor itself is redirected within the block.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def quiet_standard_error() -> Iterator[None]:
-    """Keep back what the block and the libraries below it write to standard error; show it if the block fails."""
+    """Hold back what the block and its libraries write to standard error; show it only if the block fails."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     sys.stderr.flush()
     with tempfile.TemporaryFile() as kept:

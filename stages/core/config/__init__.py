@@ -1,3 +1,3 @@
-"""The settings: the schema of `params.yaml`, reading it with errors a person can act on, changing it, and profiles.
+"""The settings: the schema of `params.yaml`, reading it with actionable errors, editing it, and profiles.
 Imports `common`.
 """

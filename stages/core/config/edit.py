@@ -1,7 +1,7 @@
-"""Changing values in `params.yaml`, in the form in which DVC itself writes it (`dvc exp run -S`); comments stay.
+"""Edits values in `params.yaml`, in the style in which DVC writes it (`dvc exp run -S`), and keeps its comments.
 
-Purpose: `python -m stages.profile`. ruamel.yaml reads the file with its comments and writes it anew, as DVC has it do.
-Reads and writes nothing itself: from text to text.
+Purpose: `python -m stages.profile`. ruamel.yaml reads the file with its comments and rewrites it, as DVC does.
+It maps text to text, and reads and writes no file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Change(NamedTuple):
 
 
 def rewrite(text: str, values: Mapping[str, str], file_name: str) -> tuple[str, list[Change]]:
-    """Return the text with some values replaced, and what changed; where all are equal the text stays as it is.
+    """Return the text with some values replaced, and what changed; if all are equal the text is unchanged.
 
     Args:
         text: of the settings file.
@@ -31,7 +31,7 @@ def rewrite(text: str, values: Mapping[str, str], file_name: str) -> tuple[str, 
         file_name: for messages.
 
     Raises:
-        ParamsError: a key is not there, or the file is written in a way that this cannot change.
+        ParamsError: a key is not there, or the file is in a form that cannot be edited.
     """
     # ruamel keeps the other ending in comments and nowhere else.
     line_end = "\r\n" if "\r\n" in text else "\n"
@@ -54,7 +54,7 @@ def rewrite(text: str, values: Mapping[str, str], file_name: str) -> tuple[str, 
             f"{file_name}: a comment between a list and the next key cannot be kept when the list changes. "
             f"Received: {shown(lost[0])}. Move it above the list's key."
         )
-    # An alias, say, has its value elsewhere in the file.
+    # An alias, for example, has its value elsewhere in the file.
     if plain(parse(result, file_name)) != expected:
         raise ParamsError(
             f"{file_name} is written in a way that cannot be changed. Received: {', '.join(wanted)}. "
@@ -64,7 +64,7 @@ def rewrite(text: str, values: Mapping[str, str], file_name: str) -> tuple[str, 
 
 
 def _as_dvc_writes() -> Any:
-    """Return the writer that DVC has, with its settings (`_get_yaml` in dvc/utils/serialize/_yaml.py)."""
+    """Return ruamel's writer with DVC's settings (`_get_yaml` in dvc/utils/serialize/_yaml.py)."""
     from ruamel.yaml import YAML
 
     yaml = YAML()

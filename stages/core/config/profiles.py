@@ -1,8 +1,8 @@
-"""The ready settings: what `python -m stages.profile` writes into `params.yaml`.
+"""The profiles: settings that `python -m stages.profile` writes into `params.yaml`.
 
-Purpose: each run that people ask for, in one place, a value as YAML. A key that any profile names goes back to
-quickstart's value under those that do not name it, so that a profile gives the same whichever was applied before; all
-other keys (prompts, seeds, checkpoints, ...) are the person's and stay.
+Purpose: one place for each common run, its values as YAML. A key that any profile names is reset to quickstart's value
+by those that do not name it, so that the result does not depend on which profile was applied before; all other keys
+(prompts, seeds, checkpoints, ...) are the user's and are kept.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from stages.core.config.schema import Params
 
 @dataclass(frozen=True)
 class Profile:
-    """A ready setting.
+    """A profile.
 
     Attributes:
         summary: one line for the list.
-        values: YAML by `section.key`; what is left out is quickstart's.
-        about: sections that the profile is about: a model (fetch) or data (prepare) of the person's own give way.
+        values: YAML by `section.key`; all others are quickstart's.
+        about: sections that the profile is about: in these the user's own model (fetch) or data (prepare) are replaced.
     """
 
     summary: str
@@ -99,7 +99,7 @@ PROFILES: dict[str, Profile] = {
         about=("fetch", "prepare"),
     ),
     # https://ai.google.dev/gemma/docs/core/distributed_tuning: `take(2000)` of batches of 2, reviews as they come, cut
-    # at 128 tokens, Keras' default dtype, AdamW, the likeliest token each time.
+    # at 128 tokens, Keras' default dtype, AdamW, greedy decoding.
     "tutorial-tpu-v3-8": _profile(
         "the tutorial's run, value by value: Gemma 7B, 4,000 IMDb reviews, a TPU v3-8",
         "fetch.source=kaggle",
@@ -133,7 +133,7 @@ PROFILES: dict[str, Profile] = {
         "finetune.batch_size=8",
         "finetune.learning_rate=1.0e-4",
         "finetune.schedule=cosine",
-        # Beside it the tutorial's own step, to compare with.
+        # And the tutorial's own step, to compare with.
         'plan.targets=[{topology: "v5e:2x4"}, {topology: "v5e:2x4", layout: tutorial, step: tutorial}]',
     ),
     "gpu-single": _profile(
@@ -160,7 +160,7 @@ PROFILES: dict[str, Profile] = {
         'plan.targets=[{topology: "cpu:8"}]',
     ),
     "full-parameter": _profile(
-        "every weight of Gemma 3 270M instead of LoRA: four times the memory, a smaller step size",
+        "every weight of Gemma 3 270M instead of LoRA: four times the memory, a lower learning rate",
         "finetune.rank=0",
         "finetune.learning_rate=2.0e-5",
         "finetune.schedule=cosine",
@@ -168,7 +168,7 @@ PROFILES: dict[str, Profile] = {
         'plan.targets=[{topology: "v5e:2x4"}]',
     ),
     "instruct": _profile(
-        "Gemma 3 270M instruct, your pairs of prompt and response (pairs.jsonl), Gemma's turn format",
+        "Gemma 3 270M instruct, your pairs of prompt and response (pairs.jsonl), Gemma's chat template",
         "fetch.source=kaggle",
         "fetch.preset=gemma3_instruct_270m",
         "prepare.source=files",
@@ -183,7 +183,7 @@ PROFILES: dict[str, Profile] = {
     ),
 }
 
-# What goes with data of the person's own, beside where they lie.
+# Settings for the user's own data, in addition to their paths.
 OWN_DATA = (
     "prepare.source",
     "prepare.data_dir",
@@ -204,8 +204,8 @@ OWN_MODEL = ("fetch.source", "fetch.preset", "fetch.path")
 def chosen(name: str, content: dict[str, Any]) -> dict[str, str]:
     """Return the values that a profile writes into settings, YAML by `section.key`.
 
-    A model of the person's own (`fetch.source: path`) and data of their own (`prepare.source: files`) stay, unless the
-    profile is about them; and where the profile's own source is the one in use, its folder or files stay.
+    The user's own model (`fetch.source: path`) and data (`prepare.source: files`) are kept unless the profile is about
+    them; if the profile's own source is in use already, its folder or files are kept.
 
     Raises:
         ParamsError: no such profile; names the nearest.
@@ -220,7 +220,7 @@ def chosen(name: str, content: dict[str, Any]) -> dict[str, str]:
     kept: Sequence[str] = ()
     if sources["fetch"] == "path" and "fetch" not in profile.about:
         kept = OWN_MODEL
-    # A file that a profile named is not the person's own: no profile keeps what another wrote.
+    # A file that a profile named is not the user's own: no profile keeps what another wrote.
     theirs = [each.values.get("prepare.train_file") for each in PROFILES.values()]
     own_data = sources["prepare"] == "files" and content["prepare"].get("train_file") not in theirs
     if own_data and "prepare" not in profile.about:
@@ -254,7 +254,7 @@ def apply(name: str, text: str, file_name: str, overrides: Sequence[str] = ()) -
 
 
 def table(text: str, file_name: str) -> str:
-    """Return the list for the person: a profile a line, and how many settings it would change, or that it is in use."""
+    """Return a list of profiles, one per line, each with how many settings it would change, or that it is in use."""
     width = max(map(len, PROFILES))
     content, lines = parse(text, file_name), []
     for name, profile in PROFILES.items():
@@ -264,7 +264,7 @@ def table(text: str, file_name: str) -> str:
 
 
 def summary(name: str, params: Params, changes: Sequence[Change], root: Path, *, dry_run: bool) -> str:
-    """Return what was done, and what the person has to bring."""
+    """Return what was done, and what the user has to provide."""
     if not changes:
         return f"params.yaml already has the settings of {name}."
     lines = [f"{len(changes)} settings {'would change' if dry_run else 'changed'} for {name}."]

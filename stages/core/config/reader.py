@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from stages.core.common.errors import ParamsError, shown
 from stages.core.config.schema import Params, Section
 
-# Far more than there are settings: an alias in YAML can make a short text a list without end.
+# Far more than there are settings: YAML aliases can expand a short text without bound.
 MOST_VALUES = 10_000
 
 
@@ -103,7 +103,7 @@ def plain(node: Any) -> Any:
     """Return ruamel's round-trip containers and scalars as plain Python ones.
 
     Raises:
-        ParamsError: more than `MOST_VALUES`, as of a list that is in itself, or nested too deeply.
+        ParamsError: more than `MOST_VALUES`, as in a list that contains itself, or nested too deeply.
     """
     left = MOST_VALUES
 
@@ -130,19 +130,19 @@ def plain(node: Any) -> Any:
 
 
 def _load(yaml: Any, text: str, wrong: str) -> Any:
-    """Return what a YAML text holds; `wrong` is what to say of one that holds nothing."""
+    """Return what a YAML text holds; `wrong` is the error for an empty one."""
     from ruamel.yaml import YAMLError
 
     try:
         return yaml.load(text)
-    # Beside its own errors ruamel lets through those of the numbers, dates and keys that it makes.
+    # In addition to its own errors ruamel raises those of the numbers, dates and keys that it makes.
     except (YAMLError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RecursionError) as error:
         detail = shown(" ".join(str(error).split()) or type(error).__name__)
         raise ParamsError(f"{wrong}: {detail}" if isinstance(error, YAMLError | ValueError) else wrong) from error
 
 
 def _spelled(value: Any) -> str:
-    """Return a value as Python writes it, bounded; a number with too many digits for that in words."""
+    """Return a value as Python writes it, bounded; a number with too many digits in words."""
     try:
         return shown(repr(value))
     except ValueError:

@@ -93,7 +93,7 @@ class Prepare(Section):
 
 
 class Tokenize(Section):
-    """How reviews become windows of tokens."""
+    """How reviews become sequences of tokens."""
 
     length: Annotated[int, Field(ge=8, le=8192)]
     packing: bool

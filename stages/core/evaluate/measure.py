@@ -1,6 +1,6 @@
 """Measuring a model on whole held-out sequences, each from its own BOS.
 
-Purpose: a figure that depends on the model and the text alone. Sequences are padded to a few lengths (buckets) and
+Purpose: a metric that depends on the model and the text alone. Sequences are padded to a few lengths (buckets) and
 batched by length; neither these, nor the mesh, nor how training sequences are cut and packed changes it beyond float32
 rounding.
 """
@@ -17,7 +17,7 @@ import numpy as np
 from stages.core.common.errors import StageError
 from stages.core.evaluate.review_losses import ReviewLosses
 from stages.core.sharding.mesh import MeshShape
-from stages.core.tokenize.held_out import Sequences
+from stages.core.tokenize.held_out import HeldOut
 
 if TYPE_CHECKING:
     from stages.core.tokenize.batches import Batches
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
 MOST_BUCKETS = 4
 MULTIPLE = 64
 
-# From batches of one length to each target's loss (nats) and whether it was the likeliest token: (sequences, length).
+# From batches of one length to each target's loss (nats) and whether it was the most likely token: (sequences, length).
 Model = Callable[["Batches"], tuple[np.ndarray, np.ndarray]]
 
 
-def measure(model: Model, sequences: Sequences, mesh: MeshShape, *, max_length: int, batch_tokens: int) -> ReviewLosses:
+def measure(model: Model, sequences: HeldOut, mesh: MeshShape, *, max_length: int, batch_tokens: int) -> ReviewLosses:
     """Measure every target of every sequence, up to a length.
 
     Args:
         model: such as `CausalModel.token_losses`.
-        sequences: from `held_out.read_sequences`.
+        sequences: from `held_out.read_held_out`.
         mesh: a batch's sequences are a multiple of its batch axis.
         max_length: a longer sequence is measured on its first `max_length` inputs; the targets after them are counted.
         batch_tokens: positions per batch; at least one sequence per row of the batch axis is taken.
@@ -76,7 +76,7 @@ def measure(model: Model, sequences: Sequences, mesh: MeshShape, *, max_length: 
             mesh,
         )
         loss, correct = model(batches)
-        # As many as came back: what is missing then is noticed below.
+        # As many as were returned: missing ones are noticed below.
         weights = weights[: len(loss)]
         loss = np.where(weights, loss[: len(rows)], 0.0)
         for name, values in (("targets", weights), ("loss", loss), ("correct", weights & correct[: len(rows)])):

@@ -6,7 +6,7 @@ Reads and writes: `data/evaluations/<variant>.csv`, one row per held-out review,
     targets   predicted tokens
     cut       targets beyond evaluate.max_length, which were not measured
     loss      sum of the targets' losses in nats
-    correct   targets that were the model's likeliest token
+    correct   targets that were the model's most likely token
 """
 
 from __future__ import annotations

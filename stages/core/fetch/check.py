@@ -1,4 +1,4 @@
-"""What `fetch --check` tells before anything is downloaded: whether the download would work, and what it would cost.
+"""The report of `fetch --check`, before anything is downloaded: whether the download would work, and its size.
 
 Purpose: one form for all sources, filled by each source's own module and shown by one function.
 Reads and writes nothing.
@@ -7,6 +7,8 @@ Reads and writes nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from stages.core.common.sizes import megabytes
 
 
 @dataclass(frozen=True)
@@ -18,10 +20,10 @@ class Check:
         preset: the preset's name and, where it has one, its handle.
         credentials: where those in use were found (never what they are); None where none were found or needed.
         user: who one is logged in as; None where that is not known or needed.
-        consent: whether the licence was accepted; None where the source does not ask for it or does not tell.
+        consent: whether the license was accepted; None if the source does not require it or does not report it.
         present: whether the files are here already, unaltered.
-        download_bytes: what would be downloaded; None where the source does not tell.
-        free_bytes: free room where the files would lie.
+        download_bytes: what would be downloaded; None if the source does not report it.
+        free_bytes: free disk space for the files.
         notes: what the person should know besides, a line each.
         host: whom the source's questions go to; None where it asks nobody, or whom is another program's to know.
         trouble: why the fetch would not work and what to do, two lines; None where it would.
@@ -46,8 +48,8 @@ def show(check: Check) -> str:
         "source": check.source + (f" ({check.host})" if check.host else ""),
         "preset": check.preset,
         "credentials": check.credentials or "none in use",
-        "logged in as": check.user or "not asked or not told",
-        "licence": {True: "accepted", False: "not accepted", None: "not asked or not told"}[check.consent],
+        "logged in as": check.user or "not asked or not reported",
+        "license": {True: "accepted", False: "not accepted", None: "not asked or not reported"}[check.consent],
         "here already": "yes" if check.present else "no",
         "download": "unknown" if check.download_bytes is None else _size(check.download_bytes),
         "free room": _size(check.free_bytes),
@@ -64,7 +66,7 @@ def obstacle(check: Check) -> str | None:
         return check.trouble
     if check.consent is False:
         return (
-            f"The licence of {check.preset} was not accepted. Received: credentials={check.credentials or 'none'}\n"
+            f"The license of {check.preset} was not accepted. Received: credentials={check.credentials or 'none'}\n"
             "Accept it on the model's page, and run this again with a token of that account (Hugging Face: HF_TOKEN)."
         )
     if check.download_bytes is not None and check.download_bytes > check.free_bytes:
@@ -77,9 +79,7 @@ def obstacle(check: Check) -> str | None:
 
 def _size(count: int) -> str:
     """Return bytes for a person."""
-    return (
-        f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB" if count >= 1e5 else f"{count:,} bytes"
-    )
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else megabytes(count, 1) if count >= 1e5 else f"{count:,} bytes"
 
 
 def _plain(text: str) -> str:

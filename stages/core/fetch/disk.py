@@ -13,6 +13,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from stages.core.common.errors import StageError
+from stages.core.common.sizes import megabytes
 from stages.core.files import FULL
 
 logger = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ def no_room(folder: Path, needed: int, purpose: str, remedy: str = MAKE_ROOM) ->
     free = free_bytes(folder)
     if free >= needed:
         return None
-    return f"{needed / 1e6:,.0f} MB are needed in {folder} for {purpose}. Received: free={free / 1e6:,.0f} MB\n{remedy}"
+    return f"{megabytes(needed)} are needed in {folder} for {purpose}. Received: free={megabytes(free)}\n{remedy}"
 
 
 def free_bytes(folder: Path) -> int:

@@ -1,4 +1,4 @@
-"""The Hugging Face Hub's client: addresses, tokens, retries, and what its errors mean to a person.
+"""The Hugging Face Hub's client: addresses, tokens, retries, and its errors in two lines.
 
 Reads: the Hub, with the token that huggingface_hub finds.
 """
@@ -37,14 +37,14 @@ if TYPE_CHECKING:
 
 HANDLE = re.compile(r"hf://(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>\w[\w./-]*))?", re.ASCII)
 SITE = "https://huggingface.co"
-WAITS = (1, 2, 4)  # seconds between attempts at a question that the Hub is too busy for
+WAITS = (1, 2, 4)  # seconds between attempts while the Hub is too busy
 LONGEST_WAIT = 60  # seconds, where the Hub names a time itself
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A handle taken apart: the repository (owner/model), and the revision (branch, tag or commit)."""
+    """A parsed handle: the repository (owner/model), and the revision (branch, tag or commit)."""
 
     repo: str
     revision: str
@@ -55,17 +55,17 @@ class Source:
         return f"{SITE}/{self.repo}"
 
     def base(self, cache: Path) -> Path:
-        """What the names of its folder and records begin with."""
+        """The common prefix of its folder and records."""
         return cache / "presets" / f"{self.repo.replace('/', '--')}-huggingface"
 
     def folder(self, cache: Path, commit: str) -> Path:
-        """Where the files of a commit lie."""
+        """The folder of a commit's files."""
         base = self.base(cache)
         return base.with_name(f"{base.name}-{commit}")
 
 
 def source_of(preset: str) -> Source:
-    """Take `hf://owner/model` or `hf://owner/model@revision` apart.
+    """Parse `hf://owner/model` or `hf://owner/model@revision`.
 
     Raises:
         ParamsError: it is not written so, or names a preset that is known not to be a text Gemma.
@@ -136,10 +136,10 @@ def hub_name() -> str:
 
 @functools.cache
 def import_hub() -> ModuleType:
-    """Import huggingface_hub so that it neither chats nor tells more than the request; it reads both when imported.
+    """Import huggingface_hub without progress messages and telemetry; it reads both settings when imported.
 
     Raises:
-        StageError: a token would go where others can read it, or a setting of huggingface_hub's is malformed.
+        StageError: a token would be sent where others can read it, or a setting of huggingface_hub's is malformed.
     """
     lend_a_home()
     check_proxies()
@@ -176,7 +176,7 @@ def refuse_open_roads(request: Any) -> None:
 
 
 def asked(question: Callable[[], T]) -> T:
-    """Ask the Hub, and again after a while when it is too busy or in trouble."""
+    """Query the Hub, with retries if it is busy or fails."""
     from huggingface_hub.errors import HfHubHTTPError
 
     for wait in WAITS:
@@ -192,7 +192,7 @@ def asked(question: Callable[[], T]) -> T:
 
 @contextlib.contextmanager
 def explained(source: Source | None) -> Iterator[None]:
-    """Turn what huggingface_hub raises into two lines for the person."""
+    """Convert errors of huggingface_hub into a StageError of two lines."""
     import httpx2
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OIDCError
 
@@ -233,7 +233,7 @@ def explain(error: BaseException, model: str, source: Source | None) -> str:
     if isinstance(error, OSError) and error.errno in UNWRITTEN:
         return explain_unwritten(error, f"{model}'s folder")
     return (
-        f"{model} could not be had from {hub_name()}. Received: {brief(error)}\n"
+        f"{model} could not be downloaded from {hub_name()}. Received: {brief(error)}\n"
         "Check the network and run this again; files that are here whole are not downloaded again."
     )
 
@@ -246,13 +246,13 @@ def _explain_status(error: Any, model: str, source: Source | None) -> str:
     found = credentials_source()
     if isinstance(error, GatedRepoError) and found is None:
         return (
-            f"{hub_name()} answered {status} for {model}: it wants an account that accepted the licence, and no token "
+            f"{hub_name()} answered {status} for {model}: it wants an account that accepted the license, and no token "
             f"was found.\nAccept it at {page}, make a token at {SITE}/settings/tokens, and set HF_TOKEN "
             "(or store it with `hf auth login`)."
         )
     if isinstance(error, GatedRepoError) and status != 401:
         return (
-            f"{hub_name()} answered {status} for {model}: your account has not accepted the licence, or the token may "
+            f"{hub_name()} answered {status} for {model}: your account has not accepted the license, or the token may "
             f"not read gated models.\nAccept it at {page}, and look at the token at {SITE}/settings/tokens."
         )
     if isinstance(error, RevisionNotFoundError):

@@ -13,6 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from stages.core.common.errors import StageError
+from stages.core.common.sizes import megabytes
 from stages.core.fetch.catalog import HANDLE, kaggle_handle, licence_of
 from stages.core.fetch.check import Check
 from stages.core.fetch.disk import check_room, explain_unwritten, free_bytes, no_room, not_writable, one_at_a_time
@@ -191,7 +192,7 @@ def _bring_all(kaggle: KaggleModel) -> Path:
     check_room(kaggle.folder, kaggle.missing_bytes(sizes), WEIGHTS + kaggle.handle, MAKE_ROOM)
     for name, size in sizes.items():
         # kagglehub's bars have no names.
-        logger.info(f"{name}: {size / 1e6:,.1f} MB")
+        logger.info(f"{name}: {megabytes(size, 1)}")
         whole = kaggle.download(name).parents[name.count("/")]
     return whole
 

@@ -1,7 +1,7 @@
 """One model at Kaggle, through kagglehub: its files, their download, and what Kaggle refuses, in two lines.
 
-Purpose: kagglehub does the transfer, resumes it and compares checksums; what it leaves out is here: trying again when
-Kaggle is busy or a transfer breaks off, and errors that say what to do. Files are fetched one by one, never as an
+Purpose: kagglehub does the transfer, resumes it and compares checksums; this adds retries when Kaggle is busy or a
+transfer breaks off, and actionable errors. Files are fetched one by one, never as an
 archive, so nothing has to be unpacked.
 Reads: Kaggle. Writes: kagglehub's own cache folder.
 """
@@ -30,9 +30,9 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 BUSY_WAITS = (1.0, 4.0, 16.0)  # seconds before asking again, when Kaggle does not say how long
-BROKEN_WAITS = (0.5, 1.0, 2.0)  # seconds before a transfer that broke off is taken up again
-LONGEST_WAIT = 60.0  # seconds; a person waits for more rather than a program
-PAGE = 100  # files that a listing names at a time
+BROKEN_WAITS = (0.5, 1.0, 2.0)  # seconds before a transfer that broke off is resumed
+LONGEST_WAIT = 60.0  # seconds; beyond that the user should run it again later
+PAGE = 100  # files per page of a listing
 # Files of a preset that some stage reads, or a person. Others are left out, above all those that can hold a pickle.
 WANTED = (".json", ".h5", ".spm", ".md", ".txt")
 MAKE_ROOM = "Make room, or set KAGGLEHUB_CACHE to a folder on a larger disk."
@@ -40,10 +40,10 @@ OTHER_PLACE = "Mend its rights, or set KAGGLEHUB_CACHE to a folder of your own."
 
 
 class KaggleRefused(StageError):
-    """Kaggle answered with an HTTP status that is an error, and stayed with it."""
+    """Kaggle answered with an HTTP status that is an error, also after retries."""
 
     def __init__(self, message: str, status: int) -> None:
-        """Keep the status beside the message."""
+        """Keep the status with the message."""
         super().__init__(message)
         self.status = status
 
@@ -62,12 +62,12 @@ class KaggleModel:
 
     @property
     def page(self) -> str:
-        """The model's page, where its licence is accepted."""
+        """The model's page, where its license is accepted."""
         return "https://www.kaggle.com/models/" + "/".join(self.handle.split("/")[:2])
 
     @property
     def folder(self) -> Path:
-        """Where kagglehub keeps the model's files, there or not."""
+        """kagglehub's folder of the model's files, which may not exist."""
         return Path(import_kagglehub().config.get_cache_folder()) / "models" / self.handle
 
     def here(self) -> Path | None:
@@ -105,7 +105,7 @@ class KaggleModel:
 
             listing = self._answer(ask)
             page = {file.name: file.size for file in listing.files}
-            # A listing that says nothing new would never end.
+            # A listing that repeats itself would never end.
             token = listing.next_page_token if page.keys() - found.keys() else ""
             found |= page
         for name in found:
@@ -122,7 +122,7 @@ class KaggleModel:
         return sum(max(0, size - sizes.get(name, 0)) for name, size in files.items())
 
     def download(self, name: str) -> Path:
-        """Return the path of one file, downloaded or taken up where it broke off as far as it is not here.
+        """Return the path of one file, downloaded or resumed if necessary.
 
         Raises:
             StageError: Kaggle refuses or cannot be reached, checksums differ, or the file cannot be written.
@@ -130,7 +130,7 @@ class KaggleModel:
         return self._answer(lambda: Path(import_kagglehub().model_download(self.handle, name)), name)
 
     def ask_leave(self, name: str) -> None:
-        """Ask for a file and put the answer away unread: whether Kaggle would hand it out.
+        """Request a file and discard the response: whether Kaggle grants access.
 
         Raises:
             StageError: Kaggle refuses or cannot be reached.
@@ -147,7 +147,7 @@ class KaggleModel:
         self._answer(ask)
 
     def user(self) -> str | None:
-        """Return who one is logged in as; None where Kaggle does not tell or does not know the credentials."""
+        """Return the name of the account; None if Kaggle does not report it or does not know the credentials."""
         hub = import_kagglehub()
         if self.credentials.source is None:
             return None
@@ -166,11 +166,11 @@ class KaggleModel:
         return request
 
     def _answer(self, call: Callable[[], T], name: str | None = None) -> T:
-        """Return what kagglehub answers, asking again where that can help.
+        """Return what kagglehub answers, with retries where they can help.
 
         Args:
             call: the question.
-            name: the file that is being downloaded: broken transfers are taken up again; None where none is.
+            name: the file that is being downloaded: broken transfers are resumed; None if none is.
 
         Raises:
             StageError: as Kaggle, the network or the disk answered.
@@ -195,10 +195,10 @@ class KaggleModel:
                 corrupt += 1
                 if corrupt == 2:
                     raise StageError(
-                        f"{what} came twice with another MD5 than Kaggle gives for it. Received: {brief(error)}\n"
+                        f"{what} failed its MD5 check twice. Received: {brief(error)}\n"
                         "Nothing of it was kept. See whether a proxy alters downloads, and run this again later."
                     ) from error
-                logger.info(f"{what} came with another MD5 than Kaggle gives for it; downloading it again.")
+                logger.info(f"{what} failed its MD5 check; downloading it again.")
             except (requests.RequestException, ConnectionError) as error:
                 if (has := self._bytes(name)) > had:
                     broken, had = iter(BROKEN_WAITS), has
@@ -228,14 +228,14 @@ class KaggleModel:
         first = f"Kaggle answered {status} for {self.handle}"
         if status in (401, 403) and self.credentials.source is None:
             return (
-                f"{first}: it wants an account that accepted the licence, and no credentials were found.\n"
+                f"{first}: it wants an account that accepted the license, and no credentials were found.\n"
                 f"Accept it at {self.page}, make an API token at {SETTINGS_PAGE}, and set KAGGLE_API_TOKEN."
             )
         if status == 401:
             return f"{first}: it does not accept the credentials of {self.credentials.source}.\n{NEW_TOKEN}"
         if status == 403:
             return (
-                f"{first}: your account has not accepted the licence (credentials: {self.credentials.source}).\n"
+                f"{first}: your account has not accepted the license (credentials: {self.credentials.source}).\n"
                 f"Accept it at {self.page} and run this again."
             )
         if status == 404:
@@ -245,18 +245,18 @@ class KaggleModel:
             )
         if status == 429:
             return f"{first}: too many requests.\nWait some minutes and run `python -m stages.fetch` again."
-        return f"{first}.\nRun `python -m stages.fetch` again later; it goes on where it broke off."
+        return f"{first}.\nRun `python -m stages.fetch` again later; it resumes where it broke off."
 
     def _unreachable(self, what: str, error: Exception) -> str:
         """Return two lines for a network that failed."""
         return (
             f"Kaggle could not be reached for {what}, or the transfer broke off. Received: {brief(error)}\n"
-            "Check the network and run `python -m stages.fetch` again; it goes on where it broke off."
+            "Check the network and run `python -m stages.fetch` again; it resumes where it broke off."
         )
 
 
 def _asked() -> str:
-    """Return whom KAGGLE_API_ENVIRONMENT had asked in Kaggle's place, to end a message with; nothing without it."""
+    """Return a note on KAGGLE_API_ENVIRONMENT for the end of a message; empty if it is not set."""
     host = kaggle_host()
     return "" if host == "api.kaggle.com" else f" (KAGGLE_API_ENVIRONMENT had {host} asked.)"
 

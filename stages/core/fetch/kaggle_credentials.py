@@ -1,8 +1,8 @@
 """Which Kaggle credentials will be used, and where they were found.
 
-Purpose: kagglehub looks in many places and says nothing about which it took. Here the same places are gone through in
-the same order, with kagglehub's own functions where it has them, so that what is told is what is used; credentials
-that cannot work are told before anything is asked.
+Purpose: kagglehub looks in many places and does not report which it used. Here the same places are searched in the same
+order, with kagglehub's own functions where it has them, so that what is reported is what is used;
+credentials that cannot work are reported before any request.
 Reads: the environment, `~/.kaggle`, `KAGGLE_CONFIG_DIR`, the terminal. Writes nothing: secrets stay in memory.
 """
 
@@ -31,8 +31,8 @@ class Credentials:
     """What was found, and where; never shown as a whole.
 
     Attributes:
-        source: where, in words for the person; None where nothing was found.
-        notes: what the person should know of it, a line each.
+        source: where they were found, for messages; None if nothing was found.
+        notes: one line each, for the user.
         secrets: the values themselves: a token, or a user's name and key.
     """
 
@@ -49,7 +49,7 @@ def kaggle_credentials() -> Credentials:
     notebook; ~/.kaggle/kaggle.json even with KAGGLE_CONFIG_DIR set.
 
     Raises:
-        StageError: what comes first cannot be used (malformed or unreadable file, characters that no token has).
+        StageError: the first that is found cannot be used (malformed or unreadable file, characters that no token has).
     """
     config = import_kagglehub().config
     from kagglesdk import kaggle_env
@@ -58,7 +58,7 @@ def kaggle_credentials() -> Credentials:
     try:
         token, place = kaggle_env.get_access_token_from_env()
     except (OSError, UnicodeDecodeError) as error:
-        # The file's name is the token itself where a token is too long to be looked up as one.
+        # If the file's name is too long for one, it is the token itself.
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise StageError(
             "The API token must be readable: KAGGLE_API_TOKEN (a token, or the path of a file with one), or "
@@ -87,7 +87,7 @@ def kaggle_credentials() -> Credentials:
         secrets = (value for value in (found.api_key, found.username, found.key) if value)
         return Credentials(source, notes, usable(source, *secrets))
     if (home / "kaggle.json").exists():
-        # Kaggle's own library falls back on this file where kagglehub does not; told to kagglehub, both agree.
+        # Kaggle's own library falls back on this file where kagglehub does not; passed on to kagglehub, both agree.
         credentials = _from_file(home / "kaggle.json", notes)
         config.set_kaggle_credentials(*credentials.secrets)
         return credentials
@@ -95,7 +95,7 @@ def kaggle_credentials() -> Credentials:
 
 
 def import_kagglehub() -> ModuleType:
-    """Import kagglehub so that it keeps standard output clean, and its bars for a terminal.
+    """Import kagglehub with standard output kept clean and progress bars at a terminal only.
 
     It and tqdm read both settings when they are first imported.
 
@@ -167,7 +167,7 @@ def ask_for_token() -> Credentials | None:
 
 
 def _token(token: str, place: str, home: Path) -> Credentials:
-    """Return a token with where it was found, from the name that Kaggle's library has for the place."""
+    """Return a token and its source, from Kaggle's library's name of the source."""
     if place == "KAGGLE_API_TOKEN":
         named = Path(os.environ[place])
         if not named.exists():
@@ -211,7 +211,7 @@ def _from_file(path: Path, notes: tuple[str, ...]) -> Credentials:
         raise StageError(f"{wanted} Received: {reason}\n{NEW_TOKEN}") from None
     values = [content.get(name) for name in ("username", "key")] if isinstance(content, dict) else [None]
     if not all(isinstance(value, str) and value for value in values):
-        # Not its keys: a key may stand where its name should.
+        # Not its keys: a key may be where its name should be.
         received = "no text for both" if isinstance(content, dict) else type(content).__name__
         raise StageError(f"{wanted} Received: {received}\n{NEW_TOKEN}")
     return Credentials(str(path), (*notes, *_open_to_others(path)), usable(str(path), *values))

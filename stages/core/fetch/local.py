@@ -14,15 +14,14 @@ from typing import Any
 from stages.core.common.errors import ParamsError, StageError, shown, shown_list
 from stages.core.common.paths import own_path
 from stages.core.fetch.check import Check
-from stages.core.presets import keras_h5, safetensors
-from stages.core.presets.architecture import Architecture, read_architecture
+from stages.core.presets import hf_config, keras_config, keras_h5, safetensors
+from stages.core.presets.architecture import Architecture
+from stages.core.presets.formats import format_of
 from stages.core.presets.manifest import LICENCE, sha256_with_progress
 from stages.core.presets.tokenizer import (
     HUGGING_FACE_VOCABULARY,
     JSON_VOCABULARY,
     KERAS_VOCABULARY,
-    load_tokenizer,
-    vocabulary_files,
 )
 from stages.core.presets.untrusted import read_object, refuse_pointer
 from stages.core.records.manifest import Manifest, PresetFile
@@ -48,14 +47,9 @@ def fetch_local(preset: str, path: str, root: Path) -> Manifest:
     folder = local_folder(path, root)
     file_format = folder_format(folder)
     check_contents(folder, file_format)
+    files = list_files(folder, format_of(file_format).needed_files(folder))
     return Manifest(
-        preset=preset,
-        source="path",
-        format=file_format,
-        handle=None,
-        folder=path,
-        licence=LICENCE,
-        files=list_files(folder, needed_files(folder, file_format)),
+        preset=preset, source="path", format=file_format, handle=None, folder=path, licence=LICENCE, files=files
     )
 
 
@@ -137,24 +131,14 @@ def folder_format(folder: Path) -> str:
         ParamsError: it holds neither a keras-hub preset nor a Hugging Face checkpoint of a text Gemma, or half of one.
     """
     _refuse_others(folder)
-    # What tells a Hugging Face configuration: Keras writes a class_name instead.
-    if "model_type" not in _config(folder):
-        check_keras_folder(folder)
-        return "keras"
-    check_safetensors_folder(folder)
-    return "safetensors"
+    name = config_format(_config(folder))
+    {"keras": check_keras_folder, "safetensors": check_safetensors_folder}[name](folder)
+    return name
 
 
-def needed_files(folder: Path, file_format: str) -> list[str]:
-    """Return the names of the files that the stages read, and of no other.
-
-    Raises:
-        StageError: an index of weight files cannot be read.
-    """
-    reader = keras_h5 if file_format == "keras" else safetensors
-    weights = reader.weight_files(folder)
-    index = [] if weights == (reader.SINGLE,) else [reader.INDEX]
-    return sorted({"config.json", *vocabulary_files(folder, file_format), *weights, *index})
+def config_format(config: dict[str, Any]) -> str:
+    """Return the format that a `config.json` is of; Keras writes a class_name where Hugging Face has a model_type."""
+    return "safetensors" if "model_type" in config else "keras"
 
 
 def check_contents(folder: Path, file_format: str) -> None:
@@ -164,14 +148,11 @@ def check_contents(folder: Path, file_format: str) -> None:
         ParamsError: tells what does not fit, by name.
     """
     try:
-        for name in needed_files(folder, file_format):
+        reader = format_of(file_format)
+        for name in reader.needed_files(folder):
             refuse_pointer(folder / name)
-        architecture = read_architecture(folder, file_format)
-        if file_format == "keras":
-            with keras_h5.KerasWeights(folder, architecture):
-                pass
-        else:
-            safetensors.SafetensorsWeights(folder).check_head()
+        architecture = reader.read_architecture(folder)
+        reader.check_weights(folder, architecture)
         check_vocabulary(folder, file_format, architecture)
     except ParamsError:
         raise
@@ -185,7 +166,7 @@ def check_vocabulary(folder: Path, file_format: str, architecture: Architecture)
     Raises:
         StageError: it is not, or cannot be read.
     """
-    pieces, rows = load_tokenizer(folder, file_format).vocabulary_size, architecture.config["vocabulary_size"]
+    pieces, rows = format_of(file_format).load_tokenizer(folder).vocabulary_size, architecture.config["vocabulary_size"]
     if not 0 <= rows - pieces <= MOST_SURPLUS_ROWS:
         raise StageError(
             f"The vocabulary must be that of the model: as many pieces as its table has rows, or up to "
@@ -200,7 +181,7 @@ def check_safetensors_folder(folder: Path) -> None:
         ParamsError: names what is missing.
     """
     try:
-        read_architecture(folder, "safetensors")
+        hf_config.read_architecture(folder)
         missing = [name for name in safetensors.weight_files(folder) if not (folder / name).is_file()]
     except StageError as error:
         raise ParamsError(f"The preset cannot be used. {error}") from error
@@ -256,7 +237,7 @@ def _check_gemma(config: dict[str, Any], folder: Path) -> None:
         elif isinstance(part, list):
             waiting += part
     try:
-        read_architecture(folder, "keras")
+        keras_config.read_architecture(folder)
     except StageError as error:
         raise ParamsError(f"{path}: {error}") from error
 

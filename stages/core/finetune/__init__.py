@@ -1,3 +1,3 @@
-"""The training run: optimizer, callback, checkpoints and what is told of it.
-Imports `generate` (samples), `load`, `model`, `tokenize`, `sharding` and what lies below them.
+"""The training run: optimizer, callback, checkpoints and result.
+Imports `generate` (samples), `load`, `model`, `tokenize`, `sharding` and what they import.
 """

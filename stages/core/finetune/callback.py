@@ -1,7 +1,7 @@
-"""What happens around each step of a run: recording, validation, samples, checkpoints, and stopping.
+"""The Keras callback of a training run: recording, validation, samples, checkpoints, and stopping.
 
-Purpose: one Keras callback that does these in one fixed order after each step, so that a checkpoint always holds what
-its step did and nothing of the next.
+Purpose: it does these in one fixed order after each step, so that a checkpoint holds all that its step did and nothing
+of the next.
 """
 
 from __future__ import annotations
@@ -30,24 +30,25 @@ from stages.core.finetune.checkpoint import Checkpoint, Store
 from stages.core.finetune.optimizer import Schedule
 from stages.core.finetune.signals import Interruption, Stopped
 from stages.core.records.finetune import Sample, Step
+from stages.core.sharding.keras_internals import schedule_of, set_value
 from stages.core.tokenize.batches import Batches
 
 logger = logging.getLogger(__name__)
 
 # Steps in a JAX profile, after the one that compiles.
 PROFILED_STEPS = 3
-# Steps whose growth in memory is measured, the largest being told: what the one before held may still be there.
+# Steps whose memory growth is measured, to report the maximum: early ones may still hold their predecessor's buffers.
 MEASURED_STEPS = 8
 PHASES = ("load", "validation", "sample", "checkpoint")
 
 
 @dataclass
 class History:
-    """What a run has done so far, over all the processes it took; kept in each checkpoint.
+    """What a run has done so far, over all its processes; saved in each checkpoint.
 
-    `rows` is the curve; `step_seconds` has an entry a step and `first_steps` says which of them began a process, and so
-    hold a compilation. `seconds` are of all else, by kind. `waited` counts validations since the lowest loss.
-    `step_growth` is how many bytes the process's memory grew within a step on CPU devices, where the system tells.
+    `rows` is the curve; `step_seconds` has one entry per step and `first_steps` lists those that began a process and
+    include a compilation. `seconds` are of all other work, by kind. `waited` counts validations since the lowest loss.
+    `step_growth` is the growth in bytes of the process's memory within a step on CPU devices, if it can be measured.
     """
 
     rows: list[Step] = field(default_factory=list)
@@ -85,8 +86,8 @@ class History:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a run is to do, beside its settings.
+class FitSetup:
+    """A run's settings, and what follows from them and the data.
 
     A step is an update of the weights. `reviews` has the review number of each position of each training sequence (-1:
     none). `sample` continues the prompt. `store` None: no checkpoints.
@@ -103,25 +104,25 @@ class Plan:
     profile: Path | None
 
 
-class Watch(keras.callbacks.Callback):
-    """After each step: record, check, validate, sample, keep a checkpoint, stop, in this order."""
+class TrainingCallback(keras.callbacks.Callback):
+    """After each step: record, check, validate, sample, save a checkpoint, stop, in this order."""
 
-    def __init__(self, plan: Plan, history: History, interruption: Interruption) -> None:
-        """Go on from a history.
+    def __init__(self, setup: FitSetup, history: History, interruption: Interruption) -> None:
+        """Continue a history.
 
         Args:
-            plan: what is to be done.
-            history: what was done; it is written into.
-            interruption: tells whether the process is to stop.
+            setup: the run.
+            history: of the steps done so far; it is written into.
+            interruption: holds the signal that stops the process, if one was received.
         """
         super().__init__()
         self.history = history
         self.best: list[np.ndarray] | None = None
         self.batches: Batches
-        self._plan = plan
+        self._setup = setup
         self._interruption = interruption
         self._metrics: list[np.ndarray] | None = None
-        self._kept: int | None = history.steps or None
+        self._saved: int | None = history.steps or None
         self._first_step: int | None = None
         self._began = 0.0
         self._profiling = False
@@ -130,10 +131,10 @@ class Watch(keras.callbacks.Callback):
     @property
     def finished(self) -> bool:
         """Whether no step is left to do."""
-        return self.history.stopped_early or self.history.steps >= self._plan.steps
+        return self.history.stopped_early or self.history.steps >= self._setup.steps
 
     def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
-        """Choose the epoch's order, and put back what the metrics had summed up when the run goes on within one."""
+        """Choose the epoch's order, and restore the metrics' sums if the run resumes within an epoch."""
         self.batches.epoch = epoch
         if self._metrics is not None:
             for variable, value in zip(self.model.metrics_variables, self._metrics, strict=True):
@@ -146,24 +147,24 @@ class Watch(keras.callbacks.Callback):
         if self._first_step is None:
             self._first_step = step
             self.history.first_steps.append(step)
-        if self._plan.profile and step == min(self._first_step + 1, self._plan.steps - 1):
-            jax.profiler.start_trace(str(self._plan.profile))
+        if self._setup.profile and step == min(self._first_step + 1, self._setup.steps - 1):
+            jax.profiler.start_trace(str(self._setup.profile))
             self._profiling = True
         if 1 <= step - self._first_step <= MEASURED_STEPS and jax.default_backend() == "cpu":
             self._growth = Growth()
         self._began = time.perf_counter()
 
     def on_train_batch_end(self, batch: int, logs: Mapping[str, Any]) -> None:
-        """Keep the step, then do what is due after it; reading the loss waits until it is computed."""
-        plan, history = self._plan, self.history
+        """Record the step, then do what is due after it; reading the loss waits for its computation."""
+        setup, history = self._setup, self.history
         loss, accuracy = float(logs["batch_loss"]), float(logs["batch_accuracy"])
         seconds = time.perf_counter() - self._began
         if self._growth and (grown := self._growth.bytes()) is not None:
             history.step_growth = max(grown, history.step_growth or 0)
         self._growth = None
         step = history.steps + 1
-        epoch, within = divmod(step - 1, plan.steps_per_epoch)
-        rate = learning_rate(self.model.optimizer, plan.settings, step - 1)
+        epoch, within = divmod(step - 1, setup.steps_per_epoch)
+        rate = learning_rate(self.model.optimizer, setup.settings, step - 1)
         if not math.isfinite(loss):
             raise self._diverged(f"the loss is {loss}", step)
         tokens, given = int(logs["batch_tokens"]), self.batches.tokens_of(epoch, within)
@@ -178,40 +179,44 @@ class Watch(keras.callbacks.Callback):
                 accuracy=accuracy,
                 tokens=tokens,
                 tokens_per_second=tokens / seconds,
-                positions_per_second=plan.positions_per_step / seconds,
+                positions_per_second=setup.positions_per_step / seconds,
                 learning_rate=rate,
                 validation_loss=None,
             )
         )
-        if self._profiling and step in ((self._first_step or 0) + 1 + PROFILED_STEPS, plan.steps):
+        if self._profiling and step in ((self._first_step or 0) + 1 + PROFILED_STEPS, setup.steps):
             self._stop_profile()
-        every = plan.settings.validate_every or plan.steps_per_epoch
-        if step % every == 0 or step == plan.steps:
+        every = setup.settings.validate_every or setup.steps_per_epoch
+        if step % every == 0 or step == setup.steps:
             self._validate()
-        if plan.sample and plan.settings.sample_every and step % plan.settings.sample_every == 0:
-            self.model.jax_state_sync()
-            with history.timed("sample"):
-                try:
-                    text = plan.sample()
-                except Exception as error:  # a sample shows how the run goes; it must not end it
-                    text = ""
-                    logger.info(
-                        f"No sample after step {step}: {type(error).__name__}: {' '.join(str(error).split())[:150]}"
-                    )
-                history.samples.append(Sample(step=step, prompt=plan.settings.sample_prompt, text=text))
-        told_to_stop = self._interruption.received
-        kept_every = plan.settings.checkpoint_every or plan.steps
-        if plan.store and not self.finished and (told_to_stop or step % kept_every == 0):
-            self._save()
-        if told_to_stop and not self.finished:
-            kept = "which is kept" if self._kept == step else f"and step {self._kept or 'none'} is kept"
-            goes_on = "goes on from there" if self._kept else "begins anew"
+        if setup.sample and setup.settings.sample_every and step % setup.settings.sample_every == 0:
+            self._sample(setup.sample, step)
+        signal = self._interruption.received
+        save_every = setup.settings.checkpoint_every or setup.steps
+        if setup.store and not self.finished and (signal or step % save_every == 0):
+            self._save(setup.store)
+        if signal and not self.finished:
+            saved = "which is saved" if self._saved == step else f"and step {self._saved or 'none'} is saved"
+            resumes = "resumes from there" if self._saved else "starts over"
             raise Stopped(
-                f"Stopped by {told_to_stop.name} after step {step} of {plan.steps}, {kept}. The same command "
-                f"(or `dvc repro`) {goes_on}.",
-                told_to_stop,
+                f"Stopped by {signal.name} after step {step} of {setup.steps}, {saved}. The same command "
+                f"(or `dvc repro`) {resumes}.",
+                signal,
             )
         self.model.stop_training = self.finished
+
+    def _sample(self, sample: Callable[[], str], step: int) -> None:
+        """Continue the sample prompt; an error is logged, and the run continues."""
+        self.model.jax_state_sync()
+        with self.history.timed("sample"):
+            try:
+                text = sample()
+            except Exception as error:  # a sample only shows the run's progress: none of its errors may end the run
+                text = ""
+                logger.info(
+                    f"No sample after step {step}: {type(error).__name__}: {' '.join(str(error).split())[:150]}"
+                )
+            self.history.samples.append(Sample(step=step, prompt=self._setup.settings.sample_prompt, text=text))
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Show the validation loss in Keras' line, if it was measured after the epoch's last step."""
@@ -220,22 +225,22 @@ class Watch(keras.callbacks.Callback):
             logs["val_loss"] = held_out
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Put a checkpoint's arrays into the model and its optimizer, each split as the variable is."""
+        """Load a checkpoint's arrays into the model and its optimizer, each sharded as its variable."""
         arrays = checkpoint.arrays
         for name, variable in self._variables():
             put(variable, arrays[name])
         count = len(self.model.metrics_variables)
         self._metrics = [arrays[f"metric/{index}"] for index in range(count)]
-        if self.history.steps % self._plan.steps_per_epoch == 0:
+        if self.history.steps % self._setup.steps_per_epoch == 0:
             self._metrics = None
         if self.history.best_loss is not None:
             self.best = [arrays[f"best/{variable.path}"] for variable in self.model.trainable_variables]
         if self.model.dropout_step is not None:
             # It counts batches.
-            put(self.model.dropout_step, np.array(checkpoint.step * self._plan.settings.gradient_accumulation))
+            put(self.model.dropout_step, np.array(checkpoint.step * self._setup.settings.gradient_accumulation))
 
     def restore_best(self) -> None:
-        """Take the weights of the lowest validation loss, if that was watched."""
+        """Restore the weights of the lowest validation loss, with early stopping."""
         if self.best is not None:
             for variable, value in zip(self.model.trainable_variables, self.best, strict=True):
                 put(variable, value)
@@ -257,11 +262,8 @@ class Watch(keras.callbacks.Callback):
         for index, variable in enumerate(self.model.optimizer.variables):
             yield f"optimizer/{index}", variable
 
-    def _save(self) -> None:
-        """Write a checkpoint, unless the state is lost already; what cannot be written never ends the run."""
-        store = self._plan.store
-        if store is None:
-            return
+    def _save(self, store: Store) -> None:
+        """Save a checkpoint unless the state contains NaN or Inf; a failed write never ends the run."""
         self.model.jax_state_sync()
         with self.history.timed("checkpoint"):
             arrays = {name: np.asarray(variable.value) for name, variable in self._variables()}
@@ -275,16 +277,16 @@ class Watch(keras.callbacks.Callback):
                     arrays[f"best/{variable.path}"] = value
             with optional(f"the checkpoint after step {self.history.steps} is not kept"):
                 store.save(self.history.steps, arrays, self.history.state())
-                self._kept = self.history.steps
+                self._saved = self.history.steps
 
     def _validate(self) -> None:
-        """Measure the validation windows and put their loss beside the step; note the lowest and when to give up."""
-        history, patience = self.history, self._plan.settings.early_stopping
+        """Measure the validation loss and record it with the step; track the lowest, for early stopping."""
+        history, patience = self.history, self._setup.settings.early_stopping
         self.model.jax_state_sync()
         with history.timed("validation"):
             # `evaluate` counts in the same metrics as the epoch does.
             kept = [np.asarray(variable.value) for variable in self.model.metrics_variables]
-            held_out = self._plan.held_out
+            held_out = self._setup.held_out
             loss = self.model.measure(held_out, held_out.tokens)["loss"]
             for variable, value in zip(self.model.metrics_variables, kept, strict=True):
                 put(variable, value)
@@ -306,12 +308,12 @@ class Watch(keras.callbacks.Callback):
             )
 
     def _diverged(self, what: str, step: int) -> StageError:
-        """Return the error of a run whose numbers are lost in a step, counted from 1."""
-        rate = learning_rate(self.model.optimizer, self._plan.settings, step - 1)
-        epoch, within = divmod(step - 1, self._plan.steps_per_epoch)
+        """Return the error of a run that diverged in a step, counted from 1."""
+        rate = learning_rate(self.model.optimizer, self._setup.settings, step - 1)
+        epoch, within = divmod(step - 1, self._setup.steps_per_epoch)
         batch = ""
-        if self._plan.reviews is not None:
-            numbers = np.unique(self._plan.reviews[self.batches.rows(epoch, within)])
+        if self._setup.reviews is not None:
+            numbers = np.unique(self._setup.reviews[self.batches.rows(epoch, within)])
             batch = f", reviews={numbers[numbers >= 0].tolist()} (rows of {REVIEWS['train']})"
         return StageError(
             f"Training diverged: {what}. Received: step={step}, learning_rate={rate:.6g}{batch}. Nothing was "
@@ -323,17 +325,17 @@ class Watch(keras.callbacks.Callback):
         try:
             jax.profiler.stop_trace()
         except Exception as error:
-            # Its writer has one type for all reasons; a profile is not worth the run.
+            # The writer raises one type for all causes; a lost profile must not end the run.
             logger.warning(f"the JAX profile is not written ({str(error).splitlines()[0][:200]}).")
         else:
-            logger.info(f"Wrote a JAX profile below {self._plan.profile}.")
+            logger.info(f"Wrote a JAX profile below {self._setup.profile}.")
 
 
 @jax.jit
 def bit_sums(values: list[jax.Array]) -> jax.Array:
-    """Return two sums over the bits of each array, uint32 (arrays, 2), computed where its shards lie.
+    """Return two sums over the bits of each array, uint32 (arrays, 2), computed on its shards.
 
-    That of arrays which differ in a bit is another but for one chance in 2**32 or less.
+    Arrays that differ in a bit have equal sums with a probability of at most 2**-32.
     """
 
     def sums(value: jax.Array) -> jax.Array:
@@ -344,13 +346,13 @@ def bit_sums(values: list[jax.Array]) -> jax.Array:
 
 
 def put(variable: keras.Variable, value: np.ndarray) -> None:
-    """Give a variable a value, split over the devices as the variable is."""
-    variable._value = jax.device_put(np.asarray(value, variable.dtype), variable.value.sharding)
+    """Set a variable's value, sharded as the variable is."""
+    set_value(variable, jax.device_put(np.asarray(value, variable.dtype), variable.value.sharding))
 
 
 def learning_rate(optimizer: keras.optimizers.Optimizer, settings: Finetune, step: int) -> float:
     """Return the learning rate of a step, counted from 0."""
-    schedule = optimizer._learning_rate
+    schedule = schedule_of(optimizer)
     return float(schedule(step)) if isinstance(schedule, Schedule) else settings.learning_rate
 
 

@@ -1,12 +1,12 @@
-"""Checkpoints of a training run: written so that a half-written one is never taken for whole, and the newest few kept.
+"""Checkpoints of a training run: written atomically, and only the newest few are kept.
 
-Purpose: a run that is killed at any moment goes on from the last checkpoint. They lie in the cache folder, since DVC
+Purpose: a run that is killed at any moment resumes from its last checkpoint. They are in the cache folder, since DVC
 deletes a stage's outs before it runs it.
 Reads and writes: `<cache folder>/checkpoints/<fingerprint>/step-00000050/`, which holds
     arrays.safetensors   weights, optimizer variables, metric accumulators
     state.json           the rest: the curve so far, validations, samples
     SHA256SUMS           digests of the two, as `sha256sum --check` reads them
-and beside these folders run.json (see `fingerprint`).
+and next to these folders run.json (see `fingerprint`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ARRAYS, STATE, SUMS = "arrays.safetensors", "state.json", "SHA256SUMS"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a run was after a step."""
+    """The state of a run after a step."""
 
     step: int
     arrays: dict[str, np.ndarray]
@@ -44,7 +44,7 @@ class Checkpoint:
 
 
 class Store:
-    """The checkpoints of one run, told from all others' by a fingerprint; one process at a time has them."""
+    """The checkpoints of one run, identified by its fingerprint; one process at a time holds them."""
 
     def __init__(self, fingerprint: str, keep: int) -> None:
         """Name the folder; nothing is made yet.
@@ -58,20 +58,18 @@ class Store:
         self._lock = lock_of(self.folder)
 
     def hold(self) -> None:
-        """Wait until no other run of the same fingerprint goes on, and keep such runs waiting until `clear` or the end.
+        """Wait until no other run of the same fingerprint is active, and block such runs until `clear` or the end.
 
         The system drops the lock of a process that ends, however it ends.
-
-        Args:
         """
         with optional("two runs of these settings at once may disturb each other's checkpoints"):
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             try:
                 self._lock.acquire(timeout=0)
             except Timeout:
-                logger.info("Another run of the same settings, data and code is going on; waiting for it.")
+                logger.info("Another run of the same settings, data and code is active; waiting for it.")
                 self._lock.acquire()
-            except NotImplementedError as error:  # how filelock tells of a file system without locks
+            except NotImplementedError as error:  # filelock's error on a file system without locks
                 raise OSError(errno.ENOLCK, "the file system has no locks", str(self.folder.parent)) from error
 
     def save(self, step: int, arrays: Mapping[str, np.ndarray], state: Mapping[str, Any]) -> None:
@@ -98,7 +96,7 @@ class Store:
                 flush(temporary / name)
             target = self.folder / f"step-{step:08d}"
             if target.exists():
-                # What was found damaged and could not be removed then.
+                # A damaged one that could not be removed.
                 shutil.rmtree(target)
             temporary.rename(target)
             flush(self.folder)
@@ -142,5 +140,5 @@ class Store:
 
 
 def lock_of(folder: Path) -> FileLock:
-    """Return the lock of a fingerprint's folder: a file beside it; within a process there is one of each."""
+    """Return the lock of a fingerprint's folder: a file next to it, one per process."""
     return FileLock(folder.parent / f"{folder.name}.lock", is_singleton=True)

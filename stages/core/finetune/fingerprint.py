@@ -1,6 +1,6 @@
-"""What tells one training run from all others, and what changed since a run that cannot be resumed.
+"""The fingerprint that identifies a training run, and what changed since a run that cannot be resumed.
 
-Purpose: a run may go on only from a checkpoint of the very same run: same settings, data, base, code and packages.
+Purpose: a run may resume only from a checkpoint of the very same run: same settings, data, base, code and packages.
 Writes: `<cache folder>/checkpoints/<fingerprint>/run.json`, which holds the parts.
 """
 
@@ -20,14 +20,14 @@ from stages.core.files import read_json, write_json
 
 logger = logging.getLogger(__name__)
 
-# The training loop; all it imports is the code that decides how a run goes.
+# The training loop; it and all it imports determine a run's result.
 ENTRY = "stages/core/finetune/trainer.py"
 PACKAGES = ("jax", "jaxlib", "keras", "keras-hub", "numpy")
 RUN = "run.json"
 
 
 def with_program(parts: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the parts that a run follows from, with the code and the packages added.
+    """Return all that a run depends on: the parts, the code and the packages.
 
     Args:
         parts: settings, data, base, mesh and the like; what JSON can hold.
@@ -46,7 +46,7 @@ def fingerprint_of(parts: Mapping[str, Any]) -> str:
 
 
 def record(folder: Path, parts: Mapping[str, Any]) -> None:
-    """Keep the parts beside the run's checkpoints; if other code or packages left checkpoints of this run, say so.
+    """Save the parts next to the run's checkpoints; log if other code or packages left checkpoints of this run.
 
     Args:
         folder: of the run's checkpoints.

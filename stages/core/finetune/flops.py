@@ -1,6 +1,6 @@
-"""Arithmetic of a training step, and how fast this machine multiplies matrices: what a step could take at best.
+"""Arithmetic of a training step, and this machine's matrix product rate, for the model flops utilization.
 
-Purpose: a share of the machine's peak says more than seconds, and can be compared between machines.
+Purpose: a share of the machine's peak is comparable between machines; seconds are not.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ PRODUCTS = 3
 def step_flops(backbone: keras.Model, batch: int, length: int) -> int:
     """Return the model flops of a training step.
 
-    Model flops count what the mathematics needs, a multiplication and an addition as 2, in matrix products only; what
-    an implementation computes twice is not counted (PaLM, appendix B: https://arxiv.org/abs/2204.02311). A token takes:
+    Model flops count the matrix products of the mathematics, a multiplication and an addition as 2; recomputation is
+    not counted (PaLM, appendix B: https://arxiv.org/abs/2204.02311). A token takes:
 
     - each weight that a product touches: 2 forward, 2 for the gradient in its input, and 2 more for its own gradient
       unless it is frozen. The embedding table is touched once, as the output head. A LoRA kernel B on queries, keys and
@@ -33,8 +33,8 @@ def step_flops(backbone: keras.Model, batch: int, length: int) -> int:
 
     Args:
         backbone: with its adapter, frozen as it is trained.
-        batch: windows a step, without padding of the batch.
-        length: tokens a window.
+        batch: sequences per step, without padding of the batch.
+        length: tokens per sequence.
     """
     tokens = batch * length
     shapes = {variable.path: variable.shape for variable in backbone.variables}

@@ -1,4 +1,4 @@
-"""The optimizer, its learning rate at each step, and where its slots lie on the mesh."""
+"""The optimizer, its learning rate at each step, and the sharding of its slots."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def make_optimizer(settings: Finetune, steps: int) -> keras.optimizers.Optimizer
 def slot_placements(
     optimizer: keras.optimizers.Optimizer, placements: Sequence[Placement], mesh: MeshShape
 ) -> dict[int, Placement]:
-    """Return where the optimizer's slots lie, by their number among its variables: each with the weight it belongs to.
+    """Return the sharding of the optimizer's slots by their number among its variables, each with its weight.
 
     Args:
         optimizer: built; its variables need no values.
@@ -101,10 +101,10 @@ def slot_placements(
 
 
 def optimizer_placements(model: LoadedModel, optimizer: keras.optimizers.Optimizer) -> list[Placement]:
-    """Return where the optimizer's slots lie, compared with what the devices really hold.
+    """Return the sharding of the optimizer's slots, after comparing it with the actual one.
 
     Raises:
-        RuntimeError: a slot lies elsewhere on the devices, which would be a fault of ours.
+        RuntimeError: internal error: actual and planned sharding differ.
     """
     found = slot_placements(optimizer, model.placements, model.mesh_shape)
     for number, placement in found.items():

@@ -1,6 +1,6 @@
-"""Being told to stop: a signal is noted, the run stops itself where nothing is lost.
+"""Graceful shutdown: a signal is recorded, and the run stops itself where nothing is lost.
 
-Purpose: a preemptible machine sends SIGTERM some seconds before it goes; a person presses Ctrl-C.
+Purpose: a preemptible machine sends SIGTERM some seconds before it shuts down; a person presses Ctrl-C.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stopped(StageError):
-    """The run stopped because it was told to; the exit code is a shell's for the signal (128 + its number)."""
+    """The run stopped because of a signal; the exit code is a shell's for it (128 + its number)."""
 
     def __init__(self, message: str, number: int) -> None:
         """Keep the signal's number in the exit code."""
@@ -24,26 +24,28 @@ class Stopped(StageError):
 
 
 class Interruption:
-    """Within the block the first SIGTERM or SIGINT is only noted; a second one acts as if there were no block."""
+    """Within the block the first SIGTERM or SIGINT is only recorded; a second one acts as usual."""
 
-    def __init__(self) -> None:
-        """Note nothing yet."""
+    def __init__(self, *, enabled: bool = True) -> None:
+        """Prepare to record signals; if not enabled, signals act as usual."""
+        self._enabled = enabled
         self.received: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interruption:
         """Take over both signals."""
-        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        if self._enabled:
+            self._before = {number: signal.signal(number, self._record) for number in SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Give them back."""
-        self._give_back()
+        """Restore their handlers."""
+        self._restore()
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
-        self._give_back()
+        self._restore()
 
-    def _give_back(self) -> None:
+    def _restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)

@@ -1,6 +1,6 @@
-"""Prompts as token ids, as they stand or in Gemma's turn format, and the tokens that end a text.
+"""Prompts as token ids, plain or in Gemma's chat template, and the tokens that end a text.
 
-Purpose: `generate` and the samples of `finetune` put prompts the same way.
+Purpose: `generate` and the samples of `finetune` encode prompts the same way.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from stages.core.presets.tokenizer import Tokenizer
-from stages.core.tokenize.chat import END, Turns
+from stages.core.tokenize.chat import END, ChatTemplate
 from stages.core.tokenize.control_tokens import ControlTokens
 
 if TYPE_CHECKING:
@@ -25,29 +25,28 @@ def encode(tokenizer: Tokenizer, prompts: Sequence[str], *, turns: bool) -> tupl
     Args:
         tokenizer: of the preset.
         prompts: the texts.
-        turns: put each in the turn format, where `<end_of_turn>` ends a text too.
+        turns: apply the chat template, in which `<end_of_turn>` ends a text too.
 
     Raises:
-        StageError: the vocabulary has no turn format.
+        StageError: the vocabulary has no chat template.
     """
     if not turns:
         return [[tokenizer.bos, *ids] for ids in ControlTokens(tokenizer).as_text(prompts)], (tokenizer.eos,)
-    form = Turns(tokenizer)
-    return form.prompts(prompts), (tokenizer.eos, form.end)
+    template = ChatTemplate(tokenizer)
+    return template.prompts(prompts), (tokenizer.eos, template.end)
 
 
 def warn_of_another_format(tokenizer: Tokenizer, trained: Mapping[str, np.ndarray], *, turns: bool) -> None:
-    """Say so where the training data are in Gemma's turn format and the prompts are not put in it.
+    """Warn if the training data are in Gemma's chat template and the prompts are not.
 
     Args:
         tokenizer: of the preset.
-        trained: the arrays of the training sequences, see `stages.core.tokenize.packing`; they are in the turn format
-        if
-            `<end_of_turn>` is one of the targets trained on.
+        trained: the arrays of the training sequences, see `stages.core.tokenize.packing`; they are in the chat template
+            if `<end_of_turn>` is one of the targets trained on.
         turns: as for `encode`.
     """
     if not turns and ((trained["target_ids"] == tokenizer.piece_id(END)) & (trained["weights"] > 0)).any():
         logger.warning(
-            "the training data are in Gemma's turn format, and with generate.turns: false no prompt is put "
-            "in it. Set generate.turns: true, or the outputs are not what was trained."
+            "the training data are in Gemma's chat template, and with generate.turns: false the prompts are "
+            "not. Set generate.turns: true, or the model is prompted in a format it was not trained on."
         )

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
-from stages.core.model import cross_entropy, decoder
+from stages.core.model import decoder, tied_table
 from stages.core.model.causal_lm import CausalModel
 
 
@@ -24,7 +24,7 @@ from stages.core.model.causal_lm import CausalModel
 class SamplerSettings:
     """How the next token is chosen; hashable, since the loop is compiled for it.
 
-    `temperature` 0.0 takes the likeliest; `top_k` None samples among all. Each of `stop_ids` ends a text. `pieces` is
+    `temperature` 0.0 is greedy; `top_k` None samples from all. Each of `stop_ids` ends a text. `pieces` is
     the size of the vocabulary: rows of the table beyond it stand for no text and are never chosen.
     """
 
@@ -59,7 +59,7 @@ class Sampler:
         Returns:
             The new token ids of each prompt, up to and without the first stop token.
         """
-        plan = self._model._plan
+        plan = self._model.head_plan
         batch_devices = plan.mesh.shape["batch"] if plan.mesh is not None else 1
         rows = -(-len(prompts) // batch_devices) * batch_devices
         longest = max(len(prompt) for prompt in prompts)
@@ -98,17 +98,17 @@ def _generate(
     keys: jax.Array,
 ) -> jax.Array:
     """Return int32 (rows, max_tokens): the new tokens, then stop tokens, the first for all."""
-    backbone, plan, constrain = model.backbone, model._plan, model._constrain
+    backbone, plan, constrain = model.backbone, model.head_plan, model.constrain
     rows, longest = ids.shape
     stop = settings.stop_ids[0]
     with keras.StatelessScope(state_mapping=list(zip(backbone.variables, values, strict=True))):
-        table = backbone.token_embedding._embeddings.value.astype(backbone.token_embedding.compute_dtype)
-        vocabulary, table = table.shape[0], cross_entropy.padded(table, plan)
+        table = model.table.value.astype(backbone.token_embedding.compute_dtype)
+        vocabulary, table = table.shape[0], tied_table.padded(table, plan)
 
         def advance(caches: Any, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, Any]:
-            embedded = constrain(cross_entropy.embed(table, tokens, plan), "hidden")
+            embedded = constrain(tied_table.embed(table, tokens, plan), "hidden")
             return decoder.hidden_states_cached(
-                backbone, embedded, positions, caches, constrain=constrain, projections=model._projections
+                backbone, embedded, positions, caches, constrain=constrain, projections=model.projections
             )
 
         def choose(hidden: jax.Array, step: jax.Array) -> jax.Array:
@@ -117,7 +117,7 @@ def _generate(
             return jnp.where(jnp.isin(token, jnp.array(settings.stop_ids)), stop, token)
 
         def pick(hidden: jax.Array, step: jax.Array) -> jax.Array:
-            z = cross_entropy.logits(hidden, table, vocabulary, plan)
+            z = tied_table.logits(hidden, table, vocabulary, plan)
             if settings.pieces is not None and settings.pieces < z.shape[-1]:
                 z = jnp.where(jnp.arange(z.shape[-1]) < settings.pieces, z, -jnp.inf)
             if settings.temperature == 0.0:

@@ -1,6 +1,6 @@
 """The tuned weights on disk: an adapter (or, with rank 0, all weights) as safetensors keyed by weight path.
 
-Purpose: one file that says itself what it belongs to; loading it on another base is refused.
+Purpose: one self-describing file; loading it on another base is refused.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def load(path: Path, base: str) -> dict[str, np.ndarray]:
     description = describe(path)
     if description["base"] != base:
         raise StageError(
-            f"Tuned weights go on the base they were trained on: {description['preset']} ({description['base'][:12]}). "
-            f"Received: base={base[:12]}. Run `dvc repro finetune` for this preset."
+            f"Tuned weights must be applied to the base they were trained on: {description['preset']} "
+            f"({description['base'][:12]}). Received: base={base[:12]}. Run `dvc repro finetune` for this preset."
         )
     return load_file(path)

@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Iterator
 from types import ModuleType
 from typing import TYPE_CHECKING
+
+from stages.core.sharding.keras_internals import declared_only
 
 if TYPE_CHECKING:
     import keras
@@ -31,22 +31,6 @@ def build_backbone(architecture: Architecture, dtype: str) -> keras.Model:
     backbone_class = getattr(import_keras_hub().models, architecture.class_name)
     with declared_only():
         return backbone_class(**architecture.config, dtype=dtype, name="backbone")
-
-
-@contextlib.contextmanager
-def declared_only() -> Iterator[None]:
-    """Within this block new Keras variables get a shape, a dtype and a path, and no value.
-
-    `from_preset` would fill them with random numbers first and throw these away. Keras keeps a list of such variables
-    and would initialise them when any later stateless scope ends, so they are taken off it.
-    """
-    import keras
-    from keras.src.backend.common import global_state
-
-    before = list(global_state.get_global_attribute("uninitialized_variables", [], set_to_default=True))
-    with keras.StatelessScope(initialize_variables=False):
-        yield
-    global_state.set_global_attribute("uninitialized_variables", before)
 
 
 def import_keras_hub() -> ModuleType:

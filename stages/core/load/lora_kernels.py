@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from stages.core.common.errors import StageError
-from stages.core.load.backbone import declared_only
 from stages.core.records.layout import LoraConfig
+from stages.core.sharding.keras_internals import declared_only, layers_within
 
 if TYPE_CHECKING:
     import keras
@@ -35,7 +35,7 @@ def target_layers(backbone: keras.Model, targets: Sequence[str]) -> list[Any]:
     Raises:
         StageError: a target that is no regular expression, or matches nothing; the message names what there is.
     """
-    layers = [layer for layer in backbone._flatten_layers(include_self=False) if layer.name in PROJECTIONS]
+    layers = [layer for layer in layers_within(backbone) if layer.name in PROJECTIONS]
     paths = {layer.path: layer for layer in layers if layer.weights}
     chosen = set()
     for target in targets:
@@ -66,7 +66,7 @@ def declare(backbone: keras.Model, lora: LoraConfig) -> None:
     if lora.rank == 0:
         return
     chosen = target_layers(backbone, lora.targets)
-    for layer in backbone._flatten_layers(include_self=False):
+    for layer in layers_within(backbone):
         layer.trainable = False
     with declared_only():
         for layer in chosen:

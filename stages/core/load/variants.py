@@ -17,7 +17,8 @@ from stages.core.common.paths import MANIFEST, Paths, variant_folder
 from stages.core.common.progress import bytes_bar
 from stages.core.load import adapter, lora_kernels, weight_loading
 from stages.core.load.backbone import build_backbone
-from stages.core.presets.architecture import Architecture, read_architecture
+from stages.core.presets.architecture import Architecture
+from stages.core.presets.formats import format_of
 from stages.core.presets.manifest import read_manifest, verified_folder
 from stages.core.records.layout import LoraConfig, MeshShape, NamedLayout
 from stages.core.records.manifest import Manifest
@@ -75,7 +76,7 @@ def open_preset(paths: Paths) -> Preset:
     """
     manifest = read_manifest(paths.read(MANIFEST))
     folder = verified_folder(manifest, paths.root)
-    return Preset(manifest, folder, read_architecture(folder, manifest.format))
+    return Preset(manifest, folder, format_of(manifest.format).read_architecture(folder))
 
 
 def model_config(preset: Preset, dtype: str, mesh: MeshShape, layout: NamedLayout) -> ModelConfig:
@@ -152,7 +153,7 @@ def fill_model(model: LoadedModel, preset: Preset, trained: dict[str, Any]) -> N
     memory = weight_loading.ArraySource(trained)
     total = sum(placement.weight.bytes for placement in model.placements)
     with (
-        weight_loading.open_source(preset.folder, preset.manifest.format, preset.architecture) as files,
+        format_of(preset.manifest.format).open_weights(preset.folder, preset.architecture) as files,
         bytes_bar("Loading weights", total) as show,
     ):
         weight_loading.fill(
@@ -164,7 +165,7 @@ def check_placed(model: LoadedModel) -> None:
     """Compare what the devices really hold with the layout, weight by weight.
 
     Raises:
-        RuntimeError: they differ, which would be a fault of ours: the report must not say what is not so.
+        RuntimeError: internal error: actual and planned sharding differ.
     """
     by_path = {placement.weight.path: placement for placement in model.placements}
     for variable in model.backbone.weights:

@@ -6,30 +6,17 @@ Reads: the preset's files, and an adapter or full weights of a tuned variant.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from stages.core.common.errors import StageError
+from stages.core.presets.formats import WeightSource
+from stages.core.sharding.keras_internals import place
 from stages.core.sharding.layout import Placement, Weight
 
 if TYPE_CHECKING:
     import keras
     import numpy as np
-
-    from stages.core.presets.architecture import Architecture
-    from stages.core.presets.gguf import GgufWeights
-
-
-class WeightSource(Protocol):
-    """Anything that hands out slices of weights by path."""
-
-    def read(self, path: str, index: tuple[slice, ...]) -> np.ndarray:
-        """Return a slice of a weight."""
-
-    def shape(self, path: str) -> tuple[int, ...]:
-        """Return the shape of the whole weight."""
 
 
 def weights_of(backbone: keras.Model) -> list[Weight]:
@@ -43,29 +30,6 @@ def weights_of(backbone: keras.Model) -> list[Weight]:
         )
         for variable in backbone.weights
     ]
-
-
-@contextlib.contextmanager
-def open_source(folder: Path, file_format: str, architecture: Architecture) -> Iterator[WeightSource]:
-    """Open a preset's weights.
-
-    Raises:
-        StageError: they are not those of the architecture.
-    """
-    if file_format == "gguf":
-        from stages.core.presets.gguf import GgufWeights
-
-        yield GgufSource(GgufWeights(next(folder.glob("*.gguf"))))
-    elif file_format == "safetensors":
-        from stages.core.presets.safetensors import SafetensorsWeights
-
-        with contextlib.closing(SafetensorsWeights(folder)) as source:
-            yield source
-    else:
-        from stages.core.presets.keras_h5 import KerasWeights
-
-        with KerasWeights(folder, architecture) as source:
-            yield source
 
 
 def fill(
@@ -121,10 +85,7 @@ def fill(
             shards += jax.block_until_ready(held)
             del values
         value = jax.make_array_from_single_device_arrays(shape, layout.backend_layout, shards)
-        # The layout is what Keras consults when it derives others from it: optimizer slots get their weight's.
-        variable._layout = layout
-        variable._value = value
-        variable._initializer = None
+        place(variable, value, layout)
         if progress:
             done += placement.weight.bytes
             progress(done)
@@ -166,26 +127,3 @@ class ArraySource:
     def shape(self, path: str) -> tuple[int, ...]:
         """Return the shape of the whole weight."""
         return self._arrays[path].shape
-
-
-class GgufSource:
-    """Slices of a GGUF file's weights: quantized rows are read alone, other slices are cut from the whole weight."""
-
-    def __init__(self, weights: GgufWeights) -> None:
-        """Keep at most one whole weight at a time."""
-        self._weights = weights
-        self._whole: tuple[str, np.ndarray] | None = None
-
-    def read(self, path: str, index: tuple[slice, ...]) -> np.ndarray:
-        """Return a slice of a weight as float32."""
-        shape = self.shape(path)
-        if all(cut.indices(size) == (0, size, 1) for cut, size in zip(index[1:], shape[1:], strict=True)):
-            return self._weights.read(path, index[0])
-        # A weight split over another axis is cut several times in a row: dequantize it once.
-        if self._whole is None or self._whole[0] != path:
-            self._whole = (path, self._weights.read(path))
-        return self._whole[1][index]
-
-    def shape(self, path: str) -> tuple[int, ...]:
-        """Return the shape of the whole weight."""
-        return self._weights.shape(path)

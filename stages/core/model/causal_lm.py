@@ -20,9 +20,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from stages.core.common.errors import StageError
-from stages.core.model import cross_entropy, decoder
+from stages.core.model import cross_entropy, decoder, tied_table
 from stages.core.model.lora import Dropout
 from stages.core.model.tensor_parallel import Projections
+from stages.core.sharding.keras_internals import embedding_table, set_value, update_metrics
 from stages.core.sharding.layout import Placement, axes_of
 
 
@@ -33,12 +34,16 @@ class CausalModel(keras.Model):
     float32. The loss is the mean over tokens of weight x cross-entropy: Keras' own with
     `reduction="mean_with_sample_weight"`. A step may also take (batch, batches, length): its loss and gradients are
     those of one batch of all their sequences, in the memory of one of the batches and one more copy of the gradients.
+
+    Attributes:
+        backbone, head_plan, constrain, projections: what the sampler works with too, see `make_model`.
+        dropout_step: how many batches were trained on, None without dropout.
     """
 
     def __init__(
         self,
         backbone: keras.Model,
-        plan: cross_entropy.HeadPlan,
+        plan: tied_table.HeadPlan,
         constrain: decoder.Constrain = decoder.unconstrained,
         projections: Projections = decoder.SINGLE,
         rematerialize: bool = False,
@@ -48,12 +53,12 @@ class CausalModel(keras.Model):
         """Wrap a loaded backbone; nothing is copied. The arguments are those of `make_model`."""
         super().__init__(name="causal_model")
         self.backbone = backbone
-        self._plan = plan
-        self._constrain = constrain
-        self._projections = projections
+        self.head_plan = plan
+        self.constrain = constrain
+        self.projections = projections
         self._rematerialize = rematerialize
         self._dropout, self._seed = dropout, seed
-        # What a step drops follows from its number alone, so that a run that goes on drops what it would have.
+        # Dropout depends only on (seed, step, layer), so a resumed run drops the same values.
         self.dropout_step = None
         if dropout:
             self.dropout_step = self.add_weight(
@@ -66,22 +71,27 @@ class CausalModel(keras.Model):
         self.built = True
 
     def call(self, inputs: Mapping[str, jax.Array], training: bool = False) -> dict[str, jax.Array]:
-        """Return each token's loss in nats and whether its target was the likeliest word."""
+        """Return each token's loss in nats and whether its target was the most likely token."""
         embedding = self.backbone.token_embedding
-        table = embedding._embeddings.value
-        embedded = cross_entropy.embed(table, inputs["token_ids"], self._plan, embedding.compute_dtype)
-        embedded = self._constrain(embedded, "hidden")
+        table = self.table.value
+        embedded = tied_table.embed(table, inputs["token_ids"], self.head_plan, embedding.compute_dtype)
+        embedded = self.constrain(embedded, "hidden")
         hidden = decoder.hidden_states(
             self.backbone,
             embedded,
             decoder.causal_mask(inputs["segment_ids"]),
-            constrain=self._constrain,
-            projections=self._projections,
+            constrain=self.constrain,
+            projections=self.projections,
             dropout=self._drop() if training and self.dropout_step is not None else None,
             rematerialize=self._rematerialize and training,
         )
-        loss, correct = cross_entropy.token_losses(hidden, table, inputs["target_ids"], self._plan)
+        loss, correct = cross_entropy.token_losses(hidden, table, inputs["target_ids"], self.head_plan)
         return {"loss": loss, "correct": correct}
+
+    @property
+    def table(self) -> keras.Variable:
+        """The embedding table (vocabulary, hidden), which is the output head too."""
+        return embedding_table(self.backbone)
 
     def _drop(self) -> Dropout:
         """Return this step's dropout, with a random stream for each (seed, step, layer path), and count the step."""
@@ -119,7 +129,7 @@ class CausalModel(keras.Model):
             (_, (loss, predicted, rest, metrics)), part = gradients_of(
                 trainable, rest, metrics, batch, None, None, training=True, optimizer_variables=optimizer
             )
-            logs, metrics = self._update_metrics_variables(metrics, loss, batch, None, predicted, None)
+            logs, metrics = update_metrics(self, metrics, loss, batch, predicted)
             return (jax.tree.map(jnp.add, gradients, part), rest, metrics), logs
 
         zeros = [jnp.zeros_like(each) for each in trainable]
@@ -133,15 +143,15 @@ class CausalModel(keras.Model):
         """Return the means since the epoch began (as Keras shows) and this batch's own, and its tokens."""
         weights = x["weights"]
         correct = y_pred["correct"].astype("float32")
-        learnt = (weights > 0).astype("int32")
+        trained_on = (weights > 0).astype("int32")
         self._token_loss.update_state(y_pred["loss"], weights)
         self._token_accuracy.update_state(correct, weights)
-        self._token_count.update_state(learnt)
+        self._token_count.update_state(trained_on)
         return {
             **self.get_metrics_result(),
             "batch_loss": jnp.sum(y_pred["loss"] * weights) / _total(x),
             "batch_accuracy": jnp.sum(correct * weights) / _total(x),
-            "batch_tokens": jnp.sum(learnt),
+            "batch_tokens": jnp.sum(trained_on),
         }
 
     def measure(self, batches: keras.utils.PyDataset, tokens: int, verbose: int = 0) -> dict[str, float]:
@@ -165,7 +175,7 @@ class CausalModel(keras.Model):
         return measured
 
     def token_losses(self, batches: keras.utils.PyDataset, verbose: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """Return the loss of each token, and whether its target was the likeliest word, by Keras' `predict`.
+        """Return the loss of each token, and whether its target was the most likely token, by Keras' `predict`.
 
         Args:
             batches: sequences of one length.
@@ -198,8 +208,8 @@ class CausalModel(keras.Model):
 
     def _place_metrics(self) -> None:
         """Put the metrics on the mesh, whole: see `pin_to_mesh`."""
-        if self._plan.mesh is not None:
-            _pin(self.metrics_variables, self._plan.mesh)
+        if self.head_plan.mesh is not None:
+            _pin(self.metrics_variables, self.head_plan.mesh)
 
     def get_config(self) -> dict[str, Any]:
         """Refuse: the model is a run's, and what is kept of it are the trained weights."""
@@ -230,7 +240,7 @@ def make_model(
         dropout: share of what goes into an adapter that is dropped in training (0.0 to below 1.0).
         seed: of the dropout.
     """
-    plan = cross_entropy.HeadPlan(
+    plan = tied_table.HeadPlan(
         soft_cap=backbone.token_embedding.logit_soft_cap,
         mesh=mesh,
         table_is_trained=backbone.token_embedding.trainable,
@@ -290,4 +300,4 @@ def _pin(variables: list[keras.Variable], mesh: jax.sharding.Mesh) -> None:
     whole = NamedSharding(mesh, P())
     for variable in variables:
         if not isinstance(variable.value.sharding, NamedSharding):
-            variable._value = jax.device_put(variable.value, whole)
+            set_value(variable, jax.device_put(variable.value, whole))

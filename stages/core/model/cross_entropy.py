@@ -18,103 +18,19 @@ Formulas, for a token with hidden state h, rows e_v and target t (c is the final
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-# Rows of the table in one matrix product: large enough for full speed on a CPU core's share, small enough that a
-# block's logits (tokens x 4096) stay in the cache hierarchy. Measured by tests/benchmarks.
-BLOCK_ROWS = 4096
-# Tokens that walk the table together. Each walk reads the whole table, so few are wanted; 2,048 keep a TPU's units busy
-# for far longer than that takes (v5e: 240 operations a byte), and what the walk holds grows with them.
-MOST_TOKENS = 2048
-
-
-@dataclass(frozen=True)
-class HeadPlan:
-    """How the head runs. Hashable: it is a static argument of the compiled function.
-
-    `mesh` None: one device. Else tokens are split over `batch_axis` and table rows over `vocabulary_axis`, whatever it
-    has devices.
-    """
-
-    soft_cap: float | None
-    mesh: Mesh | None = None
-    batch_axis: str = "batch"
-    vocabulary_axis: str = "model"
-    table_is_trained: bool = False
-    block_rows: int = BLOCK_ROWS
-    most_tokens: int = MOST_TOKENS
-
-
-def padded(table: jax.Array, plan: HeadPlan) -> jax.Array:
-    """Return the table (vocabulary, hidden) with as many rows of zeros at the end as the axis wants to divide it."""
-    missing = 0 if plan.mesh is None else -table.shape[0] % plan.mesh.shape[plan.vocabulary_axis]
-    if not missing:
-        return table
-    # Held as the head splits it, so that no device makes the whole of what it takes a part of.
-    return jax.lax.with_sharding_constraint(
-        jnp.pad(table, ((0, missing), (0, 0))), NamedSharding(plan.mesh, P(plan.vocabulary_axis, None))
-    )
-
-
-def logits(hidden: jax.Array, table: jax.Array, vocabulary: int, plan: HeadPlan) -> jax.Array:
-    """Return the logits of a few tokens, soft cap and all.
-
-    Args:
-        hidden: (tokens, hidden), split over the batch axis.
-        table: as `padded` returns it, so that who calls this in a loop pads it once.
-        vocabulary: the rows that are words.
-        plan: soft cap and mesh.
-
-    Returns:
-        float32 (tokens, vocabulary).
-    """
-    z = jnp.einsum("nd,vd->nv", hidden, table, preferred_element_type=jnp.float32)
-    if plan.mesh is not None:
-        split = NamedSharding(plan.mesh, P(plan.batch_axis, plan.vocabulary_axis))
-        z = jax.lax.with_sharding_constraint(z, split)[:, :vocabulary]
-    return _cap(z, plan.soft_cap)
-
-
-def embed(table: jax.Array, token_ids: jax.Array, plan: HeadPlan, dtype: Any = None) -> jax.Array:
-    """Look up rows of the table: (vocabulary, hidden), int32 (batch, length) to (batch, length, hidden).
-
-    Each device looks up the rows it holds and the parts are summed; left to itself XLA may gather the whole table. On a
-    mesh the result is split over time where the axis divides that, as hidden states between blocks are.
-
-    The result is in `dtype`, None: the table's. The gradient of a row is a sum over all tokens of that word, so a
-    trained table's is in the table's own dtype throughout.
-    """
-    dtype = dtype or table.dtype
-    if not plan.table_is_trained:
-        table = table.astype(dtype)
-    if plan.mesh is None:
-        return jnp.take(table, token_ids, axis=0).astype(dtype)
-    table = padded(table, plan)
-    split_time = _splits_time(token_ids.shape[1], plan)
-
-    def local(table: jax.Array, ids: jax.Array) -> jax.Array:
-        # Of the parts all but one are zero: their sum is exact in any dtype.
-        rows = _lookup(table, ids - _offset(table, plan)).astype(dtype)
-        return _sum_parts(rows, split_time, plan)
-
-    return jax.shard_map(
-        local,
-        mesh=plan.mesh,
-        in_specs=(P(plan.vocabulary_axis, None), P(plan.batch_axis, None)),
-        out_specs=P(plan.batch_axis, plan.vocabulary_axis if split_time else None, None),
-    )(table, token_ids)
+from stages.core.model.tied_table import HeadPlan, cap, cap_slope, first_row, lookup, padded, splits_time, sum_parts
 
 
 def token_losses(
     hidden: jax.Array, table: jax.Array, target_ids: jax.Array, plan: HeadPlan
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the loss of each token, and whether the target was the likeliest word.
+    """Return the loss of each token, and whether the target was the most likely token.
 
     Args:
         hidden: (batch, length, hidden), the final normalised hidden states.
@@ -169,44 +85,14 @@ def _forward(
     hidden: jax.Array, table: jax.Array, target_ids: jax.Array, plan: HeadPlan, vocabulary: int, *, with_gradient: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """Loss, hit, log-sum-exp (batch, length) and the gradient of each token's loss in its hidden state."""
-
-    split_time = plan.mesh is not None and _splits_time(target_ids.shape[1], plan)
-    is_padded = vocabulary < table.shape[0]
-
-    def piece(hidden: jax.Array, table: jax.Array, target_ids: jax.Array) -> Any:
-        if split_time:
-            hidden = jax.lax.all_gather(hidden, plan.vocabulary_axis, axis=1, tiled=True)
-        shape = target_ids.shape
-        h = hidden.reshape(-1, hidden.shape[-1])
-        offset = _offset(table, plan)
-        targets = target_ids.reshape(-1) - offset
-        words = vocabulary - offset if is_padded else None
-        maximum, total, best, mixed = _walk(h, table, plan, words, with_gradient)
-        # The target's own logit comes from its row, which one device holds.
-        target_rows = _lookup(table, targets)
-        target_logit = _cap(jnp.sum(h.astype(jnp.float32) * target_rows.astype(jnp.float32), axis=-1), plan.soft_cap)
-        if plan.mesh is not None:
-            axis = plan.vocabulary_axis
-            target_logit = jax.lax.psum(target_logit, axis)
-            overall = jax.lax.pmax(maximum, axis)
-            # The first of equal maxima, as argmax would take.
-            best = jax.lax.pmin(jnp.where(maximum == overall, best + offset, jnp.iinfo(jnp.int32).max), axis)
-            share = jnp.exp(maximum - overall)
-            total = jax.lax.psum(total * share, axis)
-            maximum = overall
-        else:
-            share = jnp.ones_like(maximum)
-        log_sum = maximum + jnp.log(total)
-        results = [log_sum - target_logit, best == target_ids.reshape(-1), log_sum]
-        results = [each.reshape(shape) for each in results]
-        if with_gradient:
-            slope = _slope(target_logit, plan.soft_cap)
-            unit = mixed * (share / total)[:, None] - slope[:, None] * target_rows.astype(jnp.float32)
-            unit = unit.reshape(hidden.shape)
-            if plan.mesh is not None:
-                unit = _sum_parts(unit, split_time, plan)
-            results.append(unit.astype(hidden.dtype))
-        return tuple(results)
+    split_time = plan.mesh is not None and splits_time(target_ids.shape[1], plan)
+    piece = functools.partial(
+        _piece,
+        plan=plan,
+        vocabulary=vocabulary if vocabulary < table.shape[0] else None,
+        split_time=split_time,
+        with_gradient=with_gradient,
+    )
 
     def local(hidden: jax.Array, table: jax.Array, target_ids: jax.Array) -> Any:
         rows, length = target_ids.shape
@@ -241,6 +127,55 @@ def _forward(
     return results if with_gradient else (*results, None)
 
 
+def _piece(
+    hidden: jax.Array,
+    table: jax.Array,
+    target_ids: jax.Array,
+    *,
+    plan: HeadPlan,
+    vocabulary: int | None,
+    split_time: bool,
+    with_gradient: bool,
+) -> tuple[jax.Array, ...]:
+    """What `_forward` returns, of a device's part of a piece of time, without the gradient where none is wanted.
+
+    `vocabulary` is how many of all rows are words, where rows were added; None: all.
+    """
+    if split_time:
+        hidden = jax.lax.all_gather(hidden, plan.vocabulary_axis, axis=1, tiled=True)
+    shape = target_ids.shape
+    h = hidden.reshape(-1, hidden.shape[-1])
+    offset = first_row(table, plan)
+    targets = target_ids.reshape(-1) - offset
+    words = None if vocabulary is None else vocabulary - offset
+    maximum, total, best, mixed = _walk(h, table, plan, words, with_gradient)
+    # The target's own logit comes from its row, which one device holds.
+    target_rows = lookup(table, targets)
+    target_logit = cap(jnp.sum(h.astype(jnp.float32) * target_rows.astype(jnp.float32), axis=-1), plan.soft_cap)
+    if plan.mesh is not None:
+        axis = plan.vocabulary_axis
+        target_logit = jax.lax.psum(target_logit, axis)
+        overall = jax.lax.pmax(maximum, axis)
+        # The first of equal maxima, as argmax would take.
+        best = jax.lax.pmin(jnp.where(maximum == overall, best + offset, jnp.iinfo(jnp.int32).max), axis)
+        share = jnp.exp(maximum - overall)
+        total = jax.lax.psum(total * share, axis)
+        maximum = overall
+    else:
+        share = jnp.ones_like(maximum)
+    log_sum = maximum + jnp.log(total)
+    results = [log_sum - target_logit, best == target_ids.reshape(-1), log_sum]
+    results = [each.reshape(shape) for each in results]
+    if with_gradient:
+        slope = cap_slope(target_logit, plan.soft_cap)
+        unit = mixed * (share / total)[:, None] - slope[:, None] * target_rows.astype(jnp.float32)
+        unit = unit.reshape(hidden.shape)
+        if plan.mesh is not None:
+            unit = sum_parts(unit, split_time, plan)
+        results.append(unit.astype(hidden.dtype))
+    return tuple(results)
+
+
 def _pieces(rows: int, length: int, parts: int, most_tokens: int) -> int:
     """Return into how many equal pieces of time a batch is cut: a piece has at most so many tokens, if that can be."""
     pieces = 1
@@ -260,8 +195,8 @@ def _walk(
 
     def step(carry: Any, rows: jax.Array, start: jax.Array | int) -> Any:
         maximum, total, best, mixed = carry
-        z = _cap(jnp.einsum("nd,vd->nv", h, rows, preferred_element_type=jnp.float32), plan.soft_cap)
-        slope = _slope(z, plan.soft_cap)
+        z = cap(jnp.einsum("nd,vd->nv", h, rows, preferred_element_type=jnp.float32), plan.soft_cap)
+        slope = cap_slope(z, plan.soft_cap)
         if words is not None:
             # Not -inf: a device may hold no word at all, and its sum, of no weight then, must stay a number.
             z = jnp.where(start + jnp.arange(rows.shape[0]) < words, z, jnp.finfo(z.dtype).min)
@@ -313,13 +248,13 @@ def _table_gradient(
         hidden: jax.Array, table: jax.Array, target_ids: jax.Array, log_sum: jax.Array, weights: jax.Array
     ) -> Any:
         h = hidden.reshape(-1, hidden.shape[-1])
-        targets = target_ids.reshape(-1) - _offset(table, plan)
+        targets = target_ids.reshape(-1) - first_row(table, plan)
         log_sum, weights = log_sum.reshape(-1), weights.reshape(-1)
 
         def step(gradient: jax.Array, rows: jax.Array, start: jax.Array | int) -> jax.Array:
-            z = _cap(jnp.einsum("nd,vd->nv", h, rows, preferred_element_type=jnp.float32), plan.soft_cap)
+            z = cap(jnp.einsum("nd,vd->nv", h, rows, preferred_element_type=jnp.float32), plan.soft_cap)
             hit = targets[:, None] == start + jnp.arange(rows.shape[0])[None, :]
-            p = (jnp.exp(z - log_sum[:, None]) - hit) * _slope(z, plan.soft_cap) * weights[:, None]
+            p = (jnp.exp(z - log_sum[:, None]) - hit) * cap_slope(z, plan.soft_cap) * weights[:, None]
             block = jnp.einsum("nv,nd->vd", p.astype(h.dtype), h, preferred_element_type=jnp.float32)
             return jax.lax.dynamic_update_slice_in_dim(gradient, block, start, axis=0)
 
@@ -336,37 +271,3 @@ def _table_gradient(
             check_vma=False,
         )
     return local(hidden, table, target_ids, log_sum, weights)
-
-
-def _splits_time(length: int, plan: HeadPlan) -> bool:
-    """Whether sums over the vocabulary's parts end up split over time."""
-    return plan.mesh is not None and length % plan.mesh.shape[plan.vocabulary_axis] == 0
-
-
-def _sum_parts(parts: jax.Array, split_time: bool, plan: HeadPlan) -> jax.Array:
-    """Add the devices' parts (batch, length, hidden); split over time that is half of the traffic."""
-    if split_time:
-        return jax.lax.psum_scatter(parts, plan.vocabulary_axis, scatter_dimension=1, tiled=True)
-    return jax.lax.psum(parts, plan.vocabulary_axis)
-
-
-def _offset(table: jax.Array, plan: HeadPlan) -> jax.Array | int:
-    """The number of the first row that this device holds."""
-    return 0 if plan.mesh is None else jax.lax.axis_index(plan.vocabulary_axis) * table.shape[0]
-
-
-def _lookup(table: jax.Array, rows: jax.Array) -> jax.Array:
-    """Rows of the local table; zeros for numbers outside of it."""
-    inside = (rows >= 0) & (rows < table.shape[0])
-    found = jnp.take(table, jnp.clip(rows, 0, table.shape[0] - 1), axis=0)
-    return jnp.where(inside[..., None], found, jnp.zeros((), table.dtype))
-
-
-def _cap(z: jax.Array, soft_cap: float | None) -> jax.Array:
-    """Gemma 2's final-logit soft cap."""
-    return z if soft_cap is None else soft_cap * jnp.tanh(z / soft_cap)
-
-
-def _slope(z: jax.Array, soft_cap: float | None) -> jax.Array:
-    """The derivative of the capped logit in the raw one, from the capped one."""
-    return jnp.ones_like(z) if soft_cap is None else 1.0 - jnp.square(z / soft_cap)

@@ -1,6 +1,6 @@
 """Gemma's forward pass over keras-hub's own layers and weights.
 
-Purpose: keras-hub's backbones take no attention mask, so reviews packed into one window would see each other; they
+Purpose: keras-hub's backbones take no attention mask, so reviews packed into one sequence would see each other; they
 form the full kernel W + AB for LoRA; and the sampler needs a cache with a position a row. This module calls the same
 layers in the same order with the three added. It is the only place that knows keras-hub's attribute names inside a
 block, and `tests/model/test_decoder.py` holds it to the backbones' own output for every family.
@@ -21,6 +21,7 @@ from stages.core.model.lora import Dropout
 from stages.core.model.products import product
 from stages.core.model.rotary import Rotary
 from stages.core.model.tensor_parallel import Projections
+from stages.core.presets.architecture import FAMILIES
 
 Cache = tuple[jax.Array, jax.Array]
 # Puts an activation where the mesh wants it, by its role (see causal.activation_layout).
@@ -155,9 +156,9 @@ def _norm(layer: Any, x: jax.Array) -> jax.Array:
 
 
 def _rotary(backbone: keras.Model, positions: jax.Array) -> Rotary:
-    """Return the rotary embeddings of a pass; keras-hub interleaves their halves for Gemma and Gemma 2."""
+    """Return the rotary embeddings of a pass."""
     layers = [layer.attention.rope_layer for layer in backbone.transformer_layers]
-    return Rotary(layers, positions, backbone.head_dim, interleaved=type(backbone).__name__ == "GemmaBackbone")
+    return Rotary(layers, positions, backbone.head_dim, interleaved=FAMILIES[type(backbone).__name__].interleaved)
 
 
 def _window(layer: Any, queries: jax.Array, keys: jax.Array) -> jax.Array | None:
@@ -197,7 +198,7 @@ def _attention(
     if getattr(attention, "use_query_key_norm", False):
         query = _norm(attention.query_norm, query)
         key = _norm(attention.key_norm, key)
-    # Held once more, so that the backward pass finds the whole keys; XLA would gather them again for it.
+    # Constrain again after RoPE so that the backward pass reuses the gathered keys; XLA would gather them again.
     query = run.constrain(run.rotary(attention.rope_layer, query), "query")
     key = run.constrain(run.rotary(attention.rope_layer, key), "key")
     if cache is not None:

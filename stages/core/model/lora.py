@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from stages.core.sharding.keras_internals import kernel_of
+
 if TYPE_CHECKING:
     import jax
 
@@ -34,7 +36,7 @@ def project(layer: Any, x: jax.Array, dropout: Dropout | None = None, *, divided
 
 def arrays_of(layer: Any) -> dict[str, jax.Array]:
     """Return the layer's kernel, and its LoRA kernels if it has them, each in the dtype it is kept in."""
-    arrays = {"kernel": layer._kernel}
+    arrays = {"kernel": kernel_of(layer)}
     if layer.lora_enabled:
         arrays |= {"lora_kernel_a": layer.lora_kernel_a, "lora_kernel_b": layer.lora_kernel_b}
     return {name: variable.value for name, variable in arrays.items()}
@@ -62,7 +64,7 @@ def base(layer: Any, x: jax.Array, arrays: dict[str, jax.Array]) -> jax.Array:
 
     kernel = arrays["kernel"]
     # A frozen kernel has no gradient, for which x would be kept.
-    return product(layer.equation, x, kernel if layer._kernel.trainable else kernel.astype(x.dtype))
+    return product(layer.equation, x, kernel if kernel_of(layer).trainable else kernel.astype(x.dtype))
 
 
 def narrowed(layer: Any, x: jax.Array, a: jax.Array) -> jax.Array:

@@ -15,19 +15,19 @@ import jax.numpy as jnp
 
 
 def product(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    """Return an einsum in the dtype of `x`, whose gradient in `w` is computed and summed in the dtype of `w`.
+    """Return an einsum in the dtype of `x`; its gradient with respect to `w` is computed and summed in that of `w`.
 
     Args:
         equation: of two operands, without an ellipsis; each index of `w` is one of `x` or of the result.
         x: an activation, in the compute dtype.
-        w: what the gradient of is a sum over tokens, in the compute dtype or float32: a weight, or keys or values.
+        w: a weight, or keys or values, in the compute dtype or float32; its gradient is a sum over tokens.
 
     Returns:
         The product in the dtype of `x`.
     """
     if w.dtype == x.dtype:
         return jnp.einsum(equation, x, w)
-    # Inside of `shard_map` the sum over devices is the way back of this cast, so it has to be of `w` as it is kept.
+    # Inside `shard_map` the sum over devices is this cast's backward pass, so it must be of `w` in its own dtype.
     return _product(equation, _varying_as(x, w), _varying_as(w, x))
 
 

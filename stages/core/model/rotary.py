@@ -1,9 +1,8 @@
-"""Rotary position embeddings: queries and keys turned by their positions, with the angles worked out once a pass.
+"""Rotary position embeddings: queries and keys rotated by their positions, with angles computed once per pass.
 
-Purpose: left to itself XLA computes each angle's sine and cosine again for every head, block and direction, inside the
-products that use them; on a CPU that cost more than the products. The way back of a rotation is the rotation by the
-opposite angle: written down, it needs no padding of halves, which is what JAX derives.
-
+Purpose: by default XLA recomputes each angle's sine and cosine for every head, block and direction, inside the products
+that use them; on a CPU that cost more than the products. The backward pass of a rotation is the rotation by the
+opposite angle: written explicitly, it needs no padding of halves, which JAX would derive.
 Formula: https://arxiv.org/abs/2104.09864, with keras-hub's linear scaling of positions.
 """
 
@@ -21,15 +20,15 @@ Angles = tuple[jax.Array, jax.Array]
 
 
 class Rotary:
-    """Turns queries and keys of one forward pass."""
+    """Rotates queries and keys of one forward pass."""
 
     def __init__(self, layers: Sequence[Any], positions: jax.Array, head_dim: int, *, interleaved: bool) -> None:
-        """Work out the angles of each kind of layer.
+        """Compute the angles of each kind of layer.
 
         Args:
             layers: keras-hub's `RotaryEmbedding` layers.
             positions: int32 (batch, length), or (1, length) where all rows are alike.
-            head_dim: numbers a head.
+            head_dim: size of a head.
             interleaved: whether results alternate between the two halves, as the original checkpoints' heads of Gemma
                 and Gemma 2 do, or follow one another.
         """

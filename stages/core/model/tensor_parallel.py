@@ -24,6 +24,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from stages.core.model.lora import Dropout, apply, arrays_of, base, narrowed, project, widen
+from stages.core.sharding.keras_internals import kernel_of
 from stages.core.sharding.layout import Placement, axes_of
 
 KERNELS = ("kernel", "lora_kernel_a", "lora_kernel_b")
@@ -114,7 +115,7 @@ class Projections:
 
     def _kernel(self, layer: Any) -> tuple[Any, ...]:
         """Return how a layer's kernel is split over the model axis; activations have spent the batch axis already."""
-        spec = self._specs.get(f"{layer.path}/kernel", (None,) * len(layer._kernel.shape))
+        spec = self._specs.get(f"{layer.path}/kernel", (None,) * len(kernel_of(layer).shape))
         return tuple(None if "batch" in axes_of(axis) else axis for axis in spec)
 
     def _output(self, layer: Any) -> tuple[Any, ...]:
@@ -166,7 +167,7 @@ def _narrow_everywhere(
         if "lora_kernel_a" not in arrays:
             continue
         a, by_heads = arrays["lora_kernel_a"], spec["lora_kernel_a"][0] is not None
-        # What it is short of are a few numbers; the positions that it has would be many more.
+        # Gather A (rank numbers per head) rather than the activations.
         whole = jax.lax.all_gather(a, "model", axis=0, tiled=True) if by_heads else a
         (exchanged if by_heads else gathered)[layer.path] = narrowed(layer, x, whole)
     devices = jax.lax.axis_size("model")

@@ -1,3 +1,3 @@
 """Memory and time of a step on devices that are not there, by the real compiler.
-Imports `finetune` (the same step), `fetch` (the catalog) and what lies below them.
+Imports `finetune` (the same step), `fetch` (the catalog) and what they import.
 """

@@ -1,4 +1,4 @@
-"""What the chips can do at most: the numbers behind every lower bound, with their sources.
+"""Peak rates of the chips, with their sources.
 
 Purpose: the one table of peak rates; `stages.core.plan.roofline` divides by them and by nothing else.
 """
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 class Chip:
     """A TPU chip's peaks.
 
-    `flops`: bfloat16 matrix operations a second. A product of float32 numbers runs through the same units, six
-    times over (`hlo.ProgramCosts.pass_flops`). `memory_bytes` and `memory_rate` (bytes a second): its HBM.
-    `link_rate`: bytes a second that the chip can send to its neighbours over all its links together, one way.
+    `flops`: bfloat16 matrix operations per second. A product of float32 numbers runs through the same units six
+    times (`hlo.ProgramCosts.pass_flops`). `memory_bytes` and `memory_rate` (bytes per second): its HBM.
+    `link_rate`: bytes per second that the chip can send to its neighbours over all its links together, one way.
     """
 
     flops: float

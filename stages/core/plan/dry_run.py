@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from stages.core.common.paths import MANIFEST, Paths
 from stages.core.fetch import catalog
 from stages.core.load.shapes import count_parameters, count_trainable, resolve_shapes
-from stages.core.presets.architecture import Architecture, read_architecture
+from stages.core.presets.architecture import Architecture
+from stages.core.presets.formats import format_of
 from stages.core.presets.manifest import read_manifest, verified_folder
 from stages.core.records.layout import LoraConfig, MeshShape, NamedLayout
 from stages.core.sharding import devices
@@ -59,7 +60,7 @@ def fetched(paths: Paths) -> tuple[str, Architecture]:
     # A GGUF file holds its configuration within, and is not hashed for it.
     small = [file.name for file in manifest.files if file.name == "config.json"]
     folder = verified_folder(manifest, paths.root, only=small)
-    return manifest.preset, read_architecture(folder, manifest.format)
+    return manifest.preset, format_of(manifest.format).read_architecture(folder)
 
 
 def summary(placements: Sequence[Placement], mesh: MeshShape, layout: NamedLayout, lora: LoraConfig) -> str:

@@ -1,7 +1,7 @@
-"""Reading a compiled program: its matrix products, its collectives, and what it moves to and from memory.
+"""Costs of a compiled program, read from its HLO: matrix products, collectives and memory traffic.
 
 Purpose: XLA's own cost analysis counts the body of a loop once, and its `optimal_seconds` was seen to be negative. Here
-the program's text is read, and what a loop does is counted as often as it does it.
+the program's text is read, and a loop's body is counted once per iteration.
 
 The text is XLA's HLO after all passes, one instruction a line:
     %name = f32[2,3]{1,0:T(8,128)S(1)} opcode(%operand, ...), attribute=..., ...
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
-# Instructions that move nothing: they name, bundle or control others.
+# Instructions without memory traffic: they name, bundle or control others.
 FREE = frozenset(
     [
         "parameter",
@@ -47,7 +47,7 @@ _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{")
 
 @dataclass(frozen=True)
 class Array:
-    """An array in a type: bits an element, dimensions, and whether it lies in the device's main memory."""
+    """An array in a type: bits per element, dimensions, and whether it is in the device's main memory."""
 
     bits: int
     dimensions: tuple[int, ...]
@@ -84,7 +84,7 @@ class Instruction:
 class Collective:
     """Collectives of one kind, as often as they run.
 
-    `bytes` is what a device hands in or gets, the larger; `wire_bytes` what it must send at the least: a ring's share
+    `bytes` is what a device hands in or gets, the larger; `wire_bytes` the minimum that it must send: a ring's share
     (https://arxiv.org/abs/1802.05799).
     """
 
@@ -95,7 +95,7 @@ class Collective:
 
 @dataclass(frozen=True)
 class ProgramCosts:
-    """What one device does in one run of the program.
+    """Costs of one run of the program on one device.
 
     `pass_flops`: the matrix flops, each as often as a TPU's bfloat16 units do it for the precision that is asked for.
     """
@@ -150,7 +150,7 @@ def largest_buffers(text: str, count: int) -> list[dict[str, Any]]:
 
     Args:
         text: as for `costs`.
-        count: how many at the most.
+        count: maximum number.
 
     Returns:
         `bytes`, `shape` and `operator` (where in the model it is made), the largest first.
@@ -170,7 +170,7 @@ def largest_buffers(text: str, count: int) -> list[dict[str, Any]]:
 
 
 def _begins(instruction: Instruction, chains: set[str]) -> bool:
-    """Whether a collective is not yet counted: a TPU's runs through several fusions, and stands in each of them."""
+    """Whether a collective is not yet counted: a TPU's runs through several fusions, and is listed in each of them."""
     found = re.search(r'chain_id="([^"]*)"', instruction.attributes)
     if found is None:
         return True
@@ -199,7 +199,7 @@ def _parse(text: str) -> tuple[dict[str, _Computation], str]:
 
 
 def _instruction(name: str, rest: str) -> Instruction | None:
-    """Take `type opcode(operands), attributes` apart."""
+    """Parse `type opcode(operands), attributes`."""
     end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.find(" ")
     kind, rest = rest[:end], rest[end:].lstrip()
     opening = rest.find("(")
@@ -269,7 +269,7 @@ def _reached(computations: dict[str, _Computation], entry: str) -> Iterator[tupl
 
 
 def _trip_count(instruction: Instruction, computations: dict[str, _Computation]) -> int:
-    """Return how often a loop runs: what XLA found out, else the constant that its condition compares with, else 1."""
+    """Return how often a loop runs: XLA's known trip count, else the constant in its condition, else 1."""
     if found := re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', instruction.attributes):
         return int(found[1])
     for name in instruction.called("condition"):
@@ -392,7 +392,7 @@ def _traffic(instruction: Instruction, computation: _Computation, computations: 
         return 0
     results = instruction.arrays
     if opcode != instruction.opcode:
-        # What begins an operation names its result beside its operand: copies first, all others second.
+        # What begins an operation names its result next to its operand: copies first, all others second.
         results = results[:1] if opcode == "copy" else results[1:2]
     written = sum(each.bytes for each in results if each.in_memory)
     read = [_read_bytes(name, computation) for name in instruction.operands]

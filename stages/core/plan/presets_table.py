@@ -1,7 +1,7 @@
 """Every public Gemma on the smallest of a few topologies that holds it, adapter and in full: the README's table.
 
-Purpose: `python -m stages.plan --presets README.md` writes it anew between its two marks. Like the search it goes over
-programs of two and four blocks, so each preset costs minutes, not an hour; answers are kept in the cache folder.
+Purpose: `python -m stages.plan --presets README.md` rewrites it between its two marks. Like the search it uses programs
+of two and four blocks, so each preset takes minutes, not an hour; results are cached.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 # The smallest first. All have eight devices or more on the model axis, as the tutorial's mesh has.
 LADDER = (("v5e:2x4", (1, 8)), ("v5p:2x2x2", (1, 8)), ("v5p:2x2x4", (1, 16)))
 LENGTH, BATCH, RANK, TARGETS = 512, 8, 4, ["query", "value"]
-# In full in what can learn: float32 weights, bfloat16 arithmetic.
+# Full fine-tuning needs float32 weights; arithmetic in bfloat16.
 DTYPES: dict[int, Dtype] = {RANK: "bfloat16", 0: "mixed_bfloat16"}
 BEGIN, END = "<!-- plan: presets -->", "<!-- plan: end -->"
 

@@ -6,7 +6,7 @@ XLA's own `optimal_seconds` is not used: it came out negative for one program.
             (roofline model: https://doi.org/10.1145/1498765.1498785, with the interconnect as a third roof)
 
 All three count what the compiled program does on one device. Nothing can be faster; vector work, latencies and waiting
-make real steps slower, and each device is granted all of its chip's links.
+make real steps slower, and each device is assumed to have all of its chip's links.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from stages.core.plan.topology import Topology
 
 @dataclass(frozen=True)
 class Bound:
-    """Seconds per step that each of the three takes at least; the largest is the bound."""
+    """Minimum seconds per step of each of the three; the largest is the bound."""
 
     compute: float
     memory: float

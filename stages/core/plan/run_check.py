@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from stages.core.common.paths import PLAN
+from stages.core.common.sizes import gibibytes
 from stages.core.config.schema import Finetune
 from stages.core.records.model_config import ModelConfig
 from stages.core.records.plan import PlanFile, RunKey
 
 logger = logging.getLogger(__name__)
-
-GIB = 2**30
 
 
 def warn_if_planned_not_to_fit(root: Path, run: RunKey, device_bytes: int | None) -> None:
@@ -38,12 +37,12 @@ def warn_if_planned_not_to_fit(root: Path, run: RunKey, device_bytes: int | None
             continue
         needed = target.needed_bytes_per_device
         if not target.fits:
-            size = f" it needs {needed / GIB:.2f} GiB per device" if needed else ""
+            size = f" it needs {gibibytes(needed)} per device" if needed else ""
             logger.warning(f"by the plan this run does not fit on {target.topology}:{size} ({label}).")
         elif needed and device_bytes and needed > device_bytes:
             logger.warning(
-                f"by the plan this run needs {needed / GIB:.2f} GiB per device, and those here have "
-                f"{device_bytes / GIB:.2f} GiB ({label})."
+                f"by the plan this run needs {gibibytes(needed)} per device, and those here have "
+                f"{gibibytes(device_bytes)} ({label})."
             )
 
 

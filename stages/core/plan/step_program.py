@@ -19,10 +19,11 @@ from jax.sharding import PartitionSpec as P
 from stages.core.config.schema import Finetune
 from stages.core.finetune.optimizer import make_optimizer, slot_placements
 from stages.core.load import lora_kernels, weight_loading
-from stages.core.load.backbone import build_backbone, declared_only
+from stages.core.load.backbone import build_backbone
 from stages.core.model.causal_lm import make_model
 from stages.core.presets.architecture import Architecture
 from stages.core.records.layout import MeshShape, NamedLayout
+from stages.core.sharding.keras_internals import declared_only, make_metrics
 from stages.core.sharding.layout import Placement, resolve
 from stages.core.tokenize.batches import INPUTS, padded_size
 
@@ -35,7 +36,7 @@ class StepRequest:
     """All that a step's program follows from.
 
     `path`: `ours` is what finetune runs; `tutorial` keras-hub's causal model compiled and trained as the tutorial does.
-    `length` is in tokens a window; everything else of the training is in `settings`.
+    `length` is in tokens per sequence; everything else of the training is in `settings`.
     """
 
     architecture: Architecture
@@ -144,8 +145,7 @@ def _tutorial(request: StepRequest, mesh: jax.sharding.Mesh) -> tuple[keras.Mode
     )
     with declared_only():
         model.optimizer.build(model.trainable_variables)
-    # The metrics' variables come with the first batch.
-    model._symbolic_build(data_batch=jax.tree.map(lambda each: keras.KerasTensor(each.shape, str(each.dtype)), data))
+    make_metrics(model, data)
     return model, placements, data
 
 

@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from stages.core.common.sizes import gibibytes
 from stages.core.records.plan import Estimate, PlanFile, Scaling, Search, Target
 
-GIB = 2**30
 BOUND = "step time >= (lower bound)"
 
 
@@ -91,7 +91,7 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) ->
 
 def size(value: float | None) -> str:
     """Return bytes in GiB."""
-    return "" if value is None else f"{value / GIB:.2f} GiB"
+    return "" if value is None else gibibytes(value)
 
 
 def _counts(collectives: Mapping[str, int]) -> str:

@@ -15,7 +15,8 @@ from stages.core.fetch import catalog
 from stages.core.fetch.catalog import REGISTRY, name_of
 from stages.core.plan.compilation import CompileRequest, StepCost
 from stages.core.plan.topology import cpu_devices
-from stages.core.presets.architecture import Architecture, read_architecture
+from stages.core.presets.architecture import Architecture
+from stages.core.presets.formats import format_of
 from stages.core.records.plan import RunKey, Target
 from stages.core.sharding.mesh import MeshShape
 from stages.core.sharding.named_layouts import make_layout
@@ -62,7 +63,7 @@ def architecture_of(params: Settings, step: PlanStep) -> tuple[str, Architecture
         from stages.core.fetch.local import folder_format
 
         folder = own_path(Path(), "fetch.path", params.fetch.path or "")
-        return params.fetch.preset, read_architecture(folder, folder_format(folder))
+        return params.fetch.preset, format_of(folder_format(folder)).read_architecture(folder)
     name = step.preset or params.fetch.preset
     known = REGISTRY.get(name_of(name))
     if name.startswith("hf://") and (known is None or known.like is None):

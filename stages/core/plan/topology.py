@@ -1,7 +1,6 @@
-"""Devices that are not there: TPU topologies described by libtpu, for the compiler alone, and simulated CPU devices.
+"""Device topologies for ahead-of-time compilation: TPUs described by libtpu, and simulated CPU devices.
 
-Purpose: the one place that uses JAX's topology descriptions and that knows libtpu's environment. Nothing here opens a
-TPU.
+Purpose: the only module that uses JAX's topology descriptions and libtpu's environment. It opens no TPU.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import Any
 from stages.core.common.errors import StageError
 from stages.core.plan.chips import CHIPS, Chip
 
-# Topologies worth naming to a person who asked for one that does not exist: a host, and a few slices.
+# Suggestions for a topology that does not exist: a host, and a few slices.
 EXAMPLES = {
     "v2": ("2x2", "4x4"),
     "v3": ("2x2", "4x4", "4x8"),
@@ -36,7 +35,7 @@ ENVIRONMENT = {
     "TPU_STDERR_LOG_LEVEL": "3",
     "TPU_MIN_LOG_LEVEL": "3",
     "TPU_LOG_DIR": "disabled",
-    # Compilers do not fight over a device: several processes may use libtpu at once.
+    # Compilation needs no device, so several processes may use libtpu at once.
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 
@@ -106,7 +105,7 @@ def describe(name: str) -> Topology:
 
 @contextlib.contextmanager
 def program_cache_off() -> Iterator[None]:
-    """Within the block JAX neither keeps compiled programs nor looks for kept ones: those of a TPU that is not there
+    """Within the block JAX neither keeps compiled programs nor looks for kept ones: those for an absent TPU
     cannot be read again (jax 0.10.2 warns of it each time)."""
     import jax
     from jax.experimental.compilation_cache import compilation_cache

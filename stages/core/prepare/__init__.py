@@ -1,3 +1,3 @@
-"""Bringing reviews, or pairs of prompt and response, from IMDb or a person's files: cleaned, split and counted.
+"""Reads reviews, or pairs of prompt and response, from IMDb or the user's files; cleans, splits and counts them.
 Imports `fetch` (downloads), `presets`, `config`, `files` and `common`.
 """

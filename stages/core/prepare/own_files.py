@@ -1,6 +1,6 @@
-"""Reviews, or pairs of prompt and response, from a person's own files.
+"""Reviews, or pairs of prompt and response, from the user's own files.
 
-Purpose: which columns are read, and one rule for what stands in them, whatever the format: a text stands as it is, a
+Purpose: which columns are read, and one rule for their values, whatever the format: a text is kept as it is, a
 number or a boolean becomes its text, null is empty, and anything else stops with file, row and column.
 Reads: the files that `prepare.train_file` or `prepare.validation_file` names.
 """
@@ -46,7 +46,7 @@ class Template(NamedTuple):
         return [column for _, column in self.pieces if column is not None]
 
     def fill(self, values: dict[str, str | None]) -> str | None:
-        """Return the text, None if all its columns are blank; white space that a blank one leaves at the ends goes."""
+        """Return the text, None if all its columns are blank; a blank column leaves no white space at the ends."""
         if len(self.pieces) == 1 and not self.pieces[0][0]:
             return values[self.columns[0]]
         found = [values[column] or "" for column in self.columns]
@@ -84,7 +84,7 @@ class Columns(NamedTuple):
         return {setting: column for setting, column in named.items() if column is not None}
 
     def received(self, setting: str) -> tuple[str, str]:
-        """Return the setting that a person wrote for this one, and it with its value, for a message."""
+        """Return the setting behind this one, and it with its value, for a message."""
         if self.format != "columns" and setting != "label_column":
             return "prepare.format", f"prepare.format={self.format}, which needs {shown(self.settings[setting])}"
         return f"prepare.{setting}", f"prepare.{setting}={shown(self.settings[setting])}"
@@ -113,7 +113,7 @@ def template(setting: str, column: str) -> Template:
             f"Received: prepare.{setting}={shown(column)} ({error})"
         ) from error
     if all(name is None for _, name, _, _ in parsed):
-        # {{ and }} stand for braces that are in a column's name.
+        # {{ and }} are braces in a column's name.
         return Template((("", "".join(piece for piece, *_ in parsed)),))
     if any(name == "" or specification or conversion for _, name, specification, conversion in parsed):
         raise ParamsError(
@@ -148,8 +148,7 @@ def file_reviews(paths: Sequence[Path], setting: str, columns: Columns) -> list[
 
     Args:
         paths: the files; a suffix names the format, see `stages.core.prepare.tables`. A folder has folders `pos` and
-        `neg`
-            (or one of them) with a text in each file, as the Large Movie Review Dataset has; the label is 1 or 0.
+            `neg` (or one of them) with one text per file, as the Large Movie Review Dataset has; the label is 1 or 0.
         setting: the settings key that named them, for messages.
         columns: what is read; a .txt file has only texts.
 
@@ -174,7 +173,7 @@ class Cells(NamedTuple):
     """What a row has, None for what it does not.
 
     Of a conversation, prompt and text are the last exchange, and `earlier` the turns before it; `other`: it is one in
-    which prompts and responses do not take turns.
+    which prompts and responses do not alternate.
     """
 
     text: str | None
@@ -290,7 +289,7 @@ def is_folder(path: Path) -> bool:
 
 
 def labels_of(texts: list[str | None]) -> Sequence[Label]:
-    """Return labels as whole numbers if every one is such that fits 64 bits, else as they stand; None where blank.
+    """Return labels as whole numbers if every one is such that fits 64 bits, else unchanged; None where blank.
 
     A zero in front makes a number a word: 01 is not 1. A table of decimal numbers has whole ones as 1.0.
     """
@@ -302,7 +301,7 @@ def labels_of(texts: list[str | None]) -> Sequence[Label]:
 
 
 def _check_columns(path: Path, table: Table, columns: Columns, templates: dict[str, Template]) -> None:
-    """Stop when a column is not there, and tell which are not used."""
+    """Stop when a column is missing, and log which are not used."""
     for setting, each in templates.items():
         for column in each.columns:
             if column not in table.columns:
@@ -325,7 +324,7 @@ def _check_columns(path: Path, table: Table, columns: Columns, templates: dict[s
 
 
 def _cell(value: Any, path: Path, place: str, column: str | None) -> str | None:
-    """Return what stands in a cell as text, None for null."""
+    """Return a cell's value as text, None for null."""
     if value is None:
         return None
     where = f"in {place} of {shown(path)}" + ("" if column is None else f", column {shown(column, 40)}")

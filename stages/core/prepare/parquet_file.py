@@ -1,6 +1,6 @@
 """The Parquet files of reviews: columns text, label, id; of pairs: prompt, response, label, id; of longer ones earlier.
 
-Purpose: the same reviews give the same bytes. Which of the two a file is, its columns tell.
+Purpose: the same reviews give the same bytes. A file's columns show which of the two it is.
 Writes: `data/imdb/train.parquet`, `data/imdb/validation.parquet`.
 """
 

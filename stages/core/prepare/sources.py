@@ -32,7 +32,7 @@ def prepare_reviews(settings: Prepare, root: Path, cache: Path) -> tuple[dict[st
 
     Raises:
         ParamsError: a wrong path or column, or more reviews held out than there are.
-        StageError: the source cannot be had, or nothing is left to train on.
+        StageError: the source is not available, or nothing is left to train on.
     """
     train, validation = _open(settings, root, cache)
     tally = Tally()

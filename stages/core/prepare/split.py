@@ -1,6 +1,6 @@
 """Shuffling reviews and holding some out, the same for the same seed.
 
-Purpose: a held-out part whose labels are in the same proportion as in the whole.
+Purpose: a held-out part with the same proportion of labels as the whole.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def hold_out(reviews: Sequence[Review], count: int, seed: int) -> tuple[list[Rev
     exact = [count * len(group) for group in groups.values()]  # in units of 1 / len(reviews), so that ties are exact
     places = [share // len(reviews) for share in exact]
     remainders = [share % len(reviews) for share in exact]
-    # Equal remainders are ordered by lot, else the labels that come first in the file would always win.
+    # Equal remainders are ordered at random, else the labels that come first in the file would always win.
     lot = generator.permutation(len(groups))
     order = sorted(range(len(groups)), key=lambda group: (-remainders[group], lot[group]))
     for group in order[: count - sum(places)]:

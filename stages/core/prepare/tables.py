@@ -1,8 +1,8 @@
-"""Rows of a file, as they stand: CSV and TSV, JSON Lines, a JSON array, Parquet, or text with one row a line.
+"""Rows of a file, unchanged: CSV and TSV, JSON Lines, a JSON array, Parquet, or text with one row a line.
 
 Purpose: one rule for all formats. A value is a text, None, or what only some formats have (a boolean, a list, an
-object); a number is its text as the file spells it. Nothing is guessed or repaired: what is malformed stops with its
-place.
+object); a number is its text as the file spells it. Nothing is guessed or repaired: malformed content is an error with
+its place.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ BYTE_ORDER_MARKS = {
     codecs.BOM_UTF16_BE: "utf-16-be",
     b"\x84\x31\x95\x33": "gb18030",
 }
-# What other kinds of files begin with, which people give a text file's name.
+# Magic bytes of other kinds of files that may have a text file's name.
 OTHER_FILES = {
     b"\x1f\x8b": "gzip data, whose name ends in .gz",
     b"PK\x03\x04": "a ZIP archive (or a spreadsheet)",
@@ -136,7 +136,7 @@ def _text(path: Path, data: bytes) -> str:
 
 
 def _lines(text: str, end: str) -> Iterator[str]:
-    """Yield the lines of a text, without what ends them."""
+    """Yield the lines of a text, without line ends."""
     lines = text.split(end)
     yield from lines[:-1]
     if lines[-1]:
@@ -144,7 +144,7 @@ def _lines(text: str, end: str) -> Iterator[str]:
 
 
 def _plain_lines(text: str) -> Iterator[str]:
-    """Yield the lines of a text that has no quoting, without what ends them."""
+    """Yield the lines of a text without quoting, without line ends."""
     if "\n" not in text:
         return _lines(text, "\r")
     return (line.removesuffix("\r") for line in _lines(text, "\n"))
@@ -199,7 +199,7 @@ def _rows(
         else:
             raise ParamsError(
                 f"{shown(path)} must have {len(header)} fields in every row, as in its header; a field that holds a "
-                f"delimiter, a quote or a line end stands in double quotes. Received: {len(fields)} fields in {place}"
+                f"delimiter, a quote or a line end is in double quotes. Received: {len(fields)} fields in {place}"
             )
 
 
@@ -237,7 +237,7 @@ def _header_end(text: str, delimiter: str) -> str:
             last = match[0]
             yield last
 
-    # What is malformed is told when the records are read.
+    # Malformed records are reported when they are read.
     with contextlib.suppress(csv.Error):
         next((fields for fields in csv.reader(lines(), delimiter=delimiter, strict=True) if fields), None)
     return "\r" if last.endswith("\r") else "\n"
@@ -293,7 +293,7 @@ def _objects(path: Path, placed: Iterable[tuple[str, Any]], wanted: Sequence[str
 
 
 def _jsonl(path: Path, data: bytes, wanted: Sequence[str]) -> Table:
-    """Read a file with one JSON object a line."""
+    """Read a file with one JSON object per line."""
 
     def values(text: str) -> Iterator[tuple[str, Any]]:
         for number, line in enumerate(_plain_lines(text), start=1):
@@ -301,14 +301,14 @@ def _jsonl(path: Path, data: bytes, wanted: Sequence[str]) -> Table:
                 yield f"line {number}", _json_value(line) if line.strip() else {}
             except ValueError as error:
                 raise ParamsError(
-                    f"{shown(path)} must hold one JSON object a line. Received: line {number}: {shown(error)}"
+                    f"{shown(path)} must hold one JSON object per line. Received: line {number}: {shown(error)}"
                 ) from error
 
     return _objects(path, values(_text(path, data)), wanted)
 
 
 def _json(path: Path, data: bytes, wanted: Sequence[str]) -> Table:
-    """Read a file with a JSON array of objects; what does not begin as an array is read as one object a line."""
+    """Read a file with a JSON array of objects; what does not begin as an array is read as one object per line."""
     text = _text(path, data)
     if not text.lstrip().startswith("["):
         return _jsonl(path, data, wanted)
@@ -353,7 +353,7 @@ def _column_values(column: Any) -> list[Any]:
 
 
 def kind_of(value: Any) -> str:
-    """Return what a value that is no text is, for a message."""
+    """Return the kind of a value that is not text, for a message."""
     names = {list: "a list", dict: "an object", bytes: "binary data", bool: "a boolean", str: "a text or number"}
     return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")
 

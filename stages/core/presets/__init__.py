@@ -1,3 +1,3 @@
 """A preset on disk, in its three formats (keras-hub, Hugging Face safetensors, GGUF): its manifest, architecture,
-weights and tokenizer, read as files of strangers. Imports `files` and `common`.
+weights and tokenizer, read as untrusted files. Imports `files` and `common`.
 """

@@ -1,23 +1,19 @@
-"""A Gemma's shape without its weights: the backbone's class and arguments.
+"""A Gemma's shape without its weights: the backbone's class and arguments, and what follows from its family.
 
 Purpose: everything about a preset that layouts, loading and planning need before a byte of weights is read.
-Reads: `config.json` of a keras-hub preset or of a Hugging Face folder, or the metadata of a GGUF file.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from stages.core.common.errors import StageError, shown
-from stages.core.presets.untrusted import Heads, HeadSize, Layers, Positive, Size, Typed, brief, parse, read_object
+from stages.core.presets.untrusted import Heads, HeadSize, Layers, Positive, Size, Typed, parse
 
 EPSILON = 1e-6
 """keras-hub builds every block's norms with it, whatever the backbone's argument says."""
-
-FLOATS = ("float32", "bfloat16", "float16", "float64", "mixed_bfloat16", "mixed_float16")
 
 
 class _Gemma(Typed):
@@ -55,10 +51,30 @@ class _Gemma3(_Gemma):
     embedding_dim: int | None = None
 
 
-BACKBONES: dict[str, type[_Gemma]] = {"GemmaBackbone": _Gemma, "Gemma3Backbone": _Gemma3}
+@dataclass(frozen=True)
+class Family:
+    """What sets the Gemmas of one of keras-hub's backbones apart; Gemma and Gemma 2 differ by its arguments only.
 
-# Keras' own bookkeeping, none of the backbone's arguments; dtype is ours to choose.
-BOOKKEEPING = ("name", "trainable", "dtype")
+    Attributes:
+        arguments: what the backbone takes.
+        gates: how many of a block's two gate matrices `intermediate_dim` counts together.
+        query_key_norm: whether queries and keys are normalised where no argument says otherwise.
+        interleaved: whether rotary embeddings alternate between the halves of a head, as in the original checkpoints.
+        block: the name of a block in Keras' weight files.
+    """
+
+    arguments: type[_Gemma]
+    gates: int
+    query_key_norm: bool
+    interleaved: bool
+    block: str
+
+
+FAMILIES = {
+    "GemmaBackbone": Family(_Gemma, 2, False, True, "gemma_decoder_block"),
+    "Gemma3Backbone": Family(_Gemma3, 1, True, False, "gemma3_decoder_block"),
+}
+"""By the name of the backbone's class."""
 
 
 @dataclass(frozen=True)
@@ -69,16 +85,16 @@ class Architecture:
     config: dict[str, Any]
 
     def __post_init__(self) -> None:
-        if self.class_name not in BACKBONES:
+        if self.class_name not in FAMILIES:
             raise StageError(
-                f"The preset must be a text Gemma ({' or '.join(BACKBONES)}). "
+                f"The preset must be a text Gemma ({' or '.join(FAMILIES)}). "
                 f"Received: backbone={shown(self.class_name)}."
             )
         if self.config.get("vision_encoder") is not None:
             raise StageError(
                 "The preset must be a text model. Received: a Gemma with a vision encoder. Use its _text preset."
             )
-        config = parse(BACKBONES[self.class_name], self.config, "The architecture of a Gemma")
+        config = parse(self.family.arguments, self.config, "The architecture of a Gemma")
 
         def need(holds: bool, key: str, allowed: str) -> None:
             if not holds:
@@ -104,69 +120,17 @@ class Architecture:
         else:
             need(config.intermediate_dim % 2 == 0, "intermediate_dim", "even: it counts both gates")
 
+    @property
+    def family(self) -> Family:
+        """What the backbone's class says."""
+        return FAMILIES[self.class_name]
 
-def read_architecture(folder: Path, file_format: str) -> Architecture:
-    """Return the architecture of a preset folder.
+    @property
+    def ffw_dim(self) -> int:
+        """Columns of one gate matrix."""
+        return self.config["intermediate_dim"] // self.family.gates
 
-    Args:
-        folder: the folder with the preset's files.
-        file_format: the manifest's: `keras`, `safetensors` (both have a `config.json`) or `gguf` (one `.gguf` file).
-
-    Raises:
-        StageError: the preset is not a text Gemma, has something that the forward pass does not compute, or its file
-            is not there.
-    """
-    if file_format == "gguf":
-        from stages.core.presets import gguf
-
-        files = sorted(folder.glob("*.gguf"))
-        if len(files) != 1:
-            raise StageError(
-                f"The preset folder must hold one .gguf file. Received: {len(files)} in {folder}. "
-                "Run `python -m stages.fetch`."
-            )
-        found = gguf.read_architecture(files[0])
-        return Architecture(found["class_name"], found["config"])
-    if file_format == "safetensors":
-        from stages.core.presets import hf_config
-
-        found = hf_config.read_architecture(folder)
-        return Architecture(found["class_name"], found["config"])
-    content = read_object(folder / "config.json")
-    if not isinstance(content.get("class_name"), str) or not isinstance(content.get("config"), dict):
-        raise StageError(
-            f"{folder / 'config.json'} must hold the class_name and config of a backbone. "
-            f"Received: keys {shown(', '.join(content))}"
-        )
-    if unknown := content.keys() - KERAS_KEYS:
-        raise StageError(
-            f"{folder / 'config.json'} has a key that Keras does not write. Received: {shown(min(unknown))}"
-        )
-    arguments = content["config"]
-    _refuse_quantized(arguments.get("dtype"))
-    return Architecture(
-        content["class_name"], {key: value for key, value in arguments.items() if key not in BOOKKEEPING}
-    )
-
-
-# What Keras and keras-hub's older presets write beside class and arguments; none of it is read.
-KERAS_KEYS = {
-    *("module", "class_name", "config", "registered_name", "build_config", "compile_config", "shared_object_id"),
-    *("assets", "weights"),
-}
-
-
-def _refuse_quantized(dtype: Any) -> None:
-    """Refuse a dtype policy under which the numbers in the file are not the weights.
-
-    Raises:
-        StageError: it is none of plain floats.
-    """
-    name = dtype
-    if isinstance(dtype, dict) and dtype.get("class_name") == "DTypePolicy" and isinstance(dtype.get("config"), dict):
-        name = dtype["config"].get("name")
-    if name is not None and name not in FLOATS:
-        raise StageError(
-            f"The weights must be plain floats, not quantized: save the preset before `quantize`. "
-            f"Received: dtype={brief(dtype)}"
-        )
+    @property
+    def has_query_key_norm(self) -> bool:
+        """Whether queries and keys are normalised."""
+        return self.config.get("use_query_key_norm", self.family.query_key_norm)

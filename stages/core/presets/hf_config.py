@@ -8,24 +8,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from stages.core.common.errors import StageError, shown
-from stages.core.presets.untrusted import (
-    Heads,
-    HeadSize,
-    Layers,
-    Positive,
-    Size,
-    Typed,
-    brief,
-    parse,
-    read_object,
-)
-
-if TYPE_CHECKING:
-    pass
-
+from stages.core.presets.architecture import FAMILIES, Architecture
+from stages.core.presets.untrusted import Heads, HeadSize, Layers, Positive, Size, Typed, brief, parse, read_object
 
 MODEL_TYPES = ("gemma", "gemma2", "gemma3_text", "gemma3")
 # keras-hub fixes the wavelengths of rotary embeddings: of Gemma and Gemma 2, and of Gemma 3's windowed layers; and of
@@ -180,8 +167,8 @@ def _understood(config: dict[str, Any], path: Path) -> dict[str, Any]:
     return left if pattern is None else {"sliding_window_pattern": pattern, **left}
 
 
-def read_architecture(folder: Path) -> dict[str, Any]:
-    """Return `{"class_name": ..., "config": {...}}`: the arguments of keras-hub's backbone, but for dtype.
+def read_architecture(folder: Path) -> Architecture:
+    """Return the architecture of a Hugging Face folder.
 
     Raises:
         StageError: the configuration lacks something, or has something that keras-hub's Gemma cannot express.
@@ -189,6 +176,7 @@ def read_architecture(folder: Path) -> dict[str, Any]:
     kind, config = read_config(folder)
     path = folder / "config.json"
     gemma3 = kind.startswith("gemma3")
+    class_name = "Gemma3Backbone" if gemma3 else "GemmaBackbone"
     heads, hidden, head_dim = config.num_attention_heads, config.hidden_size, config.head_dim
     arguments: dict[str, Any] = {
         "vocabulary_size": config.vocab_size,
@@ -196,8 +184,7 @@ def read_architecture(folder: Path) -> dict[str, Any]:
         "num_query_heads": heads,
         "num_key_value_heads": config.num_key_value_heads,
         "hidden_dim": hidden,
-        # GemmaBackbone counts both gate matrices, Gemma3Backbone counts one.
-        "intermediate_dim": config.intermediate_size if gemma3 else 2 * config.intermediate_size,
+        "intermediate_dim": config.intermediate_size * FAMILIES[class_name].gates,
         "head_dim": head_dim,
         "layer_norm_epsilon": config.rms_norm_eps,
     }
@@ -238,7 +225,7 @@ def read_architecture(folder: Path) -> dict[str, Any]:
             "local_rope_scaling_factor": rope["sliding_attention"][1],
             "global_rope_scaling_factor": rope["full_attention"][1],
         }
-    return {"class_name": "Gemma3Backbone" if gemma3 else "GemmaBackbone", "config": arguments}
+    return Architecture(class_name, arguments)
 
 
 def _rope(config: _Gemma, path: Path) -> dict[str, tuple[float, float, str]]:

@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 from stages.core.common.errors import StageError, shown
 from stages.core.presets.architecture import Architecture
 from stages.core.presets.safetensors import shards_of
+from stages.core.presets.tokenizer import KERAS_VOCABULARY
 from stages.core.presets.untrusted import read_object
+from stages.core.presets.weight_table import weight_table
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,42 +46,25 @@ def weight_files(folder: Path) -> tuple[str, ...]:
     return shards_of(read_object(folder / INDEX), folder / INDEX) if (folder / INDEX).is_file() else (SINGLE,)
 
 
-def stored_weights(architecture: Architecture) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Return for each weight path the name of its dataset in a weights file, and its shape.
+def needed_files(folder: Path) -> list[str]:
+    """Return the names of the files that the stages read, and of no other.
 
-    Keras names layers by their classes and counts them: `layers/gemma_decoder_block_1/attention/key_dense/vars/0`.
+    Raises:
+        StageError: the index of weight files cannot be read.
     """
-    config, gemma3 = architecture.config, architecture.class_name == "Gemma3Backbone"
-    hidden, head_dim = config["hidden_dim"], config["head_dim"]
-    heads, key_heads = config["num_query_heads"], config["num_key_value_heads"]
-    # GemmaBackbone counts both gate matrices, Gemma3Backbone counts one.
-    wide = config["intermediate_dim"] // (1 if gemma3 else 2)
-    block = {
-        "pre_attention_norm/scale": ("pre_attention_norm", (hidden,)),
-        "attention/query/kernel": ("attention/query_dense", (heads, hidden, head_dim)),
-        "attention/key/kernel": ("attention/key_dense", (key_heads, hidden, head_dim)),
-        "attention/value/kernel": ("attention/value_dense", (key_heads, hidden, head_dim)),
-        "attention/attention_output/kernel": ("attention/output_dense", (heads, head_dim, hidden)),
-        "pre_ffw_norm/scale": ("pre_ffw_norm", (hidden,)),
-        "ffw_gating/kernel": ("gating_ffw", (hidden, wide)),
-        "ffw_gating_2/kernel": ("gating_ffw_2", (hidden, wide)),
-        "ffw_linear/kernel": ("ffw_linear", (wide, hidden)),
-    }
-    for norm in ("post_attention_norm", "post_ffw_norm"):
-        if config.get(f"use_{norm}", False):
-            block[f"{norm}/scale"] = (norm, (hidden,))
-    if gemma3 and config.get("use_query_key_norm", True):
-        for norm in ("query_norm", "key_norm"):
-            block[f"attention/{norm}/scale"] = (f"attention/{norm}", (head_dim,))
-    found = {
-        "token_embedding/embeddings": ("layers/reversible_embedding/vars/0", (config["vocabulary_size"], hidden)),
-        "final_normalization/scale": ("layers/rms_normalization/vars/0", (hidden,)),
-    }
-    for number in range(config["num_layers"]):
-        layer = f"layers/gemma{'3' if gemma3 else ''}_decoder_block{f'_{number}' if number else ''}"
-        for path, (name, shape) in block.items():
-            found[f"decoder_block_{number}/{path}"] = (f"{layer}/{name}/vars/0", shape)
-    return found
+    weights = weight_files(folder)
+    index = [] if weights == (SINGLE,) else [INDEX]
+    return sorted({"config.json", KERAS_VOCABULARY, *weights, *index})
+
+
+def check_weights(folder: Path, architecture: Architecture) -> None:
+    """Check that the weight files hold the architecture's weights and nothing else, without reading a weight.
+
+    Raises:
+        StageError: names the weight that does not fit.
+    """
+    with KerasWeights(folder, architecture):
+        pass
 
 
 class KerasWeights:
@@ -129,7 +114,8 @@ class KerasWeights:
                     datasets[name.replace("_layer_checkpoint_dependencies/", "layers/", 1)] = (file, name)
 
             file.visititems(note)
-        for path, (name, shape) in stored_weights(architecture).items():
+        for path, weight in weight_table(architecture).items():
+            name, shape = weight.keras, weight.shape
             file, stored_as = datasets.pop(name, (None, name))
             if file is None:
                 # A link is not visited, and would lead out of the file.

@@ -6,6 +6,7 @@ Reads: `config.json`, and `model.safetensors` or the files that `model.safetenso
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
 from collections.abc import Iterable, Mapping
@@ -15,18 +16,14 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from pydantic import Field
 
 from stages.core.common.errors import StageError, shown
+from stages.core.presets.architecture import Architecture
 from stages.core.presets.hf_config import read_architecture, read_config
-from stages.core.presets.untrusted import (
-    Typed,
-    brief,
-    parse,
-    parse_object,
-    read_object,
-)
+from stages.core.presets.hf_tokenizer import vocabulary_files
+from stages.core.presets.untrusted import Typed, brief, parse, parse_object, read_object
+from stages.core.presets.weight_table import StoredWeight, weight_table
 
 if TYPE_CHECKING:
     import numpy as np
-
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # What has been read of a mapped file stays in this process's memory until the file is closed: after so many bytes.
@@ -35,14 +32,6 @@ LARGEST_HEADER = 25_000_000
 """Bytes; the format allows 100 MB, and those of the largest Gemma have about 100,000."""
 # Where the text tower's tensors lie, by what their names begin with; transformers has changed this over the years.
 PREFIXES = ("model.", "", "model.language_model.", "language_model.model.")
-
-
-class _Tensor(NamedTuple):
-    """Where a Keras weight comes from: tensor, the Keras shape, and the kind of conversion."""
-
-    name: str
-    shape: tuple[int, ...]
-    kind: str
 
 
 def weight_files(folder: Path) -> tuple[str, ...]:
@@ -56,6 +45,32 @@ def weight_files(folder: Path) -> tuple[str, ...]:
     if not (folder / INDEX).is_file():
         raise StageError(f"A Hugging Face folder must hold {SINGLE}, or {INDEX} with a weight_map. Received: {folder}")
     return shards_of(read_object(folder / INDEX), folder / INDEX)
+
+
+def needed_files(folder: Path) -> list[str]:
+    """Return the names of the files that the stages read, and of no other.
+
+    Raises:
+        StageError: the index of weight files cannot be read.
+    """
+    weights = weight_files(folder)
+    index = [] if weights == (SINGLE,) else [INDEX]
+    return sorted({"config.json", *vocabulary_files(folder), *weights, *index})
+
+
+def open_weights(folder: Path, architecture: Architecture) -> contextlib.closing[SafetensorsWeights]:
+    """Return the weights, for a `with` block at whose end the files are closed; config.json gives the architecture."""
+    return contextlib.closing(SafetensorsWeights(folder))
+
+
+def check_weights(folder: Path, architecture: Architecture) -> None:
+    """Check that the weight files hold the architecture's weights and nothing else, and no language head of its own.
+
+    Raises:
+        StageError: names the tensor that does not fit.
+    """
+    with open_weights(folder, architecture) as weights:
+        weights.check_head()
 
 
 def shards_of(index: dict[str, Any], path: Path) -> tuple[str, ...]:
@@ -144,7 +159,7 @@ HEAD = re.compile(r"(.*\.)?lm_head\.weight")
 PLAIN_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
-def check_tensors(folder: Path, stored: Mapping[str, Stored]) -> dict[str, _Tensor]:
+def check_tensors(folder: Path, stored: Mapping[str, Stored]) -> dict[str, StoredWeight]:
     """Hold the tensors that the headers state against the configuration, and return where each weight comes from.
 
     Args:
@@ -168,20 +183,23 @@ def check_tensors(folder: Path, stored: Mapping[str, Stored]) -> dict[str, _Tens
             f"language_model. in it), and do not. Received: {_some(stored)}\n"
             "Save the model itself with transformers' `save_pretrained`, without a wrapper around it."
         )
-    table = _table(read_architecture(folder)["config"], prefix, kind)
-    wanted = {tensor.name: path for path, tensor in table.items()}
-    for path, tensor in table.items():
-        if tensor.name not in stored:
-            others = [name for name in stored if name not in wanted]
+    table = {
+        path: weight._replace(hugging_face=prefix + weight.hugging_face)
+        for path, weight in weight_table(read_architecture(folder)).items()
+    }
+    wanted = {weight.hugging_face for weight in table.values()}
+    for path, weight in table.items():
+        if (name := weight.hugging_face) not in stored:
+            others = [each for each in stored if each not in wanted]
             raise StageError(
-                f"The weight files must hold {tensor.name} (for {path}), and do not. Received: "
-                f"{_some(difflib.get_close_matches(tensor.name, others, cutoff=0) or stored)}. "
+                f"The weight files must hold {name} (for {path}), and do not. Received: "
+                f"{_some(difflib.get_close_matches(name, others, cutoff=0) or stored)}. "
                 "Download the checkpoint again."
             )
-        if stored[tensor.name].shape != (shape := _stored_shape(tensor)):
+        if stored[name].shape != weight.matrix_shape:
             raise StageError(
-                f"The tensor {tensor.name} (for {path}) must have the shape {shape} that config.json gives it. "
-                f"Received: shape={stored[tensor.name].shape} in {stored[tensor.name].file}."
+                f"The tensor {name} (for {path}) must have the shape {weight.matrix_shape} that config.json gives it. "
+                f"Received: shape={stored[name].shape} in {stored[name].file}."
             )
     for name, found in stored.items():
         if name in wanted or HEAD.fullmatch(name):
@@ -242,7 +260,7 @@ class SafetensorsWeights:
         """
         import numpy as np
 
-        table = self._table["token_embedding/embeddings"].name
+        table = self._table["token_embedding/embeddings"].hugging_face
         for head in (name for name in self._stored if HEAD.fullmatch(name)):
             same = self._stored[head].shape == self._stored[table].shape
             rows = self._stored[table].shape[0] if same else 0
@@ -274,16 +292,17 @@ class SafetensorsWeights:
     def _read(self, path: str, index: tuple[slice, ...]) -> np.ndarray:
         import numpy as np
 
-        name, shape, kind = self._table[path]
+        weight = self._table[path]
+        name, shape, kind = weight.hugging_face, weight.shape, weight.kind
         stored = self._slices(self._stored[name].file).get_slice(name)
         cuts = [slice(*cut.indices(size)[:2]) for cut, size in zip(index, shape, strict=True)]
-        if kind == "same":
+        if kind in ("scale", "rows"):
             return stored[tuple(cuts)]
         if kind == "transposed":
             return stored[cuts[1], cuts[0]].T
         # A head's rows (or columns) lie together in a matrix of PyTorch's order, outputs x inputs.
         heads = range(cuts[0].start, cuts[0].stop)
-        if kind == "heads_first":
+        if kind == "heads_out":
             size, within, hidden = shape[2], cuts[2], cuts[1]
             parts = [stored[head * size + within.start : head * size + within.stop, hidden] for head in heads]
         else:
@@ -318,52 +337,3 @@ class SafetensorsWeights:
                 f"The weights file {file} must be a complete safetensors file ({error}). Received: "
                 f"folder={self._folder}. Download it again."
             ) from error
-
-
-def _table(config: dict[str, Any], prefix: str, kind: str) -> dict[str, _Tensor]:
-    """Return where each Keras weight comes from."""
-    hidden, head_dim = config["hidden_dim"], config["head_dim"]
-    heads, kv_heads = config["num_query_heads"], config["num_key_value_heads"]
-    wide = config["intermediate_dim"] if kind.startswith("gemma3") else config["intermediate_dim"] // 2
-    norms = {"pre_attention_norm": "input_layernorm"}
-    if kind == "gemma":
-        # Gemma's only other norm stands before the feed-forward layers, whatever its name says.
-        norms["pre_ffw_norm"] = "post_attention_layernorm"
-    else:
-        norms["post_attention_norm"] = "post_attention_layernorm"
-        norms["pre_ffw_norm"] = "pre_feedforward_layernorm"
-        norms["post_ffw_norm"] = "post_feedforward_layernorm"
-    block: dict[str, _Tensor] = {
-        f"{layer}/scale": _Tensor(f"{name}.weight", (hidden,), "same") for layer, name in norms.items()
-    }
-    if kind.startswith("gemma3"):
-        block["attention/query_norm/scale"] = _Tensor("self_attn.q_norm.weight", (head_dim,), "same")
-        block["attention/key_norm/scale"] = _Tensor("self_attn.k_norm.weight", (head_dim,), "same")
-    for layer, name, count in (("query", "q_proj", heads), ("key", "k_proj", kv_heads), ("value", "v_proj", kv_heads)):
-        shape = (count, hidden, head_dim)
-        block[f"attention/{layer}/kernel"] = _Tensor(f"self_attn.{name}.weight", shape, "heads_first")
-    block["attention/attention_output/kernel"] = _Tensor(
-        "self_attn.o_proj.weight", (heads, head_dim, hidden), "heads_last"
-    )
-    block["ffw_gating/kernel"] = _Tensor("mlp.gate_proj.weight", (hidden, wide), "transposed")
-    block["ffw_gating_2/kernel"] = _Tensor("mlp.up_proj.weight", (hidden, wide), "transposed")
-    block["ffw_linear/kernel"] = _Tensor("mlp.down_proj.weight", (wide, hidden), "transposed")
-    table = {
-        "token_embedding/embeddings": _Tensor("embed_tokens.weight", (config["vocabulary_size"], hidden), "same"),
-        "final_normalization/scale": _Tensor("norm.weight", (hidden,), "same"),
-    }
-    for number in range(config["num_layers"]):
-        for path, tensor in block.items():
-            table[f"decoder_block_{number}/{path}"] = tensor._replace(name=f"layers.{number}.{tensor.name}")
-    return {path: tensor._replace(name=prefix + tensor.name) for path, tensor in table.items()}
-
-
-def _stored_shape(tensor: _Tensor) -> tuple[int, ...]:
-    """Return the shape that the tensor has in the file."""
-    if tensor.kind == "heads_first":
-        heads, hidden, head_dim = tensor.shape
-        return (heads * head_dim, hidden)
-    if tensor.kind == "heads_last":
-        heads, head_dim, hidden = tensor.shape
-        return (hidden, heads * head_dim)
-    return tensor.shape[::-1] if tensor.kind == "transposed" else tensor.shape

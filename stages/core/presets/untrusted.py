@@ -1,6 +1,6 @@
-"""What comes with a stranger's preset, read so that nothing of it is believed: JSON, typed and bounded, and its words.
+"""Reads files of an untrusted preset: JSON, typed and bounded, and texts made safe to show.
 
-Purpose: a number is checked before anything is allocated by it, and a text cannot reach the terminal as it is.
+Purpose: a number is checked before anything is allocated by it, and a text is escaped before it is shown.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stages.core.common.errors import StageError, shown
 
-# Far above any Gemma, and low enough that no table over layers or rows of a mistaken preset fills the memory.
+# Far above any Gemma, and low enough that no table over layers or rows of a malformed preset fills the memory.
 Layers = Annotated[int, Field(ge=1, le=512)]
 Heads = Annotated[int, Field(ge=1, le=1024)]
 HeadSize = Annotated[int, Field(ge=2, le=4096, multiple_of=2)]  # rotary embeddings turn pairs
@@ -56,7 +56,7 @@ def parse(schema: type[T], content: Any, what: str) -> T:
 
 
 def brief(value: Any) -> str:
-    """Return a value of a stranger's for a message: at most 80 characters, none of them a control character."""
+    """Return an untrusted value for a message: at most 80 characters, none of them a control character."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return f"{value:.10g}" if abs(value) < 1e300 else "a number without end"
     text = ascii(value)
@@ -67,7 +67,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """Return the JSON object that a file of a preset holds.
 
     Raises:
-        StageError: it cannot be read, is no object, or says one thing twice.
+        StageError: it cannot be read, is no object, or has a key twice.
     """
     refuse_pointer(path)
     try:
@@ -83,12 +83,12 @@ def parse_object(content: bytes, what: str) -> dict[str, Any]:
     """Return the JSON object that a text in UTF-8 is; `what` names it in messages.
 
     Raises:
-        StageError: it is no object, or says one thing twice.
+        StageError: it is no object, or has a key twice.
     """
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(content := dict(pairs)) != len(pairs):
-            raise ValueError("a key stands there twice")
+            raise ValueError("a key is there twice")
         return content
 
     def refuse(constant: str) -> None:
@@ -104,10 +104,10 @@ def parse_object(content: bytes, what: str) -> dict[str, Any]:
 
 
 def refuse_pointer(path: Path) -> None:
-    """Refuse a file that only says where its content lies, or that cannot be read.
+    """Refuse a file that is only a pointer to its content, or that cannot be read.
 
     Raises:
-        StageError: tells how to bring the content.
+        StageError: says how to download the content.
     """
     try:
         with path.open("rb") as stream:

@@ -1,7 +1,7 @@
 """The geometry of the report's pictures: ticks, lines, bars and the mesh, as plain numbers.
 
 Purpose: the template draws what this computes, so that all markup (and all escaping) is in one place. Positions along
-an axis are percentages of the drawing area and lines lie in a square of 1000 units, so that a picture stretches with
+an axis are percentages of the drawing area and lines are in a square of 1000 units, so that a picture stretches with
 the page while its text keeps its size.
 """
 
@@ -13,15 +13,15 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-# A line is drawn with at most so many points: more than one a pixel cannot be seen, and the page stays small.
+# Maximum points of a line: more than one per pixel cannot be seen, and the page stays small.
 MOST_POINTS = 800
 # More dots than this would be a thick line; the curve that joins them is enough.
 MOST_DOTS = 60
 # A mesh axis longer than this is drawn as its beginning and its end.
 MOST_DRAWN = 16
-# A thinner piece of a bar (percent) cannot be seen at all, and LoRA often is; the table beside it has the number.
+# A thinner piece of a bar (percent) cannot be seen at all, and LoRA often is; the table next to it has the number.
 THINNEST = 0.4
-# So many lines have colours and dashes of their own; more begin again.
+# Lines with distinct colours and dashes; more lines reuse them.
 SERIES = 8
 
 Point = tuple[float, float]
@@ -59,7 +59,7 @@ class LineChart:
     """A chart over training steps, or over a number that doubles.
 
     `x_domain` and `y_domain` let the page turn positions back into values; with `doubling` the first holds logarithms
-    to the base 2. `legend`: its lines are told apart by more than their kind.
+    to the base 2. `legend`: its lines differ by more than their kind.
     """
 
     title: str
@@ -150,7 +150,7 @@ def ticks(low: float, high: float, count: int = 5, least: float = 0.0) -> list[f
 
 
 def widened(low: float, high: float, count: int = 5) -> Point:
-    """Return the interval stretched to whole nice steps, so that the first and the last tick lie at its ends."""
+    """Return the interval stretched to whole nice steps, so that the first and the last tick are at its ends."""
     # Ticks are rounded to 12 digits, which must stay far below the tolerance (in steps) of what follows.
     if high - low <= 1e-5 * max(abs(low), abs(high)):
         pad = abs(low) * 0.1 or 1.0
@@ -180,7 +180,7 @@ def tick_labels(values: Sequence[float]) -> list[str]:
 
 
 def share(value: float, low: float, high: float) -> float:
-    """Return where `value` lies between `low` and `high`, in percent with three decimals."""
+    """Return the position of `value` between `low` and `high`, in percent with three decimals."""
     return round(100.0 * (value - low) / (high - low), 3)
 
 
@@ -234,9 +234,9 @@ def line_chart(
 
     Args:
         title: what is measured.
-        unit: its unit, shown beside the title.
+        unit: its unit, shown next to the title.
         steps: the x values, ascending; as many as `values`.
-        values: one value a step; where one is not finite the line is broken.
+        values: one value per step; where one is not finite the line is broken.
         validation: (step, value) pairs drawn as dots joined by a line.
         breaks: steps at which a new epoch begins.
         from_zero: whether the y axis begins at zero.
@@ -249,7 +249,7 @@ def line_chart(
     validation = [point for point in validation if math.isfinite(point[1])]
     if not finite:
         return None
-    # A tenth of a short run, fewer of a long one: enough to see the trend, not so many as to flatten it.
+    # A tenth of a short run, fewer of a long one: enough to see the trend, few enough not to flatten it.
     span = max(2, min(len(values) // 10, max(50, len(values) // 50)))
     mean = smoothed(values, span)
     everything = [*finite, *(value for _, value in validation)]
@@ -305,7 +305,7 @@ def series_chart(
 
     Args:
         title: what is shown.
-        unit: its unit, shown beside the title.
+        unit: its unit, shown next to the title.
         x_name: what the number counts.
         series: a name and (number, value) pairs for each line, the numbers positive and ascending.
         level: name and value of a level line, such as a limit.
@@ -390,7 +390,7 @@ def mesh_picture(shape: Sequence[int], axis_names: Sequence[str]) -> MeshPicture
     """
     rows, columns = (1, *shape)[-2:]
     names = ("", *axis_names)[-2:]
-    # 16 columns of the smaller cells fit beside the memory chart; numbers of three digits fit into them.
+    # 16 columns of the smaller cells fit next to the memory chart; numbers of three digits fit into them.
     cell, gap = (26, 3) if 8 < columns <= MOST_DRAWN else (34, 4)
     left, top = 38, 46
 

@@ -10,12 +10,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from stages.core.common.sizes import GIB
 from stages.core.records.finetune import FinetuneMetrics
 from stages.core.records.plan import Estimate, PlanFile, RunKey, Scaling, Search, Target
 from stages.core.report.charts import LineChart, Point, series_chart
 from stages.core.report.text import NBSP, NONE, binary, duration, percent, signed
 
-GIB = 2**30
 # What a device holds, in the order of the bar; the rest of what it needs is code and results.
 PARTS = ("weight", "lora", "optimizer", "temporary")
 # A target that needs more than its chip has is drawn up to this many percent.

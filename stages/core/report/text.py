@@ -36,7 +36,7 @@ def duration(seconds: float) -> str:
 
 
 def percent(fraction: float) -> str:
-    """Return a share of one in percent, with enough digits to tell small shares apart."""
+    """Return a share of one in percent, with enough digits to distinguish small shares."""
     value = fraction * 100
     digits = 1 if abs(value) >= 1 or value == 0 else 2 if abs(value) >= 0.1 else 3
     return f"{value:.{digits}f}{NBSP}%"
@@ -56,7 +56,7 @@ def signed(value: float, digits: int) -> str:
 
 
 def quantity(key: str, value: Any) -> str:
-    """Return a metric as text; its unit is told by its key (`peak_host_bytes`, `step_seconds_median`, `loss`)."""
+    """Return a metric as text; its unit follows from its key (`peak_host_bytes`, `step_seconds_median`, `loss`)."""
     if value is None:
         return NONE
     if isinstance(value, bool) or not isinstance(value, int | float):

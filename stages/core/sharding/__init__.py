@@ -1,3 +1,3 @@
-"""Devices, the mesh over them, and the layout that says which dimension of which weight lies on which axis.
+"""Devices, the mesh over them, and the layout that assigns dimensions of weights to mesh axes.
 Imports `presets` (the architecture), `config`, `files` and `common`.
 """

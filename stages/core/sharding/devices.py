@@ -1,7 +1,7 @@
-"""Choosing the devices before JAX starts: simulated ones on the CPU, or the TPU or GPU that is there.
+"""Configures the devices before JAX starts: simulated CPU devices, or the machine's TPU or GPU.
 
 Purpose: JAX reads its platform and device count once, when it is first used; TensorFlow, which keras-hub would import,
-must not take an accelerator away. Everything that needs JAX, Keras or keras-hub goes through here first.
+must not take an accelerator away. Everything that needs JAX, Keras or keras-hub calls `configure` first.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ DEVICE_FILES = Path("/dev")
 BACKENDS = {"cpu": "cpu", "tpu": "tpu", "gpu": "cuda"}
 
 # Asks JAX for the devices of one platform. JAX keeps what a failed start left behind, a GPU's client takes most of its
-# memory, and an accelerator's library may abort or hang: so a process of its own asks.
+# memory, and an accelerator's library may abort or hang: so a separate process asks.
 PROBE = """
 import json, sys
 try:
@@ -51,7 +51,7 @@ _started: str | None = None
 def accelerator() -> str | None:
     """Return `tpu` or `gpu` if this machine has one, else None, without starting JAX.
 
-    With libtpu installed, asking JAX itself would try to open a TPU and complain where there is none.
+    With libtpu installed, asking JAX itself would try to open a TPU and fail if there is none.
     """
     if list(DEVICE_FILES.glob("accel[0-9]*")):
         return "tpu"
@@ -81,15 +81,15 @@ def configure(kind: str, count: int) -> str:
     """Set up JAX and Keras for a run; to be called before Keras is imported.
 
     Args:
-        kind: `simulated` (CPU devices of this process), `real`, or `auto` (real where there is an accelerator that JAX
-            can use and that has devices enough, else simulated, which one line on standard error says).
+        kind: `simulated` (CPU devices of this process), `real`, or `auto` (real if JAX can use an
+            accelerator with enough devices, else simulated, with one line in the log).
         count: number of devices the mesh needs.
 
     Returns:
         The platform: `cpu`, `tpu` or `gpu`.
 
     Raises:
-        StageError: `real` where there is no accelerator, JAX cannot use it, or it has fewer devices than the mesh; or
+        StageError: `real` if there is no accelerator, JAX cannot use it, or it has fewer devices than the mesh; or
             JAX does not start.
     """
     global _started
@@ -148,15 +148,15 @@ def _choose(kind: str, count: int) -> str:
 
 
 def _remedy(platform: str, reason: str) -> str:
-    """Return what makes JAX use an accelerator that is there, in a sentence."""
+    """Return what makes JAX use this accelerator, in a sentence."""
     # Both of JAX's ways to say it: "Unknown backend cuda", "'cuda' is not in the list of known backends".
     if platform == "gpu" and "known backend" in reason:
-        return f'`pip install "jax[cuda12]=={version("jax")}"` brings what JAX lacks.'
+        return f'`pip install "jax[cuda12]=={version("jax")}"` installs what JAX lacks.'
     return "End what else may use it, and see that its driver and library are installed."
 
 
 def _probe(platform: str) -> tuple[int, str]:
-    """Return how many devices JAX finds on a platform, in a process of its own, and why if there are none."""
+    """Return how many devices JAX finds on a platform, in a separate process, and the reason if there are none."""
     # The process imports what this one would.
     variables = os.environ | {
         "JAX_PLATFORMS": f"{BACKENDS[platform]},cpu",

@@ -1,4 +1,4 @@
-"""The outside switches of JAX, XLA and Keras: taken away before these start, so that a result follows from params.yaml.
+"""Removes environment switches of JAX, XLA and Keras before these start, so that results depend on params.yaml only.
 
 Purpose: DVC sees no environment variable and no `~/.keras/keras.json`, so none of them may change a number.
 """
@@ -9,7 +9,7 @@ import os
 from collections.abc import MutableMapping
 
 # Families of variables that change what is computed (a dtype, a random generator, a compiler's option, the number of
-# steps), and those among them that only say where the devices are, how memory is taken, or what is logged.
+# steps), and those among them that only set where the devices are, how memory is allocated, or what is logged.
 SWITCHES = ("JAX_", "KERAS_", "XLA_", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
 HARMLESS = (
     "JAX_COMPILATION_CACHE_",
@@ -28,9 +28,9 @@ FLAGS, DUMPS = "XLA_FLAGS", "--xla_dump_"
 
 
 def isolate(environment: MutableMapping[str, str] = os.environ) -> str | None:
-    """Take away the switches that would change results, and set those that choose Keras' backend and configuration.
+    """Remove the switches that would change results, and set those that choose Keras' backend and configuration.
 
-    To be called before JAX and Keras are imported. Of `XLA_FLAGS` only the options that dump programs stay.
+    To be called before JAX and Keras are imported. Of `XLA_FLAGS` only the options that dump programs are kept.
 
     Args:
         environment: changed in place.

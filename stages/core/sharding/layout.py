@@ -184,19 +184,19 @@ def place(weight: Weight, rule: Rule | None, mesh: MeshShape) -> Placement:
         )
     seen: list[str] = []
     shard_shape = []
-    for size, entry in zip(weight.shape, spec, strict=True):
+    for dimension, (size, entry) in enumerate(zip(weight.shape, spec, strict=True)):
         parts = 1
         for axis in axes_of(entry):
             if axis not in mesh.sizes:
-                raise StageError(
-                    f"A layout rule may name the axes {list(mesh.sizes)} only; {axis!r} is none. {received}"
-                )
+                raise StageError(f"{axis!r} is not a mesh axis; the axes are {', '.join(mesh.sizes)}. {received}")
             if axis in seen:
-                raise StageError(f"A layout rule may use an axis once; {axis!r} stands twice. {received}")
+                raise StageError(f"A layout rule may use an axis once; {axis!r} is there twice. {received}")
             seen.append(axis)
             parts *= mesh.sizes[axis]
         if size % parts:
-            raise StageError(f"The axis must divide the dimension; {size} by {parts} leaves {size % parts}. {received}")
+            raise StageError(
+                f"Dimension {dimension} of size {size} must be divisible by the {parts} devices of its axes. {received}"
+            )
         shard_shape.append(size // parts)
     return Placement(weight, rule, spec, tuple(shard_shape))
 
@@ -207,9 +207,9 @@ def format_spec(spec: Spec) -> str:
 
 
 def replicated_fraction(placements: Sequence[Placement], mesh: MeshShape, axis: str = "model") -> float:
-    """Return the share of the weights' bytes that every device of `axis` holds in full: 0.0 if the axis has one device.
+    """Return the fraction of the weights' bytes replicated along `axis`: 0.0 if the axis has one device.
 
-    Replication over the batch axis is what data parallelism is, and is not counted.
+    Replication along the batch axis is data parallelism, and does not count.
     """
     if mesh.sizes[axis] == 1:
         return 0.0
@@ -222,7 +222,7 @@ def check_replication(
 ) -> float:
     """Return the replicated fraction, or stop if it is beyond `limit` and list the largest replicated weights.
 
-    `advice` tells what to do about it; by default that is to split them in the layout.
+    `advice` returns what to do about it; by default that is to shard them in the layout.
     """
     fraction = replicated_fraction(placements, mesh)
     if fraction <= limit:
@@ -232,7 +232,7 @@ def check_replication(
     )
     listed = "; ".join(f"{each.weight.path} {each.weight.shape} {each.weight.bytes:,} bytes" for each in replicated[:5])
     raise StageError(
-        f"At most layout.max_replicated_fraction of the weights may be replicated over the free axis 'model'. "
+        f"At most layout.max_replicated_fraction of the weights may be replicated along the axis 'model'. "
         f"Received: {fraction:.4f} > {limit} on mesh={mesh}. Largest: {listed}. "
         f"{advice() if advice else 'Split them in the layout'}, or raise the limit."
     )

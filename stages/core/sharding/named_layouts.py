@@ -26,6 +26,8 @@ from stages.core.sharding.layout import Placement, as_spec, replicated_fraction,
 # Sizes of the model axis that a message lists at the most.
 AXES_TOLD = 6
 BLOCK = r"decoder_block_\d+"
+# A dimension that can be split: its name, its length, and the spec that splits it.
+Choice = tuple[str, int, Spec]
 
 
 def make_layout(settings: Layout, architecture: Architecture, mesh: MeshShape) -> NamedLayout:
@@ -94,79 +96,61 @@ def auto(architecture: Architecture, mesh: MeshShape) -> NamedLayout:
     size = mesh.sizes["model"]
     if size == 1:
         return NamedLayout("auto", ())
-    config = architecture.config
     rules: list[Rule] = []
     fallbacks: list[Fallback] = []
 
-    def rule(pattern: str, spec: Spec) -> None:
+    def split(pattern: str, choices: Sequence[Choice]) -> Spec:
+        spec, fallback = _first_that_divides(size, pattern, choices)
         rules.append(Rule(pattern, spec, optional=True))
+        fallbacks.extend(fallback)
+        return spec
 
-    def first_that_divides(pattern: str, unit: str, choices: Sequence[tuple[str, int, Spec]]) -> Spec:
-        """Pick the first choice (dimension name, size, spec) that the axis divides; anything but the first is told."""
-        for place, (name, length, spec) in enumerate(choices):
-            if length % size == 0:
-                if place:
-                    fallbacks.append(
-                        Fallback(pattern, unit, name, f"{size} devices do not divide {choices[0][1]} {unit}")
-                    )
-                return spec
-        fallbacks.append(
-            Fallback(
-                pattern,
-                unit,
-                "replicated",
-                f"{size} devices divide no dimension of {[length for _, length, _ in choices]}",
-            )
-        )
-        return (None,) * len(choices[0][2])
-
-    vocabulary, hidden = config["vocabulary_size"], config["hidden_dim"]
-    heads, kv_heads, head = config["num_query_heads"], config["num_key_value_heads"], config["head_dim"]
-    # GemmaBackbone counts both gate matrices in intermediate_dim, Gemma3Backbone counts one.
-    ffw = config["intermediate_dim"] // (2 if architecture.class_name == "GemmaBackbone" else 1)
-    rule(
+    config = architecture.config
+    rows, hidden = config["vocabulary_size"], config["hidden_dim"]
+    split(
         "token_embedding/embeddings",
-        first_that_divides(
-            "token_embedding/embeddings",
-            "vocabulary rows",
-            [("vocabulary rows", vocabulary, ("model", None)), ("hidden_dim", hidden, (None, "model"))],
-        ),
+        [("vocabulary rows", rows, ("model", None)), ("hidden_dim", hidden, (None, "model"))],
     )
-    for layers, count, unit in (("query", heads, "query heads"), ("(key|value)", kv_heads, "key/value heads")):
-        path = f"{BLOCK}/attention/{layers}"
-        spec = first_that_divides(
-            f"{path}/kernel",
-            unit,
-            [
-                (unit, count, ("model", None, None)),
-                ("head_dim", head, (None, None, "model")),
-                ("hidden_dim", hidden, (None, "model", None)),
-            ],
-        )
-        rule(f"{path}/kernel", spec)
+    for layers, choices in _choices_within_block(architecture).items():
+        spec = split(f"{BLOCK}/{layers}/kernel", choices)
         # A (heads, D, rank) and B (rank, head_dim) follow the kernel; what is left is a few kilobytes a layer.
-        rule(f"{path}/lora_kernel_a", (spec[0], spec[1], None))
-        rule(f"{path}/lora_kernel_b", (None, spec[2]))
-    path = f"{BLOCK}/attention/attention_output"
-    spec = first_that_divides(
-        f"{path}/kernel",
-        "query heads",
-        [
-            ("query heads", heads, ("model", None, None)),
+        rules.append(Rule(f"{BLOCK}/{layers}/lora_kernel_a", (*spec[:-1], None), optional=True))
+        rules.append(Rule(f"{BLOCK}/{layers}/lora_kernel_b", (None, spec[-1]), optional=True))
+    return NamedLayout("auto", tuple(rules), tuple(fallbacks))
+
+
+def _choices_within_block(architecture: Architecture) -> dict[str, list[Choice]]:
+    """Return how a block's kernels could be split, the best way first, by their layers."""
+    config = architecture.config
+    hidden, head, ffw = config["hidden_dim"], config["head_dim"], architecture.ffw_dim
+
+    def inputs(unit: str, count: int) -> list[Choice]:
+        return [
+            (unit, count, ("model", None, None)),
+            ("head_dim", head, (None, None, "model")),
+            ("hidden_dim", hidden, (None, "model", None)),
+        ]
+
+    return {
+        "attention/query": inputs("query heads", config["num_query_heads"]),
+        "attention/(key|value)": inputs("key/value heads", config["num_key_value_heads"]),
+        "attention/attention_output": [
+            ("query heads", config["num_query_heads"], ("model", None, None)),
             ("head_dim", head, (None, "model", None)),
             ("hidden_dim", hidden, (None, None, "model")),
         ],
-    )
-    rule(f"{path}/kernel", spec)
-    rule(f"{path}/lora_kernel_a", (spec[0], spec[1], None))
-    rule(f"{path}/lora_kernel_b", (None, spec[2]))
-    for layers, choices in (
-        ("(ffw_gating|ffw_gating_2)", [("ffw units", ffw, (None, "model")), ("hidden_dim", hidden, ("model", None))]),
-        ("ffw_linear", [("ffw units", ffw, ("model", None)), ("hidden_dim", hidden, (None, "model"))]),
-    ):
-        path = f"{BLOCK}/{layers}"
-        spec = first_that_divides(f"{path}/kernel", "ffw units", choices)
-        rule(f"{path}/kernel", spec)
-        rule(f"{path}/lora_kernel_a", (spec[0], None))
-        rule(f"{path}/lora_kernel_b", (None, spec[1]))
-    return NamedLayout("auto", tuple(rules), tuple(fallbacks))
+        "(ffw_gating|ffw_gating_2)": [("ffw units", ffw, (None, "model")), ("hidden_dim", hidden, ("model", None))],
+        "ffw_linear": [("ffw units", ffw, ("model", None)), ("hidden_dim", hidden, (None, "model"))],
+    }
+
+
+def _first_that_divides(size: int, pattern: str, choices: Sequence[Choice]) -> tuple[Spec, list[Fallback]]:
+    """Return the spec of the first choice that an axis of some size divides; anything but the first is told."""
+    unit, count, _ = choices[0]
+    for place, (name, length, spec) in enumerate(choices):
+        if length % size == 0:
+            why = f"{size} devices do not divide {count} {unit}"
+            return spec, [Fallback(pattern, unit, name, why)] if place else []
+    lengths = [length for _, length, _ in choices]
+    why = f"{size} devices divide no dimension of {lengths}"
+    return (None,) * len(choices[0][2]), [Fallback(pattern, unit, "replicated", why)]

@@ -1,7 +1,7 @@
-"""Compiled programs kept between runs: each with a digest, written whole or not at all, none needed.
+"""JAX's persistent compilation cache with atomic writes and a digest for each program.
 
-Purpose: JAX writes an entry in place and never replaces one, so that what a killed run or a full disk left would cost
-each later run a warning and a compilation. This is the one place that reaches into JAX's cache of programs.
+Purpose: JAX writes an entry in place and never replaces one, so that a truncated entry of a killed run or a full
+disk would cost each later run a warning and a compilation. Only this module uses the internals of JAX's cache.
 Reads and writes: `<cache folder>/xla/<key>.program`.
 """
 
@@ -24,29 +24,29 @@ WORTH_KEEPING = 0.1
 
 
 class ProgramCache(CacheInterface):
-    """What JAX asks for programs by key, over `read_kept` and `write_kept`."""
+    """JAX's cache interface, over `read_kept` and `write_kept`."""
 
     def __init__(self, folder: Path) -> None:
         """Keep programs in a folder."""
         self._path = folder
 
     def get(self, key: str) -> bytes | None:
-        """Return a program as JAX packed it, or None if there is none that is whole."""
+        """Return a program as JAX packed it, or None if it is missing or damaged."""
         with optional("a compiled program cannot be read"):
             try:
                 return read_kept(self._path / f"{key}{SUFFIX}")
             except ValueError:
-                logger.warning("a compiled program in the cache folder is damaged; it is compiled anew.")
+                logger.warning("a compiled program in the cache folder is damaged and is compiled again.")
         return None
 
     def put(self, key: str, value: bytes) -> None:
-        """Keep a program, in place of a damaged one if there is any."""
+        """Keep a program, replacing a damaged one."""
         with optional("a compiled program is not kept for later"):
             write_kept(self._path / f"{key}{SUFFIX}", value)
 
 
 def keep_programs(folder: Path) -> None:
-    """Let JAX keep compiled programs in a folder from now on; if it cannot be written to, one line says so."""
+    """Let JAX keep compiled programs in a folder from now on; if it cannot be written to, log a warning."""
     import jax
 
     with optional("compiled programs are not kept for later"):

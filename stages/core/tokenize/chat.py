@@ -1,16 +1,16 @@
-"""Gemma's turn format: what instruct presets were trained on, as token ids.
+"""Gemma's chat template, in which instruct presets were trained, as token ids.
 
-Purpose: a prompt to continue, or prompts and their responses to learn from, are laid out as
+Purpose: a prompt to continue, or prompts and responses to train on, are laid out as
 
     <bos><start_of_turn>user
     {prompt}<end_of_turn>
     <start_of_turn>model
     {response}<end_of_turn>
 
-(https://ai.google.dev/gemma/docs/core/prompt-structure), the texts without white space at their ends, as Gemma's chat
-template at Hugging Face has it. In a conversation a line break and the next turns follow; at the end, where nothing
-that is trained on follows the template's line break, it is left out. The two control tokens are put in by id: a text
-that spells one cannot end or begin a turn.
+(https://ai.google.dev/gemma/docs/core/prompt-structure), the texts stripped of white space at both ends, as in Gemma's
+chat template at Hugging Face. In a conversation a line break and the next turns follow; at the end, where no token to
+train on follows the template's line break, it is omitted. The two control tokens are inserted by id: a text that spells
+one cannot end or begin a turn.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from stages.core.tokenize.control_tokens import ControlTokens
 START, END = "<start_of_turn>", "<end_of_turn>"
 
 
-class Turns:
-    """The turn format with a vocabulary.
+class ChatTemplate:
+    """The chat template with a vocabulary.
 
     Attributes:
         end: id of `<end_of_turn>`, which ends a response.
@@ -42,8 +42,8 @@ class Turns:
         for piece in (START, END):
             if piece not in ids:
                 raise StageError(
-                    f"Gemma's turn format needs a vocabulary with the piece {piece}. Received: "
-                    f"{tokenizer.vocabulary_size} other pieces\nTake an instruct preset, or data with one text a row "
+                    f"Gemma's chat template needs a vocabulary with the piece {piece}. Received: "
+                    f"{tokenizer.vocabulary_size} other pieces\nTake an instruct preset, or data with one text per row "
                     "(prepare.prompt_column: null) and generate.turns: false."
                 )
         self._start, self.end = ids[START], ids[END]

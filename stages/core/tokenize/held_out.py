@@ -1,6 +1,6 @@
 """Held-out sequences, whole: what `evaluate` measures, independent of how `tokenize` cuts and packs for training.
 
-Reads: `data/tokens/held_out.npz` (written through `store.write_windows`), whose arrays are
+Reads: `data/tokens/held_out.npz` (written through `store.write_sequences`), whose arrays are
     token_ids  int32 (tokens,)         the tokens of all sequences, one sequence after another, each with its BOS first
     is_target  bool (tokens,)          true where the token is predicted and measured: of a review all but BOS, of a
                                        pair of prompt and response the response's, of a conversation every response's
@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-Sequences = dict[str, np.ndarray]
+HeldOut = dict[str, np.ndarray]
 
 
-def of_reviews(reviews: Sequence[Sequence[int]], *, bos: int, eos: int | None) -> Sequences:
+def of_reviews(reviews: Sequence[Sequence[int]], *, bos: int, eos: int | None) -> HeldOut:
     """Return reviews as whole sequences.
 
     Args:
@@ -30,7 +30,7 @@ def of_reviews(reviews: Sequence[Sequence[int]], *, bos: int, eos: int | None) -
     return of_pairs([([bos], [*review, *ending]) for review in reviews])
 
 
-def of_pairs(pairs: Sequence[Sequence[Sequence[int]]]) -> Sequences:
+def of_pairs(pairs: Sequence[Sequence[Sequence[int]]]) -> HeldOut:
     """Return pairs as whole sequences.
 
     Args:
@@ -45,7 +45,7 @@ def of_pairs(pairs: Sequence[Sequence[Sequence[int]]]) -> Sequences:
     }
 
 
-def read_sequences(path: Path) -> Sequences:
+def read_held_out(path: Path) -> HeldOut:
     """Return the arrays of `data/tokens/held_out.npz`."""
     with np.load(path) as file:
         return {name: file[name] for name in ("token_ids", "is_target", "offsets")}

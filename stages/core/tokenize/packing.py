@@ -1,14 +1,14 @@
-"""Reviews, as token ids, into windows of a fixed length: packed without waste, or one a review as the tutorial does.
+"""Lays out reviews, as token ids, in sequences of a fixed length: packed, or one per review as in the tutorial.
 
-Purpose: what the model learns from, laid out so that each target belongs to one review and can be traced to it.
-The arrays of `data/tokens/*.npz` are, each (windows, length):
-    token_ids   int32    the model's input; pad where nothing is
-    target_ids  int32    the token that follows each input; pad where nothing is
-    weights     float32  1 where the target is trained on; 0 where nothing is, or what is there is only context
-    review      int32    the review's row number in its parquet file; -1 where nothing is
+Purpose: training data in which each target belongs to one review and can be traced to it.
+The arrays of `data/tokens/*.npz` are, each (sequences, length):
+    token_ids   int32    the model's input; pad in unused positions
+    target_ids  int32    the token that follows each input; pad in unused positions
+    weights     float32  the loss mask: 1 where the target is trained on; 0 if unused, or only context
+    review      int32    the review's row number in its parquet file; -1 if unused
 and with packing also
-    segment_ids int32    1, 2, 3, ... within a window, one for each piece of a review; 0 where nothing is
-    positions   int32    0, 1, 2, ... within each segment; 0 where nothing is
+    segment_ids int32    1, 2, 3, ... within a sequence, one per piece of a review; 0 if unused
+    positions   int32    0, 1, 2, ... within each segment; 0 if unused
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from stages.core.tokenize.store import Windows
+from stages.core.tokenize.store import Sequences
 
 
-def pack(reviews: Sequence[Sequence[int]], length: int, *, bos: int, eos: int | None, pad: int) -> Windows:
-    """Lay reviews one after another into full windows, in order; only the last window may be partly empty.
+def pack(reviews: Sequence[Sequence[int]], length: int, *, bos: int, eos: int | None, pad: int) -> Sequences:
+    """Pack reviews back to back into full sequences, in order; only the last sequence may be partly empty.
 
-    Each piece of a review, also one that goes on in the next window, starts with BOS: without it Gemma falls apart.
-    A piece of k positions is [BOS, t1 .. t(k-1)] with targets [t1 .. tk]. BOS foretells how a review begins, but not
-    how one goes on: a piece that goes on begins with the last token of the piece before, as context, with weight 0. So
-    every token, and the EOS of every review, is a target with weight 1 exactly once, predicted from at least one token
+    Each piece of a review, also one continued in the next sequence, starts with BOS: Gemma needs it.
+    A piece of k positions is [BOS, t1 .. t(k-1)] with targets [t1 .. tk]. BOS predicts how a review begins, not how
+    one continues: a continued piece begins with the last token of the piece before, as context, with weight 0. So every
+    token, and the EOS of every review, is a target with weight 1 exactly once, predicted from at least one token
     before it unless it is the review's first, and never from another review.
 
     Args:
         reviews: token ids of each, without BOS and EOS.
-        length: tokens a window, at least 2.
+        length: tokens per sequence, at least 2.
         bos: id put first in each piece.
         eos: id that ends each review; None for no such token.
-        pad: id where nothing is.
+        pad: id of unused positions.
     """
     ending = [] if eos is None else [eos]
     targets = [np.array([*review, *ending], np.int32) for review in reviews]
@@ -49,7 +49,7 @@ def pack(reviews: Sequence[Sequence[int]], length: int, *, bos: int, eos: int | 
             pieces.append((row, first, context, size))
             place += size
             done = first + size
-    # Windows are full, so that all of them in a row are all pieces in a row.
+    # Sequences are full, so all of them concatenated are all pieces concatenated.
     positions = -(-place // length) * length
     flat = {
         "token_ids": np.full(positions, pad, np.int32),
@@ -81,8 +81,8 @@ def one_per_review(
     eos: int | None,
     pad: int,
     eos_after_cut: bool = False,
-) -> Windows:
-    """Lay each review into one window, cut and padded.
+) -> Sequences:
+    """Lay each review out in one sequence, truncated and padded.
 
     BOS, the review and EOS are cut or padded to length + 1; inputs are all but the last of these, targets all but the
     first, and a weight is 1 where the target is no padding.
@@ -91,7 +91,7 @@ def one_per_review(
         reviews, length, bos, pad: as for `pack`.
         eos: id that ends each review that is whole; None for no such token.
         eos_after_cut: the last token of a review that is cut is EOS too, exactly as keras-hub's
-            `GemmaCausalLMPreprocessor` has it. The model then learns to stop where the window does.
+            `GemmaCausalLMPreprocessor` has it. The model then learns to stop where the sequence ends.
     """
     ending = [] if eos is None else [eos]
     shape = (len(reviews), length + 1)
@@ -113,24 +113,24 @@ def one_per_review(
 
 
 def cut_by_truncation_fraction(reviews: Sequence[Sequence[int]], length: int, *, eos: bool) -> float:
-    """Return the share of all tokens (with each review's EOS if there is one) that `one_per_review` throws away."""
+    """Return the share of all tokens (with each review's EOS if there is one) that `one_per_review` discards."""
     room = length - 1 if eos else length
     cut = sum(max(0, len(review) - room) for review in reviews)
     total = sum(map(len, reviews)) + len(reviews) * int(eos)
     return round(cut / total, 6) if total else 0.0
 
 
-def window_metrics(windows: Windows, reviews: Sequence[Sequence[int]], *, eos: bool) -> dict[str, int | float]:
-    """Return what became of the reviews' tokens.
+def sequence_metrics(sequences: Sequences, reviews: Sequence[Sequence[int]], *, eos: bool) -> dict[str, int | float]:
+    """Count the reviews' tokens.
 
     Returns:
-        reviews, windows; tokens_kept (targets that are trained on) and tokens_cut (thrown away), both with each
-        review's EOS if there is one; tokens_repeated (those that only give context, where a review goes on in the next
-        window); positions_padded (positions with neither) and filled_fraction (those with a target, of all).
+        reviews, windows (the sequences); tokens_kept (targets trained on) and tokens_cut (discarded), both including
+        each review's EOS if there is one; tokens_repeated (context only, where a review continues in the next
+        sequence); positions_padded (unused) and filled_fraction (positions with a target, of all).
     """
-    weights = windows["weights"]
+    weights = sequences["weights"]
     kept = int(np.count_nonzero(weights))
-    repeated = int(np.count_nonzero(windows["segment_ids"])) - kept if "segment_ids" in windows else 0
+    repeated = int(np.count_nonzero(sequences["segment_ids"])) - kept if "segment_ids" in sequences else 0
     return {
         "reviews": len(reviews),
         "windows": len(weights),

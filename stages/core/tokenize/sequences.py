@@ -1,6 +1,6 @@
-"""From a Parquet file of reviews, or of pairs of prompt and response, to windows and what became of the tokens.
+"""Turns a Parquet file of reviews, or of pairs of prompt and response, into sequences, and counts their tokens.
 
-Purpose: what `stages/tokenize.py` strings together. The file's columns tell which of the two it holds.
+Purpose: the steps of `stages/tokenize.py`. The file's columns show which of the two it holds.
 Reads: `data/imdb/*.parquet`.
 """
 
@@ -13,16 +13,24 @@ from stages.core.common.errors import StageError
 from stages.core.config.schema import Tokenize
 from stages.core.presets.tokenizer import Tokenizer
 from stages.core.tokenize import held_out, packing, pair_packing
-from stages.core.tokenize.chat import Turns
+from stages.core.tokenize.chat import ChatTemplate
 from stages.core.tokenize.control_tokens import ControlTokens
 
 
 @dataclass(frozen=True)
 class LaidOut:
-    """A split's windows, its sequences whole, the counts for the metrics, what truncation costs, and a line to show."""
+    """A tokenized split.
 
-    windows: packing.Windows
-    sequences: held_out.Sequences
+    Attributes:
+        sequences: for training.
+        whole: the same reviews untruncated, for `evaluate`.
+        counts: for the metrics.
+        cut_by_truncation_fraction: the share of tokens that one sequence per review would discard.
+        summary: one line for the log.
+    """
+
+    sequences: packing.Sequences
+    whole: held_out.HeldOut
     counts: dict[str, int | float]
     cut_by_truncation_fraction: float
     summary: str
@@ -36,16 +44,16 @@ def holds_pairs(source: Path) -> bool:
 
 
 def lay_out(source: Path, split: str, tokenizer: Tokenizer, settings: Tokenize) -> LaidOut:
-    """Turn a split into windows.
+    """Turn a split into sequences.
 
     Args:
         source: the Parquet file.
-        split: its name, for what the person reads.
+        split: its name, for messages.
         tokenizer: of the preset.
         settings: the section `tokenize`.
 
     Raises:
-        StageError: there is no token to learn, or the vocabulary has no turn format and the data are pairs.
+        StageError: there is no token to train on, or the data are pairs and the vocabulary has no chat template.
     """
     from pyarrow import parquet
 
@@ -67,7 +75,7 @@ def lay_out(source: Path, split: str, tokenizer: Tokenizer, settings: Tokenize) 
     else:
         after_cut = settings.eos == "always"
         laid_out = packing.one_per_review(reviews, settings.length, bos=bos, eos=eos, pad=pad, eos_after_cut=after_cut)
-    counts = packing.window_metrics(laid_out, reviews, eos=ends) | {"control_tokens_spelled": spelled}
+    counts = packing.sequence_metrics(laid_out, reviews, eos=ends) | {"control_tokens_spelled": spelled}
     if not counts["tokens_kept"]:
         raise StageError(f"The {split} reviews must have at least one token. Received: {len(reviews)} reviews, none")
     return LaidOut(
@@ -75,18 +83,18 @@ def lay_out(source: Path, split: str, tokenizer: Tokenizer, settings: Tokenize) 
         held_out.of_reviews(reviews, bos=bos, eos=eos),
         counts,
         packing.cut_by_truncation_fraction(reviews, settings.length, eos=ends),
-        f"{split}: {counts['reviews']:,} reviews in {counts['windows']:,} windows of {settings.length} tokens, "
+        f"{split}: {counts['reviews']:,} reviews in {counts['windows']:,} sequences of {settings.length} tokens, "
         f"{counts['filled_fraction']:.1%} filled, {counts['tokens_cut']:,} tokens cut"
-        + _told(spelled, settings.control_tokens),
+        + _spelled_note(spelled, settings.control_tokens),
     )
 
 
 def _pairs(source: Path, split: str, tokenizer: Tokenizer, settings: Tokenize) -> LaidOut:
-    """Turn a split of pairs into windows."""
+    """Turn a split of pairs into sequences."""
     from pyarrow import parquet
 
     table = parquet.read_table(source)
-    turns = Turns(tokenizer)
+    template = ChatTemplate(tokenizer)
     conversations = list(zip(table["prompt"].to_pylist(), table["response"].to_pylist(), strict=True))
     if "earlier" in table.column_names:
         earlier = table["earlier"].to_pylist()
@@ -94,33 +102,33 @@ def _pairs(source: Path, split: str, tokenizer: Tokenizer, settings: Tokenize) -
     texts = [text for each in conversations for text in each]
     spelled = ControlTokens(tokenizer).spelled_in(texts)
     trimmed = sum(text != text.strip() for text in texts)
-    pairs = turns.conversations(conversations)
+    pairs = template.conversations(conversations)
     laid_out = pair_packing.lay_out(pairs, settings.length, packing=settings.packing, pad=tokenizer.pad)
     counts = pair_packing.pair_metrics(laid_out, pairs)
     counts |= {"control_tokens_spelled": spelled, "texts_trimmed": trimmed}
     if not counts["response_tokens"]:
         raise StageError(
-            f"The {split} pairs must have a response token within a window of {settings.length} tokens. Received: "
+            f"The {split} pairs must have a response token within a sequence of {settings.length} tokens. Received: "
             f"{len(pairs)} pairs, {counts['prompts_too_long']} with a prompt that fills it. "
             "Set a larger tokenize.length."
         )
-    left_out = f", {counts['prompts_too_long']:,} pairs left out, whose prompt alone fills a window"
+    left_out = f", {counts['prompts_too_long']:,} pairs skipped, whose prompt alone fills a sequence"
     return LaidOut(
         laid_out,
         held_out.of_pairs(pairs),
         counts,
         round(counts["tokens_cut"] / (counts["tokens_cut"] + counts["tokens_kept"]), 6),
-        f"{split}: {counts['reviews']:,} pairs in {counts['windows']:,} windows of {settings.length} tokens, "
-        f"{counts['filled_fraction']:.1%} filled, {counts['response_tokens']:,} response tokens to learn, "
+        f"{split}: {counts['reviews']:,} pairs in {counts['windows']:,} sequences of {settings.length} tokens, "
+        f"{counts['filled_fraction']:.1%} filled, {counts['response_tokens']:,} response tokens to train on, "
         f"{counts['tokens_cut']:,} tokens cut, {counts['pairs_cut']:,} pairs cut at their end"
         f"{left_out if counts['prompts_too_long'] else ''}"
         + (f"; {trimmed:,} texts without the white space at their ends, as in Gemma's chat template" if trimmed else "")
-        + _told(spelled, "text"),
+        + _spelled_note(spelled, "text"),
     )
 
 
-def _told(spelled: int, control_tokens: str) -> str:
-    """Return what became of texts that spell control tokens, if there are any."""
+def _spelled_note(spelled: int, control_tokens: str) -> str:
+    """Describe the handling of texts that spell control tokens, if there are any."""
     return (
         f"; {spelled:,} texts spell control tokens such as <end_of_turn>: taken as {control_tokens}" if spelled else ""
     )

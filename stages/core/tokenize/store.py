@@ -10,33 +10,33 @@ from stages.core.common.errors import StageError
 from stages.core.common.paths import TOKENS, Paths
 from stages.core.files import atomic_path
 
-Windows = dict[str, np.ndarray]
+Sequences = dict[str, np.ndarray]
 
 
-def read_windows(paths: Paths, split: str) -> dict[str, np.ndarray]:
+def read_sequences(paths: Paths, split: str) -> dict[str, np.ndarray]:
     """Return the arrays of a split, as `tokenize` wrote them.
 
     Raises:
-        StageError: there is no window in it, or no token that is learnt.
+        StageError: there is no sequence in it, or no token to train on.
     """
     with np.load(paths.read(TOKENS[split])) as file:
-        windows = {name: file[name] for name in file.files}
-    if not len(windows["token_ids"]):
-        raise StageError(f"{TOKENS[split]} must hold at least one window. Received: none. Give prepare more reviews.")
-    if not (windows["weights"] > 0).any():
+        sequences = {name: file[name] for name in file.files}
+    if not len(sequences["token_ids"]):
+        raise StageError(f"{TOKENS[split]} must hold at least one sequence. Received: none. Give prepare more reviews.")
+    if not (sequences["weights"] > 0).any():
         raise StageError(
-            f"{TOKENS[split]} must hold at least one token that is learnt. Received: none in "
-            f"{len(windows['weights'])} sequences. Give prepare other texts, or tokenize a greater length."
+            f"{TOKENS[split]} must hold at least one token to train on. Received: none in "
+            f"{len(sequences['weights'])} sequences. Give prepare other texts, or tokenize a greater length."
         )
-    return windows
+    return sequences
 
 
-def write_windows(path: Path, windows: Windows) -> None:
+def write_sequences(path: Path, sequences: Sequences) -> None:
     """Write the arrays as an .npz file, atomically.
 
-    The same arrays give the same bytes: numpy dates every entry 1980, and nothing is compressed, since the outcome of
-    that depends on the zlib of the machine.
+    The same arrays give the same bytes: numpy dates every entry 1980, and nothing is compressed, since compressed bytes
+    depend on the machine's zlib.
     """
     with atomic_path(path) as temporary, temporary.open("wb") as stream:
         # numpy's own types take any keyword for its flag.
-        np.savez(stream, **windows)  # type: ignore[arg-type]
+        np.savez(stream, **sequences)  # type: ignore[arg-type]

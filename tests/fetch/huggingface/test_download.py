@@ -148,13 +148,13 @@ def test_a_hub_that_is_busy_or_stumbles_is_asked_again(hub, fetch):
         (
             "",
             {"gated": True},
-            f"Hugging Face answered 401 for {REPO}: it wants an account that accepted the licence, and no token was",
+            f"Hugging Face answered 401 for {REPO}: it wants an account that accepted the license, and no token was",
             f"Accept it at https://huggingface.co/{REPO}, make a token at https://huggingface.co/settings/tokens",
         ),
         (
             "hf_other",
             {"gated": True},
-            f"Hugging Face answered 403 for {REPO}: your account has not accepted the licence, or",
+            f"Hugging Face answered 403 for {REPO}: your account has not accepted the license, or",
             f"Accept it at https://huggingface.co/{REPO}",
         ),
         (
@@ -193,7 +193,7 @@ def test_what_the_hub_refuses_is_said_in_two_lines(hub, fetch, tmp_path, token, 
 def test_without_a_network_and_when_it_is_forbidden_it_is_said_so(fetch):
     run = fetch(HF_ENDPOINT="http://127.0.0.1:9")
     assert run.returncode == 1
-    assert run.stderr.startswith(f"Error: {REPO} could not be had from Hugging Face. Received: ")
+    assert run.stderr.startswith(f"Error: {REPO} could not be downloaded from Hugging Face. Received: ")
     assert len(run.stderr.splitlines()) == 2
     run = fetch(HF_HUB_OFFLINE="1")
     assert run.returncode == 1

@@ -31,7 +31,7 @@ def test_another_model_is_refused_before_its_weights_are_downloaded(hub, fetch, 
     run = fetch()
     assert run.returncode == 2
     lines = [line for line in run.stderr.splitlines() if not line.startswith("Downloading")]
-    assert lines[0].startswith(f"Wrong setting: {REPO} is not a text Gemma that this project runs. Received: ")
+    assert lines[0].startswith(f"Invalid setting: {REPO} is not a text Gemma that this project runs. Received: ")
     assert reason in lines[0]
     assert lines[1].startswith("Choose a text model of Gemma 1, 2 or 3")
     assert hub.downloaded == ["config.json"]
@@ -110,7 +110,7 @@ def test_what_could_not_be_used_is_refused_before_its_weights_are_downloaded(hub
     else:
         run = fetch()
         assert run.returncode == 2
-        said = run.stderr.partition("Wrong setting: ")[2]
+        said = run.stderr.partition("Invalid setting: ")[2]
     assert said.startswith(REPO)
     assert reason in said
     assert 1 <= len(said.splitlines()) <= 2
@@ -139,7 +139,7 @@ def test_what_the_hub_knows_of_the_model_is_enough_to_refuse_it(hub, fetch):
     hub.information["config"] = {"model_type": "gemma4"}
     run = fetch()
     assert run.returncode == 2
-    assert run.stderr.startswith(f"Wrong setting: {REPO} is not a text Gemma (gemma, gemma2, gemma3_text, gemma3).")
+    assert run.stderr.startswith(f"Invalid setting: {REPO} is not a text Gemma (gemma, gemma2, gemma3_text, gemma3).")
     assert hub.downloaded == []
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 
@@ -138,7 +139,7 @@ def test_a_plan_needs_the_configuration_only(hub, ask, fetch, tmp_path, monkeypa
     asked = ask("architecture")
     assert hub.downloaded == ["config.json"]
     folder = tmp_path / "cache" / FOLDER
-    assert asked == read_architecture(folder)
+    assert asked == asdict(read_architecture(folder))
     # Now it is here, and the rest comes with the fetch.
     monkeypatch.setenv("GEMMA_TUNING_CACHE", str(tmp_path / "cache"))
     params = read_params(ROOT / "params.yaml", ("fetch.source=huggingface", f"fetch.preset={PRESET}"))

@@ -1,0 +1,164 @@
+"""A GGUF file opened with care: its header and metadata, of which the package that reads them believes everything.
+
+Reads: one .gguf file (`general.architecture` must be gemma3). The format: the GGUF specification of the ggml project.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+from stages.core.common.errors import StageError, shown
+from stages.core.presets.untrusted import brief, refuse_pointer
+
+LARGEST_COUNT = 1 << 16
+"""Tensors, or metadata values, of a file: the largest Gemma 3 has some 800."""
+
+# What a file may say of the model beside what is read, and the only values under which keras-hub computes the same.
+FIXED: dict[str, tuple[Any, ...]] = {
+    "attention.causal": (True,),
+    "rope.freq_base_swa": (1.0e4,),
+    "rope.scaling.type": ("linear", "none"),
+    "attention.sliding_window_pattern": (6,),
+    "pooling_type": (0,),
+    "expert_count": (0,),
+}
+READ = {
+    *("rope.freq_base", "block_count", "embedding_length", "feed_forward_length", "rope.scaling.factor"),
+    *("attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length"),
+    *("attention.sliding_window", "attention.layer_norm_rms_epsilon"),
+    *("attn_logit_softcapping", "final_logit_softcapping"),
+}
+HARMLESS = {"context_length", "vocab_size", "rope.scaling.finetuned", "rope.scaling.original_context_length"}
+
+
+class _Reader(gguf.GGUFReader):
+    """The package's reader, which believes every number of the file, with what a damaged or hostile one needs.
+
+    Arrays are read at once: element by element, 262,144 tokens take it 12 s.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with path.open("rb") as stream:
+            head = stream.read(24)
+        magic, version, tensors, values = struct.unpack("<4sIQQ", head)
+        if magic != b"GGUF":
+            raise ValueError("GGUF magic invalid")
+        if version & 0xFFFF == 0:
+            raise ValueError("it was written for machines of the other byte order")
+        if max(tensors, values) > LARGEST_COUNT:
+            raise ValueError(f"it states {tensors:,} tensors and {values:,} values")
+        super().__init__(path)
+        end = padded = 0
+        for tensor in self.tensors:
+            # As llama.cpp demands: one after the other, each from the next multiple of the alignment.
+            if tensor.data_offset - self.data_offset != padded:
+                raise ValueError(f"{tensor.name} does not follow the tensor before it")
+            end = padded + tensor.n_bytes
+            padded = -(-end // int(self.alignment)) * int(self.alignment)
+        if len(self.data) - self.data_offset not in (end, padded):
+            raise ValueError("it does not end where its last tensor does")
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+        if offset + int(count) * np.dtype(dtype).itemsize > len(self.data):
+            raise ValueError("it breaks off")
+        return super()._get(offset, dtype, count, override_order)
+
+    def _get_tensor_info_field(self, orig_offs: int) -> Any:
+        field = super()._get_tensor_info_field(orig_offs)
+        dimensions = field.parts[3].tolist()
+        if not 1 <= len(dimensions) <= 4 or not 0 < math.prod(dimensions) <= 8 * len(self.data):
+            raise ValueError(f"{field.name} has the shape {dimensions[:4]}")
+        return field
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], list[int], list[Any]]:
+        if raw_type != gguf.GGUFValueType.ARRAY:
+            return super()._get_field_parts(orig_offs, raw_type)
+        element = gguf.GGUFValueType(int(self._get(orig_offs, np.uint32)[0]))
+        count = int(self._get(orig_offs + 4, np.uint64)[0])
+        start = orig_offs + 12
+        types = [gguf.GGUFValueType.ARRAY, element]
+        if (dtype := self.gguf_scalar_to_np.get(element)) is not None:
+            values = self._get(start, dtype, count)
+            return 12 + int(values.nbytes), [values], [0], types
+        if element != gguf.GGUFValueType.STRING:
+            raise ValueError("it holds an array of arrays")
+        content: Any = np.asarray(self.data)
+        length_at = struct.Struct("<Q").unpack_from
+        strings, offset = [], start
+        for _ in range(count):
+            (length,) = length_at(content, offset)
+            if offset + 8 + length > len(content):
+                raise ValueError("it breaks off")
+            strings.append(content[offset + 8 : offset + 8 + length])
+            offset += 8 + length
+        return offset - orig_offs, strings, list(range(count)), types
+
+
+def only_file(folder: Path) -> Path:
+    """Return the .gguf file of a preset's folder.
+
+    Raises:
+        StageError: there is none, or more than one.
+    """
+    files = sorted(folder.glob("*.gguf"))
+    if len(files) != 1:
+        raise StageError(
+            f"The preset folder must hold one .gguf file. Received: {len(files)} in {folder}. "
+            "Run `python -m stages.fetch`."
+        )
+    return files[0]
+
+
+def open_file(path: Path) -> gguf.GGUFReader:
+    """Open a GGUF file of a Gemma 3 model.
+
+    Raises:
+        StageError: it cannot be read, or holds another architecture, or says something that changes the computation.
+    """
+    refuse_pointer(path)
+    try:
+        reader = _Reader(path)
+    except (OSError, ValueError, KeyError, IndexError, OverflowError, struct.error) as error:
+        raise StageError(
+            f"The model file must be a complete GGUF file ({shown(error)}). Received: path={path}. "
+            "Delete it and run `python -m stages.fetch`."
+        ) from error
+    architecture = field_of(reader, "general.architecture")
+    if architecture != "gemma3":
+        raise StageError(
+            "The GGUF file must hold a Gemma 3 text model. "
+            f"Received: general.architecture={brief(architecture)} in {path}"
+        )
+    for key in (key.removeprefix("gemma3.") for key in reader.fields if key.startswith("gemma3.")):
+        value = field_of(reader, f"gemma3.{key}")
+        if key == "rope.dimension_count":
+            allowed: tuple[Any, ...] = (field_of(reader, "gemma3.attention.key_length"),)
+        else:
+            allowed = FIXED.get(key, (value,) if key in READ | HARMLESS else ())
+        if value not in allowed:
+            raise StageError(
+                f"keras-hub's Gemma 3 cannot have gemma3.{shown(key)}={brief(value)}, or this project does not "
+                f"know the key. Received: path={path}"
+            )
+    return reader
+
+
+def field_of(reader: gguf.GGUFReader, key: str, default: Any = None) -> Any:
+    """Return a metadata value, or `default` where the file does not have it.
+
+    Raises:
+        StageError: it is text that is no UTF-8.
+    """
+    field = reader.get_field(key)
+    try:
+        return default if field is None else field.contents()
+    except (ValueError, IndexError, TypeError) as error:
+        raise StageError(
+            f"The GGUF file must state {key} readably ({shown(error)}). Delete it and fetch it anew."
+        ) from error

@@ -1,0 +1,104 @@
+"""Where each of a Gemma's weights is stored, in every format: one row a weight, one column a format."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from stages.core.presets.architecture import Architecture
+
+# Of each block: path below the block, shape, kind (see `StoredWeight`), and the names in the three formats.
+BLOCK = [
+    ("pre_attention_norm/scale", "hidden", "scale", "pre_attention_norm", "attn_norm", "input_layernorm"),
+    (
+        *("post_attention_norm/scale", "hidden", "scale"),
+        *("post_attention_norm", "post_attention_norm", "post_attention_layernorm"),
+    ),
+    ("attention/query/kernel", "heads hidden head", "heads_out", "attention/query_dense", "attn_q", "self_attn.q_proj"),
+    ("attention/key/kernel", "keys hidden head", "heads_out", "attention/key_dense", "attn_k", "self_attn.k_proj"),
+    ("attention/value/kernel", "keys hidden head", "heads_out", "attention/value_dense", "attn_v", "self_attn.v_proj"),
+    ("attention/query_norm/scale", "head", "scale", "attention/query_norm", "attn_q_norm", "self_attn.q_norm"),
+    ("attention/key_norm/scale", "head", "scale", "attention/key_norm", "attn_k_norm", "self_attn.k_norm"),
+    (
+        *("attention/attention_output/kernel", "heads head hidden", "heads_in"),
+        *("attention/output_dense", "attn_output", "self_attn.o_proj"),
+    ),
+    ("pre_ffw_norm/scale", "hidden", "scale", "pre_ffw_norm", "ffn_norm", "pre_feedforward_layernorm"),
+    ("post_ffw_norm/scale", "hidden", "scale", "post_ffw_norm", "post_ffw_norm", "post_feedforward_layernorm"),
+    ("ffw_gating/kernel", "hidden wide", "transposed", "gating_ffw", "ffn_gate", "mlp.gate_proj"),
+    ("ffw_gating_2/kernel", "hidden wide", "transposed", "gating_ffw_2", "ffn_up", "mlp.up_proj"),
+    ("ffw_linear/kernel", "wide hidden", "transposed", "ffw_linear", "ffn_down", "mlp.down_proj"),
+]
+
+
+class StoredWeight(NamedTuple):
+    """A weight of the model, and its name in each format.
+
+    Attributes:
+        shape: keras-hub's.
+        kind: what it is beside the tensor that GGUF and Hugging Face files hold, where a linear layer is a matrix
+            outputs x inputs: `scale` (a vector) and `rows` are the same, `transposed` is the transposed matrix,
+            `heads_out` (heads, inputs, head size) has heads one after the other in the matrix's outputs, and
+            `heads_in` (heads, head size, outputs) in its inputs.
+        keras: the dataset in a weights file; Keras names layers by their classes and counts them.
+        gguf: the tensor in a GGUF file.
+        hugging_face: the tensor in a Hugging Face folder, without what its name begins with there.
+    """
+
+    shape: tuple[int, ...]
+    kind: str
+    keras: str
+    gguf: str
+    hugging_face: str
+
+    @property
+    def matrix_shape(self) -> tuple[int, ...]:
+        """The shape of the tensor, as PyTorch states it."""
+        if self.kind == "heads_out":
+            heads, hidden, head = self.shape
+            return (heads * head, hidden)
+        if self.kind == "heads_in":
+            heads, head, hidden = self.shape
+            return (hidden, heads * head)
+        return self.shape[::-1] if self.kind == "transposed" else self.shape
+
+
+def weight_table(architecture: Architecture) -> dict[str, StoredWeight]:
+    """Return a model's weights by keras-hub's path, in the order of `backbone.weights`."""
+    config, family = architecture.config, architecture.family
+    sizes = {
+        "hidden": config["hidden_dim"],
+        "head": config["head_dim"],
+        "heads": config["num_query_heads"],
+        "keys": config["num_key_value_heads"],
+        "wide": architecture.ffw_dim,
+    }
+    post_attention = config.get("use_post_attention_norm", False)
+    there = {
+        "post_attention_norm/scale": post_attention,
+        "post_ffw_norm/scale": config.get("use_post_ffw_norm", False),
+        "attention/query_norm/scale": architecture.has_query_key_norm,
+        "attention/key_norm/scale": architecture.has_query_key_norm,
+    }
+    # A Gemma has one other norm, which stands before the feed-forward layers, whatever its name says.
+    renamed = {} if post_attention else {"pre_feedforward_layernorm": "post_attention_layernorm"}
+    table = config["vocabulary_size"], sizes["hidden"]
+    found = {
+        "token_embedding/embeddings": StoredWeight(
+            table, "rows", "layers/reversible_embedding/vars/0", "token_embd.weight", "embed_tokens.weight"
+        )
+    }
+    for number in range(config["num_layers"]):
+        layer = f"layers/{family.block}{f'_{number}' if number else ''}"
+        for path, shape, kind, keras, gguf, hugging_face in BLOCK:
+            if there.get(path, True):
+                found[f"decoder_block_{number}/{path}"] = StoredWeight(
+                    tuple(sizes[axis] for axis in shape.split()),
+                    kind,
+                    f"{layer}/{keras}/vars/0",
+                    f"blk.{number}.{gguf}.weight",
+                    f"layers.{number}.{renamed.get(hugging_face, hugging_face)}.weight",
+                )
+    found["final_normalization/scale"] = StoredWeight(
+        (sizes["hidden"],), "scale", "layers/rms_normalization/vars/0", "output_norm.weight", "norm.weight"
+    )
+    return found

@@ -1,0 +1,86 @@
+"""What this project needs of Keras and keras-hub and they keep private: the one module that names it.
+
+Purpose: a new release of either may rename any of this; then the mend is here. tests/pipeline/test_private_names.py
+holds all other modules to public names. (JAX's private names are in program_cache.py.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import jax
+    import keras
+
+
+@contextlib.contextmanager
+def declared_only() -> Iterator[None]:
+    """Within this block new Keras variables get a shape, a dtype and a path, and no value.
+
+    `from_preset` would fill them with random numbers first and throw these away. Keras keeps a list of such variables
+    and would initialise them when any later stateless scope ends, so they are taken off it.
+    """
+    import keras
+    from keras.src.backend.common import global_state
+
+    before = list(global_state.get_global_attribute("uninitialized_variables", [], set_to_default=True))
+    with keras.StatelessScope(initialize_variables=False):
+        yield
+    global_state.set_global_attribute("uninitialized_variables", before)
+
+
+def set_value(variable: keras.Variable, value: jax.Array) -> None:
+    """Give a variable an array that lies where it is to stay; `assign` would lay it out once more."""
+    variable._value = value
+
+
+def place(variable: keras.Variable, value: jax.Array, layout: keras.distribution.TensorLayout) -> None:
+    """Give a declared variable its value and its layout.
+
+    The layout is what Keras consults when it derives others from it: optimizer slots get their weight's.
+    """
+    variable._layout = layout
+    variable._value = value
+    variable._initializer = None
+
+
+def kernel_of(layer: Any) -> keras.Variable:
+    """Return a layer's kernel as it is stored: `kernel` would be W + AB where LoRA is enabled."""
+    return layer._kernel
+
+
+def embedding_table(backbone: keras.Model) -> keras.Variable:
+    """Return the variable of a backbone's token embeddings, which are its output head too."""
+    return backbone.token_embedding._embeddings
+
+
+def layers_within(backbone: keras.Model) -> list[keras.layers.Layer]:
+    """Return the layers of a model at every depth."""
+    return list(backbone._flatten_layers(include_self=False))
+
+
+def schedule_of(optimizer: keras.optimizers.Optimizer) -> Any:
+    """Return the optimizer's schedule, or the variable with its learning rate if it has none."""
+    return optimizer._learning_rate
+
+
+def make_metrics(model: keras.Model, data: Any) -> None:
+    """Make the variables of a compiled model's metrics, which else come with the first batch.
+
+    Args:
+        model: compiled.
+        data: a batch, as arrays or their shapes and dtypes.
+    """
+    import jax
+    import keras
+
+    model._symbolic_build(data_batch=jax.tree.map(lambda each: keras.KerasTensor(each.shape, str(each.dtype)), data))
+
+
+def update_metrics(
+    model: keras.Model, metrics: Any, loss: jax.Array, x: Any, y_pred: Any
+) -> tuple[dict[str, jax.Array], Any]:
+    """Return the logs of a batch without targets and the metrics' new values, as Keras' own train step does."""
+    return model._update_metrics_variables(metrics, loss, x, None, y_pred, None)
