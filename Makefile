@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: venv repro test clean repository
+.PHONY: venv repro check lint test clean repository
 
 # The stamp is newer than the requirements once they are installed; a broken installation leaves none. It holds the
 # folder that it was made in: the commands of an environment that was moved do not start, so that one is made anew.
@@ -28,10 +28,20 @@ repository:
 repro: repository venv
 	dvc repro
 
-test: venv
+lint: venv
 	ruff check .
 	ruff format --check .
+	mypy
+
+# What needs no model and hardly a process: the quick answer while one works.
+QUICK := tests/common tests/config/test_params.py tests/prepare/test_split.py tests/prepare/test_tables.py tests/records \
+	tests/sharding/test_layout.py tests/tokenize/test_batches.py
+
+check: lint
+	python -m pytest -n 2 --dist loadgroup --quiet $(QUICK)
+
+test: lint
 	python -m pytest -n 2 --dist loadgroup
 
 clean:
-	rm -rf scratch .pytest_cache .ruff_cache .hypothesis
+	rm -rf scratch .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -19,11 +19,11 @@ def main(run: Run) -> None:
     baseline, tuned = (read_losses(run.paths.read(evaluation(variant))) for variant in ("baseline", "tuned"))
     values = difference(baseline, tuned)
     run.write_metrics("compare", values)
-    error = values["loss_difference_standard_error"]
+    error = values.loss_difference_standard_error
     logger.info(
-        f"Loss, tuned - baseline: {values['loss_difference']:+.4f} nats per token"
+        f"Loss, tuned - baseline: {values.loss_difference:+.4f} nats per token"
         + ("" if error is None else f", paired standard error {error:.4f}")
-        + f"; perplexity x {values['perplexity_ratio']:.4f}"
+        + f"; perplexity x {values.perplexity_ratio:.4f}"
     )
 
 

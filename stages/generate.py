@@ -7,7 +7,6 @@ Command: `python -m stages.generate --variant tuned`
 
 from __future__ import annotations
 
-import json
 import time
 
 from stages.core.cli import Run, click, logger, stage
@@ -18,15 +17,15 @@ from stages.core.cli import Run, click, logger, stage
 def main(run: Run, variant: str) -> None:
     """Continue the prompts with a variant of the model."""
     from stages.core.common import paths
-    from stages.core.files import write_text
     from stages.core.generate import prompting
     from stages.core.load import variants
     from stages.core.presets.formats import format_of
+    from stages.core.records.generate import GenerateMetrics, Generation
 
     settings = run.params.generate
     preset = variants.open_preset(run.paths)
     tokenizer = format_of(preset.manifest.format).load_tokenizer(preset.folder)
-    model = variants.load_variant(run.paths, variant, preset, variants.read_description(run.paths, variant))
+    model = variants.load_variant(run.paths, variant, preset)
     from stages.core.generate import sampling
     from stages.core.model.causal_lm import make_model
 
@@ -39,16 +38,17 @@ def main(run: Run, variant: str) -> None:
     continued = sampling.generate(causal, prompts, sampler, settings.seed)
     seconds = time.perf_counter() - began
 
-    lines = []
-    for prompt, tokens in zip(settings.prompts, continued, strict=True):
-        text = tokenizer.decode(tokens)
-        click.echo(f"{prompt}{text}\n")
-        lines.append(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False))
-    write_text(run.paths.write(paths.generated(variant)), "\n".join(lines) + "\n")
+    found = [
+        Generation(prompt=prompt, text=tokenizer.decode(tokens))
+        for prompt, tokens in zip(settings.prompts, continued, strict=True)
+    ]
+    for each in found:
+        click.echo(f"{each.prompt}{each.text}\n")
+    Generation.write_lines(run.paths.write(paths.generated(variant)), found)
     count = sum(len(tokens) for tokens in continued)
     run.write_metrics(
         f"generate-{variant}",
-        {"prompts": len(prompts), "tokens": count, "tokens_per_second": round(count / seconds, 2)},
+        GenerateMetrics(prompts=len(prompts), tokens=count, tokens_per_second=round(count / seconds, 2)),
     )
 
 

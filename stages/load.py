@@ -33,53 +33,50 @@ def main(run: Run, dry_run: bool, public: str | None) -> None:
         return
     from stages.core.common import host_memory
     from stages.core.common.paths import SHARDING
-    from stages.core.files import write_json
     from stages.core.load import variants
     from stages.core.plan.run_check import run_of, warn_before_running
+    from stages.core.records.load import LoadMetrics
     from stages.core.sharding import table
     from stages.core.sharding.layout import check_adapters, check_replication
-    from stages.core.sharding.mesh import MeshShape
     from stages.core.sharding.named_layouts import make_layout, replication_advice
 
     began = time.perf_counter()
     params = run.params
     preset = variants.open_preset(run.paths)
-    mesh = MeshShape(tuple(params.mesh.shape))
+    mesh = params.mesh.as_shape()
     layout = make_layout(params.layout, preset.architecture, mesh)
-    description = variants.model_description("baseline", preset, params.load.dtype, mesh, params.mesh.devices, layout)
-    model = variants.declare_model(description, preset.architecture, None)
+    config = variants.model_config(preset, params.load.dtype, mesh, layout)
+    model = variants.declare_model(config, preset.architecture, None)
     check_adapters(layout.rules, [placement.weight for placement in model.placements], mesh)
-    warn_before_running(run.paths.root, run_of(description))
+    warn_before_running(run.paths.root, run_of(config))
     advice = replication_advice(params.layout, preset.architecture, model.placements, mesh)
     fraction = check_replication(model.placements, mesh, params.layout.max_replicated_fraction, advice)
     variants.fill_model(model, preset, {})
     variants.check_placed(model)
     report = table.report(
         model.placements,
-        mesh,
-        layout.fallbacks,
-        preset=preset.manifest.preset,
-        layout=layout.name,
-        dtype=params.load.dtype,
-        platform=model.platform,
+        model.mesh_shape,
+        preset=config.preset,
+        layout=layout,
+        dtype=config.dtype,
         trainable_parameters=0,
     )
 
     click.echo(table.block_table(model.placements))
     for fallback in layout.fallbacks:
         logger.info(f"Layout: {fallback}")
-    write_json(run.paths.write("models/baseline/model.json"), description)
-    write_json(run.paths.write(SHARDING["baseline"]), report)
+    config.write(run.paths.write("models/baseline/model.json"))
+    report.write(run.paths.write(SHARDING["baseline"]))
     run.write_metrics(
         "load",
-        {
-            "seconds": round(time.perf_counter() - began, 3),
-            "peak_host_bytes": host_memory.peak_host_bytes(),
-            "parameters": report["parameters"],
-            "devices": mesh.devices,
-            "bytes_per_device_max": report["bytes_per_device"],
-            "replicated_fraction": round(fraction, 6),
-        },
+        LoadMetrics(
+            seconds=round(time.perf_counter() - began, 3),
+            peak_host_bytes=host_memory.peak_host_bytes(),
+            parameters=report.parameters,
+            devices=mesh.devices,
+            bytes_per_device_max=report.bytes_per_device,
+            replicated_fraction=round(fraction, 6),
+        ),
     )
 
 

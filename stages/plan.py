@@ -24,7 +24,6 @@ def main(run: Run, presets: Path | None) -> None:
     """Report what training steps need on absent devices, by ahead-of-time compilation."""
     from stages.core.common import inputs
     from stages.core.common.paths import PLAN
-    from stages.core.files import write_json
     from stages.core.plan import targets
     from stages.core.sharding import devices
 
@@ -35,7 +34,7 @@ def main(run: Run, presets: Path | None) -> None:
     # The compiler needs no device; Keras needs some JAX to declare weights with, and `cpu:N` as many as it says.
     devices.configure("simulated", targets.simulated_devices(settings))
     from stages.core.plan import compilation, presets_table, search, table
-    from stages.core.records.plan import PlanFile
+    from stages.core.records.plan import PlanFile, PlanMetrics
 
     if presets:
         presets_table.write_table(settings, presets)
@@ -52,8 +51,8 @@ def main(run: Run, presets: Path | None) -> None:
         scaling=search.scaling(settings, settings.plan.scaling) if settings.plan.scaling else None,
     )
     table.show(plan)
-    write_json(run.paths.write(PLAN), plan.content())
-    run.write_metrics("plan", {label: target.metrics() for label, target in planned.items()})
+    plan.write(run.paths.write(PLAN))
+    run.write_metrics("plan", PlanMetrics(targets=planned))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ def main(run: Run) -> None:
     from stages.core.presets.formats import format_of
     from stages.core.presets.manifest import read_manifest, verified_folder
     from stages.core.presets.tokenizer import holds_vocabulary
+    from stages.core.records.tokenize import TokenizeMetrics
     from stages.core.tokenize.sequences import holds_pairs, lay_out
     from stages.core.tokenize.store import write_sequences
 
@@ -43,7 +44,7 @@ def main(run: Run) -> None:
         else:
             write_sequences(run.paths.write(HELD_OUT), laid_out.whole)
         logger.info(laid_out.summary)
-    run.write_metrics("tokenize", metrics)
+    run.write_metrics("tokenize", TokenizeMetrics.model_validate(metrics))
 
 
 if __name__ == "__main__":

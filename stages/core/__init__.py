@@ -3,22 +3,22 @@
 A package imports only those to the right of its arrow (tests/pipeline/test_packages.py enforces it).
 Each line needs only lines below it, so there are no cycles.
 
-    plan      -> finetune load model tokenize sharding fetch presets records config cli common files
+    plan      -> finetune load model tokenize sharding fetch presets config cli records common files
     cache     -> finetune
-    finetune  -> generate load model tokenize sharding presets config common files
+    finetune  -> generate load model tokenize sharding presets config records common files
     generate  -> model tokenize presets
-    evaluate  -> tokenize sharding common files
+    evaluate  -> tokenize sharding records common files
     model     -> sharding presets common
-    load      -> sharding presets common files
-    prepare   -> fetch presets config common files
-    fetch     -> presets common files
+    load      -> sharding presets records common files
+    prepare   -> fetch presets config records common files
+    fetch     -> presets records common files
     tokenize  -> sharding presets config common files
-    sharding  -> presets config common files
-    presets   -> common files
-    report    -> records config common
-    records   ->
-    cli       -> config common files
-    config    -> common
+    sharding  -> presets config records common files
+    presets   -> records common
+    report    -> config records common
+    cli       -> config records common files
+    config    -> records common
+    records   -> common files
     common    -> files
     files     ->
 """

@@ -28,7 +28,8 @@ from stages.core.common.paths import Paths, check_outputs, lend_a_home, metrics
 from stages.core.common.redaction import guard_standard_error
 from stages.core.config.reader import read_params
 from stages.core.config.schema import Params
-from stages.core.files import explain, write_json
+from stages.core.files import explain
+from stages.core.records.record import FileRecord
 
 REQUIREMENTS = "requirements.txt"
 # The scripts' own, and above those of all modules. A script that is run is called `__main__`, and one that is run as a
@@ -44,9 +45,9 @@ class Run:
     paths: Paths
     verbose: bool
 
-    def write_metrics(self, name: str, values: dict[str, Any]) -> None:
+    def write_metrics(self, name: str, values: FileRecord) -> None:
         """Write `data/metrics/<name>.json`."""
-        write_json(self.paths.write(metrics(name)), values)
+        values.write(self.paths.write(metrics(name)))
 
 
 def stage(function: Callable[..., None]) -> click.Command:

@@ -47,10 +47,19 @@ def open_preset(folder: Path):
     """Return a preset folder as the stages have it, without hashing its files."""
     from stages.core.load.variants import Preset
     from stages.core.presets.formats import format_of
-    from stages.core.presets.manifest import LICENCE, Manifest
+    from stages.core.presets.manifest import LICENCE
+    from stages.core.records.manifest import Manifest
 
     file_format = "gguf" if list(folder.glob("*.gguf")) else "keras"
-    manifest = Manifest("gemma3_270m", "path", file_format, None, str(folder), LICENCE, ())
+    manifest = Manifest(
+        preset="gemma3_270m",
+        source="path",
+        format=file_format,
+        handle=None,
+        folder=str(folder),
+        licence=LICENCE,
+        files=(),
+    )
     return Preset(manifest, folder, format_of(file_format).read_architecture(folder))
 
 
@@ -60,8 +69,8 @@ def describe(preset, shape: tuple[int, int]):
     from stages.core.sharding.mesh import MeshShape
     from stages.core.sharding.named_layouts import auto
 
-    mesh = MeshShape(shape)
-    return variants.model_description("baseline", preset, "float32", mesh, "simulated", auto(preset.architecture, mesh))
+    mesh = MeshShape(shape, device_kind="simulated")
+    return variants.model_config(preset, "float32", mesh, auto(preset.architecture, mesh))
 
 
 def load_ours(folder: Path, shape: tuple[int, int] = MESH):
@@ -80,10 +89,8 @@ def load_theirs(folder: Path):
     import keras_hub
 
     from stages.core.sharding import mesh as meshes
-    from stages.core.sharding.layout import Rule, as_spec
 
-    description = describe(open_preset(folder), MESH)
-    rules = [Rule(rule["pattern"], as_spec(rule["spec"])) for rule in description["layout"]["rules"]]
+    rules = describe(open_preset(folder), MESH).layout.rules
     device_mesh = meshes.device_mesh(meshes.MeshShape(MESH))
     keras.distribution.set_distribution(meshes.distribution(device_mesh, {rule.anchored: rule.spec for rule in rules}))
     return keras_hub.models.Gemma3CausalLM.from_preset(str(folder), dtype="float32").backbone

@@ -52,17 +52,16 @@ def our_side(shape: tuple[int, int], batch: int) -> Callable[[int], list[float]]
     from stages.core.config.reader import read_params
     from stages.core.finetune import trainer
     from stages.core.load import variants
-    from stages.core.sharding.mesh import MeshShape
+    from stages.core.records.layout import MeshShape
     from stages.core.sharding.named_layouts import make_layout
 
     params = read_params(Path("params.yaml"))
     preset = variants.open_preset(Paths(Path.cwd(), Path.cwd()))
-    mesh = MeshShape(shape)
-    layout = make_layout(params.layout, preset.architecture, mesh)
-    description = variants.model_description("baseline", preset, "float32", mesh, "simulated", layout)
+    mesh = MeshShape(shape, device_kind="simulated")
+    config = variants.model_config(preset, "float32", mesh, make_layout(params.layout, preset.architecture, mesh))
     changes = {"rank": RANK, "targets": ["query", "value"], "learning_rate": RATE}
     settings = params.finetune.model_copy(update=changes)
-    model = trainer.load_trainable(preset, description, settings)
+    model = trainer.load_trainable(preset, config, settings)
     import numpy as np
 
     from stages.core.model.causal_lm import make_model, pin_to_mesh

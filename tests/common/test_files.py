@@ -13,8 +13,8 @@ import pytest
 
 from stages.core import files
 from stages.core.common.paths import MAKERS, maker_of
-from stages.core.finetune.curve import write_samples
 from stages.core.load.adapter import save
+from stages.core.records.finetune import Sample
 from tests.support.repository import ROOT, STAGES
 
 
@@ -83,10 +83,10 @@ def test_what_is_kept_is_given_back_only_as_it_was_written(tmp_path):
 
 def test_no_samples_make_a_file_that_is_not_empty_since_dvc_would_warn_of_it(tmp_path):
     path = tmp_path / "samples.jsonl"
-    write_samples(path, [])
+    Sample.write_lines(path, [])
     assert path.read_text() == "\n"
-    write_samples(path, [{"step": 1}, {"step": 2}])
-    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    Sample.write_lines(path, [Sample(step=step, prompt="p", text="t") for step in (1, 2)])
+    assert path.read_text() == "".join(f'{{"step": {step}, "prompt": "p", "text": "t"}}\n' for step in (1, 2))
 
 
 # --- As a person sees it. ---

@@ -303,8 +303,7 @@ def test_the_layout_fits_the_preset_and_the_mesh(devices, name: str):
     architecture = catalog.architecture(params.fetch.preset)
     mesh = MeshShape(tuple(params.mesh.shape))
     layout = make_layout(params.layout, architecture, mesh)
-    tuning = {"rank": params.finetune.rank, "alpha": params.finetune.alpha, "targets": params.finetune.targets}
-    placements = shapes.resolve_shapes(architecture, mesh, layout, params.load.dtype, tuning)
+    placements = shapes.resolve_shapes(architecture, mesh, layout, params.load.dtype, params.finetune.lora)
     base = [each for each in placements if each.weight.kind == "weight"]
     check_replication(base, mesh, params.layout.max_replicated_fraction)
     names = [each.weight.path for each in placements if each.weight.kind == "lora"]

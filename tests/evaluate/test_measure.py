@@ -105,9 +105,9 @@ def test_a_longer_review_is_measured_up_to_the_maximum_and_what_is_cut_is_counte
     assert (cut.sequence == whole.sequence).tolist() == fits.tolist()
     assert (cut.loss[~fits] < whole.loss[~fits]).all()
     metrics = review_losses.metrics("tuned", cut)
-    assert (metrics["reviews"], metrics["reviews_cut"]) == (8, 3), "one pair's prompt alone is longer"
-    assert metrics["targets_cut"] == sum(response for _, response in SIZES) - sum(left)
-    assert metrics["targets"] == sum(left)
+    assert (metrics.reviews, metrics.reviews_cut) == (8, 3), "one pair's prompt alone is longer"
+    assert metrics.targets_cut == sum(response for _, response in SIZES) - sum(left)
+    assert metrics.targets == sum(left)
 
 
 def test_targets_that_were_not_measured_fail_the_evaluation():
@@ -132,7 +132,7 @@ def test_a_review_without_a_target_among_others_counts_for_nothing():
     losses = evaluation.measure(uniform, sequences, MeshShape((2, 1)), max_length=8, batch_tokens=1)
     assert losses.targets.tolist() == [2, 0, 1]
     assert losses.correct.tolist() == [1, 0, 1]
-    assert review_losses.metrics("tuned", losses)["reviews"] == 2
+    assert review_losses.metrics("tuned", losses).reviews == 2
 
 
 def test_a_sequence_holds_bos_the_text_and_its_end_and_of_a_pair_each_response_is_the_target():
@@ -198,13 +198,13 @@ def test_the_paired_standard_error_is_what_drawing_reviews_anew_gives():
     generator = np.random.default_rng(1)
     drawn = generator.integers(0, 400, (4000, 400))
     change = (tuned.loss - baseline.loss)[drawn].sum(axis=1) / tuned.targets[drawn].sum(axis=1)
-    assert compared["loss_difference_standard_error"] == pytest.approx(change.std(), rel=0.05)
+    assert compared.loss_difference_standard_error == pytest.approx(change.std(), rel=0.05)
     right = (tuned.correct - baseline.correct)[drawn].sum(axis=1) / tuned.targets[drawn].sum(axis=1)
-    assert compared["token_accuracy_difference_standard_error"] == pytest.approx(right.std(), rel=0.05)
+    assert compared.token_accuracy_difference_standard_error == pytest.approx(right.std(), rel=0.05)
     loss = baseline.loss[drawn].sum(axis=1) / baseline.targets[drawn].sum(axis=1)
-    own = review_losses.metrics("baseline", baseline)["loss_standard_error"]
+    own = review_losses.metrics("baseline", baseline).loss_standard_error
     assert own == pytest.approx(loss.std(), rel=0.05)
-    assert compared["loss_difference_standard_error"] < own / 2, "pairing is what makes it small"
+    assert compared.loss_difference_standard_error < own / 2, "pairing is what makes it small"
 
 
 def test_the_standard_error_is_that_of_a_mean_where_reviews_have_one_length_and_by_hand_where_not():
@@ -221,11 +221,11 @@ def test_the_difference_is_that_of_the_two_losses_and_the_ratio_that_of_the_perp
     baseline, tuned = made_up(50)
     before, after = review_losses.metrics("baseline", baseline), review_losses.metrics("tuned", tuned)
     compared = review_losses.difference(baseline, tuned)
-    assert compared["loss_difference"] == pytest.approx(after["loss"] - before["loss"], abs=2e-5)
-    assert compared["perplexity_ratio"] == pytest.approx(after["perplexity"] / before["perplexity"], rel=2e-5)
-    change = after["token_accuracy"] - before["token_accuracy"]
-    assert compared["token_accuracy_difference"] == pytest.approx(change, abs=2e-5)
-    assert (compared["targets"], compared["reviews"]) == (before["targets"], before["reviews"])
+    assert compared.loss_difference == pytest.approx(after.loss - before.loss, abs=2e-5)
+    assert compared.perplexity_ratio == pytest.approx(after.perplexity / before.perplexity, rel=2e-5)
+    change = after.token_accuracy - before.token_accuracy
+    assert compared.token_accuracy_difference == pytest.approx(change, abs=2e-5)
+    assert (compared.targets, compared.reviews) == (before.targets, before.reviews)
 
 
 def test_variants_that_were_measured_on_other_text_are_not_compared(tmp_path):
@@ -269,7 +269,7 @@ def test_a_held_out_loss_that_is_no_number_or_has_no_perplexity_is_told(loss):
     with pytest.raises(StageError, match=r"at most 700 nats per token\. Received: loss=.*, variant=tuned"):
         review_losses.metrics("tuned", bad)
     good = ReviewLosses(**{**vars(bad), "loss": np.ones(2)})
-    assert review_losses.metrics("tuned", good)["perplexity"] == 2.7183
+    assert review_losses.metrics("tuned", good).perplexity == 2.7183
 
 
 settings.register_profile("evaluation", deadline=None)

@@ -19,6 +19,7 @@ from stages.core.fetch.catalog import (
     registered,
 )
 from stages.core.presets.manifest import LICENCE
+from stages.core.records.manifest import Licence
 
 
 @pytest.fixture(scope="module")
@@ -109,11 +110,11 @@ def test_each_preset_comes_with_its_own_terms():
     assert licence_of("gemma3_270m") == licence_of("shieldgemma_2b_en") == LICENCE
     assert licence_of("kaggle://keras/gemma/keras/gemma_7b_en/2") == LICENCE
     health = licence_of("medgemma_instruct_27b_text")
-    assert health["name"] == "Health AI Developer Foundations Terms of Use"
+    assert health.name == "Health AI Developer Foundations Terms of Use"
     page = "https://www.kaggle.com/models/"
     unread = "terms on the model's page"
-    assert licence_of("c2s_scale_gemma_2_2b_en") == {"name": unread, "url": f"{page}keras/cell2sentence"}
-    assert licence_of("kaggle://somebody/tuned/keras/mine/1") == {"name": unread, "url": f"{page}somebody/tuned"}
+    assert licence_of("c2s_scale_gemma_2_2b_en") == Licence(unread, f"{page}keras/cell2sentence")
+    assert licence_of("kaggle://somebody/tuned/keras/mine/1") == Licence(unread, f"{page}somebody/tuned")
 
 
 @pytest.mark.parametrize(

@@ -39,21 +39,21 @@ def measured(presets, tmp_path_factory):
 
 def test_the_times_of_a_run_are_told_apart(measured):
     metrics = measured[0].metrics()
-    assert metrics["load_seconds"] == 1.5
+    assert metrics.load_seconds == 1.5
     for kind in ("compile", "train", "validation", "sample", "checkpoint"):
-        assert metrics[f"{kind}_seconds"] > 0.0, kind
-    assert metrics["compile_seconds"] < metrics["train_seconds"]
-    assert metrics["step_seconds_median"] < metrics["compile_seconds"]
-    assert metrics["steps"] == 6
-    assert "peak_device_bytes" not in metrics, "the CPU backend does not tell"
+        assert getattr(metrics, f"{kind}_seconds") > 0.0, kind
+    assert metrics.compile_seconds < metrics.train_seconds
+    assert metrics.step_seconds_median < metrics.compile_seconds
+    assert metrics.steps == 6
+    assert "peak_device_bytes" not in metrics.content(), "the CPU backend does not tell"
 
 
 def test_the_share_of_the_peak_follows_from_flops_time_and_the_measured_product(measured):
     metrics = measured[0].metrics()
-    reached = metrics["flops_per_step"] / metrics["step_seconds_median"]
-    share = reached / metrics["flops_per_second_of_matrix_product"]
-    assert metrics["flops_share_of_peak"] == pytest.approx(share, abs=1e-4, rel=0.02)
-    assert 1e9 < metrics["flops_per_second_of_matrix_product"] < 1e14
+    reached = metrics.flops_per_step / metrics.step_seconds_median
+    share = reached / metrics.flops_per_second_of_matrix_product
+    assert metrics.flops_share_of_peak == pytest.approx(share, abs=1e-4, rel=0.02)
+    assert 1e9 < metrics.flops_per_second_of_matrix_product < 1e14
 
 
 def test_memory_is_told_as_what_is_held_and_how_far_a_step_grows():
@@ -83,16 +83,17 @@ def test_the_flops_of_gemma_3_270m_are_those_of_a_count_by_hand(devices):
     from stages.core.finetune.flops import step_flops
     from stages.core.load import lora_kernels
     from stages.core.load.backbone import build_backbone
+    from stages.core.records.layout import LoraConfig
 
     blocks = 18 * (640 * 256 * (4 + 1 + 1 + 4) + 3 * 640 * 2048)
     head = 262_144 * 640
     attention = 12 * 128 * (4 * 256) * 18
     adapters = 18 * (4 * 640 * 4 + 4 * (4 * 256) + 640 * 4 + 4 * 256)
     backbone = build_backbone(architecture("gemma3_270m"), "float32")
-    lora_kernels.declare(backbone, 4, None, ["query", "value"])
+    lora_kernels.declare(backbone, LoraConfig(4, None, ("query", "value")))
     assert step_flops(backbone, 1, 128) == 128 * (4 * (blocks + head) + 6 * adapters + attention)
     whole = build_backbone(architecture("gemma3_270m"), "float32")
-    lora_kernels.declare(whole, 0, None, ["query", "value"])
+    lora_kernels.declare(whole, LoraConfig(0))
     assert step_flops(whole, 2, 128) == 256 * (6 * (blocks + head) + attention)
 
 
@@ -131,8 +132,10 @@ def test_the_formula_agrees_with_the_products_in_the_program(presets, rank):
 def test_a_run_in_two_processes_counts_two_compilations():
     from stages.core.finetune.callback import History
     from stages.core.finetune.result import Result
+    from stages.core.records.finetune import Step
 
-    rows = [{"loss": float(tokens), "tokens": tokens} for tokens in (1, 3, 3, 1, 5, 1)]
+    rest = dict.fromkeys(Step.model_fields, 1)
+    rows = [Step(**rest | {"loss": float(tokens), "tokens": tokens}) for tokens in (1, 3, 3, 1, 5, 1)]
     history = History(rows=rows, step_seconds=[9.0, 1.0, 1.0, 5.0, 1.0, 1.0], first_steps=[0, 3], step_growth=5)
     result = Result(
         history,
@@ -148,16 +151,16 @@ def test_a_run_in_two_processes_counts_two_compilations():
         optimizer=None,
     )
     metrics = result.metrics()
-    assert metrics["compile_seconds"] == 12.0
-    assert metrics["step_seconds_median"] == 1.0
-    assert metrics["peak_device_bytes"] == 7
-    assert (metrics["state_bytes_per_device"], metrics["step_growth_bytes"]) == (3, 5)
-    assert metrics["flops_share_of_peak"] == 0.5
+    assert metrics.compile_seconds == 12.0
+    assert metrics.step_seconds_median == 1.0
+    assert metrics.peak_device_bytes == 7
+    assert (metrics.state_bytes_per_device, metrics.step_growth_bytes) == (3, 5)
+    assert metrics.flops_share_of_peak == 0.5
     # A step counts by its tokens, and a step that holds a compilation has no speed.
-    assert metrics["tokens"] == 14
-    assert metrics["loss_first"] == metrics["loss_last"] == round((1 + 9 + 9 + 1 + 25 + 1) / 14, 4)
-    assert metrics["tokens_per_second"] == (3 + 3 + 5 + 1) / 4
-    assert metrics["positions_per_second"] == 64.0
+    assert metrics.tokens == 14
+    assert metrics.loss_first == metrics.loss_last == round((1 + 9 + 9 + 1 + 25 + 1) / 14, 4)
+    assert metrics.tokens_per_second == (3 + 3 + 5 + 1) / 4
+    assert metrics.positions_per_second == 64.0
 
 
 def test_prompts_and_padding_are_positions_and_no_trained_tokens(presets):
@@ -165,9 +168,9 @@ def test_prompts_and_padding_are_positions_and_no_trained_tokens(presets):
     given["train"]["weights"][:, 4:] = 0.0
     result, _ = train(presets["gemma3"], settings(batch_size=3, gradient_accumulation=2), given, shape=(2, 1))
     (row,) = result.history.rows
-    assert row["tokens"] == 6 * 4
+    assert row.tokens == 6 * 4
     # Batches of 3 are padded to 4.
-    assert row["positions_per_second"] / row["tokens_per_second"] == pytest.approx(2 * 4 * 32 / 24)
+    assert row.positions_per_second / row.tokens_per_second == pytest.approx(2 * 4 * 32 / 24)
 
 
 def test_windows_without_review_numbers_are_trained_on_too(presets):

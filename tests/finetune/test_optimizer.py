@@ -27,7 +27,7 @@ def wanted_rate(shape, step, steps, warmup):
 @pytest.mark.parametrize(("shape", "warmup"), [("constant", 3), ("linear", 0), ("linear", 2), ("cosine", 2)])
 def test_the_learning_rate_follows_its_schedule(presets, shape, warmup):
     wanted = settings(batch_size=1, schedule=shape, warmup_steps=warmup)
-    rates = [row["learning_rate"] for row in train(presets["gemma3"], wanted)[0].history.rows]
+    rates = [row.learning_rate for row in train(presets["gemma3"], wanted)[0].history.rows]
     assert len(rates) == 8
     assert rates == pytest.approx([wanted_rate(shape, step, 8, warmup) for step in range(8)], rel=1e-5)
 
@@ -78,7 +78,7 @@ def test_accumulated_batches_are_one_batch_of_all_their_sequences(presets, given
         for key in ("loss", "accuracy", "validation_loss"):
             assert one[key] == pytest.approx(other[key], rel=2e-5), key
     assert distance(of_small, of_large) < 1e-4
-    assert small.metrics()["loss_last"] == pytest.approx(large.metrics()["loss_last"], abs=1e-4)
+    assert small.metrics().loss_last == pytest.approx(large.metrics().loss_last, abs=1e-4)
 
 
 @pytest.mark.parametrize("wanted", [{"lora_dropout": 0.5}, {"clip_norm": 1e-3}], ids=str)
@@ -95,11 +95,11 @@ def test_steps_schedule_warm_up_validation_and_samples_count_updates(presets):
         batch_size=1, gradient_accumulation=3, epochs=2, schedule="linear", warmup_steps=2, validate_every=2
     )
     rows = train(presets["gemma3"], wanted)[0].history.rows
-    assert [row["epoch"] for row in rows] == [1, 1, 1, 2, 2, 2]
-    assert [row["learning_rate"] for row in rows] == pytest.approx(
+    assert [row.epoch for row in rows] == [1, 1, 1, 2, 2, 2]
+    assert [row.learning_rate for row in rows] == pytest.approx(
         [wanted_rate("linear", step, 6, 2) for step in range(6)], rel=1e-5
     )
-    assert [row["step"] for row in rows if row["validation_loss"] is not None] == [2, 4, 6]
+    assert [row.step for row in rows if row.validation_loss is not None] == [2, 4, 6]
     assert train(presets["gemma3"], wanted.model_copy(update={"steps": 4}))[0].history.steps == 4
 
 

@@ -21,7 +21,8 @@ from stages.core.finetune import trainer
 from stages.core.load import lora_kernels
 from stages.core.load.variants import Preset
 from stages.core.presets.formats import format_of
-from stages.core.presets.manifest import LICENCE, Manifest
+from stages.core.presets.manifest import LICENCE
+from stages.core.records.manifest import Manifest
 from tests.support.hf_folder import tensors_of
 from tests.support.tiny_models import describe
 from tests.support.tiny_runs import settings
@@ -58,7 +59,15 @@ def test_a_run_is_the_one_done_by_hand(name, folders, recorded, monkeypatch):
     wanted, adapter, folder = settings(**case.settings), first_adapter(case), folders / case.family
     monkeypatch.setattr(lora_kernels, "first_value", lambda path, *_: adapter[path])
     # The folder is not fetched: it needs no tokenizer, and so has none.
-    manifest = Manifest(case.family, "path", "safetensors", None, str(folder), LICENCE, ())
+    manifest = Manifest(
+        preset=case.family,
+        source="path",
+        format="safetensors",
+        handle=None,
+        folder=str(folder),
+        licence=LICENCE,
+        files=(),
+    )
     preset = Preset(manifest, folder, format_of(manifest.format).read_architecture(folder))
     model = trainer.load_trainable(preset, describe(preset, case.mesh), wanted)
     rows = trainer.fit(model, sequences(case), wanted).history.rows

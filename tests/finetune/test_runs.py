@@ -42,7 +42,7 @@ def test_every_weight_in_bfloat16_is_refused_where_a_baseline_of_it_is_met(prese
 
 def test_every_weight_learns_in_mixed_bfloat16(presets):
     result, weights = train(presets["gemma3"], settings(batch_size=4, epochs=4, rank=0), dtype="mixed_bfloat16")
-    losses = [row["loss"] for row in result.history.rows]
+    losses = [row.loss for row in result.history.rows]
     assert losses[-1] < losses[0] - 0.05
     assert {array.dtype.name for array in weights.values()} == {"float32"}
 
@@ -100,7 +100,7 @@ def test_recomputing_blocks_keeps_less_for_the_backward_pass_and_gives_the_same_
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "mixed_bfloat16"])
 def test_the_adapter_learns_in_float32_whatever_the_models_dtype(presets, dtype):
     result, weights = train(presets["gemma3"], settings(batch_size=4, epochs=6), dtype=dtype, shape=(1, 2))
-    losses = [row["loss"] for row in result.history.rows]
+    losses = [row.loss for row in result.history.rows]
     assert losses[-1] < losses[0] - 0.05
     assert {array.dtype.name for array in weights.values()} == {"float32"}
     slots = [variable for variable in result.optimizer.variables if "lora" in variable.path]
@@ -149,8 +149,8 @@ def test_a_sample_that_fails_is_told_in_one_line_and_the_run_goes_on(presets, mo
     wanted = settings(batch_size=2, steps=4, sample_every=2, sample_prompt="This movie was", sample_tokens=5)
     tokenizer = format_of("keras").load_tokenizer(presets["gemma"])
     result, _ = train(presets["gemma"], wanted, tokenizer=tokenizer)
-    assert [row["step"] for row in result.history.rows][-1] == 4
-    assert [each["text"] for each in result.history.samples] == ["", ""]
+    assert [row.step for row in result.history.rows][-1] == 4
+    assert [each.text for each in result.history.samples] == ["", ""]
     assert [line for line in logged() if "sample" in line] == [
         f"No sample after step {step}: IndexError: a row without a piece" for step in (2, 4)
     ]

@@ -14,8 +14,8 @@ def test_each_epoch_takes_every_window_once_in_an_order_of_its_own(presets):
     # With hardly any learning a sequence has the same loss in each epoch, and so is known by it.
     wanted = settings(batch_size=1, epochs=3, learning_rate=1e-9)
     rows = train(presets["gemma3"], wanted)[0].history.rows
-    assert [row["epoch"] for row in rows] == [1] * 8 + [2] * 8 + [3] * 8
-    orders = [[round(row["loss"], 4) for row in rows[start : start + 8]] for start in (0, 8, 16)]
+    assert [row.epoch for row in rows] == [1] * 8 + [2] * 8 + [3] * 8
+    orders = [[round(row.loss, 4) for row in rows[start : start + 8]] for start in (0, 8, 16)]
     assert sorted(orders[0]) == sorted(orders[1]) == sorted(orders[2])
     assert len(set(map(tuple, orders))) == 3
 
@@ -42,7 +42,7 @@ def test_validation_comes_when_it_is_wanted_and_changes_nothing(presets, plain):
     def measured(**changes):
         result, weights = train(presets["gemma3"], settings(batch_size=2, **changes))
         assert distance(weights, plain[1]) == 0.0
-        return [row["step"] for row in result.history.rows if row["validation_loss"] is not None]
+        return [row.step for row in result.history.rows if row.validation_loss is not None]
 
     assert measured() == [4]
     assert measured(validate_every=1) == [1, 2, 3, 4]
@@ -59,7 +59,7 @@ def test_early_stopping_gives_the_weights_of_the_lowest_held_out_loss(presets, l
     from stages.core.finetune import trainer
 
     history = trainer.fit(model, given, wanted).history
-    held_out = [row["validation_loss"] for row in history.rows if row["validation_loss"] is not None]
+    held_out = [row.validation_loss for row in history.rows if row.validation_loss is not None]
     assert history.steps < 80
     assert min(held_out) < min(held_out[-3:])
     assert held_out.index(min(held_out)) == len(held_out) - 4
@@ -77,9 +77,9 @@ def test_samples_are_taken_on_the_way_and_change_nothing(presets, plain):
     wanted = settings(batch_size=2, sample_every=2, sample_prompt="This movie was", sample_tokens=5)
     result, weights = train(presets["gemma3"], wanted, tokenizer=tokenizer)
     assert distance(weights, plain[1]) == 0.0
-    assert [sample["step"] for sample in result.history.samples] == [2, 4]
-    assert {sample["prompt"] for sample in result.history.samples} == {"This movie was"}
-    assert all(len(tokenizer.encode(sample["text"])) <= 5 for sample in result.history.samples)
+    assert [sample.step for sample in result.history.samples] == [2, 4]
+    assert {sample.prompt for sample in result.history.samples} == {"This movie was"}
+    assert all(len(tokenizer.encode(sample.text)) <= 5 for sample in result.history.samples)
 
 
 def test_sampling_again_compiles_nothing_and_sees_the_new_weights(presets):

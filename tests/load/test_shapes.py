@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -13,13 +14,13 @@ import pytest
 from stages.core.common.errors import ParamsError, StageError
 from stages.core.fetch.catalog import GEMMAS, architecture
 from stages.core.load.shapes import count_parameters, count_trainable, resolve_shapes
+from stages.core.records.layout import LoraConfig, MeshShape
 from stages.core.sharding.layout import Rule, Weight, resolve
-from stages.core.sharding.mesh import MeshShape
 from stages.core.sharding.named_layouts import auto, tutorial
 from tests.support.repository import ROOT
 from tests.support.tiny_models import load_tiny
 
-LORA = {"rank": 4, "alpha": None, "targets": ["query", "value"]}
+LORA = LoraConfig(4, None, ("query", "value"))
 
 
 @pytest.mark.parametrize("preset", GEMMAS)
@@ -59,7 +60,7 @@ def test_the_slots_foreseen_are_those_that_adamw_makes(presets, rank, dtype):
     from stages.core.sharding.named_layouts import make_layout
     from tests.support.tiny_models import AUTO, open_tiny
 
-    tuning = {**LORA, "rank": rank}
+    lora = dataclasses.replace(LORA, rank=rank)
     model = load_tiny(presets["gemma2"], (2, 4), rank=rank, dtype=dtype)
     optimizer = keras.optimizers.AdamW()
     optimizer.build(model.backbone.trainable_variables)
@@ -72,7 +73,7 @@ def test_the_slots_foreseen_are_those_that_adamw_makes(presets, rank, dtype):
     layout = make_layout(AUTO, gemma, model.mesh_shape)
     foreseen = [
         (each.weight.shape, each.weight.dtype, each.shard_shape)
-        for each in resolve_shapes(gemma, model.mesh_shape, layout, dtype, tuning)
+        for each in resolve_shapes(gemma, model.mesh_shape, layout, dtype, lora)
         if each.weight.kind == "optimizer"
     ]
     assert sorted(made) == sorted(foreseen)
@@ -105,12 +106,12 @@ backbone.import_keras_hub()
 from stages.core.fetch import catalog
 from stages.core.sharding import named_layouts
 from stages.core.load import weight_loading, lora_kernels, shapes
-from stages.core.sharding.mesh import MeshShape
+from stages.core.records.layout import LoraConfig, MeshShape
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before, began = peak(), time.perf_counter()
 gemma, mesh = catalog.architecture("gemma3_27b_text"), MeshShape((4, 8))
-tuning = {"rank": 4, "alpha": None, "targets": ["query", "value"]}
-placements = shapes.resolve_shapes(gemma, mesh, named_layouts.auto(gemma, mesh), "bfloat16", tuning)
+lora = LoraConfig(4, None, ("query", "value"))
+placements = shapes.resolve_shapes(gemma, mesh, named_layouts.auto(gemma, mesh), "bfloat16", lora)
 import jax
 print(json.dumps([peak() - before, time.perf_counter() - began, len(placements), len(jax.devices())]))
 """
@@ -183,11 +184,10 @@ def test_a_dry_run_of_the_fetched_preset_reads_no_weights(clone, presets, family
     import shutil
 
     from stages.core.fetch.local import fetch_local
-    from stages.core.presets.manifest import write_manifest
 
     folder = Path(shutil.copytree(presets[family], tmp_path_factory.mktemp("dry") / "preset"))
     (clone / "models/preset").mkdir(parents=True)
-    write_manifest(clone / "models/preset/manifest.json", fetch_local("mine", str(folder), clone))
+    fetch_local("mine", str(folder), clone).write(clone / "models/preset/manifest.json")
     (folder / "model.weights.h5").unlink()
     settings = ["--set", "layout.max_replicated_fraction=1.0", "--set", "mesh.shape=[2,16]"]
     shown = dry_run(*settings, cwd=clone)
@@ -201,16 +201,13 @@ def test_a_dry_run_of_the_fetched_preset_reads_no_weights(clone, presets, family
 
 
 def test_a_dry_run_of_the_embedded_preset_counts_what_the_registry_does(clone, real_gguf):
-    from stages.core.presets.manifest import write_manifest
     from tests.support.fake_preset import manifest_of
     from tests.support.repository import REAL_CACHE
 
     manifest = manifest_of(real_gguf.parent, [file.name for file in real_gguf.parent.iterdir()])
-    import dataclasses
-
     (clone / "models/preset").mkdir(parents=True)
-    written = dataclasses.replace(manifest, source="pypi", format="gguf", folder=f"presets/{real_gguf.parent.name}")
-    write_manifest(clone / "models/preset/manifest.json", written)
+    changes = {"source": "pypi", "format": "gguf", "folder": f"presets/{real_gguf.parent.name}"}
+    manifest.model_copy(update=changes).write(clone / "models/preset/manifest.json")
     shown = dry_run("--set", "finetune.rank=0", cwd=clone, GEMMA_TUNING_CACHE=str(REAL_CACHE))
     assert shown.returncode == 0, shown.stderr
     assert "Parameters: 268,098,176. Trainable (every weight): 268,098,176." in shown.stdout

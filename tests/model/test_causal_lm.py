@@ -203,7 +203,7 @@ for preset, length in json.loads(sys.argv[1]):
     for shape in ((1, 1), (1, 12)):
         model = load_tiny(Path(preset), shape, rank=2, targets=("query", "value", "ffw_gating", ".*output"))
         rows = trainer.fit(model, given, settings(batch_size=2)).history.rows
-        losses = [row["loss"] for row in rows] + [rows[-1]["validation_loss"]]
+        losses = [row.loss for row in rows] + [rows[-1].validation_loss]
         found.append({"losses": losses, "text": sampled(model, [[2, *range(9, length)], [2, 5]])})
     print("FOUND", json.dumps(found))
 """

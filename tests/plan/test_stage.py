@@ -219,7 +219,7 @@ def test_what_the_warning_compares_is_what_the_plan_writes(presets):
     asked = request(presets["gemma"], "cpu:8")
     tuned = asked.step.settings
     target = targets.target_of("tiny", asked, compilation.compile_step(asked))
-    description = tiny_models.describe(open_tiny(presets["gemma"]), (2, 4)) | {"preset": "tiny"}
-    run = run_check.run_of(description, tuned, asked.step.length)
+    config = tiny_models.describe(open_tiny(presets["gemma"]), (2, 4)).model_copy(update={"preset": "tiny"})
+    run = run_check.run_of(config, tuned, asked.step.length)
     assert run.matches(target)
     assert None not in run.model_dump().values()

@@ -100,7 +100,7 @@ def test_pairs_are_kept_apart_in_the_table(tmp_path):
         (review.prompt, review.text, review.label) for review in KEPT
     ]
     metrics = describe({"train": KEPT[:2], "validation": KEPT[2:]}, Tally(9, 3, 1, 1))
-    assert metrics["characters_mean"] == round(sum(len(review.prompt + review.text) for review in KEPT) / 4, 1)
+    assert metrics.characters_mean == round(sum(len(review.prompt + review.text) for review in KEPT) / 4, 1)
 
 
 def exchanges(tmp_path, suffix, rows, **changes):

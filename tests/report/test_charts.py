@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.core.report import charts, figures, inputs
+from stages.core.records.sharding import Sharding
+from stages.core.report import charts, figures
 from stages.core.report import text as text_form
 from tests.support.pages import MINUS
 from tests.support.report_outputs import sharding
@@ -107,7 +108,7 @@ def test_steps_are_never_marked_between_two_steps():
 
 
 def test_memory_is_stacked_by_kind_with_the_replicated_part_apart():
-    tuned = inputs.Sharding.model_validate(sharding(tuned=True))
+    tuned = Sharding.model_validate(sharding(tuned=True))
     bar = figures.memory({"tuned": tuned})["bars"][0]
     assert bar.total == tuned.bytes_per_device
     assert [(s.kind, s.hatched) for s in bar.segments] == [

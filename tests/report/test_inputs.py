@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from stages.core.common.errors import StageError
 from stages.core.common.paths import REPORT
 from tests.support.pages import Reader, rendered, run_stage
-from tests.support.report_outputs import METRICS, curve, write_curve
+from tests.support.report_outputs import COLUMNS, METRICS, ROW, curve, write_curve
 
 
 @pytest.mark.parametrize(
@@ -59,9 +60,12 @@ def test_without_the_manifest_or_the_sharding_there_is_no_report(root, relative)
         ("data/metrics/load.json", "{", "JSON"),
         ("data/generated/tuned.jsonl", '{"prompt": "p"}', "line 1"),
         ("data/plots/samples.jsonl", '{"prompt": "p", "text": "t"}', "line 1"),
-        ("data/plots/finetune.csv", "loss\n3\n", "columns step and loss"),
-        ("data/plots/finetune.csv", "step,loss\n1,3\n2,much\n", "line 3"),
-        ("data/plots/finetune.csv", "step,loss\n,3\n", "line 2"),
+        ("data/metrics/load.json", json.dumps(METRICS["load"] | {"<b>": 1}), "Extra inputs"),
+        ("data/metrics/load.json", json.dumps(METRICS["load"] | {"peak_host_bytes": "<b>"}), "peak_host_bytes"),
+        ("data/plots/finetune.csv", "loss\n3\n", "columns step, epoch, loss,"),
+        ("data/plots/finetune.csv", COLUMNS + "\n" + ROW.format(step=1, loss=3) + "2,1,much,0,9,1,1,1,", "line 3"),
+        ("data/plots/finetune.csv", f"{COLUMNS}\n{ROW.format(step='', loss=3)}", "line 2"),
+        ("data/plots/finetune.csv", f"{COLUMNS}\n1,1,3\n", "line 2"),
         ("data/generated/tuned.jsonl", b"\xff\xfe", "UTF-8"),
         ("data/plots/finetune.csv", b"\xff\xfe", "UTF-8"),
         ("data/metrics/load.json", b"\xff\xfe", "JSON"),
@@ -88,9 +92,10 @@ def test_a_diverged_loss_breaks_the_line_and_is_counted(root):
 
 
 def test_a_curve_without_rows_or_without_any_number_is_said(root):
-    (root / "data/plots/finetune.csv").write_text("step,loss\n", encoding="utf-8")
+    (root / "data/plots/finetune.csv").write_text(f"{COLUMNS}\n", encoding="utf-8")
     assert "finetune.csv has no rows" in Reader(rendered(root)).text
-    (root / "data/plots/finetune.csv").write_text("step,loss\n1,nan\n2,inf\n", encoding="utf-8")
+    rows = ROW.format(step=1, loss="nan") + ROW.format(step=2, loss="inf")
+    (root / "data/plots/finetune.csv").write_text(f"{COLUMNS}\n{rows}", encoding="utf-8")
     assert "2 of 2 steps have a loss that is not a number" in Reader(rendered(root)).text
 
 

@@ -7,7 +7,8 @@ import json
 import pytest
 
 from stages.core.common.paths import REPORT
-from stages.core.report import figures, inputs
+from stages.core.records.generate import Generation
+from stages.core.report import figures
 from tests.support.pages import MINUS, Reader, edit, rendered, run_stage
 from tests.support.report_outputs import plan, sharding, write_generations, write_json, write_outputs, write_samples
 from tests.support.repository import ROOT
@@ -176,7 +177,7 @@ def test_without_samples_the_page_has_no_table_for_them(root):
 
 def test_a_prompt_given_twice_keeps_its_continuations_apart():
     def both(*texts):
-        return [inputs.Generation(prompt="p", text=text) for text in texts]
+        return [Generation(prompt="p", text=text) for text in texts]
 
     rows = figures.pairs({"baseline": both("b1", "b2"), "tuned": both("t1", "t2", "t3")})
     assert [(row["baseline"], row["tuned"]) for row in rows] == [("b1", "t1"), ("b2", "t2"), (None, "t3")]

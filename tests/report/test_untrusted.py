@@ -70,8 +70,6 @@ def attack_everywhere(root: Path) -> None:
     for row in [*planned["search"]["points"], *planned["scaling"]["rows"]]:
         row |= {"name": ATTACK, "topology": ATTACK}
     write_json(root / "data/sharding/plan.json", {**planned, "targets": {ATTACK: target}})
-    edit(root, "data/metrics/prepare.json", **{ATTACK: ATTACK})
-    edit(root, "data/metrics/finetune.json", peak_host_bytes=ATTACK)
     bad = {"name": ATTACK, "url": "javascript:document.title='owned'"}
     files = [{"name": ATTACK, "size": 1, "sha256": ATTACK}]
     edit(root, "models/preset/manifest.json", preset=ATTACK, source=ATTACK, handle=ATTACK, licence=bad, files=files)

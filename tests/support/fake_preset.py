@@ -13,8 +13,9 @@ import numpy as np
 
 from stages.core.fetch.local import list_files
 from stages.core.presets.architecture import Architecture
-from stages.core.presets.manifest import LICENCE, Manifest
+from stages.core.presets.manifest import LICENCE
 from stages.core.presets.weight_table import weight_table
+from stages.core.records.manifest import Manifest
 from tests.support.tiny_presets import VOCABULARY_SIZE, tiny_proto
 
 SMALLEST = {
@@ -66,4 +67,12 @@ def make_preset(folder: Path, weights: Sequence[str] = ("model.weights.h5",)) ->
 
 def manifest_of(folder: Path, names: Sequence[str] = NAMES) -> Manifest:
     """The manifest of a folder's files."""
-    return Manifest("tiny", "path", "keras", None, str(folder), LICENCE, list_files(folder, names))
+    return Manifest(
+        preset="tiny",
+        source="path",
+        format="keras",
+        handle=None,
+        folder=str(folder),
+        licence=LICENCE,
+        files=list_files(folder, names),
+    )

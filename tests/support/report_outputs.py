@@ -107,14 +107,19 @@ def sharding(tuned: bool) -> dict:
 
 METRICS = {
     "prepare": {
-        "reviews": {"train": 160, "validation": 40},
-        "left_out": 0,
-        "positive_fraction": 0.515,
-        "seconds": 0.84,
+        **{"reviews_read": 200, "empty": 0, "too_short": 0, "duplicates": 0, "other_conversations": 0, "changed": 126},
+        **{"train_reviews": 160, "validation_reviews": 40, "train_positive_fraction": 0.515, "characters_mean": 1331.2},
     },
     "tokenize": {
-        "train": {"reviews": 160, "windows": 447, "tokens_kept": 54871, "filled_fraction": 0.9589},
-        "validation": {"reviews": 40, "windows": 113, "tokens_kept": 13642, "filled_fraction": 0.9431},
+        "train": {
+            **{"reviews": 160, "windows": 447, "tokens_kept": 54871, "tokens_cut": 0, "tokens_repeated": 446},
+            **{"positions_padded": 1899, "filled_fraction": 0.9589, "control_tokens_spelled": 0},
+        },
+        "tokens_cut_by_truncation_fraction": 0.124691,
+        "validation": {
+            **{"reviews": 40, "windows": 113, "tokens_kept": 13642, "tokens_cut": 0, "tokens_repeated": 112},
+            **{"positions_padded": 822, "filled_fraction": 0.9431, "control_tokens_spelled": 0},
+        },
     },
     "load": {
         "seconds": 5.62,
@@ -128,12 +133,19 @@ METRICS = {
         "total_parameters": 268_365_440,
         "trainable_parameters": 267_264,
         "steps": 223,
+        "tokens": 54871,
         "loss_first": 4.0132,
         "loss_last": 3.4417,
         "tokens_per_second": 131.4,
+        "positions_per_second": 136.9,
         "step_seconds_median": 1.87,
         "compile_seconds": 21.6,
+        **{"load_seconds": 31.7, "train_seconds": 1033.23, "validation_seconds": 192.01},
+        **{"sample_seconds": 24.99, "checkpoint_seconds": 1.92},
         "peak_host_bytes": 3_543_348_019,
+        "state_bytes_per_device": 147_018_272,
+        **{"flops_per_step": 613_614_092_288, "flops_per_second_of_matrix_product": 93_294_901_826},
+        "flops_share_of_peak": 0.6632,
     },
     "generate-baseline": {"prompts": 3, "tokens": 288, "tokens_per_second": 9.71},
     "generate-tuned": {"prompts": 3, "tokens": 288, "tokens_per_second": 9.64},
@@ -189,6 +201,10 @@ MANIFEST = {
 }
 
 
+COLUMNS = "step,epoch,loss,accuracy,tokens,tokens_per_second,positions_per_second,learning_rate,validation_loss"
+ROW = "{step},1,{loss},0.3,9,1.0,1.0,0.001,\n"
+
+
 def curve(steps: int = 223) -> list[dict]:
     """Return the rows of a training curve that falls from about 4.0 to 3.5 and is measured five times on the way."""
     chance = random.Random(0)
@@ -198,10 +214,12 @@ def curve(steps: int = 223) -> list[dict]:
         rows.append(
             {
                 "step": step,
-                "epoch": round(step / steps, 4),
+                "epoch": 1,
                 "loss": round(loss, 4),
                 "accuracy": round(0.36 - 0.05 * math.exp(-step / 40) + chance.gauss(0, 0.02), 4),
+                "tokens": 246,
                 "tokens_per_second": round(131 + chance.gauss(0, 6), 2) if step > 1 else 11.2,
+                "positions_per_second": 136.9,
                 "learning_rate": 0.001,
                 "validation_loss": round(3.59 + 0.18 * math.exp(-step / 45), 4)
                 if step % 45 == 0 or step == steps

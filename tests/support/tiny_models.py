@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,7 +13,8 @@ from stages.core.fetch.local import fetch_local
 from stages.core.load import lora_kernels, variants, weight_loading
 from stages.core.load.variants import LoadedModel, Preset
 from stages.core.presets.formats import format_of
-from stages.core.sharding.mesh import MeshShape
+from stages.core.records.layout import LoraConfig, MeshShape
+from stages.core.records.model_config import ModelConfig
 from stages.core.sharding.named_layouts import make_layout
 
 if TYPE_CHECKING:
@@ -28,11 +29,11 @@ def open_tiny(folder: Path) -> Preset:
     return Preset(manifest, folder, format_of(manifest.format).read_architecture(folder))
 
 
-def describe(preset: Preset, shape: tuple[int, int], layout: Layout = AUTO, dtype: str = "float32") -> dict[str, Any]:
+def describe(preset: Preset, shape: tuple[int, int], layout: Layout = AUTO, dtype: str = "float32") -> ModelConfig:
     """The `model.json` of a baseline on a mesh."""
-    mesh = MeshShape(shape)
+    mesh = MeshShape(shape, device_kind="simulated")
     named = make_layout(layout, preset.architecture, mesh)
-    return variants.model_description("baseline", preset, dtype, mesh, "simulated", named)
+    return variants.model_config(preset, dtype, mesh, named)
 
 
 def load_tiny(
@@ -47,8 +48,8 @@ def load_tiny(
 ) -> LoadedModel:
     """A tiny model on a mesh; with a rank it has an adapter, whose B is not zero so that it changes the numbers."""
     preset = open_tiny(folder)
-    tuning = None if rank is None else {"rank": rank, "alpha": 2.0 * rank, "targets": list(targets)}
-    model = variants.declare_model(describe(preset, shape, layout, dtype), preset.architecture, tuning)
+    lora = None if rank is None else LoraConfig(rank, 2.0 * rank or None, targets)
+    model = variants.declare_model(describe(preset, shape, layout, dtype), preset.architecture, lora)
     adapters = {}
     for weight in weight_loading.weights_of(model.backbone):
         if weight.kind == "lora":

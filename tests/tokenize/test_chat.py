@@ -392,7 +392,8 @@ def test_reviews_are_laid_out_as_before(tmp_path):
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     """A function that tokenizes rows of training data as the stage does, with a preset of some name; what it said."""
-    from stages.core.presets.manifest import LICENCE, Manifest, write_manifest
+    from stages.core.presets.manifest import LICENCE
+    from stages.core.records.manifest import Manifest
     from tests.support.fake_preset import make_preset
     from tests.support.repository import ROOT
 
@@ -405,8 +406,16 @@ def project(tmp_path, monkeypatch):
 
     def tokenize(rows, preset, source="kaggle"):
         folder = str(tmp_path / "cache" / "tiny") if source == "path" else "tiny"
-        manifest = Manifest(preset, source, "keras", None, folder, LICENCE, files)
-        write_manifest(tmp_path / "models/preset/manifest.json", manifest)
+        manifest = Manifest(
+            preset=preset,
+            source=source,
+            format="keras",
+            handle=None,
+            folder=folder,
+            licence=LICENCE,
+            files=files,
+        )
+        manifest.write(tmp_path / "models/preset/manifest.json")
         for split in ("train", "validation"):
             write_reviews(tmp_path / f"data/imdb/{split}.parquet", rows)
         importlib.import_module("stages.tokenize").main([], standalone_mode=False)

@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from stages.core.files import sha256
-from stages.core.presets.manifest import LICENCE, Manifest, PresetFile, write_manifest
+from stages.core.presets.manifest import LICENCE
 from stages.core.presets.tokenizer import KERAS_VOCABULARY, Tokenizer
+from stages.core.records.manifest import Manifest, PresetFile
 from stages.core.tokenize import packing, store
 from tests.support import tiny_presets
 from tests.support.repository import ROOT
@@ -241,10 +242,16 @@ def project(tmp_path_factory) -> Path:
         PresetFile("model.weights.h5", 10**12, "0" * 64),
     )
     (root / "models/preset").mkdir(parents=True)
-    write_manifest(
-        root / "models/preset/manifest.json",
-        Manifest("tiny", "path", "keras", None, "preset", LICENCE, files),
+    manifest = Manifest(
+        preset="tiny",
+        source="path",
+        format="keras",
+        handle=None,
+        folder="preset",
+        licence=LICENCE,
+        files=files,
     )
+    manifest.write(root / "models/preset/manifest.json")
     (root / "data/imdb").mkdir(parents=True)
     for split, count in (("train", 30), ("validation", 7)):
         texts = tiny_presets.tiny_reviews(count)

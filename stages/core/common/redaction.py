@@ -208,10 +208,11 @@ def is_private(address: str) -> bool:
     parts = urlsplit(address)
     if parts.scheme == "https":
         return True
-    if parts.scheme != "http" or not _is_this_machine(parts.hostname or ""):
+    host = parts.hostname or ""
+    if parts.scheme != "http" or not _is_this_machine(host):
         return False
     proxies = getproxies()
-    proxy = None if proxy_bypass(parts.hostname) else proxies.get("http") or proxies.get("all")
+    proxy = None if proxy_bypass(host) else proxies.get("http") or proxies.get("all")
     return proxy is None or _is_this_machine(urlsplit(proxy if "://" in proxy else f"//{proxy}").hostname or "")
 
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from stages.core.common.errors import ParamsError, shown
 from stages.core.config.schema import Params, Section
@@ -170,12 +171,14 @@ def _describe(problem: Any, content: dict, file_name: str, overridden: set[tuple
     by_option = any(tuple(location[: len(option)]) == option for option in overridden)
     place = "--set" if by_option else f"{file_name}:{_line(content, location)}"
     if problem["type"] == "extra_forbidden":
-        parent = Params
+        parent: type[BaseModel] = Params
         for part in location[:-1]:
             if isinstance(part, str):
                 parent = _section_in(parent.model_fields[part].annotation) or parent
         known = list(parent.model_fields)
-        return f"{place}: {name} is not a setting.{_nearest(location[-1], known)} Allowed here: {', '.join(known)}."
+        return (
+            f"{place}: {name} is not a setting.{_nearest(str(location[-1]), known)} Allowed here: {', '.join(known)}."
+        )
     if problem["type"] == "missing":
         return f"{place}: {name} is missing; every setting must be written out (git shows the default)."
     message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
@@ -215,12 +218,14 @@ def _flat(values: Any, message: str) -> str:
     return _spelled(values)
 
 
-def _line(content: Any, location: list[str | int]) -> int:
+def _line(content: Any, location: Sequence[str | int]) -> int:
     """Return the line (from 1) of a key, or of the nearest section around it."""
-    line, node = 1, content
+    line = 1
+    node: Any = content
     for part in location:
-        position = getattr(node, "lc", None)
-        if position is None or not isinstance(node, dict | list) or (isinstance(node, dict) and part not in node):
+        position: Any = getattr(node, "lc", None)
+        # Only what ruamel read from a file knows its lines: its sections and lists.
+        if position is None or (isinstance(node, dict) and part not in node):
             break
         found = position.data.get(part) if position.data else None
         if found:

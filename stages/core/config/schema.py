@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from stages.core.records.layout import LoraConfig, MeshShape
+
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 # No run counts further; beyond, integers of JAX and numpy overflow.
 Positive = Annotated[int, Field(ge=1, le=10**9)]
@@ -111,6 +113,10 @@ class Mesh(Section):
             raise ValueError("shape must multiply to at most 4096 devices")
         return self
 
+    def as_shape(self) -> MeshShape:
+        """Return the mesh as it is passed on."""
+        return MeshShape(tuple(self.shape), device_kind=self.devices)
+
 
 class Rule(Section):
     """A layout rule: a pattern over weight paths, and an axis (or several, or null) for each dimension."""
@@ -188,6 +194,11 @@ class Finetune(Section):
         if self.rank == 0 and self.alpha is not None:
             raise ValueError("alpha must be null with rank: 0, which has no adapter")
         return self
+
+    @property
+    def lora(self) -> LoraConfig:
+        """What is trained, as it is passed on."""
+        return LoraConfig(self.rank, self.alpha, tuple(self.targets))
 
 
 class Generate(Section):
@@ -293,11 +304,11 @@ class Params(Section):
         return self
 
 
-def without(settings: Section, *changes: str) -> dict[str, Any]:
+def without(settings: Section, *changes: Literal["display", "run"]) -> dict[str, Any]:
     """Return a section's settings as plain values, without those marked as changing only `display` or `run`."""
     marked = {
         name
         for name, field in type(settings).model_fields.items()
-        if (field.json_schema_extra or {}).get("changes") in changes
+        if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("changes") in changes
     }
     return settings.model_dump(exclude=marked)

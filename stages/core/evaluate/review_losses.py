@@ -20,6 +20,7 @@ import numpy as np
 
 from stages.core.common.errors import StageError, shown
 from stages.core.files import atomic_path
+from stages.core.records.evaluate import CompareMetrics, EvaluateMetrics
 
 COLUMNS = {"review": int, "sequence": str, "targets": int, "cut": int, "loss": float, "correct": int}
 # Beyond it exp(loss) is no float64: the model is no model of text any more.
@@ -97,17 +98,12 @@ def ratio(totals: np.ndarray, sizes: np.ndarray) -> Ratio:
     return Ratio(float(value), float(np.sqrt(variance)))
 
 
-def metrics(variant: str, losses: ReviewLosses) -> dict[str, float | int | None]:
+def metrics(variant: str, losses: ReviewLosses) -> EvaluateMetrics:
     """Return `data/metrics/evaluate-<variant>.json`.
 
     Args:
         variant: the model that was measured.
         losses: at least one target among them.
-
-    Returns:
-        loss (mean over the targets, in nats per token) and its standard error over reviews, perplexity (exp of the
-        loss), token_accuracy (targets that were the likeliest token, of all); targets, reviews (those with a target),
-        reviews_cut and targets_cut (what is beyond evaluate.max_length).
 
     Raises:
         StageError: loss or perplexity is not finite.
@@ -119,25 +115,20 @@ def metrics(variant: str, losses: ReviewLosses) -> dict[str, float | int | None]
             f"variant={variant}. Nothing was overwritten. Look at the weights that models/{variant} was made from, and "
             "at finetune.learning_rate if it was tuned."
         )
-    return {
-        "loss": round(loss.value, 5),
-        "loss_standard_error": _rounded(loss.standard_error),
-        "perplexity": round(math.exp(loss.value), 4),
-        "token_accuracy": round(ratio(losses.correct, losses.targets).value, 5),
-        "targets": int(losses.targets.sum()),
-        "reviews": int(np.count_nonzero(losses.targets)),
-        "reviews_cut": int(np.count_nonzero(losses.cut)),
-        "targets_cut": int(losses.cut.sum()),
-    }
+    return EvaluateMetrics(
+        loss=round(loss.value, 5),
+        loss_standard_error=_rounded(loss.standard_error),
+        perplexity=round(math.exp(loss.value), 4),
+        token_accuracy=round(ratio(losses.correct, losses.targets).value, 5),
+        targets=int(losses.targets.sum()),
+        reviews=int(np.count_nonzero(losses.targets)),
+        reviews_cut=int(np.count_nonzero(losses.cut)),
+        targets_cut=int(losses.cut.sum()),
+    )
 
 
-def difference(baseline: ReviewLosses, tuned: ReviewLosses) -> dict[str, float | int | None]:
-    """Return `data/metrics/compare.json`: tuned minus baseline, paired by review.
-
-    Returns:
-        loss_difference in nats per token and its paired standard error over reviews (see `ratio`), perplexity_ratio
-        (exp of the difference: tuned / baseline), token_accuracy_difference and its paired standard error; targets and
-        reviews.
+def difference(baseline: ReviewLosses, tuned: ReviewLosses) -> CompareMetrics:
+    """Return `data/metrics/compare.json`: tuned minus baseline, paired by review (for the standard errors see `ratio`).
 
     Raises:
         StageError: the two were not measured on the same tokens.
@@ -151,15 +142,15 @@ def difference(baseline: ReviewLosses, tuned: ReviewLosses) -> dict[str, float |
             )
     loss = ratio(tuned.loss - baseline.loss, tuned.targets)
     accuracy = ratio(tuned.correct - baseline.correct, tuned.targets)
-    return {
-        "loss_difference": round(loss.value, 5),
-        "loss_difference_standard_error": _rounded(loss.standard_error),
-        "perplexity_ratio": round(math.exp(loss.value), 5),
-        "token_accuracy_difference": round(accuracy.value, 5),
-        "token_accuracy_difference_standard_error": _rounded(accuracy.standard_error),
-        "targets": int(tuned.targets.sum()),
-        "reviews": int(np.count_nonzero(tuned.targets)),
-    }
+    return CompareMetrics(
+        loss_difference=round(loss.value, 5),
+        loss_difference_standard_error=_rounded(loss.standard_error),
+        perplexity_ratio=round(math.exp(loss.value), 5),
+        token_accuracy_difference=round(accuracy.value, 5),
+        token_accuracy_difference_standard_error=_rounded(accuracy.standard_error),
+        targets=int(tuned.targets.sum()),
+        reviews=int(np.count_nonzero(tuned.targets)),
+    )
 
 
 def _rounded(number: float | None) -> float | None:

@@ -6,6 +6,7 @@ Reads: the Hub. Writes: the preset's folder.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from pathlib import Path
@@ -193,8 +194,13 @@ def download(source: Source, commit: str, file: RepoSibling, folder: Path) -> No
         # The client takes a file that is there for the right one, and its own cache's copy unless it is forced.
         path.unlink(missing_ok=True)
         asked(
-            lambda forced=attempt == 2: import_hub().hf_hub_download(
-                source.repo, file.rfilename, revision=commit, local_dir=folder, force_download=forced
+            functools.partial(
+                import_hub().hf_hub_download,
+                source.repo,
+                file.rfilename,
+                revision=commit,
+                local_dir=folder,
+                force_download=attempt == 2,
             )
         )
         difference = differs(folder, file)

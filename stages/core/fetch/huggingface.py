@@ -49,7 +49,8 @@ from stages.core.fetch.hub_files import (
 from stages.core.fetch.local import check_contents, folder_format
 from stages.core.files import read_json, write_json
 from stages.core.presets.architecture import Architecture
-from stages.core.presets.manifest import LICENCE, Manifest, PresetFile, fault
+from stages.core.presets.manifest import LICENCE, fault
+from stages.core.records.manifest import Licence, Manifest, PresetFile
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -164,7 +165,7 @@ def _manifest(source: Source, preset: str, cache: Path, commit: str, record: dic
     """Return the manifest of a commit's files."""
     folder = source.folder(cache, commit).relative_to(cache).as_posix()
     handle = f"hf://{source.repo}@{commit}"
-    return Manifest(preset, "huggingface", record["format"], handle, folder, record["licence"], record["files"])
+    return Manifest(preset=preset, source="huggingface", handle=handle, folder=folder, **record)
 
 
 def _commit(source: Source, cache: Path) -> str | None:
@@ -201,7 +202,7 @@ def _recorded(source: Source, cache: Path, commit: str) -> dict[str, Any] | None
     try:
         content = read_json(_record(source, cache, commit))
         files = tuple(PresetFile(**file) for file in content["files"])
-        return {"format": content["format"], "licence": content["licence"], "files": files}
+        return {"format": content["format"], "licence": Licence(**content["licence"]), "files": files}
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
@@ -241,8 +242,9 @@ def _restore(source: Source, preset: str, cache: Path) -> Manifest:
             f"same commit. Received: fetch.preset={preset}\n"
             f"Delete {_record(source, cache, commit)} if you want to accept them, and run this again."
         )
-    record = {"format": file_format, "licence": _licence(source, info), "files": files}
-    write_json(_record(source, cache, commit), record | {"files": [asdict(file) for file in files]})
+    record: dict[str, Any] = {"format": file_format, "licence": _licence(source, info), "files": files}
+    as_json = {"licence": asdict(record["licence"]), "files": [asdict(file) for file in files]}
+    write_json(_record(source, cache, commit), record | as_json)
     _remember(source, cache, commit)
     return _manifest(source, preset, cache, commit, record)
 
@@ -264,8 +266,8 @@ def _has_consented(api: HfApi, source: Source) -> bool:
     return True
 
 
-def _licence(source: Source, info: ModelInfo) -> dict[str, str]:
-    """Return `name` and `url` of the terms that the model's card states."""
+def _licence(source: Source, info: ModelInfo) -> Licence:
+    """Return the terms that the model's card states."""
     card = info.card_data.to_dict() if info.card_data else {}
     stated, name, link = card.get("license"), card.get("license_name"), card.get("license_link")
     if stated == "gemma":
@@ -276,5 +278,5 @@ def _licence(source: Source, info: ModelInfo) -> dict[str, str]:
         return REGISTRY[preset].licence
     named = name if stated == "other" and name else stated
     if not isinstance(named, str) or named == "other":
-        return {"name": "terms on the model's page", "url": source.page}
-    return {"name": named, "url": link if isinstance(link, str) and link.startswith("https://") else source.page}
+        return Licence("terms on the model's page", source.page)
+    return Licence(named, link if isinstance(link, str) and link.startswith("https://") else source.page)

@@ -21,7 +21,8 @@ from stages.core.fetch.kaggle_client import MAKE_ROOM, OTHER_PLACE, KaggleModel,
 from stages.core.fetch.kaggle_credentials import ask_for_token, import_kagglehub, kaggle_credentials, kaggle_host
 from stages.core.fetch.local import check_contents, check_keras_folder, list_files
 from stages.core.files import read_json, write_json
-from stages.core.presets.manifest import Manifest, PresetFile, fault
+from stages.core.presets.manifest import fault
+from stages.core.records.manifest import Manifest, PresetFile
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,15 @@ def fetch_kaggle(preset: str, cache: Path) -> Manifest:
         with one_at_a_time(link):
             # Another clone may have brought them while this one waited.
             files = _whole(link, record) or _fetch(model, link, record)
-    return Manifest(preset, "kaggle", "keras", handle, f"presets/{key}", licence_of(preset), files)
+    return Manifest(
+        preset=preset,
+        source="kaggle",
+        format="keras",
+        handle=handle,
+        folder=f"presets/{key}",
+        licence=licence_of(preset),
+        files=files,
+    )
 
 
 def check_kaggle(preset: str, cache: Path) -> Check:
@@ -86,7 +95,7 @@ def check_kaggle(preset: str, cache: Path) -> Check:
         check = replace(check, credentials=credentials.source, notes=credentials.notes)
         if present:
             return check
-        kaggle = KaggleModel(model, credentials, notes.append)
+        kaggle = KaggleModel(model, credentials)
         if files is None and kaggle.here() is not None:
             return replace(check, download_bytes=0)
         sizes = damaged or kaggle.files()
@@ -114,7 +123,10 @@ def _model_and_key(handle: str) -> tuple[str, str]:
     The name is the whole handle: presets of different owners share variations and versions. No part of a handle can
     hold the plus sign, so no two handles share a name.
     """
-    model = HANDLE.fullmatch(handle)["model"]
+    match = HANDLE.fullmatch(handle)
+    if match is None:
+        raise ValueError(f"handle must be one of Kaggle's. Received: handle={handle}")
+    model = match["model"]
     return model, "kaggle+" + model.replace("/", "+")
 
 
@@ -181,8 +193,8 @@ def _bring_all(kaggle: KaggleModel) -> Path:
     for name, size in sizes.items():
         # kagglehub's bars have no names.
         logger.info(f"{name}: {megabytes(size, 1)}")
-        folder = kaggle.download(name).parents[name.count("/")]
-    return folder
+        whole = kaggle.download(name).parents[name.count("/")]
+    return whole
 
 
 def _bring_again(kaggle: KaggleModel, files: tuple[PresetFile, ...], record: Path) -> Path:

@@ -68,7 +68,7 @@ def kaggle_credentials() -> Credentials:
     if token:
         return _token(token, place, home)
     username, key = os.environ.get("KAGGLE_USERNAME"), os.environ.get("KAGGLE_KEY")
-    notes = ()
+    notes: tuple[str, ...] = ()
     if bool(username) != bool(key):
         given, other = ("KAGGLE_USERNAME", "KAGGLE_KEY") if username else ("KAGGLE_KEY", "KAGGLE_USERNAME")
         notes = (f"{given} is set and {other} is not: they count only together, so {given} was passed over.",)
@@ -205,8 +205,9 @@ def _from_file(path: Path, notes: tuple[str, ...]) -> Credentials:
         raise StageError(f"{wanted} Received: not UTF-8 text\n{NEW_TOKEN}") from error
     except (json.JSONDecodeError, RecursionError) as error:
         # Without `from`: the error carries the file's text along.
-        where = isinstance(error, json.JSONDecodeError)
-        reason = f"{error.msg} at line {error.lineno}, column {error.colno}" if where else "brackets without end"
+        reason = "brackets without end"
+        if isinstance(error, json.JSONDecodeError):
+            reason = f"{error.msg} at line {error.lineno}, column {error.colno}"
         raise StageError(f"{wanted} Received: {reason}\n{NEW_TOKEN}") from None
     values = [content.get(name) for name in ("username", "key")] if isinstance(content, dict) else [None]
     if not all(isinstance(value, str) and value for value in values):

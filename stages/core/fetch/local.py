@@ -17,13 +17,14 @@ from stages.core.fetch.check import Check
 from stages.core.presets import hf_config, keras_config, keras_h5, safetensors
 from stages.core.presets.architecture import Architecture
 from stages.core.presets.formats import format_of
-from stages.core.presets.manifest import LICENCE, Manifest, PresetFile, sha256_with_progress
+from stages.core.presets.manifest import LICENCE, sha256_with_progress
 from stages.core.presets.tokenizer import (
     HUGGING_FACE_VOCABULARY,
     JSON_VOCABULARY,
     KERAS_VOCABULARY,
 )
 from stages.core.presets.untrusted import read_object, refuse_pointer
+from stages.core.records.manifest import Manifest, PresetFile
 
 KERAS = ("keras", "keras_hub", "keras_nlp")  # keras-hub was keras-nlp when the first presets were written
 WANTED = "A preset folder as keras-hub's save_to_preset writes it was expected"
@@ -47,7 +48,9 @@ def fetch_local(preset: str, path: str, root: Path) -> Manifest:
     file_format = folder_format(folder)
     check_contents(folder, file_format)
     files = list_files(folder, format_of(file_format).needed_files(folder))
-    return Manifest(preset, "path", file_format, None, path, LICENCE, files)
+    return Manifest(
+        preset=preset, source="path", format=file_format, handle=None, folder=path, licence=LICENCE, files=files
+    )
 
 
 def check_local(preset: str, path: str, root: Path) -> Check:

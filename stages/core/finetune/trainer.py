@@ -8,7 +8,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stages.core.common.errors import ParamsError, StageError
 from stages.core.common.paths import TOKENS, Paths
@@ -19,6 +19,8 @@ from stages.core.finetune.checkpoint import Checkpoint, Store
 from stages.core.finetune.result import Result, result_of
 from stages.core.load import adapter, lora_kernels, weight_loading
 from stages.core.load.variants import LoadedModel, Preset, declare_model, fill_model
+from stages.core.records.layout import LoraConfig
+from stages.core.records.model_config import ModelConfig, TunedWeights
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,18 +33,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def load_trainable(preset: Preset, description: dict[str, Any], settings: Finetune) -> LoadedModel:
+def load_trainable(preset: Preset, config: ModelConfig, settings: Finetune) -> LoadedModel:
     """Load the baseline with LoRA kernels at their initial values, or with every weight trainable for rank 0.
 
     Raises:
         StageError: the baseline was made from another preset, or in a dtype too coarse for full fine-tuning.
     """
-    if description["base"] != preset.fingerprint:
+    if config.base != preset.fingerprint:
         raise StageError("models/baseline was made from another preset than models/preset names. Run `dvc repro`.")
-    if settings.rank == 0 and description["dtype"] == NOT_IN_FULL:
+    if settings.rank == 0 and config.dtype == NOT_IN_FULL:
         raise StageError(f"load.dtype {IN_FULL}. Received: models/baseline in {NOT_IN_FULL}, finetune.rank=0.")
-    tuning = {"rank": settings.rank, "alpha": settings.alpha, "targets": settings.targets}
-    model = declare_model(description, preset.architecture, tuning)
+    model = declare_model(config, preset.architecture, settings.lora)
     first = {
         weight.path: lora_kernels.first_value(weight.path, weight.shape, settings.seed)
         for weight in weight_loading.weights_of(model.backbone)
@@ -52,14 +53,9 @@ def load_trainable(preset: Preset, description: dict[str, Any], settings: Finetu
     return model
 
 
-def describe(settings: Finetune) -> dict[str, Any]:
-    """Return what `model.json` and the weights file say of the tuning."""
-    return {
-        "file": adapter.FILE[settings.rank > 0],
-        "rank": settings.rank,
-        "alpha": None if settings.rank == 0 else settings.alpha if settings.alpha is not None else float(settings.rank),
-        "targets": list(settings.targets) if settings.rank else [],
-    }
+def describe(lora: LoraConfig) -> TunedWeights:
+    """Return what `model.json` and the weights file say of what was trained."""
+    return TunedWeights(file=adapter.FILE[lora.rank > 0], rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
 
 
 def make_causal(model: LoadedModel, settings: Finetune) -> CausalModel:
@@ -78,7 +74,7 @@ def make_causal(model: LoadedModel, settings: Finetune) -> CausalModel:
 
 def checkpoints(
     paths: Paths,
-    description: dict[str, Any],
+    config: ModelConfig,
     platform: str,
     settings: Finetune,
 ) -> Store | None:
@@ -89,7 +85,7 @@ def checkpoints(
 
     Args:
         paths: of the tokens.
-        description: the baseline's `model.json`.
+        config: the baseline's `model.json`.
         platform: of the devices: cpu, tpu or gpu.
         settings: the training settings.
     """
@@ -99,7 +95,7 @@ def checkpoints(
         {
             "settings": without(settings, "display"),
             "tokens": {split: sha256(paths.read(file)) for split, file in TOKENS.items()},
-            **{key: description[key] for key in ("base", "dtype", "mesh", "layout")},
+            **{key: config.content()[key] for key in ("base", "dtype", "mesh", "layout")},
             "platform": platform,
         }
     )

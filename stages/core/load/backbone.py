@@ -42,7 +42,7 @@ def import_keras_hub() -> ModuleType:
     if "keras_hub" not in sys.modules:
         hidden = [name for name in OPTIONAL if name not in sys.modules]
         # None makes Python raise ImportError, as if the package were not installed.
-        sys.modules.update(dict.fromkeys(hidden))
+        sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
         try:
             import keras_hub
         finally:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from stages.core.common.errors import StageError
+from stages.core.records.layout import LoraConfig
 from stages.core.sharding.keras_internals import declared_only, layers_within
 
 if TYPE_CHECKING:
@@ -56,21 +57,21 @@ def target_layers(backbone: keras.Model, targets: Sequence[str]) -> list[Any]:
     return [layer for path, layer in paths.items() if path in chosen]
 
 
-def declare(backbone: keras.Model, rank: int, alpha: float | None, targets: Sequence[str]) -> None:
+def declare(backbone: keras.Model, lora: LoraConfig) -> None:
     """Freeze the backbone and declare LoRA kernels on its target layers; rank 0 leaves every weight trainable.
 
     The kernels have shapes and paths but no values, as the backbone's own weights after `build_backbone`.
     """
     backbone.trainable = True
-    if rank == 0:
+    if lora.rank == 0:
         return
-    chosen = target_layers(backbone, targets)
+    chosen = target_layers(backbone, lora.targets)
     for layer in layers_within(backbone):
         layer.trainable = False
     with declared_only():
         for layer in chosen:
             layer.trainable = True
-            layer.enable_lora(rank, lora_alpha=alpha if alpha is not None else rank)
+            layer.enable_lora(lora.rank, lora_alpha=lora.alpha)
 
 
 def first_value(path: str, shape: tuple[int, ...], seed: int) -> Any:

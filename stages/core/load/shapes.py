@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from stages.core.load import lora_kernels, weight_loading
 from stages.core.load.backbone import build_backbone
 from stages.core.presets.architecture import Architecture
-from stages.core.sharding.layout import NamedLayout, Placement, Weight, place, resolve
-from stages.core.sharding.mesh import MeshShape
+from stages.core.records.layout import LoraConfig, MeshShape, NamedLayout
+from stages.core.sharding.layout import Placement, Weight, place, resolve
 
 # AdamW's slots for each trainable weight (https://arxiv.org/abs/1711.05101), by Keras' names.
 SLOTS = ("momentum", "velocity")
@@ -25,7 +24,7 @@ def resolve_shapes(
     mesh: MeshShape,
     layout: NamedLayout,
     dtype: str,
-    tuning: dict[str, Any] | None = None,
+    lora: LoraConfig | None = None,
 ) -> list[Placement]:
     """Place every weight, LoRA kernel and optimizer slot of a model that does not exist.
 
@@ -37,7 +36,7 @@ def resolve_shapes(
         mesh: axis names and sizes.
         layout: from `make_layout`.
         dtype: a Keras dtype policy name.
-        tuning: `rank` (0: every weight is trained), `alpha` and `targets`; None for the weights alone.
+        lora: what is trained; None for the weights alone.
 
     Returns:
         The model's weights in its order, LoRA kernels among them; then momentum and velocity of each trainable weight,
@@ -47,10 +46,10 @@ def resolve_shapes(
         StageError: the layout does not fit the weights or the mesh.
     """
     backbone = build_backbone(architecture, dtype)
-    if tuning is not None:
-        lora_kernels.declare(backbone, tuning["rank"], tuning["alpha"], tuning["targets"])
+    if lora is not None:
+        lora_kernels.declare(backbone, lora)
     placements = resolve(layout.rules, weight_loading.weights_of(backbone), mesh)
-    if tuning is None:
+    if lora is None:
         return placements
     trained = {variable.path for variable in backbone.trainable_variables}
     slots = [

@@ -6,6 +6,7 @@ Reads: `models/<variant>/model.json`, the preset's manifest and files, the tuned
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +15,16 @@ from typing import TYPE_CHECKING, Any
 from stages.core.common.errors import StageError
 from stages.core.common.paths import MANIFEST, Paths, variant_folder
 from stages.core.common.progress import bytes_bar
-from stages.core.files import read_json
 from stages.core.load import adapter, lora_kernels, weight_loading
 from stages.core.load.backbone import build_backbone
 from stages.core.presets.architecture import Architecture
 from stages.core.presets.formats import format_of
-from stages.core.presets.manifest import Manifest, read_manifest, verified_folder
+from stages.core.presets.manifest import read_manifest, verified_folder
+from stages.core.records.layout import LoraConfig, MeshShape, NamedLayout
+from stages.core.records.manifest import Manifest
+from stages.core.records.model_config import ModelConfig
 from stages.core.sharding import devices
-from stages.core.sharding.layout import NamedLayout, Placement, Rule, as_spec, resolve
-from stages.core.sharding.mesh import MeshShape
+from stages.core.sharding.layout import Placement, resolve
 
 if TYPE_CHECKING:
     import jax
@@ -52,7 +54,11 @@ class LoadedModel:
     mesh_shape: MeshShape
     mesh: keras.distribution.DeviceMesh
     placements: list[Placement]
-    platform: str
+
+    @property
+    def platform(self) -> str:
+        """The platform of the devices: cpu, tpu or gpu."""
+        return self.mesh_shape.device_kind
 
     @property
     def jax_mesh(self) -> jax.sharding.Mesh:
@@ -73,83 +79,73 @@ def open_preset(paths: Paths) -> Preset:
     return Preset(manifest, folder, format_of(manifest.format).read_architecture(folder))
 
 
-def model_description(
-    variant: str, preset: Preset, dtype: str, mesh: MeshShape, device_kind: str, layout: NamedLayout
-) -> dict[str, Any]:
-    """Return the content of a variant's `model.json`, without tuned weights."""
-    return {
-        "variant": variant,
-        "manifest": MANIFEST,
-        "preset": preset.manifest.preset,
-        "base": preset.fingerprint,
-        "dtype": dtype,
-        "mesh": {"shape": list(mesh.shape), "axis_names": list(mesh.axis_names), "devices": device_kind},
-        "layout": {
-            "name": layout.name,
-            "rules": [
-                {"pattern": rule.pattern, "spec": list(rule.spec), "optional": rule.optional} for rule in layout.rules
-            ],
-            "fallbacks": [vars(fallback) for fallback in layout.fallbacks],
-        },
-        "tuned": None,
-    }
+def model_config(preset: Preset, dtype: str, mesh: MeshShape, layout: NamedLayout) -> ModelConfig:
+    """Return the baseline's `model.json`."""
+    return ModelConfig(
+        variant="baseline",
+        preset=preset.manifest.preset,
+        base=preset.fingerprint,
+        dtype=dtype,
+        mesh=mesh,
+        layout=layout,
+    )
 
 
-def read_description(paths: Paths, variant: str) -> dict[str, Any]:
-    """Return a variant's `model.json`."""
-    return read_json(paths.read(f"{variant_folder(variant)}/model.json"))
+def read_config(paths: Paths, variant: str) -> ModelConfig:
+    """Return a variant's `model.json`.
+
+    Raises:
+        StageError: it does not exist, or is damaged.
+    """
+    return ModelConfig.read(paths, f"{variant_folder(variant)}/model.json")
 
 
-def load_variant(paths: Paths, variant: str, preset: Preset, description: dict[str, Any]) -> LoadedModel:
+def load_variant(paths: Paths, variant: str, preset: Preset) -> LoadedModel:
     """Put a variant's weights on the devices, straight from the files into their shards.
 
     Args:
         paths: where things lie.
         variant: baseline or tuned.
         preset: from `open_preset`.
-        description: the variant's `model.json`; for `load` and `finetune` what they are about to write.
 
     Raises:
-        StageError: the preset is another than the variant's, or its tuned weights are damaged.
+        StageError: the preset is another than the variant's, or what lies in the variant's folder is damaged.
     """
-    if description["base"] != preset.fingerprint:
+    config = read_config(paths, variant)
+    if config.base != preset.fingerprint:
         raise StageError(
-            f"models/{variant} was made from another preset: {description['preset']} ({description['base'][:12]}). "
+            f"models/{variant} was made from another preset: {config.preset} ({config.base[:12]}). "
             f"Received: {preset.manifest.preset} ({preset.fingerprint[:12]}). Run `dvc repro`."
         )
-    tuned = description["tuned"]
-    trained = None
+    tuned, trained = config.tuned, {}
     if tuned:
-        trained = adapter.load(paths.read(f"{variant_folder(variant)}/{tuned['file']}"), description["base"])
-    model = declare_model(description, preset.architecture, tuned)
-    fill_model(model, preset, trained or {})
+        trained = adapter.load(paths.read(f"{variant_folder(variant)}/{tuned.file}"), config.base)
+    model = declare_model(config, preset.architecture, tuned.lora if tuned else None)
+    fill_model(model, preset, trained)
     return model
 
 
-def declare_model(
-    description: dict[str, Any], architecture: Architecture, tuning: dict[str, Any] | None
-) -> LoadedModel:
+def declare_model(config: ModelConfig, architecture: Architecture, lora: LoraConfig | None) -> LoadedModel:
     """Set up devices, mesh and distribution, and declare every weight where the layout puts it; nothing is allocated.
 
     Args:
-        description: a `model.json`.
+        config: a `model.json`.
         architecture: the preset's.
-        tuning: rank, alpha and targets; None for the base alone.
+        lora: what is trained; None for the base alone.
     """
-    mesh_shape = MeshShape(tuple(description["mesh"]["shape"]), tuple(description["mesh"]["axis_names"]))
-    platform = devices.configure(description["mesh"]["devices"], mesh_shape.devices)
-    backbone = build_backbone(architecture, description["dtype"])
+    platform = devices.configure(config.mesh.device_kind, config.mesh.devices)
+    backbone = build_backbone(architecture, config.dtype)
     import keras
 
     from stages.core.sharding import mesh as meshes
 
-    if tuning:
-        lora_kernels.declare(backbone, tuning["rank"], tuning["alpha"], tuning["targets"])
-    rules = [Rule(rule["pattern"], as_spec(rule["spec"]), rule["optional"]) for rule in description["layout"]["rules"]]
-    placements = resolve(rules, weight_loading.weights_of(backbone), mesh_shape)
-    mesh = meshes.device_mesh(mesh_shape)
+    if lora:
+        lora_kernels.declare(backbone, lora)
+    rules = config.layout.rules
+    placements = resolve(rules, weight_loading.weights_of(backbone), config.mesh)
+    mesh = meshes.device_mesh(config.mesh)
     keras.distribution.set_distribution(meshes.distribution(mesh, {rule.anchored: rule.spec for rule in rules}))
-    return LoadedModel(backbone, mesh_shape, mesh, placements, platform)
+    return LoadedModel(backbone, dataclasses.replace(config.mesh, device_kind=platform), mesh, placements)
 
 
 def fill_model(model: LoadedModel, preset: Preset, trained: dict[str, Any]) -> None:

@@ -101,11 +101,10 @@ def _refuse_codes(values: np.ndarray, path: str) -> None:
 
 def _refuse_non_finite(values: np.ndarray, path: str) -> None:
     """Refuse a weight with which every loss would be a NaN."""
-    import numpy as np
 
     # A number is finite unless all bits of its exponent are set; looked at in pieces, so that no copy is made.
-    bits, exponent = (np.uint16, 0x7F80) if values.dtype.itemsize == 2 else (np.uint32, 0x7F800000)
-    flat = values.reshape(-1).view(bits)
+    bits, exponent = ("uint16", 0x7F80) if values.dtype.itemsize == 2 else ("uint32", 0x7F800000)
+    flat: np.ndarray = values.reshape(-1).view(bits)
     for start in range(0, flat.size, 1 << 20):
         if ((flat[start : start + (1 << 20)] & exponent) == exponent).any():
             raise StageError(

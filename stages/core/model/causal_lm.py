@@ -95,6 +95,8 @@ class CausalModel(keras.Model):
 
     def _drop(self) -> Dropout:
         """Return this step's dropout, with a random stream for each (seed, step, layer path), and count the step."""
+        if self.dropout_step is None:
+            raise RuntimeError("a model without dropout has no step to count")
         step = self.dropout_step.value
         self.dropout_step.assign(step + 1)
         of_step = jax.random.fold_in(jax.random.key(self._seed), step)

@@ -96,7 +96,7 @@ def _forward(
 
     def local(hidden: jax.Array, table: jax.Array, target_ids: jax.Array) -> Any:
         rows, length = target_ids.shape
-        parts = plan.mesh.shape[plan.vocabulary_axis] if split_time else 1
+        parts = plan.mesh.shape[plan.vocabulary_axis] if plan.mesh is not None and split_time else 1
         pieces = _pieces(rows, length, parts, plan.most_tokens)
         if pieces == 1:
             return piece(hidden, table, target_ids)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -129,7 +129,8 @@ def hidden_states_cached(
         window = _window(layer, positions, keys_at)
         allowed = causal if window is None else causal & window
         x, new_cache = _block(run, layer, x, positions, allowed, cache)
-        updated.append(new_cache)
+        # A block that is given a cache returns one.
+        updated.append(cast("Cache", new_cache))
     return _norm(backbone.layer_norm, x), tuple(updated)
 
 

@@ -44,8 +44,9 @@ class Projections:
 
         The outputs are whole over time and split as the kernels' output dimensions are.
         """
-        specs = [self._layer_specs(layer) for layer in layers]
-        if dropout is not None or any(each is None or self._splits_input(each) for each in specs):
+        found = [self._layer_specs(layer) for layer in layers]
+        specs = [each for each in found if each is not None and not self._splits_input(each)]
+        if dropout is not None or len(specs) < len(layers):
             x = self._hold(x, "batch", None, None)
             return [
                 self._hold(project(layer, x, dropout, divided=self._divides), "batch", None, *self._output(layer))
@@ -136,7 +137,7 @@ class Projections:
         return specs["kernel"][-2] is not None
 
     def _splits_time(self, x: jax.Array) -> bool:
-        return x.shape[1] % self._mesh.shape["model"] == 0
+        return self._mesh is not None and x.shape[1] % self._mesh.shape["model"] == 0
 
     def _array_specs(self, layers: Sequence[Any], specs: Sequence[dict[str, tuple[Any, ...]]]) -> list[dict[str, P]]:
         return [{name: P(*each[name]) for name in arrays_of(layer)} for layer, each in zip(layers, specs, strict=True)]
@@ -160,7 +161,8 @@ def _narrow_everywhere(
         By the layer's path, all positions (batch, length, ..., rank): of a device's own heads where heads are split
         over the axis, else of all.
     """
-    exchanged, gathered = {}, {}
+    exchanged: dict[str, jax.Array] = {}
+    gathered: dict[str, jax.Array] = {}
     for layer, arrays, spec in zip(layers, groups, specs, strict=True):
         if "lora_kernel_a" not in arrays:
             continue
@@ -169,12 +171,14 @@ def _narrow_everywhere(
         whole = jax.lax.all_gather(a, "model", axis=0, tiled=True) if by_heads else a
         (exchanged if by_heads else gathered)[layer.path] = narrowed(layer, x, whole)
     devices = jax.lax.axis_size("model")
-    found = {}
+    found: dict[str, jax.Array] = {}
     # One operation for all adapters of a kind: on a small model its latency costs more than its bytes.
     if exchanged:
         parts = [each.reshape(*each.shape[:2], devices, -1) for each in exchanged.values()]
         mine = jax.lax.all_to_all(jnp.concatenate(parts, -1), "model", split_axis=2, concat_axis=1, tiled=True)
-        shapes = {path: (each.shape[2] // devices, each.shape[3]) for path, each in exchanged.items()}
+        shapes: dict[str, tuple[int, ...]] = {
+            path: (each.shape[2] // devices, each.shape[3]) for path, each in exchanged.items()
+        }
         found |= _apart(mine, shapes)
     if gathered:
         parts = [each.reshape(*each.shape[:2], -1) for each in gathered.values()]

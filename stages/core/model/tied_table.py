@@ -101,7 +101,7 @@ def embed(table: jax.Array, token_ids: jax.Array, plan: HeadPlan, dtype: Any = N
 
 def splits_time(length: int, plan: HeadPlan) -> bool:
     """Whether sums over the vocabulary's parts end up split over time."""
-    return length % plan.mesh.shape[plan.vocabulary_axis] == 0
+    return plan.mesh is not None and length % plan.mesh.shape[plan.vocabulary_axis] == 0
 
 
 def sum_parts(parts: jax.Array, split_time: bool, plan: HeadPlan) -> jax.Array:

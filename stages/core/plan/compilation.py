@@ -28,7 +28,9 @@ from stages.core.files import optional, read_kept, write_kept
 from stages.core.plan import hlo
 from stages.core.plan.roofline import Bound, lower_bound
 from stages.core.plan.topology import describe, program_cache_off
-from stages.core.records.plan import Buffer, Collective, Record
+from stages.core.records.plan import Buffer, Collective
+from stages.core.records.record import Record
+from stages.core.records.sharding import WeightRow
 from stages.core.sharding import table
 
 if TYPE_CHECKING:
@@ -89,7 +91,7 @@ class StepCost(Record):
     trainable_parameters: int
     memory_bytes: int | None
     by_kind: dict[str, int]
-    weights: list[dict[str, Any]]
+    weights: list[WeightRow]
     fits: bool
     compile_seconds: float
     argument_bytes: int | None = None

@@ -6,7 +6,7 @@ Reads: the manifest and the preset's configuration, or nothing for a public chec
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stages.core.common.paths import MANIFEST, Paths
 from stages.core.fetch import catalog
@@ -14,9 +14,9 @@ from stages.core.load.shapes import count_parameters, count_trainable, resolve_s
 from stages.core.presets.architecture import Architecture
 from stages.core.presets.formats import format_of
 from stages.core.presets.manifest import read_manifest, verified_folder
+from stages.core.records.layout import LoraConfig, MeshShape, NamedLayout
 from stages.core.sharding import devices
-from stages.core.sharding.layout import NamedLayout, Placement, check_replication, replicated_fraction
-from stages.core.sharding.mesh import MeshShape
+from stages.core.sharding.layout import Placement, check_replication, replicated_fraction
 from stages.core.sharding.named_layouts import make_layout, replication_advice
 from stages.core.sharding.table import block_table
 
@@ -39,15 +39,15 @@ def dry_run(run: Run, preset: str | None) -> str:
     name, architecture = (preset, catalog.architecture(preset)) if preset else fetched(run.paths)
     # Keras needs some JAX to declare weights with; one CPU device, however many the mesh has.
     devices.configure("simulated", 1)
-    mesh = MeshShape(tuple(params.mesh.shape))
+    mesh = params.mesh.as_shape()
     layout = make_layout(params.layout, architecture, mesh)
-    tuning = {"rank": params.finetune.rank, "alpha": params.finetune.alpha, "targets": params.finetune.targets}
-    placements = resolve_shapes(architecture, mesh, layout, params.load.dtype, tuning)
+    lora = params.finetune.lora
+    placements = resolve_shapes(architecture, mesh, layout, params.load.dtype, lora)
     # The gate of the load stage: over the weights that it loads.
     base = [each for each in placements if each.weight.kind == "weight"]
     advice = replication_advice(params.layout, architecture, base, mesh)
     check_replication(base, mesh, params.layout.max_replicated_fraction, advice)
-    return "\n".join([f"{name}, {params.load.dtype}", summary(placements, mesh, layout, tuning)])
+    return "\n".join([f"{name}, {params.load.dtype}", summary(placements, mesh, layout, lora)])
 
 
 def fetched(paths: Paths) -> tuple[str, Architecture]:
@@ -63,13 +63,13 @@ def fetched(paths: Paths) -> tuple[str, Architecture]:
     return manifest.preset, format_of(manifest.format).read_architecture(folder)
 
 
-def summary(placements: Sequence[Placement], mesh: MeshShape, layout: NamedLayout, tuning: dict[str, Any]) -> str:
+def summary(placements: Sequence[Placement], mesh: MeshShape, layout: NamedLayout, lora: LoraConfig) -> str:
     """Return the tutorial's table of a block and the sums: parameters, bytes a device, replication, fallbacks."""
     held = {kind: 0 for kind in ("weight", "lora", "optimizer")}
     for each in placements:
         held[each.weight.kind] += each.bytes_per_device
     weights = [each for each in placements if each.weight.kind != "optimizer"]
-    method = f"LoRA rank {tuning['rank']} on {', '.join(tuning['targets'])}" if tuning["rank"] else "every weight"
+    method = f"LoRA rank {lora.rank} on {', '.join(lora.targets)}" if lora.rank else "every weight"
     lines = [
         block_table(placements),
         "",

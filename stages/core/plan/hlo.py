@@ -292,8 +292,10 @@ def _matrix_flops(instruction: Instruction, computation: _Computation) -> int:
         dimensions = [int(each) for each in found[1].split(",") if each] if found else []
         return 2 * out.elements * math.prod(left.dimensions[each] for each in dimensions)
     # XLA:TPU writes products as convolutions; a batch dimension becomes a spatial one, whose window is mostly padding.
-    found = re.search(r"dim_labels=([\w]+)_([\w]+)->([\w]+)", instruction.attributes)
-    inputs, kernel, outputs = found.groups()
+    labels = re.search(r"dim_labels=([\w]+)_([\w]+)->([\w]+)", instruction.attributes)
+    if labels is None:
+        raise ValueError(f"a convolution names its dimensions. Received: {instruction.attributes}")
+    inputs, kernel, outputs = labels.groups()
     window = _window(instruction.attributes)
     products = out.dimensions[outputs.index("b")] * out.dimensions[outputs.index("f")]
     products *= right.dimensions[kernel.index("i")]

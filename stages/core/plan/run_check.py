@@ -8,13 +8,13 @@ Reads: `data/sharding/plan.json`, where it exists.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from stages.core.common.paths import PLAN
 from stages.core.common.sizes import gibibytes
 from stages.core.config.schema import Finetune
+from stages.core.records.model_config import ModelConfig
 from stages.core.records.plan import PlanFile, RunKey
 
 logger = logging.getLogger(__name__)
@@ -56,23 +56,23 @@ def warn_before_running(root: Path, run: RunKey) -> None:
         warn_if_planned_not_to_fit(root, run, limit)
 
 
-def run_of(description: Mapping[str, Any], settings: Finetune | None = None, length: int | None = None) -> RunKey:
+def run_of(config: ModelConfig, settings: Finetune | None = None, length: int | None = None) -> RunKey:
     """Return what is known of a run: the loaded model, and how it is trained.
 
     Args:
-        description: of the model, as in `models/<variant>/model.json`.
+        config: of the model, as in `models/<variant>/model.json`.
         settings: of `finetune`; None in `load`.
         length: tokens per sequence.
     """
     trained: dict[str, Any] = {}
     if settings:
         trained = {key: getattr(settings, key) for key in ("batch_size", "rank", "rematerialize")}
-        trained["lora_targets"] = settings.targets if settings.rank else None
+        trained["lora_targets"] = list(settings.lora.targets) or None
     return RunKey(
-        preset=description["preset"],
-        mesh=description["mesh"]["shape"],
-        layout=description["layout"]["name"],
-        dtype=description["dtype"],
+        preset=config.preset,
+        mesh=list(config.mesh.shape),
+        layout=config.layout.name,
+        dtype=config.dtype,
         step="ours",
         length=length,
         **trained,

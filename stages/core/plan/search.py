@@ -166,9 +166,8 @@ def argument_bytes(request: CompileRequest) -> int:
     """Return the bytes of weights, LoRA kernels and optimizer state per device, from shapes alone."""
     from stages.core.load.shapes import resolve_shapes
 
-    step, settings = request.step, request.step.settings
-    tuning = {"rank": settings.rank, "alpha": settings.alpha, "targets": settings.targets}
-    placements = resolve_shapes(step.architecture, step.mesh, step.layout, step.dtype, tuning)
+    step = request.step
+    placements = resolve_shapes(step.architecture, step.mesh, step.layout, step.dtype, step.settings.lora)
     return sum(placement.bytes_per_device for placement in placements)
 
 

@@ -22,9 +22,9 @@ from stages.core.load import lora_kernels, weight_loading
 from stages.core.load.backbone import build_backbone
 from stages.core.model.causal_lm import make_model
 from stages.core.presets.architecture import Architecture
+from stages.core.records.layout import MeshShape, NamedLayout
 from stages.core.sharding.keras_internals import declared_only, make_metrics
-from stages.core.sharding.layout import NamedLayout, Placement, resolve
-from stages.core.sharding.mesh import MeshShape
+from stages.core.sharding.layout import Placement, resolve
 from stages.core.tokenize.batches import INPUTS, padded_size
 
 # The schedule's end is a number in the program; which one changes neither memory nor time.
@@ -107,7 +107,7 @@ def lower(request: StepRequest, devices: Sequence[Any]) -> StepProgram:
 def _ours(request: StepRequest, mesh: jax.sharding.Mesh) -> tuple[keras.Model, list[Placement], Any]:
     settings = request.settings
     backbone = build_backbone(request.architecture, request.dtype)
-    lora_kernels.declare(backbone, settings.rank, settings.alpha, settings.targets)
+    lora_kernels.declare(backbone, settings.lora)
     placements = resolve(request.layout.rules, weight_loading.weights_of(backbone), request.mesh)
     model = make_model(
         backbone,

@@ -140,7 +140,7 @@ def run_key(name: str, step: StepRequest) -> RunKey:
         batch_size=step.settings.batch_size,
         length=step.length,
         rank=step.settings.rank,
-        lora_targets=step.settings.targets if step.settings.rank else None,
+        lora_targets=list(step.settings.lora.targets) or None,
         rematerialize=step.settings.rematerialize,
         step=step.path,
     )
@@ -196,6 +196,6 @@ def target_of(name: str, request: CompileRequest, cost: StepCost) -> Target:
         measured_step_seconds=measured,
         compile_seconds=cost.compile_seconds,
         largest=cost.largest,
-        fallbacks=[vars(fallback) for fallback in step.layout.fallbacks],
-        weights=cost.weights,
+        fallbacks=list(step.layout.fallbacks),
+        weights=[row.model_dump() for row in cost.weights],
     )

@@ -21,8 +21,9 @@ from stages.core.common.sizes import megabytes
 from stages.core.fetch.disk import check_room, one_at_a_time
 from stages.core.fetch.wheels import Wheel, download_wheel, extract_members
 from stages.core.prepare.cleaning import RawReview
-from stages.core.presets.manifest import PresetFile, fault
+from stages.core.presets.manifest import fault
 from stages.core.presets.untrusted import brief
+from stages.core.records.manifest import PresetFile
 
 logger = logging.getLogger(__name__)
 

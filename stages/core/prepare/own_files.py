@@ -288,7 +288,7 @@ def is_folder(path: Path) -> bool:
         return False
 
 
-def labels_of(texts: list[str | None]) -> list[Label]:
+def labels_of(texts: list[str | None]) -> Sequence[Label]:
     """Return labels as whole numbers if every one is such that fits 64 bits, else unchanged; None where blank.
 
     A zero in front makes a number a word: 01 is not 1. A table of decimal numbers has whole ones as 1.0.

@@ -25,11 +25,11 @@ def write_reviews(path: Path, reviews: Sequence[Review]) -> None:
     import pyarrow.parquet as pq
 
     labels = [review.label for review in reviews]
-    known = [label for label in labels if label is not None]
-    if any(isinstance(label, str) for label in known):
+    numbers = [label for label in labels if label is not None and not isinstance(label, str)]
+    if len(numbers) < sum(label is not None for label in labels):
         kind = pa.string()
     else:
-        kind = pa.int8() if all(-128 <= label <= 127 for label in known) else pa.int64()
+        kind = pa.int8() if all(-128 <= number <= 127 for number in numbers) else pa.int64()
     texts = pa.array([review.text for review in reviews], pa.string())
     pairs = any(review.prompt is not None for review in reviews)
     prompts = {"prompt": pa.array([review.prompt for review in reviews], pa.string())} if pairs else {}

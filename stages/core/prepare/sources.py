@@ -16,6 +16,7 @@ from stages.core.common.paths import own_path
 from stages.core.config.schema import Prepare
 from stages.core.prepare.cleaning import RawReview, Review, Tally, clean
 from stages.core.prepare.split import hold_out, shuffled
+from stages.core.records.prepare import PrepareMetrics
 
 
 def prepare_reviews(settings: Prepare, root: Path, cache: Path) -> tuple[dict[str, list[Review]], Tally]:
@@ -115,28 +116,27 @@ def _one_place(
     return folder
 
 
-def describe(parts: dict[str, list[Review]], tally: Tally) -> dict[str, int | float]:
-    """Return the metrics: counts, the mean length in characters of all reviews kept, and the share of positive ones.
+def describe(parts: dict[str, list[Review]], tally: Tally) -> PrepareMetrics:
+    """Return `data/metrics/prepare.json`."""
 
-    The share is there only where the labels are 0 and 1. A pair's length is that of prompt and response together, a
-    conversation's that of all turns.
-    """
-    metrics: dict[str, int | float] = {
-        "reviews_read": tally.read,
-        "empty": tally.empty,
-        "too_short": tally.too_short,
-        "duplicates": tally.duplicates,
-        "other_conversations": tally.other_conversations,
-        "changed": tally.changed,
-    }
-    for part, reviews in parts.items():
-        metrics[f"{part}_reviews"] = len(reviews)
-    for part, reviews in parts.items():
-        if {review.label for review in reviews} <= {0, 1}:
-            metrics[f"{part}_positive_fraction"] = round(sum(review.label for review in reviews) / len(reviews), 4)
+    def positive_fraction(reviews: list[Review]) -> float | None:
+        labels = [review.label for review in reviews]
+        return round(labels.count(1) / len(labels), 4) if set(labels) <= {0, 1} else None
+
     kept = [review for reviews in parts.values() for review in reviews]
-    metrics["characters_mean"] = round(sum(len(part) for review in kept for part in review.content) / len(kept), 1)
-    return metrics
+    return PrepareMetrics(
+        reviews_read=tally.read,
+        empty=tally.empty,
+        too_short=tally.too_short,
+        duplicates=tally.duplicates,
+        other_conversations=tally.other_conversations,
+        changed=tally.changed,
+        train_reviews=len(parts["train"]),
+        validation_reviews=len(parts["validation"]),
+        train_positive_fraction=positive_fraction(parts["train"]),
+        validation_positive_fraction=positive_fraction(parts["validation"]),
+        characters_mean=round(sum(len(part) for review in kept for part in review.content) / len(kept), 1),
+    )
 
 
 def summary(parts: dict[str, list[Review]], tally: Tally) -> str:
@@ -176,7 +176,7 @@ def _open(settings: Prepare, root: Path, cache: Path) -> tuple[Iterable[RawRevie
         return file_reviews(data_files(root, setting, value), setting, columns)
 
     held = None if settings.validation_file is None else read("prepare.validation_file", settings.validation_file)
-    return read("prepare.train_file", settings.train_file), held
+    return read("prepare.train_file", settings.train_file or []), held
 
 
 def _check_some(reviews: list[Review], purpose: str, tally: Tally) -> None:

@@ -88,7 +88,7 @@ class _Reader(gguf.GGUFReader):
             return 12 + int(values.nbytes), [values], [0], types
         if element != gguf.GGUFValueType.STRING:
             raise ValueError("it holds an array of arrays")
-        content = np.asarray(self.data)
+        content: Any = np.asarray(self.data)
         length_at = struct.Struct("<Q").unpack_from
         strings, offset = [], start
         for _ in range(count):

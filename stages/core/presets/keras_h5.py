@@ -240,8 +240,8 @@ def _refuse_moved(datasets: dict[str, Any]) -> None:
                 end, before = start + count, path
         weights = [range(start, start + count) for start, count, _ in found]
         with (
-            _Blanked(file, weights) as stream,
-            h5py.File(stream, "r") as blanked,
+            _Blanked(file, weights) as without_weights,
+            h5py.File(without_weights, "r") as blanked,
             h5py.File(file, "r") as whole,
         ):
             same = _datasets(blanked) == _datasets(whole)

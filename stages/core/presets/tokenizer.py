@@ -97,8 +97,8 @@ class Tokenizer:
 
     def pieces(self) -> Iterable[tuple[str, int]]:
         """Return all pieces with their ids."""
-        ids = range(self.vocabulary_size)
-        return zip(self._processor.id_to_piece(list(ids)), ids, strict=True)
+        named = ((self._processor.id_to_piece(number), number) for number in range(self.vocabulary_size))
+        return ((piece, number) for piece, number in named if isinstance(piece, str))
 
     def _special(self, piece: str) -> int:
         """Return the id of a special piece, which the vocabulary must have."""

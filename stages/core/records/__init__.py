@@ -1,1 +1,1 @@
-"""What crosses a stage boundary as a file: one typed model that writes it and reads it. Imports no other package."""
+"""What crosses a stage boundary as a file: one typed model that writes it and reads it. Imports common, files."""

@@ -7,13 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 
-
-class Record(BaseModel):
-    """A part of a file that crosses a stage's boundary; unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+from stages.core.records.layout import Fallback
+from stages.core.records.record import FileRecord, Record
 
 
 class RunKey(Record):
@@ -71,7 +68,7 @@ class Target(RunKey):
     hbm_bytes_per_device: int | None = None
     flops_per_step: int | None = None
     hbm_traffic_bytes_per_step: int | None = None
-    collectives: dict[str, Collective] = {}
+    collectives: dict[str, Collective] = Field(default_factory=dict)
     collective_bytes_per_step: int = 0
     interconnect_bytes_per_step: int | None = None
     step_seconds_lower_bound: float | None = None
@@ -81,9 +78,10 @@ class Target(RunKey):
     network_seconds: float | None = None
     measured_step_seconds: float | None = None
     compile_seconds: float | None = None
-    largest: list[Buffer] = []
-    fallbacks: list[dict[str, Any]] = []
-    weights: list[dict[str, Any]] = []
+    largest: list[Buffer] = Field(default_factory=list)
+    fallbacks: list[Fallback] = Field(default_factory=list)
+    # Rows of `sharding.WeightRow` as plain values: whole, where a figure that is not known is left out elsewhere.
+    weights: list[dict[str, Any]] = Field(default_factory=list)
 
     def metrics(self) -> dict[str, Any]:
         """Return the entry of `data/metrics/plan.json`: the figures, without the tables."""
@@ -112,7 +110,7 @@ class Estimate(Record):
     pass_flops: int | None = None
     hbm_traffic_bytes: int | None = None
     interconnect_bytes: int | None = None
-    collectives: dict[str, int] = {}
+    collectives: dict[str, int] = Field(default_factory=dict)
     step_seconds_lower_bound: float | None = None
     bound_by: str | None = None
     tokens_per_second_upper_bound: float | None = None
@@ -136,7 +134,7 @@ class Scaling(Record):
     rows: list[Estimate]
 
 
-class PlanFile(Record):
+class PlanFile(FileRecord):
     """`data/sharding/plan.json`."""
 
     targets: dict[str, Target]
@@ -147,3 +145,13 @@ class PlanFile(Record):
         """Return the file's content. Compile times are left out: its bytes follow from the settings alone."""
         left_out = {"targets": {"__all__": {"compile_seconds"}}}
         return {"search": None, "scaling": None} | self.model_dump(exclude_none=True, exclude=left_out)
+
+
+class PlanMetrics(FileRecord):
+    """`data/metrics/plan.json`: the figures of each target by its label."""
+
+    targets: dict[str, Target]
+
+    def content(self) -> dict[str, Any]:
+        """Return the figures, without the tables."""
+        return {label: target.metrics() for label, target in self.targets.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from dataclasses import dataclass
@@ -9,9 +10,14 @@ from typing import Any
 
 from stages.core.common.paths import CURVE
 from stages.core.config.schema import Params
+from stages.core.records.evaluate import CompareMetrics, EvaluateMetrics
+from stages.core.records.finetune import Step
+from stages.core.records.generate import Generation
 from stages.core.records.plan import RunKey
+from stages.core.records.record import FileRecord
+from stages.core.records.sharding import Sharding
 from stages.core.report.charts import Bar, LineChart, Tick, line_chart, stacked_bars
-from stages.core.report.inputs import VARIANTS, Generation, Inputs, Sharding
+from stages.core.report.inputs import VARIANTS, Inputs
 from stages.core.report.text import NBSP, binary, percent, quantity, signed
 
 # A difference of no more standard errors than this is not called better or worse.
@@ -44,12 +50,12 @@ def dimensions(shape: list[int]) -> str:
     return " \N{MULTIPLICATION SIGN} ".join(f"{size:,}" for size in shape) or "scalar"
 
 
-def headlines(evaluated: dict[str, dict[str, Any]], compared: dict[str, Any]) -> list[Headline]:
+def headlines(evaluated: dict[str, EvaluateMetrics], compared: CompareMetrics | None) -> list[Headline]:
     """Return perplexity, loss and token accuracy on the whole held-out reviews, before and after, with the change.
 
     Args:
         evaluated: the metrics of `evaluate` by variant; one of the two may be missing.
-        compared: the metrics of `compare`; empty if they are missing.
+        compared: the metrics of `compare`; None if they are missing.
     """
     found = []
     for key, label, unit, difference in (
@@ -57,65 +63,65 @@ def headlines(evaluated: dict[str, dict[str, Any]], compared: dict[str, Any]) ->
         ("loss", "Loss", "nats per token", "loss"),
         ("token_accuracy", "Next token right", "of tokens", "token_accuracy"),
     ):
-        before, after = (evaluated.get(variant, {}).get(key) for variant in VARIANTS)
-        numbers = [value for value in (before, after) if is_number(value)]
+        before, after = (getattr(evaluated[each], key) if each in evaluated else None for each in VARIANTS)
+        numbers = [value for value in (before, after) if value is not None]
         if not numbers:
             continue
         change, judgement = "", ""
-        if len(numbers) == 2 and before:
-            error = compared.get(f"{difference}_difference_standard_error")
+        if before and after is not None:
+            _, error = _difference(compared, difference)
             judgement = _judged(compared, difference)
             if key == "perplexity":
                 change = f"{signed((after - before) / before * 100, 1)}{NBSP}%"
             elif key == "loss":
-                change = signed(after - before, 3) + (f" \N{PLUS-MINUS SIGN} {error:.3f}" if is_number(error) else "")
+                change = signed(after - before, 3) + ("" if error is None else f" \N{PLUS-MINUS SIGN} {error:.3f}")
             else:
                 change = f"{signed((after - before) * 100, 1)} points"
-                change += f" \N{PLUS-MINUS SIGN} {error * 100:.1f}" if is_number(error) else ""
-        largest = max(*numbers, 1e-12) if len(numbers) > 1 else max(numbers[0], 1e-12)
-        widths = [round(100 * max(value, 0) / largest, 2) if is_number(value) else 0.0 for value in (before, after)]
+                change += "" if error is None else f" \N{PLUS-MINUS SIGN} {error * 100:.1f}"
+        largest = max([*numbers, 1e-12])
+        widths = [0.0 if value is None else round(100 * max(value, 0) / largest, 2) for value in (before, after)]
         found.append(Headline(label, unit, quantity(key, before), quantity(key, after), change, judgement, *widths))
     return found
 
 
-def _judged(compared: dict[str, Any], name: str) -> str:
+def _difference(compared: CompareMetrics | None, name: str) -> tuple[float | None, float | None]:
+    """Return by how much tuning changed the loss or the token accuracy, and the standard error of that."""
+    if compared is None:
+        return None, None
+    return getattr(compared, f"{name}_difference"), getattr(compared, f"{name}_difference_standard_error")
+
+
+def _judged(compared: CompareMetrics | None, name: str) -> str:
     """Return whether tuning changed the loss or the token accuracy: better, worse, same, or nothing if not compared."""
-    difference, error = (compared.get(f"{name}_difference{suffix}") for suffix in ("", "_standard_error"))
-    if not is_number(difference) or not is_number(error):
+    difference, error = _difference(compared, name)
+    if difference is None or error is None:
         return ""
     if abs(difference) <= STANDARD_ERRORS * error:
         return "same"
     return "better" if (difference < 0) == (name == "loss") else "worse"
 
 
-def is_number(value: Any) -> bool:
-    """Return whether a value read from JSON is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def verdict(inputs: Inputs, params: Params) -> str:
     """Return the outcome in two or three sentences."""
-    before, after = (inputs.metrics.get(f"evaluate-{variant}", {}).get("perplexity") for variant in VARIANTS)
-    compared = inputs.metrics.get("compare", {})
-    tuned = inputs.metrics.get("finetune", {})
+    tuned = inputs.finetune
     sharding = inputs.sharding.get("tuned") or inputs.sharding["baseline"]
     devices = math.prod(sharding.mesh.shape)
     sentences = []
-    if is_number(before) and is_number(after) and before:
+    if len(inputs.evaluate) == 2:
+        before, after = (inputs.evaluate[variant].perplexity for variant in VARIANTS)
         relative = (after - before) / before
         verb = "stayed at" if abs(relative) < 5e-4 else "fell from" if relative < 0 else "rose from"
         how = "full-parameter tuning" if params.finetune.rank == 0 else f"LoRA tuning at rank {params.finetune.rank}"
-        steps = f" and {quantity('steps', tuned['steps'])} steps" if tuned.get("steps") else ""
+        steps = f" and {quantity('steps', tuned.steps)} steps" if tuned else ""
         move = quantity("perplexity", before)
         if verb != "stayed at":
             move += f" to {quantity('perplexity', after)} ({signed(relative * 100, 1)}{NBSP}%)"
-        count = inputs.metrics["evaluate-tuned"].get("reviews")
-        reviews = f"{count:,} whole held-out reviews" if is_number(count) else "whole held-out reviews"
-        chance = ", within two standard errors of no change" if _judged(compared, "loss") == "same" else ""
+        reviews = f"{inputs.evaluate['tuned'].reviews:,} whole held-out reviews"
+        chance = ", within two standard errors of no change" if _judged(inputs.compare, "loss") == "same" else ""
         sentences.append(f"After {how}{steps}, perplexity on {reviews} {verb} {move}{chance}.")
-    if is_number(tuned.get("total_parameters")) and is_number(tuned.get("trainable_parameters")):
-        part = tuned["trainable_parameters"] / tuned["total_parameters"]
-        sentences.append(f"{percent(part)} of {tuned['total_parameters']:,} parameters were trained.")
+    if tuned:
+        part = tuned.trainable_parameters / tuned.total_parameters
+        sentences.append(f"{percent(part)} of {tuned.total_parameters:,} parameters were trained.")
     what = {
         "baseline": "weights",
         "tuned": "weights, adapter and optimizer state"
@@ -129,20 +135,19 @@ def verdict(inputs: Inputs, params: Params) -> str:
 
 def facts(inputs: Inputs) -> list[tuple[str, str, str]]:
     """Return the run's main numbers as (label, value, remark)."""
-    tuned, load = inputs.metrics.get("finetune", {}), inputs.metrics.get("load", {})
+    tuned, load = inputs.finetune, inputs.load
     found = []
 
-    def add(label: str, source: dict[str, Any], key: str, remark: str = "") -> None:
-        if key in source:
-            found.append((label, quantity(key, source[key]), remark))
+    def add(label: str, source: FileRecord | None, key: str, remark: str = "") -> None:
+        if source:
+            found.append((label, quantity(key, getattr(source, key)), remark))
 
-    trainable, total = tuned.get("trainable_parameters"), tuned.get("total_parameters")
     add("Parameters", tuned, "total_parameters")
-    part = f"{percent(trainable / total)} of them" if is_number(trainable) and is_number(total) and total else ""
+    part = f"{percent(tuned.trainable_parameters / tuned.total_parameters)} of them" if tuned else ""
     add("Trained parameters", tuned, "trainable_parameters", part)
     add("Steps", tuned, "steps")
-    if "loss_first" in tuned and "loss_last" in tuned:
-        move = f"{quantity('loss', tuned['loss_first'])} → {quantity('loss', tuned['loss_last'])}"
+    if tuned:
+        move = f"{quantity('loss', tuned.loss_first)} → {quantity('loss', tuned.loss_last)}"
         found.append(("Training loss, first → last", move, "nats per token"))
     add("Trained tokens per second", tuned, "tokens_per_second")
     add("Positions per second", tuned, "positions_per_second", "prompts and padding included")
@@ -152,45 +157,39 @@ def facts(inputs: Inputs) -> list[tuple[str, str, str]]:
     add("Peak host memory, loading", load, "peak_host_bytes")
     add("Loading", load, "seconds")
     for variant in VARIANTS:
-        add(f"Generation, {variant}", inputs.metrics.get(f"generate-{variant}", {}), "tokens_per_second")
+        add(f"Generation, {variant}", inputs.generate.get(variant), "tokens_per_second")
     return found
 
 
-def curve_charts(curve: dict[str, list[float]]) -> tuple[list[LineChart], list[str]]:
-    """Return the charts of the training curve, the loss first, and remarks on what is not drawn.
-
-    Args:
-        curve: the columns of `finetune.csv`.
-    """
-    steps = curve["step"]
+def curve_charts(curve: list[Step]) -> tuple[list[LineChart], list[str]]:
+    """Return the charts of the training curve, the loss first, and remarks on what is not drawn."""
+    steps, losses = [float(row.step) for row in curve], [row.loss for row in curve]
     if not steps:
         return [], [f"{CURVE} has no rows."]
     notes = []
-    broken = sum(not math.isfinite(loss) for loss in curve["loss"])
+    broken = sum(not math.isfinite(loss) for loss in losses)
     if broken:
         notes.append(f"{broken:,} of {len(steps):,} steps have a loss that is not a number; the line is broken there.")
-    epochs = [math.floor(epoch) if math.isfinite(epoch) else 0 for epoch in curve.get("epoch", [])]
-    # A fraction of epochs done reaches a whole number at the very last step: no epoch begins there.
-    breaks = [steps[i] for i in range(1, len(epochs) - 1) if epochs[i] > epochs[i - 1]]
+    breaks = [float(row.step) for before, row in itertools.pairwise(curve) if row.epoch > before.epoch]
     if breaks:
         notes.append("Dashed uprights: a new epoch.")
-    validation = list(zip(steps, curve.get("validation_loss", []), strict=False))
-    if any(math.isfinite(loss) for _, loss in validation):
+    validation = [(float(row.step), row.validation_loss) for row in curve if row.validation_loss is not None]
+    if validation:
         notes.append(
             "Validation sequences are the held-out reviews cut and packed as the training ones are; the results above "
             "are of whole reviews."
         )
-    charts = [line_chart("Loss", "nats per token", steps, curve["loss"], validation, breaks)]
+    charts = [line_chart("Loss", "nats per token", steps, losses, validation, breaks)]
     for column, title, unit, factor in (
         ("accuracy", "Next token right", "% of tokens", 100.0),
         ("tokens_per_second", "Trained tokens per second", "tokens/s", 1.0),
         ("positions_per_second", "Positions per second", "positions/s", 1.0),
         ("learning_rate", "Learning rate", "", 1.0),
     ):
-        values = [value * factor for value in curve.get(column, [])]
+        values = [getattr(row, column) * factor for row in curve]
         if len(values) > 1 and len(set(values)) == 1:
             notes.append(f"{title}: {values[0]:.6g} {unit}".rstrip() + " at every step.")
-        elif values:
+        else:
             noisy = column != "learning_rate"
             charts.append(line_chart(title, unit, steps, values, breaks=breaks, from_zero=True, noisy=noisy))
     return [chart for chart in charts if chart is not None], notes
@@ -256,8 +255,8 @@ def fallbacks(sharding: dict[str, Sharding]) -> list[dict[str, str]]:
         for fallback in one.fallbacks:
             row = {
                 "pattern": fallback.pattern,
-                "wanted": _spec_text(fallback.wanted),
-                "used": _spec_text(fallback.used),
+                "wanted": fallback.wanted,
+                "used": fallback.used,
                 "reason": fallback.reason,
             }
             found[tuple(row.values())] = row
@@ -269,17 +268,13 @@ def run_as_planned(sharding: Sharding, params: Params) -> RunKey:
     tuning = params.finetune
     return RunKey(
         preset=sharding.preset,
-        mesh=sharding.mesh.shape,
+        mesh=list(sharding.mesh.shape),
         layout=sharding.layout,
         dtype=sharding.dtype,
         batch_size=tuning.batch_size,
         length=params.tokenize.length,
         rank=tuning.rank,
-        lora_targets=tuning.targets if tuning.rank else None,
+        lora_targets=list(tuning.lora.targets) or None,
         rematerialize=tuning.rematerialize,
         step="ours",
     )
-
-
-def _spec_text(spec: Any) -> str:
-    return partition_spec(spec) if isinstance(spec, list) else str(spec)

@@ -31,14 +31,13 @@ from stages.core.report.figures import (
     facts,
     fallbacks,
     headlines,
-    is_number,
     memory,
     pairs,
     partition_spec,
     run_as_planned,
     verdict,
 )
-from stages.core.report.inputs import METRICS, VARIANTS, Inputs
+from stages.core.report.inputs import VARIANTS, Inputs
 from stages.core.report.plan_section import plan_view
 from stages.core.report.text import binary, percent, quantity
 
@@ -71,6 +70,17 @@ def versions() -> dict[str, str]:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
+    return found
+
+
+def numbers(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Return the values of a metrics file as (key, text), nested keys joined by points."""
+    found = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found += numbers(value, f"{prefix}{key}.")
+        else:
+            found.append((f"{prefix}{key}", quantity(key, value)))
     return found
 
 
@@ -118,13 +128,7 @@ def render(inputs: Inputs, params: Params) -> str:
     # The style and the script are blocks of the template, so that what is hashed is what is in the page.
     hashes = {name: source_hash("".join(template.blocks[name](template.new_context()))) for name in ("style", "script")}
     sharding = inputs.sharding.get("tuned") or inputs.sharding["baseline"]
-    tuned = inputs.metrics.get("finetune", {})
     charts, curve_notes = curve_charts(inputs.curve) if inputs.curve is not None else ([], [])
-    evaluated = {
-        variant: inputs.metrics[f"evaluate-{variant}"]
-        for variant in VARIANTS
-        if f"evaluate-{variant}" in inputs.metrics
-    }
     return template.render(
         hashes=hashes,
         inputs=inputs,
@@ -135,11 +139,9 @@ def render(inputs: Inputs, params: Params) -> str:
         devices=math.prod(sharding.mesh.shape),
         params=params,
         verdict=verdict(inputs, params),
-        headlines=headlines(evaluated, inputs.metrics.get("compare", {})),
-        targets=[
-            (variant, values["targets"]) for variant, values in evaluated.items() if is_number(values.get("targets"))
-        ],
-        reviews_cut=max((values.get("reviews_cut") or 0 for values in evaluated.values()), default=0),
+        headlines=headlines(inputs.evaluate, inputs.compare),
+        targets=[(variant, values.targets) for variant, values in inputs.evaluate.items()],
+        reviews_cut=max((values.reviews_cut for values in inputs.evaluate.values()), default=0),
         facts=facts(inputs),
         charts=charts,
         curve_notes=curve_notes,
@@ -148,12 +150,10 @@ def render(inputs: Inputs, params: Params) -> str:
         largest=max((w for w in sharding.weights if not w.replicated), key=lambda w: w.bytes // w.count, default=None),
         memory=memory(inputs.sharding),
         fallbacks=fallbacks(inputs.sharding),
-        plan=inputs.plan and plan_view(inputs.plan, run_as_planned(sharding, params), sharding.mesh.devices, tuned),
-        numbers={
-            name: [(key, quantity(key, value)) for key, value in values.items()]
-            for name, values in inputs.metrics.items()
-        },
-        metrics_files=[metrics(name) for name in METRICS],
+        plan=inputs.plan
+        and plan_view(inputs.plan, run_as_planned(sharding, params), sharding.mesh.device_kind, inputs.finetune),
+        numbers={name: numbers(record.content()) for name, record in inputs.metrics.items() if record},
+        metrics_files=[metrics(name) for name in inputs.metrics],
         settings=settings(params),
         versions=versions(),
         paths={"curve": CURVE, "samples": SAMPLES, "plan": PLAN, "tuned_sharding": SHARDING["tuned"]}

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from stages.core.common.sizes import GIB
+from stages.core.records.finetune import FinetuneMetrics
 from stages.core.records.plan import Estimate, PlanFile, RunKey, Scaling, Search, Target
 from stages.core.report.charts import LineChart, Point, series_chart
 from stages.core.report.text import NBSP, NONE, binary, duration, percent, signed
@@ -21,21 +22,21 @@ PARTS = ("weight", "lora", "optimizer", "temporary")
 WIDEST = 130.0
 
 
-def plan_view(plan: PlanFile, run: RunKey, platform: str, measured: Mapping[str, Any]) -> dict[str, Any]:
+def plan_view(plan: PlanFile, run: RunKey, platform: str, measured: FinetuneMetrics | None) -> dict[str, Any]:
     """Return what the template shows of a plan.
 
     Args:
         plan: the file's content.
         run: how the model was trained.
         platform: of the devices it was trained on; `cpu` for simulated ones.
-        measured: the metrics of `finetune`; empty where there are none.
+        measured: what `finetune` measured; None where it did not.
     """
     return {
         "targets": [_target(label, target) for label, target in plan.targets.items()],
         "measured": [
             sentence
             for target in plan.targets.values()
-            if target.topology.startswith("cpu:") == (platform == "cpu") and run.matches(target)
+            if measured and target.topology.startswith("cpu:") == (platform == "cpu") and run.matches(target)
             for sentence in _beside_measured(target, measured)
         ],
         "search": plan.search and _search(plan.search),
@@ -77,17 +78,17 @@ def _bar(sizes: Mapping[str, int | None], needed: int | None, memory: int) -> li
     return pieces
 
 
-def _beside_measured(target: Target, measured: Mapping[str, Any]) -> list[str]:
+def _beside_measured(target: Target, measured: FinetuneMetrics) -> list[str]:
     """Return the planned figures of this very run beside those it measured."""
     found = []
-    if target.argument_bytes_per_device and (held := measured.get("state_bytes_per_device")):
+    if target.argument_bytes_per_device:
         planned = target.argument_bytes_per_device - target.batch_bytes_per_device
-        found.append(f"State per device: {_compared(planned, held)}.")
+        found.append(f"State per device: {_compared(planned, measured.state_bytes_per_device)}.")
     if target.topology.startswith("cpu:") and target.temporary_bytes_per_device:
-        if grown := measured.get("step_growth_bytes"):
+        if grown := measured.step_growth_bytes:
             planned = target.devices * target.temporary_bytes_per_device
             found.append(f"Temporaries of all {target.devices} simulated devices: {_compared(planned, grown)}.")
-    elif target.needed_bytes_per_device and (peak := measured.get("peak_device_bytes")):
+    elif target.needed_bytes_per_device and (peak := measured.peak_device_bytes):
         found.append(
             f"Memory needed per device ({target.topology}): {_compared(target.needed_bytes_per_device, peak)}."
         )

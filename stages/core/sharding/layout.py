@@ -13,12 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from stages.core.common.errors import StageError
-from stages.core.sharding.mesh import MeshShape
+from stages.core.records.layout import Axis, MeshShape, Rule, Spec
 
 logger = logging.getLogger(__name__)
-
-Axis = str | tuple[str, ...] | None
-Spec = tuple[Axis, ...]
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4}
 
@@ -36,46 +33,6 @@ class Weight:
     def bytes(self) -> int:
         """Bytes of one whole copy."""
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
-
-
-@dataclass(frozen=True)
-class Rule:
-    """Weights whose whole path matches `pattern` are split as `spec` says: an axis, several, or None a dimension.
-
-    `optional` rules may match nothing (a named layout serves several Gemmas); a person's own rules may not.
-    """
-
-    pattern: str
-    spec: Spec
-    optional: bool = False
-
-    @property
-    def anchored(self) -> str:
-        """The pattern as Keras must get it: the same under `re.fullmatch` (since 3.14) and `re.search` (before)."""
-        return f"^(?:{self.pattern})$"
-
-
-@dataclass(frozen=True)
-class Fallback:
-    """A weight that could not be split as it would be on a mesh that divides it."""
-
-    pattern: str
-    wanted: str
-    used: str
-    reason: str
-
-    def __str__(self) -> str:
-        where = self.used if self.used == "replicated" else f"split over {self.used}"
-        return f"{self.pattern} {where}, since {self.reason}."
-
-
-@dataclass(frozen=True)
-class NamedLayout:
-    """Rules, and the weights that had to be split otherwise than one would."""
-
-    name: str
-    rules: tuple[Rule, ...]
-    fallbacks: tuple[Fallback, ...] = ()
 
 
 @dataclass(frozen=True)

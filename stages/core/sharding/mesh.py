@@ -5,38 +5,14 @@ Purpose: the only place that makes `keras.distribution` objects, and that reads 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from stages.core.records.layout import AXES, MeshShape
 
 if TYPE_CHECKING:
     import jax
     import keras
-
-# The tutorial's names, in the order of `mesh.shape`.
-AXES = ("batch", "model")
-
-
-@dataclass(frozen=True)
-class MeshShape:
-    """The mesh as numbers: enough to resolve a layout, without any device."""
-
-    shape: tuple[int, ...]
-    axis_names: tuple[str, ...] = AXES
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Devices along each axis."""
-        return dict(zip(self.axis_names, self.shape, strict=True))
-
-    @property
-    def devices(self) -> int:
-        """Devices in all."""
-        return math.prod(self.shape)
-
-    def __str__(self) -> str:
-        return "(" + ", ".join(f"{name}={size}" for name, size in self.sizes.items()) + ")"
 
 
 def device_mesh(mesh: MeshShape) -> keras.distribution.DeviceMesh:

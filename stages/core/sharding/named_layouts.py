@@ -20,17 +20,8 @@ from collections.abc import Callable, Sequence
 
 from stages.core.config.schema import Layout
 from stages.core.presets.architecture import Architecture
-from stages.core.sharding.layout import (
-    Fallback,
-    NamedLayout,
-    Placement,
-    Rule,
-    Spec,
-    as_spec,
-    replicated_fraction,
-    resolve,
-)
-from stages.core.sharding.mesh import MeshShape
+from stages.core.records.layout import Fallback, MeshShape, NamedLayout, Rule, Spec
+from stages.core.sharding.layout import Placement, as_spec, replicated_fraction, resolve
 
 # Sizes of the model axis that a message lists at the most.
 AXES_TOLD = 6

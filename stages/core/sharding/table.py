@@ -5,55 +5,60 @@ Purpose: from resolved placements to `data/sharding/*.json` and to the table tha
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
 
-from stages.core.sharding.layout import Fallback, Placement, format_spec, replicated_fraction
-from stages.core.sharding.mesh import MeshShape
+from stages.core.records.layout import MeshShape, NamedLayout
+from stages.core.records.sharding import Sharding, WeightRow
+from stages.core.sharding.layout import Placement, format_spec, replicated_fraction
 
 
 def report(
     placements: Sequence[Placement],
     mesh: MeshShape,
-    fallbacks: Sequence[Fallback],
     *,
     preset: str,
-    layout: str,
+    layout: NamedLayout,
     dtype: str,
-    platform: str,
     trainable_parameters: int,
-) -> dict[str, Any]:
+) -> Sharding:
     """Return the whole report: sums, a row a weight pattern, and the fallbacks with their reasons.
 
-    Bytes are of one whole copy, unless the key says a device's share. `replicated_bytes` is what a device holds that no
-    axis but the batch axis splits.
+    Args:
+        placements: of the weights, LoRA kernels and optimizer slots.
+        mesh: with the platform of its devices.
+        preset: its name.
+        layout: that placed them.
+        dtype: of the model.
+        trainable_parameters: 0 where nothing is trained.
     """
     model = [each for each in placements if each.weight.kind != "optimizer"]
     kinds: dict[str, int] = {}
     for each in placements:
         kinds[each.weight.kind] = kinds.get(each.weight.kind, 0) + each.bytes_per_device
     split_matters = mesh.sizes["model"] > 1
-    return {
-        "preset": preset,
-        "mesh": {"shape": list(mesh.shape), "axis_names": list(mesh.axis_names), "devices": platform},
-        "layout": layout,
-        "dtype": dtype,
-        "parameters": sum(_size(each) for each in model),
-        "trainable_parameters": trainable_parameters,
-        "bytes": sum(each.weight.bytes for each in model),
-        "bytes_per_device": sum(each.bytes_per_device for each in placements),
-        "replicated_bytes": sum(
+    return Sharding(
+        preset=preset,
+        mesh=mesh,
+        layout=layout.name,
+        dtype=dtype,
+        parameters=sum(math.prod(each.weight.shape) for each in model),
+        trainable_parameters=trainable_parameters,
+        bytes=sum(each.weight.bytes for each in model),
+        bytes_per_device=sum(each.bytes_per_device for each in placements),
+        replicated_bytes=sum(
             each.bytes_per_device for each in placements if split_matters and not each.splits("model")
         ),
-        "replicated_fraction": round(replicated_fraction(model, mesh), 6),
-        "by_kind": kinds,
-        "weights": rows(placements, mesh),
-        "fallbacks": [vars(fallback) for fallback in fallbacks],
-    }
+        replicated_fraction=round(replicated_fraction(model, mesh), 6),
+        by_kind=kinds,
+        weights=rows(placements, mesh),
+        fallbacks=list(layout.fallbacks),
+    )
 
 
-def rows(placements: Sequence[Placement], mesh: MeshShape) -> list[dict[str, Any]]:
+def rows(placements: Sequence[Placement], mesh: MeshShape) -> list[WeightRow]:
     """Return a row for each weight pattern (block numbers collapsed to `*`), in the model's order."""
     grouped: dict[tuple[Any, ...], list[Placement]] = {}
     for each in placements:
@@ -61,19 +66,19 @@ def rows(placements: Sequence[Placement], mesh: MeshShape) -> list[dict[str, Any
         key = (pattern, each.weight.shape, each.weight.dtype, each.spec, each.rule)
         grouped.setdefault(key, []).append(each)
     return [
-        {
-            "pattern": pattern,
-            "count": len(group),
-            "shape": list(shape),
-            "dtype": dtype,
-            "kind": group[0].weight.kind,
-            "rule": rule.pattern if rule else None,
-            "spec": [list(entry) if isinstance(entry, tuple) else entry for entry in spec],
-            "shard_shape": list(group[0].shard_shape),
-            "bytes": sum(each.weight.bytes for each in group),
-            "bytes_per_device": sum(each.bytes_per_device for each in group),
-            "replicated": mesh.sizes["model"] > 1 and not group[0].splits("model"),
-        }
+        WeightRow(
+            pattern=pattern,
+            count=len(group),
+            shape=list(shape),
+            dtype=dtype,
+            kind=group[0].weight.kind,
+            rule=rule.pattern if rule else None,
+            spec=[list(entry) if isinstance(entry, tuple) else entry for entry in spec],
+            shard_shape=list(group[0].shard_shape),
+            bytes=sum(each.weight.bytes for each in group),
+            bytes_per_device=sum(each.bytes_per_device for each in group),
+            replicated=mesh.sizes["model"] > 1 and not group[0].splits("model"),
+        )
         for (pattern, shape, dtype, spec, rule), group in grouped.items()
     ]
 
@@ -86,10 +91,3 @@ def block_table(placements: Sequence[Placement], block: str = "decoder_block_1")
         if each.weight.kind != "optimizer" and each.weight.path.startswith(("token_embedding/", f"{block}/"))
     ]
     return "\n".join(f"{each.weight.path:<58}  {each.weight.shape!s:<16}  {format_spec(each.spec)}" for each in chosen)
-
-
-def _size(placement: Placement) -> int:
-    size = 1
-    for dimension in placement.weight.shape:
-        size *= dimension
-    return size

@@ -38,9 +38,9 @@ class ChatTemplate:
             StageError: the vocabulary lacks one.
         """
         self._tokenizer = tokenizer
-        ids = {piece: tokenizer.piece_id(piece) for piece in (START, END)}
-        for piece, number in ids.items():
-            if number is None:
+        ids = {piece: number for piece in (START, END) if (number := tokenizer.piece_id(piece)) is not None}
+        for piece in (START, END):
+            if piece not in ids:
                 raise StageError(
                     f"Gemma's chat template needs a vocabulary with the piece {piece}. Received: "
                     f"{tokenizer.vocabulary_size} other pieces\nTake an instruct preset, or data with one text per row "

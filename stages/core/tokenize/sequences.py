@@ -69,18 +69,18 @@ def lay_out(source: Path, split: str, tokenizer: Tokenizer, settings: Tokenize) 
         reviews = [ids[:-1] if ends and ids[-1:] == [tokenizer.eos] else ids for ids in reviews]
     else:
         reviews = control.as_text(texts)
-    special = {"bos": tokenizer.bos, "eos": tokenizer.eos if ends else None, "pad": tokenizer.pad}
+    bos, eos, pad = tokenizer.bos, tokenizer.eos if ends else None, tokenizer.pad
     if settings.packing:
-        laid_out = packing.pack(reviews, settings.length, **special)
+        laid_out = packing.pack(reviews, settings.length, bos=bos, eos=eos, pad=pad)
     else:
         after_cut = settings.eos == "always"
-        laid_out = packing.one_per_review(reviews, settings.length, **special, eos_after_cut=after_cut)
+        laid_out = packing.one_per_review(reviews, settings.length, bos=bos, eos=eos, pad=pad, eos_after_cut=after_cut)
     counts = packing.sequence_metrics(laid_out, reviews, eos=ends) | {"control_tokens_spelled": spelled}
     if not counts["tokens_kept"]:
         raise StageError(f"The {split} reviews must have at least one token. Received: {len(reviews)} reviews, none")
     return LaidOut(
         laid_out,
-        held_out.of_reviews(reviews, bos=tokenizer.bos, eos=special["eos"]),
+        held_out.of_reviews(reviews, bos=bos, eos=eos),
         counts,
         packing.cut_by_truncation_fraction(reviews, settings.length, eos=ends),
         f"{split}: {counts['reviews']:,} reviews in {counts['windows']:,} sequences of {settings.length} tokens, "

@@ -38,4 +38,5 @@ def write_sequences(path: Path, sequences: Sequences) -> None:
     depend on the machine's zlib.
     """
     with atomic_path(path) as temporary, temporary.open("wb") as stream:
-        np.savez(stream, **sequences)
+        # numpy's own types take any keyword for its flag.
+        np.savez(stream, **sequences)  # type: ignore[arg-type]

