@@ -42,8 +42,8 @@ CASES = {
     "a part of a path only": (Rule("query/kernel", ("model", None, None)), "matches nothing"),
     "too few axes": (Rule(".*query/kernel", ("model", None)), "one entry for each of the weight's 3 dimensions"),
     "an unknown axis": (Rule(".*query/kernel", ("data", None, None)), "'data' is not a mesh axis"),
-    "an axis twice": (Rule(".*query/kernel", ("model", "model", None)), "stands twice"),
-    "an axis twice in one dimension": (Rule(".*query/kernel", (("model", "model"), None, None)), "stands twice"),
+    "an axis twice": (Rule(".*query/kernel", ("model", "model", None)), "is there twice"),
+    "an axis twice in one dimension": (Rule(".*query/kernel", (("model", "model"), None, None)), "is there twice"),
 }
 
 
