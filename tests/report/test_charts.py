@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.core.records.sharding import Sharding
-from stages.core.report import charts, figures
+from stages.core.report import axes, figures, line_charts, mesh_picture
 from stages.core.report import text as text_form
 from tests.support.pages import MINUS
 from tests.support.report_outputs import sharding
@@ -53,8 +53,8 @@ def test_a_change_bears_its_sign_unless_it_rounds_to_zero(value, shown):
 
 @given(st.floats(-1e9, 1e9), st.floats(1e-6, 1e9))
 def test_ticks_are_few_even_and_inside_the_axis_that_they_end(low, length):
-    start, end = charts.widened(low, low + length)
-    marks = charts.ticks(start, end)
+    start, end = axes.widened(low, low + length)
+    marks = axes.ticks(start, end)
     assert start <= low + 1e-6 * length or math.isclose(start, low)
     assert end >= low + length - 1e-6 * length or math.isclose(end, low + length)
     assert 2 <= len(marks) <= 12
@@ -73,19 +73,19 @@ def test_ticks_are_few_even_and_inside_the_axis_that_they_end(low, length):
     ],
 )
 def test_ticks_are_written_with_equal_decimals(values, labels):
-    assert charts.tick_labels(values) == labels
+    assert axes.tick_labels(values) == labels
 
 
 def test_the_moving_mean_is_not_drawn_to_zero_at_its_start_and_passes_over_gaps():
-    assert charts.smoothed([4.0] * 20, span=10) == pytest.approx([4.0] * 20)
-    assert charts.smoothed([math.nan, 4.0, math.nan, 4.0], span=10)[1:] == pytest.approx([4.0] * 3)
-    assert math.isnan(charts.smoothed([math.nan, 4.0], span=10)[0])
+    assert line_charts.smoothed([4.0] * 20, span=10) == pytest.approx([4.0] * 20)
+    assert line_charts.smoothed([math.nan, 4.0, math.nan, 4.0], span=10)[1:] == pytest.approx([4.0] * 3)
+    assert math.isnan(line_charts.smoothed([math.nan, 4.0], span=10)[0])
 
 
 @given(st.lists(st.floats(-100, 100), min_size=1, max_size=400), st.integers(4, 100))
 def test_thinning_keeps_the_outline(values, most):
     points = list(enumerate(values))
-    kept = charts.thinned(points, most)
+    kept = line_charts.thinned(points, most)
     assert len(kept) <= max(most, 1)
     assert kept == sorted(kept)
     assert {min(values), max(values)} <= {value for _, value in kept}
@@ -93,17 +93,17 @@ def test_thinning_keeps_the_outline(values, most):
 
 @pytest.mark.parametrize("values", [[], [math.nan], [math.inf]])
 def test_no_chart_is_drawn_of_no_numbers(values):
-    assert charts.line_chart("Loss", "", range(len(values)), values) is None
+    assert line_charts.line_chart("Loss", "", range(len(values)), values) is None
 
 
 def test_a_chart_of_one_step_or_of_a_constant_has_room():
-    chart = charts.line_chart("Loss", "", [1], [0.0])
+    chart = line_charts.line_chart("Loss", "", [1], [0.0])
     assert chart.y_domain[0] < 0 < chart.y_domain[1]
     assert chart.lines[0].pieces == ["500.0,500.0"]
 
 
 def test_steps_are_never_marked_between_two_steps():
-    chart = charts.line_chart("Loss", "", [1, 2], [3.0, 2.0])
+    chart = line_charts.line_chart("Loss", "", [1, 2], [3.0, 2.0])
     assert [tick.label for tick in chart.x_ticks] == ["1", "2"]
 
 
@@ -125,7 +125,7 @@ def test_memory_is_stacked_by_kind_with_the_replicated_part_apart():
     [([1, 8], 8, False), ([8], 8, False), ([16, 16], 256, False), ([17, 1], 8, True), ([32, 64], 64, True)],
 )
 def test_a_mesh_up_to_sixteen_by_sixteen_is_drawn_whole_and_a_larger_one_by_its_ends(shape, cells, summarised):
-    picture = charts.mesh_picture(shape, ["batch", "model"][-len(shape) :])
+    picture = mesh_picture.mesh_picture(shape, ["batch", "model"][-len(shape) :])
     assert len(picture.cells) == cells
     assert picture.summarised is summarised
     assert picture.cells[-1].number == math.prod(shape) - 1

@@ -16,8 +16,10 @@ from stages.core.records.generate import Generation
 from stages.core.records.plan import RunKey
 from stages.core.records.record import FileRecord
 from stages.core.records.sharding import Sharding
-from stages.core.report.charts import Bar, LineChart, Tick, line_chart, stacked_bars
+from stages.core.report.axes import Tick
+from stages.core.report.bars import Bar, stacked_bars
 from stages.core.report.inputs import VARIANTS, Inputs
+from stages.core.report.line_charts import LineChart, line_chart
 from stages.core.report.text import NBSP, binary, percent, quantity, signed
 
 # A difference of no more standard errors than this is not called better or worse.

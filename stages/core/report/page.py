@@ -24,7 +24,6 @@ from markupsafe import Markup
 
 from stages.core.common.paths import CURVE, PLAN, SAMPLES, SHARDING, generated, metrics
 from stages.core.config.schema import Params
-from stages.core.report.charts import mesh_picture
 from stages.core.report.figures import (
     curve_charts,
     dimensions,
@@ -38,6 +37,7 @@ from stages.core.report.figures import (
     verdict,
 )
 from stages.core.report.inputs import VARIANTS, Inputs
+from stages.core.report.mesh_picture import mesh_picture
 from stages.core.report.plan_section import plan_view
 from stages.core.report.text import binary, percent, quantity
 

@@ -13,7 +13,8 @@ from typing import Any
 from stages.core.common.sizes import GIB
 from stages.core.records.finetune import FinetuneMetrics
 from stages.core.records.plan import Estimate, PlanFile, RunKey, Scaling, Search, Target
-from stages.core.report.charts import LineChart, Point, series_chart
+from stages.core.report.axes import Point
+from stages.core.report.line_charts import LineChart, series_chart
 from stages.core.report.text import NBSP, NONE, binary, duration, percent, signed
 
 # What a device holds, in the order of the bar; the rest of what it needs is code and results.
