@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 
-from stages.core.plan import compilation, hlo, topology
+from stages.core.plan import compilation, program_costs, topology
 from tests.support.plans import request
 from tests.support.repository import FAMILIES, ROOT
 from tests.support.tiny_models import load_tiny
@@ -66,7 +66,7 @@ def test_the_step_that_is_planned_is_the_step_that_runs(presets, family):
     step = jax.jit(causal.train_step, donate_argnums=0, out_shardings=(None, shardings))
     real = step.lower(state, (batch,)).compile()
     found = compilation.compile_step(asked)
-    assert hlo.costs(real.as_text()) == hlo.costs(planned.lowered.compile().as_text())
+    assert program_costs.costs(real.as_text()) == program_costs.costs(planned.lowered.compile().as_text())
     held = sum(
         shard.data.nbytes
         for array in jax.tree.leaves((state, batch))

@@ -13,7 +13,7 @@ class Chip:
     """A TPU chip's peaks.
 
     `flops`: bfloat16 matrix operations per second. A product of float32 numbers runs through the same units six
-    times (`hlo.ProgramCosts.pass_flops`). `memory_bytes` and `memory_rate` (bytes per second): its HBM.
+    times (`program_costs.ProgramCosts.pass_flops`). `memory_bytes` and `memory_rate` (bytes per second): its HBM.
     `link_rate`: bytes per second that the chip can send to its neighbours over all its links together, one way.
     """
 

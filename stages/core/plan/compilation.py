@@ -25,7 +25,7 @@ from stages.core.common.errors import StageError
 from stages.core.common.paths import cache_folder
 from stages.core.config.schema import without
 from stages.core.files import optional, read_kept, write_kept
-from stages.core.plan import hlo
+from stages.core.plan import program_costs
 from stages.core.plan.roofline import Bound, lower_bound
 from stages.core.plan.topology import describe, program_cache_off
 from stages.core.records.plan import Buffer, Collective
@@ -81,7 +81,7 @@ class StepCost(Record):
         weights: the table of `sharding.rows`.
         needed_bytes: arguments, temporaries, results and code; where it does not fit, what the compiler asked for.
         available_bytes: what the compiler had, where it does not fit.
-        pass_flops, hbm_traffic_bytes, interconnect_bytes: see `hlo.ProgramCosts`.
+        pass_flops, hbm_traffic_bytes, interconnect_bytes: see `program_costs.ProgramCosts`.
         largest: where it does not fit and the compiler lists no buffers, those of two blocks.
         bound: lower bound of the step time; None for CPU devices.
     """
@@ -196,7 +196,7 @@ def _compile(request: CompileRequest) -> StepCost:
         return StepCost(**known, fits=False, **_out_of_memory(text), compile_seconds=_since(began))
     memory = compiled.memory_analysis()
     text = compiled.as_text()
-    costs = hlo.costs(text)
+    costs = program_costs.costs(text)
     needed = (
         memory.argument_size_in_bytes
         + memory.temp_size_in_bytes
@@ -219,7 +219,7 @@ def _compile(request: CompileRequest) -> StepCost:
         hbm_traffic_bytes=costs.memory_bytes,
         interconnect_bytes=costs.wire_bytes,
         collectives={kind: dataclasses.asdict(cost) for kind, cost in costs.collectives.items()},
-        largest=hlo.largest_buffers(text, LARGEST),
+        largest=program_costs.largest_buffers(text, LARGEST),
         bound=lower_bound(topology, costs.pass_flops, costs.memory_bytes, costs.wire_bytes),
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from stages.core.plan import hlo, topology
+from stages.core.plan import program_costs, topology
 from tests.support.plans import has_libtpu
 
 
@@ -16,7 +16,7 @@ def test_products_in_a_loop_count_as_often_as_it_runs(devices):
         return jax.lax.fori_loop(0, 5, lambda _, x: x @ b, a)
 
     compiled = jax.jit(five).lower(np.ones((8, 16), "f4"), np.ones((16, 16), "f4")).compile()
-    assert hlo.costs(compiled.as_text()).matrix_flops == 5 * 2 * 8 * 16 * 16
+    assert program_costs.costs(compiled.as_text()).matrix_flops == 5 * 2 * 8 * 16 * 16
 
 
 def test_collectives_are_counted_with_what_goes_over_the_wire(devices):
@@ -30,9 +30,9 @@ def test_collectives_are_counted_with_what_goes_over_the_wire(devices):
         return total, jax.lax.all_gather(x * total, "model")
 
     step = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=P("model"), out_specs=(P(), P("model"))))
-    found = hlo.costs(step.lower(np.ones((8, 64), "f4")).compile().as_text()).collectives
-    assert found["all-reduce"] == hlo.Collective(1, 256, 2 * 256 * 7 // 8)
-    assert found["all-gather"] == hlo.Collective(1, 8 * 256, 7 * 256)
+    found = program_costs.costs(step.lower(np.ones((8, 64), "f4")).compile().as_text()).collectives
+    assert found["all-reduce"] == program_costs.Collective(1, 256, 2 * 256 * 7 // 8)
+    assert found["all-gather"] == program_costs.Collective(1, 8 * 256, 7 * 256)
 
 
 GROUPS = {
@@ -53,7 +53,7 @@ ENTRY %main (p: f32[64]) -> f32[64] {{
 }}
 """
     members = GROUPS[groups]
-    assert hlo.costs(text).collectives["all-reduce"].wire_bytes == 2 * (256 * (members - 1) // members)
+    assert program_costs.costs(text).collectives["all-reduce"].wire_bytes == 2 * (256 * (members - 1) // members)
 
 
 def test_a_collective_that_runs_through_several_fusions_counts_once():
@@ -71,7 +71,7 @@ def test_a_collective_that_runs_through_several_fusions_counts_once():
     text = (
         f"HloModule m\n{fusions}ENTRY %main (p: f32[64]) -> f32[64] {{\n  %p = f32[64]{{0}} parameter(0)\n{calls}}}\n"
     )
-    assert hlo.costs(text).collectives["all-gather"].count == 2
+    assert program_costs.costs(text).collectives["all-gather"].count == 2
 
 
 TRAFFIC = {
@@ -125,7 +125,7 @@ ENTRY %main (p: f32[64,32]) -> f32[8,32] {{
   ROOT {line}
 }}
 """
-    assert hlo.costs(text).memory_bytes == expected
+    assert program_costs.costs(text).memory_bytes == expected
 
 
 @has_libtpu
@@ -139,7 +139,7 @@ def test_a_batch_of_products_that_the_tpu_compiler_writes_as_a_convolution_count
         for shape in ((4, 64, 256), (4, 256, 128))
     ]
     compiled = jax.jit(lambda a, b: a @ b).lower(*shapes).compile()
-    assert hlo.costs(compiled.as_text()).matrix_flops == 4 * 2 * 64 * 256 * 128
+    assert program_costs.costs(compiled.as_text()).matrix_flops == 4 * 2 * 64 * 256 * 128
 
 
 @has_libtpu
@@ -156,7 +156,7 @@ def test_a_float32_product_takes_a_tpu_six_passes(devices, dtypes, passes):
     def product(a, b):
         return jax.lax.dot_general(a, b, (((1,), (0,)), ((), ())), preferred_element_type="float32")
 
-    costs = hlo.costs(jax.jit(product).lower(*shapes).compile().as_text())
+    costs = program_costs.costs(jax.jit(product).lower(*shapes).compile().as_text())
     assert (costs.matrix_flops, costs.pass_flops) == (2 * 256**3, passes * 2 * 256**3)
 
 
@@ -172,7 +172,7 @@ ENTRY %main (p: f32[64]) -> f32[64] {
 
 
 def test_the_largest_buffers_of_a_program_are_told_once_with_their_place():
-    assert hlo.largest_buffers(BUFFERS, 5) == [
+    assert program_costs.largest_buffers(BUFFERS, 5) == [
         {"bytes": 128, "shape": "32 bits x 8 x 4", "operator": "step/add"},
         {"bytes": 64, "shape": "16 bits x 32", "operator": "step/neg"},
     ]
