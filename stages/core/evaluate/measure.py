@@ -48,9 +48,8 @@ def measure(model: Model, sequences: HeldOut, mesh: MeshShape, *, max_length: in
     ids, is_target, offsets = (sequences[name] for name in ("token_ids", "is_target", "offsets"))
     # Inputs are all tokens but the last, targets all but the first.
     starts, sizes = offsets[:-1], np.minimum(np.maximum(np.diff(offsets) - 1, 0), max_length)
-    wanted = np.array(
-        [is_target[start + 1 : start + 1 + size].sum() for start, size in zip(starts, sizes, strict=True)]
-    )
+    pieces = [slice(start, start + size + 1) for start, size in zip(starts, sizes, strict=True)]
+    wanted = np.array([is_target[piece][1:].sum() for piece in pieces])
     every = np.array([part.sum() for part in np.split(is_target, offsets[1:-1])])
     if not wanted.sum():
         raise StageError(
@@ -87,10 +86,7 @@ def measure(model: Model, sequences: HeldOut, mesh: MeshShape, *, max_length: in
             f"Every target must be measured: expected {wanted.sum()}. Received: targets={counted}. Look for a callback "
             "or an environment variable that shortens Keras' predict."
         )
-    digests = [
-        _digest(ids[start : start + size + 1], is_target[start : start + size + 1])
-        for start, size in zip(starts, sizes, strict=True)
-    ]
+    digests = [_digest(ids[piece], is_target[piece]) for piece in pieces]
     return ReviewLosses(review=np.arange(len(sizes)), sequence=np.array(digests), cut=every - wanted, **measured)
 
 

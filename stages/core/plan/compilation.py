@@ -27,7 +27,7 @@ from stages.core.config.schema import without
 from stages.core.files import optional, read_kept, write_kept
 from stages.core.plan import program_costs
 from stages.core.plan.roofline import Bound, lower_bound
-from stages.core.plan.topology import describe, program_cache_off
+from stages.core.plan.topology import Topology, describe, program_cache_off
 from stages.core.records.plan import Buffer, Collective
 from stages.core.records.record import Record
 from stages.core.records.sharding import WeightRow
@@ -194,6 +194,11 @@ def _compile(request: CompileRequest) -> StepCost:
         if "RESOURCE_EXHAUSTED" not in text and "Ran out of memory" not in text:
             raise StageError(f"The compiler failed: {text.splitlines()[0][:300]}") from error
         return StepCost(**known, fits=False, **_out_of_memory(text), compile_seconds=_since(began))
+    return _compiled_cost(compiled, topology, {**known, "compile_seconds": _since(began)})
+
+
+def _compiled_cost(compiled: Any, topology: Topology, known: dict[str, Any]) -> StepCost:
+    """Return what a compiled program needs and does, beside what is known of it already."""
     memory = compiled.memory_analysis()
     text = compiled.as_text()
     costs = program_costs.costs(text)
@@ -207,7 +212,6 @@ def _compile(request: CompileRequest) -> StepCost:
     return StepCost(
         **known,
         fits=topology.memory_bytes is None or needed <= topology.memory_bytes,
-        compile_seconds=_since(began),
         argument_bytes=memory.argument_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
         output_bytes=memory.output_size_in_bytes,

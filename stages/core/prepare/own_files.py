@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 from stages.core.common.errors import ParamsError, shown, shown_list
 from stages.core.common.paths import own_path
 from stages.core.prepare.cleaning import Label, RawReview
-from stages.core.prepare.tables import READERS, TWICE, Table, format_of, kind_of, read_table, read_text
+from stages.core.prepare.tables import READERS, TWICE, Table, kind_of, read_table
+from stages.core.prepare.text_files import format_of, read_text
 
 logger = logging.getLogger(__name__)
 

@@ -7,40 +7,17 @@ its place.
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import csv
-import gzip
 import json
 import re
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from stages.core.common.errors import ParamsError, StageError, shown
+from stages.core.common.errors import ParamsError, shown
+from stages.core.prepare.text_files import decode, format_of, lines_of, plain_lines, read_bytes
 
-# UTF-32's mark begins with UTF-16's, so it comes first.
-BYTE_ORDER_MARKS = {
-    codecs.BOM_UTF8: "utf-8",
-    codecs.BOM_UTF32_LE: "utf-32-le",
-    codecs.BOM_UTF32_BE: "utf-32-be",
-    codecs.BOM_UTF16_LE: "utf-16-le",
-    codecs.BOM_UTF16_BE: "utf-16-be",
-    b"\x84\x31\x95\x33": "gb18030",
-}
-# Magic bytes of other kinds of files that may have a text file's name.
-OTHER_FILES = {
-    b"\x1f\x8b": "gzip data, whose name ends in .gz",
-    b"PK\x03\x04": "a ZIP archive (or a spreadsheet)",
-    b"BZh91AY&SY": "bzip2 data",
-    b"\xfd7zXZ\0": "xz data",
-    b"\x28\xb5\x2f\xfd": "Zstandard data",
-    b"PAR1\x15": "Parquet data, whose name ends in .parquet",
-    b"ARROW1\0\0": "Arrow data",
-    b"SQLite format 3\0": "a database",
-}
-POINTERS = (b"version https://git-lfs.github.com/spec/", b"/annex/objects/")
 FIELD_LIMIT = 2**31 - 1  # characters; csv's own limit is 131,072, and a C long has 32 bits on some platforms
 
 TWICE = object()
@@ -81,84 +58,18 @@ def read_table(path: Path, wanted: Sequence[str]) -> Table:
         raise ParamsError(
             f"A data file's name must end in one of {', '.join(READERS)}, or that and .gz. Received: {shown(path)}"
         )
-    return reader(path, _bytes(path), wanted)
-
-
-def read_text(path: Path) -> str:
-    """Return the text of a file that is one text; errors as of `read_table`."""
-    return _text(path, _bytes(path))
-
-
-def _bytes(path: Path) -> bytes:
-    """Return what a file holds, decompressed."""
-    try:
-        data = path.read_bytes()
-        if path.suffix.lower() == ".gz":
-            data = gzip.decompress(data)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ParamsError(f"{shown(path)} must be compressed by gzip. Received: {shown(error)}") from error
-    except OSError as error:
-        raise StageError(f"{shown(path)} cannot be read. Received: {error.strerror or shown(error)}") from error
-    if data.startswith(POINTERS):
-        raise ParamsError(
-            f"{shown(path)} must hold the data. Received: a pointer to them. Run `git lfs pull` (or `git annex get`)."
-        )
-    return data
-
-
-def format_of(path: Path) -> str:
-    """Return the suffix that names a file's format, in lower case."""
-    return Path(path.stem if path.suffix.lower() == ".gz" else path.name).suffix.lower()
-
-
-def _text(path: Path, data: bytes) -> str:
-    """Return the text of a file without its byte order mark."""
-    if other := next((what for begins, what in OTHER_FILES.items() if data.startswith(begins)), None):
-        raise ParamsError(f"{shown(path)} must be text, as its name says. Received: {other}")
-    mark = next((mark for mark in BYTE_ORDER_MARKS if data.startswith(mark)), b"")
-    encoding = BYTE_ORDER_MARKS.get(mark, "utf-8")
-    data = data[len(mark) :]
-    try:
-        text = data.decode(encoding)
-    except UnicodeDecodeError as error:
-        line = data[: error.start].decode(encoding, "ignore").count("\n") + 1
-        raise ParamsError(
-            f"{shown(path)} must be UTF-8 text, or UTF-16 or UTF-32 with a byte order mark. Received: {encoding} with "
-            f"byte 0x{data[error.start]:02x} in line {line}"
-        ) from error
-    if "\0" in text:
-        line = text.count("\n", 0, text.index("\0")) + 1
-        raise ParamsError(
-            f"{shown(path)} must be UTF-8 text, or UTF-16 or UTF-32 with a byte order mark. "
-            f"Received: a NUL character in line {line}"
-        )
-    return text
-
-
-def _lines(text: str, end: str) -> Iterator[str]:
-    """Yield the lines of a text, without line ends."""
-    lines = text.split(end)
-    yield from lines[:-1]
-    if lines[-1]:
-        yield lines[-1]
-
-
-def _plain_lines(text: str) -> Iterator[str]:
-    """Yield the lines of a text without quoting, without line ends."""
-    if "\n" not in text:
-        return _lines(text, "\r")
-    return (line.removesuffix("\r") for line in _lines(text, "\n"))
+    return reader(path, read_bytes(path), wanted)
 
 
 def _text_lines(path: Path, data: bytes, wanted: Sequence[str]) -> Table:
     """Read a text file, which has no columns."""
-    lines = enumerate(_plain_lines(_text(path, data)), start=1)
+    lines = enumerate(plain_lines(decode(path, data)), start=1)
     return Table([], [Row(f"line {number}", (line,)) for number, line in lines])
 
 
 def _csv(path: Path, data: bytes, wanted: Sequence[str], delimiters: str = ",;\t") -> Table:
     """Read a CSV file with a header, by the first of the delimiters with which the header has the columns wanted."""
-    text = _text(path, data)
+    text = decode(path, data)
     columns: list[str] = []
     malformed: ParamsError | None = None
     limit = csv.field_size_limit(FIELD_LIMIT)
@@ -211,7 +122,7 @@ def _records(path: Path, text: str, delimiter: str) -> Iterator[tuple[str, list[
     """
     end = _header_end(text, delimiter)
     lone = end == "\n" and "\r" in text
-    lines = _lines(re.sub("\r(?!\n)", "\0", text) if lone else text, end)
+    lines = lines_of(re.sub("\r(?!\n)", "\0", text) if lone else text, end)
     reader = csv.reader((line + end for line in lines), delimiter=delimiter, strict=True)
     while True:
         place = f"line {reader.line_num + 1}"
@@ -296,7 +207,7 @@ def _jsonl(path: Path, data: bytes, wanted: Sequence[str]) -> Table:
     """Read a file with one JSON object per line."""
 
     def values(text: str) -> Iterator[tuple[str, Any]]:
-        for number, line in enumerate(_plain_lines(text), start=1):
+        for number, line in enumerate(plain_lines(text), start=1):
             try:
                 yield f"line {number}", _json_value(line) if line.strip() else {}
             except ValueError as error:
@@ -304,12 +215,12 @@ def _jsonl(path: Path, data: bytes, wanted: Sequence[str]) -> Table:
                     f"{shown(path)} must hold one JSON object per line. Received: line {number}: {shown(error)}"
                 ) from error
 
-    return _objects(path, values(_text(path, data)), wanted)
+    return _objects(path, values(decode(path, data)), wanted)
 
 
 def _json(path: Path, data: bytes, wanted: Sequence[str]) -> Table:
     """Read a file with a JSON array of objects; what does not begin as an array is read as one object per line."""
-    text = _text(path, data)
+    text = decode(path, data)
     if not text.lstrip().startswith("["):
         return _jsonl(path, data, wanted)
     try:

@@ -19,7 +19,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from stages.core.common.paths import CURVE, PLAN, SAMPLES, SHARDING, generated, metrics
@@ -106,8 +106,8 @@ def source_hash(text: str) -> str:
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
-def render(inputs: Inputs, params: Params) -> str:
-    """Return the page as text."""
+def _template() -> Template:
+    """Return the page's template; every text that it is given is escaped."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -124,7 +124,12 @@ def render(inputs: Inputs, params: Params) -> str:
         "dimensions": dimensions,
         "web_address": web_address,
     }
-    template = environment.get_template("template.html")
+    return environment.get_template("template.html")
+
+
+def render(inputs: Inputs, params: Params) -> str:
+    """Return the page as text."""
+    template = _template()
     # The style and the script are blocks of the template, so that what is hashed is what is in the page.
     hashes = {name: source_hash("".join(template.blocks[name](template.new_context()))) for name in ("style", "script")}
     sharding = inputs.sharding.get("tuned") or inputs.sharding["baseline"]
