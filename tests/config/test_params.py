@@ -19,7 +19,7 @@ DEFAULT = ROOT / "params.yaml"
 def test_the_default_settings_are_valid():
     params = read_params(DEFAULT)
     assert params.mesh.shape == [1, 8]
-    assert params.finetune.learning_rate == 1.0e-3
+    assert params.finetune.learning_rate == 4.0e-4
     assert params.generate.prompts[0] == "Best comedy movies in the 90s "
 
 
@@ -232,7 +232,7 @@ def test_a_file_that_holds_no_settings_is_told(tmp_path: Path, text: str):
 
 def test_numbers_without_a_point_are_numbers_too(tmp_path: Path):
     path = tmp_path / "params.yaml"
-    path.write_text(DEFAULT.read_text().replace("learning_rate: 1.0e-3", "learning_rate: 5e-5"))
+    path.write_text(DEFAULT.read_text().replace("learning_rate: 4.0e-4", "learning_rate: 5e-5"))
     assert read_params(path).finetune.learning_rate == 5e-5
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from stages.core.common.errors import StageError
+from stages.core.records.layout import LoraConfig
 from tests.support.tiny_models import load_tiny, open_tiny
 from tests.support.tiny_runs import distance, settings, train
 
@@ -28,7 +29,7 @@ def declared(preset, targets):
     from stages.core.load.backbone import build_backbone
 
     backbone = build_backbone(open_tiny(preset).architecture, "float32")
-    lora_kernels.declare(backbone, 2, None, targets)
+    lora_kernels.declare(backbone, LoraConfig(2, None, tuple(targets)))
     return backbone
 
 

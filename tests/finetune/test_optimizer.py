@@ -74,9 +74,9 @@ def test_accumulated_batches_are_one_batch_of_all_their_sequences(presets, given
     )
     assert large.history.steps == small.history.steps == 4
     for one, other in zip(large.history.rows, small.history.rows, strict=True):
-        assert one["tokens"] == other["tokens"]
+        assert one.tokens == other.tokens
         for key in ("loss", "accuracy", "validation_loss"):
-            assert one[key] == pytest.approx(other[key], rel=2e-5), key
+            assert getattr(one, key) == pytest.approx(getattr(other, key), rel=2e-5), key
     assert distance(of_small, of_large) < 1e-4
     assert small.metrics().loss_last == pytest.approx(large.metrics().loss_last, abs=1e-4)
 

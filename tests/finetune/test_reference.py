@@ -76,7 +76,7 @@ def test_a_run_is_the_one_done_by_hand(name, folders, recorded, monkeypatch):
         trained, first = tensors_of(case.family, trained), first_weights(case.family)
 
     def expect(column: str, key: str, tolerance: float) -> None:
-        values = [row[column] for row in rows if row[column] is not None]
+        values = [getattr(row, column) for row in rows if getattr(row, column) is not None]
         np.testing.assert_allclose(values, recorded[f"{name}/{key}"], rtol=tolerance, err_msg=key)
 
     expect("tokens", "targets", 0)

@@ -43,7 +43,7 @@ def test_gemma_7b_at_rank_4_has_the_tutorials_counts(devices):
 
 def test_in_full_parameter_mode_every_weight_has_both_slots_where_it_lies(devices):
     gemma, mesh = architecture("gemma2_2b_en"), MeshShape((2, 4))
-    placements = resolve_shapes(gemma, mesh, auto(gemma, mesh), "float32", {**LORA, "rank": 0})
+    placements = resolve_shapes(gemma, mesh, auto(gemma, mesh), "float32", LoraConfig(0))
     assert count_trainable(placements) == count_parameters(placements) == GEMMAS["gemma2_2b_en"]["params"]
     by_path = {each.weight.path: each for each in placements}
     for each in placements:

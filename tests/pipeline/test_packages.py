@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -58,4 +59,6 @@ def test_no_files_import_each_other_in_a_circle():
 
 def test_each_package_says_what_lives_in_it_and_what_it_may_import():
     for file in CORE.glob("*/__init__.py"):
-        assert "Import" in (ast.get_docstring(ast.parse(file.read_text())) or ""), file
+        lives, _, imports = (ast.get_docstring(ast.parse(file.read_text())) or "").partition("Imports ")
+        assert lives.strip() and imports, file
+        assert set(re.findall(r"`(\w+)`", imports)) == drawn()[file.parent.name], file

@@ -92,7 +92,7 @@ from tests.support.tiny_models import sequences
 preset, changes, length = json.loads(sys.argv[1])
 batch = changes["batch_size"]
 given = {"train": sequences(changes["steps"] * batch, length), "validation": sequences(batch, length, seed=1)}
-print(json.dumps(train(Path(preset), settings(**changes), given, shape=(2, 4))[0].metrics()))
+print(json.dumps(train(Path(preset), settings(**changes), given, shape=(2, 4))[0].metrics().content()))
 """
 
 

@@ -16,7 +16,8 @@ def declared_weights(preset: str, rank: int = 0) -> list[Weight]:
     from stages.core.load import lora_kernels
     from stages.core.load.backbone import build_backbone
     from stages.core.load.weight_loading import weights_of
+    from stages.core.records.layout import LoraConfig
 
     backbone = build_backbone(architecture(preset), "float32")
-    lora_kernels.declare(backbone, rank, None, ("query", "value"))
+    lora_kernels.declare(backbone, LoraConfig(rank, None, ("query", "value")))
     return weights_of(backbone)

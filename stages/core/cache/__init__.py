@@ -1,1 +1,1 @@
-"""Finds and removes what killed or old runs left in the cache folder. Imports `finetune` (checkpoints)."""
+"""Finds and removes what killed or old runs left in the cache folder. Imports `finetune`."""

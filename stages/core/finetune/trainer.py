@@ -178,7 +178,7 @@ def fit(
     if store:
         store.hold()
     checkpoint = store.newest() if store else None
-    history = History(**checkpoint.state) if checkpoint else History()
+    history = History.from_state(checkpoint.state) if checkpoint else History()
     history.seconds["load"] += load_seconds
     setup = FitSetup(
         settings,

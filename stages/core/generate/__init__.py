@@ -1,1 +1,1 @@
-"""Prompts, and sampling from a model. Imports `model`, `tokenize`, `presets` and `common`."""
+"""Prompts, and sampling from a model. Imports `model`, `tokenize` and `presets`."""

@@ -1,3 +1,4 @@
 """Memory and time of a step on devices that are not there, by the real compiler.
-Imports `finetune` (the same step), `fetch` (the catalog) and what they import.
+Imports `finetune`, `load`, `model`, `tokenize`, `sharding`, `fetch`, `presets`, `config`, `cli`, `records`, `common`
+and `files`.
 """

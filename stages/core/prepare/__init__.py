@@ -1,3 +1,3 @@
 """Reads reviews, or pairs of prompt and response, from IMDb or the user's files; cleans, splits and counts them.
-Imports `fetch` (downloads), `presets`, `config`, `files` and `common`.
+Imports `fetch`, `presets`, `config`, `records`, `common` and `files`.
 """

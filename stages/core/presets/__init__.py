@@ -1,3 +1,4 @@
 """A preset on disk, in its three formats (keras-hub, Hugging Face safetensors, GGUF): its manifest, architecture,
-weights and tokenizer, read as untrusted files. Imports `files` and `common`.
+weights and tokenizer, read as untrusted files.
+Imports `records` and `common`.
 """

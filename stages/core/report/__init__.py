@@ -1,1 +1,3 @@
-"""One page that shows a run: settings, shardings, curves, measures and texts. Imports `config` and `common`."""
+"""One page that shows a run: settings, shardings, curves, measures and texts.
+Imports `config`, `records` and `common`.
+"""

@@ -166,11 +166,11 @@ def test_a_repository_without_weights_or_vocabulary_is_refused(hub, fetch):
 def test_a_repository_of_something_else_is_said_to_be_what_it_is(files, what):
     from huggingface_hub.hf_api import ModelInfo
 
-    from stages.core.fetch.huggingface import _needed
+    from stages.core.fetch.hub_files import needed_files
 
     info = ModelInfo(id=REPO, siblings=[{"rfilename": name} for name in files])
     with pytest.raises(ParamsError, match=rf"{REPO} must be a preset\. Received: {what}\n"):
-        _needed(source_of(PRESET), info)
+        needed_files(source_of(PRESET), info)
 
 
 @pytest.mark.parametrize(
