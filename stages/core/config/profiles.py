@@ -179,7 +179,6 @@ PROFILES: dict[str, Profile] = {
         "prepare.train_file=pairs.jsonl",
         "prepare.prompt_column=prompt",
         "prepare.response_column=response",
-        "tokenize.length=256",
         "finetune.batch_size=2",
         "generate.turns=true",
         'plan.targets=[{topology: "v5e:2x4"}]',
