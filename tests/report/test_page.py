@@ -36,13 +36,16 @@ def test_the_headline_tells_perplexity_loss_and_accuracy_before_and_after_with_t
         "train.windows447",
         "positive_fraction51.5 %",
         "Measured on 13,642 predicted tokens.",
-        "learning_rate0.001",
         "Versionspython 3.",
         "gemma3-270m-q4-k-m.gguf241 MiB",
     ],
 )
 def test_numbers_of_the_metrics_files_are_shown_with_their_units(root, shown):
     assert shown in Reader(rendered(root)).text
+
+
+def test_the_settings_are_shown_as_they_were_set(root):
+    assert "learning_rate0.00123" in Reader(rendered(root, "finetune.learning_rate=0.00123")).text
 
 
 def test_a_tuning_that_made_things_worse_is_called_worse(root):

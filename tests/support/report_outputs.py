@@ -9,6 +9,7 @@ import random
 import shutil
 from pathlib import Path
 
+from stages.core.config.reader import read_params
 from tests.support.repository import ROOT
 
 HEADS, HIDDEN, HEAD, FEED, VOCABULARY, BLOCKS = 4, 640, 256, 2048, 262144, 18
@@ -257,6 +258,7 @@ def write_samples(root: Path, samples) -> None:
 
 def plan() -> dict:
     """Return a plan with every kind of answer: a step that fits, one that does not, this very run, and both tables."""
+    wanted = read_params(ROOT / "params.yaml", ())
     entry = {
         **{"preset": "gemma_7b_en", "topology": "v3:2x2", "devices": 8, "mesh": [1, 8], "layout": "auto"},
         **{"dtype": "float32", "batch_size": 2, "length": 128, "rank": 4, "rematerialize": False, "step": "ours"},
@@ -287,7 +289,8 @@ def plan() -> dict:
         **{
             "preset": "gemma3_270m",
             "topology": "cpu:8",
-            **{"batch_size": 1, "length": 512, "rank": 8, "lora_targets": ["attention/.*", "ffw_.*"]},
+            **{"batch_size": wanted.finetune.batch_size, "length": wanted.tokenize.length},
+            **{"rank": wanted.finetune.rank, "lora_targets": list(wanted.finetune.targets)},
             "argument_bytes_per_device": 1000,
             "batch_bytes_per_device": 24,
         },

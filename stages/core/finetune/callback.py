@@ -148,8 +148,7 @@ class TrainingCallback(keras.callbacks.Callback):
             self._first_step = step
             self.history.first_steps.append(step)
         if self._setup.profile and step == min(self._first_step + 1, self._setup.steps - 1):
-            jax.profiler.start_trace(str(self._setup.profile))
-            self._profiling = True
+            self._start_profile(self._setup.profile)
         if 1 <= step - self._first_step <= MEASURED_STEPS and jax.default_backend() == "cpu":
             self._growth = Growth()
         self._began = time.perf_counter()
@@ -320,12 +319,22 @@ class TrainingCallback(keras.callbacks.Callback):
             "overwritten. Set a lower finetune.learning_rate, or finetune.clip_norm, or look at these reviews."
         )
 
+    def _start_profile(self, folder: Path) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            # A profile that can't be written must not end the run.
+            logger.warning(f"the JAX profile is not written ({error}).")
+        else:
+            jax.profiler.start_trace(str(folder))
+            self._profiling = True
+
     def _stop_profile(self) -> None:
         self._profiling = False
         try:
             jax.profiler.stop_trace()
         except Exception as error:
-            # The writer raises one type for all causes; a lost profile must not end the run.
+            # The writer raises one type for all causes.
             logger.warning(f"the JAX profile is not written ({str(error).splitlines()[0][:200]}).")
         else:
             logger.info(f"Wrote a JAX profile below {self._setup.profile}.")
