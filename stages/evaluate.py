@@ -21,15 +21,14 @@ def main(run: Run, variant: str) -> None:
     """Measure a variant of the model on whole held-out reviews."""
     from stages.core.common.paths import HELD_OUT, evaluation
     from stages.core.evaluate import review_losses
+    from stages.core.evaluate.measure import measure
     from stages.core.load import variants
+    from stages.core.model.causal_lm import make_model
+    from stages.core.tokenize.held_out import read_held_out
 
     settings = run.params.evaluate
     preset = variants.open_preset(run.paths)
     model = variants.load_variant(run.paths, variant, preset)
-    from stages.core.evaluate.measure import measure
-    from stages.core.model.causal_lm import make_model
-    from stages.core.tokenize.held_out import read_held_out
-
     causal = make_model(model.backbone, model.jax_mesh, model.placements)
     causal.compile(optimizer=None, loss=None, jit_compile=True)
     losses = measure(

@@ -25,11 +25,14 @@ def main(run: Run, profile: Path | None) -> None:
     """Fine-tune the sharded model."""
     from stages.core.common.paths import CURVE, SAMPLES, SHARDING
     from stages.core.finetune import trainer
+    from stages.core.finetune.optimizer import optimizer_placements
     from stages.core.generate import prompting
     from stages.core.load import adapter, variants
     from stages.core.presets.formats import format_of
+    from stages.core.preview.run_check import run_of, warn_before_running
     from stages.core.records.finetune import Sample, write_curve
     from stages.core.sharding import table
+    from stages.core.tokenize.store import read_sequences
 
     began = time.perf_counter()
     settings, turns = run.params.finetune, run.params.generate.turns
@@ -37,11 +40,6 @@ def main(run: Run, profile: Path | None) -> None:
     tokenizer = format_of(preset.manifest.format).load_tokenizer(preset.folder)
     config = variants.read_config(run.paths, "baseline")
     model = trainer.load_trainable(preset, config, settings)
-    # Keras chooses its backend when it is first imported, so what builds on it comes after the devices are set up.
-    from stages.core.finetune.optimizer import optimizer_placements
-    from stages.core.plan.run_check import run_of, warn_before_running
-    from stages.core.tokenize.store import read_sequences
-
     sequences = {split: read_sequences(run.paths, split) for split in ("train", "validation")}
     warn_before_running(run.paths.root, run_of(config, settings, sequences["train"]["token_ids"].shape[1]))
     prompting.warn_of_another_format(tokenizer, sequences["train"], turns=turns)

@@ -17,8 +17,9 @@ from stages.core.cli import Run, click, logger, stage
 def main(run: Run, variant: str) -> None:
     """Continue the prompts with a variant of the model."""
     from stages.core.common import paths
-    from stages.core.generate import prompting
+    from stages.core.generate import prompting, sampling
     from stages.core.load import variants
+    from stages.core.model.causal_lm import make_model
     from stages.core.presets.formats import format_of
     from stages.core.records.generate import GenerateMetrics, Generation
 
@@ -26,9 +27,6 @@ def main(run: Run, variant: str) -> None:
     preset = variants.open_preset(run.paths)
     tokenizer = format_of(preset.manifest.format).load_tokenizer(preset.folder)
     model = variants.load_variant(run.paths, variant, preset)
-    from stages.core.generate import sampling
-    from stages.core.model.causal_lm import make_model
-
     causal = make_model(model.backbone, model.jax_mesh, model.placements)
     prompts, stops = prompting.encode(tokenizer, settings.prompts, turns=settings.turns)
     pieces = tokenizer.vocabulary_size

@@ -27,14 +27,14 @@ def main(run: Run, dry_run: bool, public: str | None) -> None:
     if public and not dry_run:
         raise ParamsError(f"--preset goes with --dry-run; load takes the fetched preset. Received: --preset={public}")
     if dry_run:
-        from stages.core.plan.dry_run import dry_run as describe
+        from stages.core.preview.dry_run import dry_run as describe
 
         click.echo(describe(run, public))
         return
     from stages.core.common import host_memory
     from stages.core.common.paths import SHARDING
     from stages.core.load import variants
-    from stages.core.plan.run_check import run_of, warn_before_running
+    from stages.core.preview.run_check import run_of, warn_before_running
     from stages.core.records.load import LoadMetrics
     from stages.core.sharding import table
     from stages.core.sharding.layout import check_adapters, check_replication

@@ -24,7 +24,8 @@ def main(run: Run, presets: Path | None) -> None:
     """Report what training steps need on absent devices, by ahead-of-time compilation."""
     from stages.core.common import inputs
     from stages.core.common.paths import PLAN
-    from stages.core.plan import targets
+    from stages.core.plan import compilation, presets_table, search, table, targets
+    from stages.core.records.plan import PlanFile, PlanMetrics
     from stages.core.sharding import devices
 
     params = run.params
@@ -33,9 +34,6 @@ def main(run: Run, presets: Path | None) -> None:
     )
     # The compiler needs no device; Keras needs some JAX to declare weights with, and `cpu:N` as many as it says.
     devices.configure("simulated", targets.simulated_devices(settings))
-    from stages.core.plan import compilation, presets_table, search, table
-    from stages.core.records.plan import PlanFile, PlanMetrics
-
     if presets:
         presets_table.write_table(settings, presets)
         return

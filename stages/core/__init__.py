@@ -3,7 +3,8 @@
 A package imports only those to the right of its arrow (tests/pipeline/test_packages.py enforces it).
 Each line needs only lines below it, so there are no cycles.
 
-    plan      -> finetune load model tokenize sharding fetch presets config cli records common files
+    preview   -> plan sharding fetch presets config cli records common
+    plan      -> finetune load model tokenize sharding fetch presets config records common files
     cache     -> finetune
     finetune  -> generate load model tokenize sharding presets config records common files
     generate  -> model tokenize presets
@@ -22,3 +23,6 @@ Each line needs only lines below it, so there are no cycles.
     common    -> files
     files     ->
 """
+
+# JAX and Keras read the environment when they are imported, which only modules of this package do.
+import stages.core.common.environment  # noqa: F401

@@ -12,15 +12,11 @@ import hashlib
 import json
 import logging
 import os
-import re
 import secrets
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    import numpy as np
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -109,24 +105,6 @@ def explain(error: OSError) -> str:
         "Correct its owner and mode (`ls -ld` shows them), or write elsewhere: --out-root for a stage's outputs, "
         "GEMMA_TUNING_CACHE for the cache folder."
     )
-
-
-def write_arrays(target: Path, arrays: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file; not atomic by itself.
-
-    Raises:
-        OSError: the disk is full, or the file cannot be written.
-    """
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
-
-    try:
-        save_file(dict(arrays), target, metadata=metadata)
-    except SafetensorError as error:
-        # The library has one type for all; only its text has the system's error.
-        if number := re.search(r"os error (\d+)", str(error)):
-            raise OSError(int(number[1]), os.strerror(int(number[1])), str(target)) from error
-        raise
 
 
 def write_text(target: Path, text: str) -> None:

@@ -330,7 +330,7 @@ def test_the_fingerprint_holds_all_the_code_that_trains_and_none_that_only_talks
     trains += " model/cross_entropy model/decoder model/lora model/rotary model/tensor_parallel tokenize/batches"
     trains += " tokenize/chat"
     assert {f"stages/core/{name}.py" for name in trains.split()} <= held
-    talks = ("cli", "common/progress", "common/paths", "plan/run_check")
+    talks = ("cli", "common/progress", "common/paths", "preview/run_check")
     assert all((ROOT / f"stages/core/{name}.py").is_file() for name in talks)
     assert not held & {f"stages/core/{name}.py" for name in talks}
     assert held == code.dependencies(ENTRY)

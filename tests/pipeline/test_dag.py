@@ -15,6 +15,8 @@ from tests.support.repository import STAGES
 
 # Scripts that change settings or clean up, and make nothing: no stage of the pipeline.
 COMMANDS = {"cache", "profile"}
+# Stages that take seconds list whole folders: where the same bytes come out again, nothing after them reruns.
+QUICK = {"prepare", "tokenize", "report"}
 PACKAGES = {folder.parent.relative_to(ROOT).as_posix() for folder in (ROOT / "stages" / "core").glob("*/__init__.py")}
 
 
@@ -31,14 +33,19 @@ def test_the_code_dependencies_are_the_imports(stage: str):
     listed = [path for path in STAGES[stage]["deps"] if path.startswith("stages/")]
     files = [file for path in listed for file in files_of(path)]
     assert len(files) == len(set(files)), "listed twice"
-    assert set(files) == dependencies(f"stages/{stage}.py")
+    needed = dependencies(f"stages/{stage}.py")
+    if stage in QUICK:
+        assert needed <= set(files) and all(needed & set(files_of(path)) for path in listed)
+    else:
+        assert needed == set(files)
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_folder_is_listed_where_all_of_its_files_are_dependencies(stage: str):
     needed = dependencies(f"stages/{stage}.py")
     whole = {folder for folder in PACKAGES if set(files_of(folder)) <= needed}
-    assert whole == {path for path in STAGES[stage]["deps"] if path in PACKAGES}
+    listed = {path for path in STAGES[stage]["deps"] if path in PACKAGES}
+    assert whole <= listed if stage in QUICK else whole == listed
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -192,7 +192,7 @@ def test_the_table_of_presets_needs_its_marks(tmp_path):
 def test_a_run_that_the_plan_said_does_not_fit_is_warned_of(tmp_path, logged, changes, device_bytes, said):
     from stages.core.common.paths import PLAN
     from stages.core.files import write_json
-    from stages.core.plan.run_check import warn_if_planned_not_to_fit
+    from stages.core.preview.run_check import warn_if_planned_not_to_fit
 
     asked = {"preset": "gemma3_270m", "mesh": [1, 8], "layout": "auto", "dtype": "float32", "step": "ours"}
     asked |= {"batch_size": 2, "length": 128, "rank": 4, "rematerialize": False}
@@ -214,7 +214,8 @@ def test_a_run_that_the_plan_said_does_not_fit_is_warned_of(tmp_path, logged, ch
 
 
 def test_what_the_warning_compares_is_what_the_plan_writes(presets):
-    from stages.core.plan import run_check, targets
+    from stages.core.plan import targets
+    from stages.core.preview import run_check
 
     asked = request(presets["gemma"], "cpu:8")
     tuned = asked.step.settings

@@ -16,6 +16,8 @@ from pathlib import Path
 
 from filelock import Timeout
 
+from stages.core.finetune.checkpoint import lock_of
+
 DAY = 24 * 3600  # seconds
 KINDS = {"plans": "plan", "xla": "compiled program"}
 
@@ -96,8 +98,6 @@ def _leftover(path: Path, kind: str) -> Leftover:
 @contextlib.contextmanager
 def _held(folder: Path) -> Iterator[bool]:
     """Hold the lock of a fingerprint's folder within the block; yield False if an active run holds it."""
-    from stages.core.finetune.checkpoint import lock_of
-
     lock = lock_of(folder)
     try:
         lock.acquire(timeout=0)

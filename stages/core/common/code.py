@@ -23,8 +23,7 @@ PLUMBING = (
     "stages/core/common/",
     "stages/core/config/",
     "stages/core/fetch/check.py",
-    "stages/core/plan/dry_run.py",
-    "stages/core/plan/run_check.py",
+    "stages/core/preview/",
     "stages/core/sharding/program_cache.py",
 )
 

@@ -10,6 +10,8 @@ import io
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from ruamel.yaml import YAML
+
 from stages.core.common.errors import ParamsError, shown
 from stages.core.config.reader import parse, plain
 
@@ -65,8 +67,6 @@ def rewrite(text: str, values: Mapping[str, str], file_name: str) -> tuple[str, 
 
 def _as_dvc_writes() -> Any:
     """Return ruamel's writer with DVC's settings (`_get_yaml` in dvc/utils/serialize/_yaml.py)."""
-    from ruamel.yaml import YAML
-
     yaml = YAML()
     yaml.default_flow_style = False
     return yaml
@@ -133,8 +133,6 @@ def _put(content: dict[str, Any], key: str, value: Any) -> None:
 
 def _one_line(value: Any) -> str:
     """Return a value as YAML on one line."""
-    from ruamel.yaml import YAML
-
     yaml = YAML()
     yaml.default_flow_style, yaml.width = True, 10**6
     stream = io.StringIO()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
+from ruamel.yaml import YAML, YAMLError
 
 from stages.core.common.errors import ParamsError, shown
 from stages.core.config.schema import Params, Section
@@ -56,8 +57,6 @@ def parse(text: str, file_name: str) -> dict:
     Raises:
         ParamsError: not YAML, or no sections.
     """
-    from ruamel.yaml import YAML
-
     content = _load(YAML(), text, f"{file_name} is not valid YAML")
     if not isinstance(content, dict):
         raise ParamsError(f"{file_name} must hold sections such as `finetune:`. Received: {type(content).__name__}")
@@ -79,8 +78,6 @@ def check_params(text: str, file_name: str, overrides: tuple[str, ...] = ()) -> 
 
 def apply_override(content: dict, override: str) -> tuple[str, ...]:
     """Set one `section.key=value` in place and return its key as a tuple."""
-    from ruamel.yaml import YAML
-
     name, equals, text = override.partition("=")
     keys = tuple(name.split("."))
     if not equals or not all(keys):
@@ -131,8 +128,6 @@ def plain(node: Any) -> Any:
 
 def _load(yaml: Any, text: str, wrong: str) -> Any:
     """Return what a YAML text holds; `wrong` is the error for an empty one."""
-    from ruamel.yaml import YAMLError
-
     try:
         return yaml.load(text)
     # In addition to its own errors ruamel raises those of the numbers, dates and keys that it makes.

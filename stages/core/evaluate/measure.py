@@ -10,17 +10,14 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from stages.core.common.errors import StageError
 from stages.core.evaluate.review_losses import ReviewLosses
 from stages.core.sharding.mesh import MeshShape
+from stages.core.tokenize.batches import Batches
 from stages.core.tokenize.held_out import HeldOut
-
-if TYPE_CHECKING:
-    from stages.core.tokenize.batches import Batches
 
 # Each length is one more compilation; a bucket's length is a multiple of this, which the usual meshes divide.
 MOST_BUCKETS = 4
@@ -43,8 +40,6 @@ def measure(model: Model, sequences: HeldOut, mesh: MeshShape, *, max_length: in
     Raises:
         StageError: there is no target, or not every target was measured.
     """
-    from stages.core.tokenize.batches import Batches
-
     ids, is_target, offsets = (sequences[name] for name in ("token_ids", "is_target", "offsets"))
     # Inputs are all tokens but the last, targets all but the first.
     starts, sizes = offsets[:-1], np.minimum(np.maximum(np.diff(offsets) - 1, 0), max_length)

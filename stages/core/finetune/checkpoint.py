@@ -19,15 +19,15 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 from filelock import FileLock, Timeout
+from safetensors.numpy import load_file
 
 from stages.core.common.paths import cache_folder
-from stages.core.files import flush, optional, read_json, sha256, write_arrays
-
-if TYPE_CHECKING:
-    import numpy as np
+from stages.core.files import flush, optional, read_json, sha256
+from stages.core.load.arrays import write_arrays
 
 logger = logging.getLogger(__name__)
 
@@ -128,8 +128,6 @@ class Store:
         return sorted(self.folder.glob("step-*"), reverse=True)
 
     def _read(self, folder: Path) -> Checkpoint:
-        from safetensors.numpy import load_file
-
         lines = (line.split("  ", 1) for line in (folder / SUMS).read_text("utf-8").splitlines())
         sums = {name: digest for digest, name in lines}
         for name in (ARRAYS, STATE):

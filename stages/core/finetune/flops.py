@@ -9,10 +9,10 @@ import functools
 import math
 import statistics
 import time
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import keras
+import jax
+import jax.numpy as jnp
+import keras
 
 # A product of two square float32 matrices of this size: large enough to run at full speed, 17 GFLOP.
 MATRIX = 2048
@@ -57,9 +57,6 @@ def matrix_product_rate() -> float:
 
     Simulated devices share the machine's cores, so one of them can use all. Takes half a second on two cores, once.
     """
-    import jax
-    import jax.numpy as jnp
-
     matrix = jax.device_put(jnp.full((MATRIX, MATRIX), 1.0 / MATRIX, jnp.float32), jax.local_devices()[0])
     product = jax.jit(jnp.matmul)
     product(matrix, matrix).block_until_ready()

@@ -6,19 +6,17 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import jax
+import keras
 
 from stages.core.common import host_memory
 from stages.core.finetune import flops
+from stages.core.finetune.callback import History
 from stages.core.load.variants import LoadedModel
+from stages.core.model.causal_lm import CausalModel
 from stages.core.records.finetune import FinetuneMetrics, Step
-
-if TYPE_CHECKING:
-    import keras
-
-    from stages.core.finetune.callback import History
-    from stages.core.model.causal_lm import CausalModel
-    from stages.core.tokenize.batches import Batches
+from stages.core.tokenize.batches import Batches
 
 
 @dataclass(frozen=True)
@@ -108,8 +106,6 @@ def _state_bytes(causal: CausalModel) -> int:
 
 def _peak_device_bytes() -> int | None:
     """Return the largest memory that any device has held so far, in bytes; None if the backend does not report it."""
-    import jax
-
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
     known = [peak for peak in peaks if peak is not None]
     return max(known) if known else None

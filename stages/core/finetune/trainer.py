@@ -8,27 +8,28 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import numpy as np
 
 from stages.core.common.errors import ParamsError, StageError
 from stages.core.common.paths import TOKENS, Paths
 from stages.core.config.schema import IN_FULL, NOT_IN_FULL, Finetune, without
 from stages.core.files import sha256
 from stages.core.finetune import fingerprint
+from stages.core.finetune.callback import FitSetup, History, TrainingCallback, bit_sums
 from stages.core.finetune.checkpoint import Checkpoint, Store
+from stages.core.finetune.optimizer import make_optimizer
 from stages.core.finetune.result import Result, result_of
+from stages.core.finetune.signals import Interruption
+from stages.core.generate import prompting
+from stages.core.generate.sampling import Sampler, SamplerSettings
 from stages.core.load import adapter, lora_kernels, weight_loading
 from stages.core.load.variants import LoadedModel, Preset, declare_model, fill_model
+from stages.core.model.causal_lm import CausalModel, make_model, pin_to_mesh
+from stages.core.presets.tokenizer import Tokenizer
 from stages.core.records.layout import LoraConfig
 from stages.core.records.model_config import ModelConfig, TunedWeights
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from stages.core.finetune.callback import FitSetup, History, TrainingCallback
-    from stages.core.model.causal_lm import CausalModel
-    from stages.core.presets.tokenizer import Tokenizer
-    from stages.core.tokenize.batches import Batches
+from stages.core.tokenize.batches import Batches
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +61,6 @@ def describe(lora: LoraConfig) -> TunedWeights:
 
 def make_causal(model: LoadedModel, settings: Finetune) -> CausalModel:
     """Return the model to train as the settings say, not yet compiled."""
-    from stages.core.model.causal_lm import make_model
-
     return make_model(
         model.backbone,
         model.jax_mesh,
@@ -164,9 +163,6 @@ def fit(
             changed no weight.
         Stopped: the process received a signal; the run's state is saved.
     """
-    from stages.core.finetune.callback import FitSetup, History
-    from stages.core.tokenize.batches import Batches
-
     causal = make_causal(model, settings)
     options = {"seed": settings.seed, "accumulation": settings.gradient_accumulation}
     make_batches = functools.partial(Batches, sequences["train"], settings.batch_size, model.mesh_shape, **options)
@@ -199,9 +195,6 @@ def fit(
 
 def _compile(causal: CausalModel, model: LoadedModel, settings: Finetune, steps: int) -> None:
     """Compile the model with an optimizer whose state is on the mesh."""
-    from stages.core.finetune.optimizer import make_optimizer
-    from stages.core.model.causal_lm import pin_to_mesh
-
     optimizer = make_optimizer(settings, steps)
     causal.compile(optimizer=optimizer, loss=None, jit_compile=True)
     optimizer.build(causal.trainable_variables)
@@ -216,9 +209,6 @@ def _train(
     make_batches: Callable[..., Batches],
 ) -> None:
     """Run all steps that are left after the checkpoint; with early stopping restore the best weights."""
-    from stages.core.finetune.callback import TrainingCallback
-    from stages.core.finetune.signals import Interruption
-
     with Interruption(enabled=setup.store is not None) as interruption:
         callback = TrainingCallback(setup, history, interruption)
         callback.set_model(causal)
@@ -263,10 +253,6 @@ def _run_steps(
 
 def _change_check(causal: CausalModel, settings: Finetune, steps: int) -> Callable[[], None]:
     """Return a function that raises a StageError if training has changed no bit of the weights since now."""
-    import numpy as np
-
-    from stages.core.finetune.callback import bit_sums
-
     # An adapter whose B stays zero changes nothing, whatever its A has become.
     acting = [variable for variable in causal.trainable_variables if not variable.path.endswith("lora_kernel_a")]
     untrained = np.asarray(bit_sums([variable.value for variable in acting]))
@@ -285,9 +271,6 @@ def _change_check(causal: CausalModel, settings: Finetune, steps: int) -> Callab
 
 def _sampler(causal: CausalModel, tokenizer: Tokenizer, settings: Finetune, turns: bool) -> Callable[[], str]:
     """Return a function that continues the sample prompt, compiled once."""
-    from stages.core.generate import prompting
-    from stages.core.generate.sampling import Sampler, SamplerSettings
-
     prompts, stops = prompting.encode(tokenizer, [settings.sample_prompt], turns=turns)
     sampler = Sampler(causal, SamplerSettings(settings.sample_tokens, 0.0, None, stops, tokenizer.vocabulary_size))
     return lambda: tokenizer.decode(sampler(prompts, 0)[0])
@@ -295,6 +278,4 @@ def _sampler(causal: CausalModel, tokenizer: Tokenizer, settings: Finetune, turn
 
 def trained_arrays(model: LoadedModel) -> dict[str, np.ndarray]:
     """Return the trained weights by path, gathered on the host."""
-    import numpy as np
-
     return {variable.path: np.asarray(variable.value) for variable in model.backbone.trainable_variables}

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+
+import numpy as np
 
 from stages.core.presets.tokenizer import Tokenizer
 from stages.core.tokenize.chat import END, ChatTemplate
 from stages.core.tokenize.control_tokens import ControlTokens
-
-if TYPE_CHECKING:
-    import numpy as np
 
 logger = logging.getLogger(__name__)
 

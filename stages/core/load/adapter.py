@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file
 
 from stages.core.common.errors import StageError
-from stages.core.files import atomic_path, write_arrays
-
-if TYPE_CHECKING:
-    import numpy as np
+from stages.core.files import atomic_path
+from stages.core.load.arrays import write_arrays
 
 FILE = {True: "adapter.safetensors", False: "weights.safetensors"}
 
@@ -41,8 +43,6 @@ def describe(path: Path) -> dict[str, Any]:
     Raises:
         StageError: the file is missing, damaged, or was not written by `save`.
     """
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
@@ -65,8 +65,6 @@ def load(path: Path, base: str) -> dict[str, np.ndarray]:
     Raises:
         StageError: the file was trained on another base, or is damaged.
     """
-    from safetensors.numpy import load_file
-
     description = describe(path)
     if description["base"] != base:
         raise StageError(

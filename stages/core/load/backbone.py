@@ -1,20 +1,14 @@
-"""A keras-hub backbone that allocates nothing: its weights have shapes, dtypes and paths, and no values.
-
-`devices.configure` must have been called before: Keras chooses its backend when it is imported.
-"""
+"""A keras-hub backbone that allocates nothing: its weights have shapes, dtypes and paths, and no values."""
 
 from __future__ import annotations
 
 import sys
 from types import ModuleType
-from typing import TYPE_CHECKING
 
+import keras
+
+from stages.core.presets.architecture import Architecture
 from stages.core.sharding.keras_internals import declared_only
-
-if TYPE_CHECKING:
-    import keras
-
-    from stages.core.presets.architecture import Architecture
 
 OPTIONAL = ("tensorflow", "tensorflow_text", "kagglehub", "pandas")
 

@@ -9,16 +9,14 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import keras
 import numpy as np
 
 from stages.core.common.errors import StageError
 from stages.core.records.layout import LoraConfig
 from stages.core.sharding.keras_internals import declared_only, layers_within
-
-if TYPE_CHECKING:
-    import keras
 
 # Every matrix of a block, in the model's order.
 PROJECTIONS = ("query", "key", "value", "attention_output", "ffw_gating", "ffw_gating_2", "ffw_linear")

@@ -10,7 +10,10 @@ import dataclasses
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import jax
+import keras
 
 from stages.core.common.errors import StageError
 from stages.core.common.paths import MANIFEST, Paths, variant_folder
@@ -24,11 +27,9 @@ from stages.core.records.layout import LoraConfig, MeshShape, NamedLayout
 from stages.core.records.manifest import Manifest
 from stages.core.records.model_config import ModelConfig
 from stages.core.sharding import devices
+from stages.core.sharding import mesh as meshes
 from stages.core.sharding.layout import Placement, resolve
-
-if TYPE_CHECKING:
-    import jax
-    import keras
+from stages.core.sharding.mesh import jax_mesh
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,6 @@ class LoadedModel:
     @property
     def jax_mesh(self) -> jax.sharding.Mesh:
         """The JAX mesh behind the Keras one."""
-        from stages.core.sharding.mesh import jax_mesh
-
         return jax_mesh(self.mesh)
 
 
@@ -135,10 +134,6 @@ def declare_model(config: ModelConfig, architecture: Architecture, lora: LoraCon
     """
     platform = devices.configure(config.mesh.device_kind, config.mesh.devices)
     backbone = build_backbone(architecture, config.dtype)
-    import keras
-
-    from stages.core.sharding import mesh as meshes
-
     if lora:
         lora_kernels.declare(backbone, lora)
     rules = config.layout.rules

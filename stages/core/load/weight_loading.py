@@ -7,16 +7,16 @@ Reads: the preset's files, and an adapter or full weights of a tuned variant.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+
+import jax
+import keras
+import ml_dtypes
+import numpy as np
 
 from stages.core.common.errors import StageError
 from stages.core.presets.formats import WeightSource
 from stages.core.sharding.keras_internals import place
 from stages.core.sharding.layout import Placement, Weight
-
-if TYPE_CHECKING:
-    import keras
-    import numpy as np
 
 
 def weights_of(backbone: keras.Model) -> list[Weight]:
@@ -52,10 +52,6 @@ def fill(
         StageError: a weight in the file has another shape than the architecture says, is not of floats, or holds a
             NaN or an infinity.
     """
-    import jax
-    import keras
-    import numpy as np
-
     done = 0
     by_path = {placement.weight.path: placement for placement in placements}
     for variable in backbone.weights:
@@ -93,8 +89,6 @@ def fill(
 
 def _refuse_codes(values: np.ndarray, path: str) -> None:
     """Refuse whole numbers: the codes of a quantized weight are not its values."""
-    import ml_dtypes
-
     if values.dtype.kind != "f" and values.dtype != ml_dtypes.bfloat16:
         raise StageError(f"The weights must be plain floats, not quantized. Received: {path} of {values.dtype}.")
 

@@ -8,12 +8,13 @@ rank / output of that. Source of the method: https://arxiv.org/abs/2106.09685. T
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import jax
+import jax.numpy as jnp
+
+from stages.core.model.products import product
 from stages.core.sharding.keras_internals import kernel_of
-
-if TYPE_CHECKING:
-    import jax
 
 # Drops out part of what goes into the adapter of the layer with a path.
 Dropout = Callable[["jax.Array", str], "jax.Array"]
@@ -60,8 +61,6 @@ def apply(
 
 def base(layer: Any, x: jax.Array, arrays: dict[str, jax.Array]) -> jax.Array:
     """Return x W, in the compute dtype."""
-    from stages.core.model.products import product
-
     kernel = arrays["kernel"]
     # A frozen kernel has no gradient, for which x would be kept.
     return product(layer.equation, x, kernel if kernel_of(layer).trainable else kernel.astype(x.dtype))
@@ -69,8 +68,6 @@ def base(layer: Any, x: jax.Array, arrays: dict[str, jax.Array]) -> jax.Array:
 
 def narrowed(layer: Any, x: jax.Array, a: jax.Array) -> jax.Array:
     """Return x A: the layer's output dimensions with the rank in the last one's place, in the compute dtype."""
-    from stages.core.model.products import product
-
     inputs, axes, low = _equation(layer)
     return product(f"{inputs},{axes[:-1]}r->{low}", x, a)
 
@@ -81,10 +78,6 @@ def widen(layer: Any, narrow: jax.Array, arrays: dict[str, jax.Array], *, divide
     The product is of two matrices, so that the gradient of B is one too: from more dimensions XLA would first transpose
     the layer's whole gradient. Where XLA divides those dimensions itself (`divided`), it could not once they are one.
     """
-    import jax.numpy as jnp
-
-    from stages.core.model.products import product
-
     narrow = narrow * jnp.asarray(layer.lora_alpha / layer.lora_rank, narrow.dtype)
     b = arrays["lora_kernel_b"]
     if divided:

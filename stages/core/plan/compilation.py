@@ -16,7 +16,7 @@ import logging
 import re
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import Field
 
@@ -27,14 +27,12 @@ from stages.core.config.schema import without
 from stages.core.files import optional, read_kept, write_kept
 from stages.core.plan import program_costs
 from stages.core.plan.roofline import Bound, lower_bound
+from stages.core.plan.step_program import StepRequest, lower
 from stages.core.plan.topology import Topology, describe, program_cache_off
 from stages.core.records.plan import Buffer, Collective
 from stages.core.records.record import Record
 from stages.core.records.sharding import WeightRow
 from stages.core.sharding import table
-
-if TYPE_CHECKING:
-    from stages.core.plan.step_program import StepRequest
 
 logger = logging.getLogger(__name__)
 
@@ -162,8 +160,6 @@ def compile_step(request: CompileRequest) -> StepCost:
 
 
 def _compile(request: CompileRequest) -> StepCost:
-    from stages.core.plan.step_program import lower
-
     step = request.program()
     topology = describe(request.topology)
     if len(topology.devices) < step.mesh.devices:

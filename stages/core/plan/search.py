@@ -16,6 +16,7 @@ from stages.core.common.errors import StageError
 from stages.core.config.schema import PlanScaling, PlanSearch
 from stages.core.plan.compilation import CompileRequest, compile_step
 from stages.core.plan.roofline import Bound, lower_bound
+from stages.core.plan.shapes import resolve_shapes
 from stages.core.plan.targets import Settings, architecture_of, step_of
 from stages.core.plan.topology import Topology, describe
 from stages.core.records.plan import Estimate, Scaling, Search
@@ -164,8 +165,6 @@ def _extrapolated_bytes(tried: list[Estimate], batch: int) -> float:
 
 def argument_bytes(request: CompileRequest) -> int:
     """Return the bytes of weights, LoRA kernels and optimizer state per device, from shapes alone."""
-    from stages.core.load.shapes import resolve_shapes
-
     step = request.step
     placements = resolve_shapes(step.architecture, step.mesh, step.layout, step.dtype, step.settings.lora)
     return sum(placement.bytes_per_device for placement in placements)

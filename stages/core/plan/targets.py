@@ -7,22 +7,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from stages.core.common.paths import cache_folder, own_path
 from stages.core.config.schema import Fetch, Finetune, Layout, Load, Mesh, Plan, PlanStep, PlanTarget, Tokenize
-from stages.core.fetch import catalog
+from stages.core.fetch import catalog, huggingface
 from stages.core.fetch.catalog import REGISTRY, name_of
+from stages.core.fetch.local import folder_format
 from stages.core.plan.compilation import CompileRequest, StepCost
+from stages.core.plan.step_program import StepRequest
 from stages.core.plan.topology import cpu_devices
 from stages.core.presets.architecture import Architecture
 from stages.core.presets.formats import format_of
 from stages.core.records.plan import RunKey, Target
 from stages.core.sharding.mesh import MeshShape
 from stages.core.sharding.named_layouts import make_layout
-
-if TYPE_CHECKING:
-    from stages.core.plan.step_program import StepRequest
 
 # What the tutorial reports for its own run (gemma_7b_en on a TPU v3-8, mesh (1, 8), batch 2 x 128 tokens, rank 4 on
 # query and value):
@@ -60,15 +58,11 @@ def architecture_of(params: Settings, step: PlanStep) -> tuple[str, Architecture
         StageError: `fetch.path` holds no preset, or Hugging Face does not give the configuration of one.
     """
     if step.preset is None and params.fetch.source == "path":
-        from stages.core.fetch.local import folder_format
-
         folder = own_path(Path(), "fetch.path", params.fetch.path or "")
         return params.fetch.preset, format_of(folder_format(folder)).read_architecture(folder)
     name = step.preset or params.fetch.preset
     known = REGISTRY.get(name_of(name))
     if name.startswith("hf://") and (known is None or known.like is None):
-        from stages.core.fetch import huggingface
-
         return name, huggingface.architecture(name, cache_folder())
     return name, catalog.architecture(name, "plan.preset")
 
@@ -90,8 +84,6 @@ def step_of(
 ) -> StepRequest:
     """Return a step, with the other sections' settings for whatever is None."""
     # Keras chooses its backend when it is first imported: `devices.configure` comes before this.
-    from stages.core.plan.step_program import StepRequest
-
     named = params.layout if layout is None else params.layout.model_copy(update={"name": layout, "rules": None})
     changes = {
         "rank": step.rank,

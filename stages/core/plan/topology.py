@@ -13,6 +13,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
+
 from stages.core.common.errors import StageError
 from stages.core.plan.chips import CHIPS, Chip
 
@@ -73,8 +77,6 @@ def describe(name: str) -> Topology:
     Raises:
         StageError: no such topology, or libtpu is not installed; the message names what there is.
     """
-    import jax
-
     count = cpu_devices(name)
     if count is not None:
         return Topology(name, tuple(jax.devices("cpu")[:count]), 1, None)
@@ -88,8 +90,6 @@ def describe(name: str) -> Topology:
         )
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
-    from jax.experimental import topologies
-
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=name)
     except Exception as error:
@@ -107,9 +107,6 @@ def describe(name: str) -> Topology:
 def program_cache_off() -> Iterator[None]:
     """Within the block JAX neither keeps compiled programs nor looks for kept ones: those for an absent TPU
     cannot be read again (jax 0.10.2 warns of it each time)."""
-    import jax
-    from jax.experimental.compilation_cache import compilation_cache
-
     before = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()

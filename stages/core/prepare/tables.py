@@ -15,6 +15,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pyarrow as pa
+from pyarrow import parquet
+
 from stages.core.common.errors import ParamsError, shown
 from stages.core.prepare.text_files import decode, format_of, lines_of, plain_lines, read_bytes
 
@@ -232,9 +235,6 @@ def _json(path: Path, data: bytes, wanted: Sequence[str]) -> Table:
 
 def _parquet(path: Path, data: bytes, wanted: Sequence[str]) -> Table:
     """Read a Parquet file."""
-    import pyarrow as pa
-    from pyarrow import parquet
-
     try:
         file = parquet.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
         columns = file.schema_arrow.names
@@ -251,8 +251,6 @@ def _parquet(path: Path, data: bytes, wanted: Sequence[str]) -> Table:
 
 def _column_values(column: Any) -> list[Any]:
     """Return the values of an Arrow column, numbers as text."""
-    import pyarrow as pa
-
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     if pa.types.is_floating(column.type):

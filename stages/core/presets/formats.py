@@ -9,14 +9,14 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
+
+import numpy as np
 
 from stages.core.common.errors import StageError, shown
+from stages.core.presets import gguf, gguf_tokenizer, hf_config, hf_tokenizer, keras_config, keras_h5, safetensors
 from stages.core.presets.architecture import Architecture
 from stages.core.presets.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    import numpy as np
 
 
 class WeightSource(Protocol):
@@ -54,16 +54,6 @@ def format_of(name: str) -> PresetFormat:
     Raises:
         StageError: there is none of this name.
     """
-    from stages.core.presets import (
-        gguf,
-        gguf_tokenizer,
-        hf_config,
-        hf_tokenizer,
-        keras_config,
-        keras_h5,
-        safetensors,
-    )
-
     formats = {
         "gguf": PresetFormat(
             gguf.read_architecture,

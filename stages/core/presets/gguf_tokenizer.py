@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from sentencepiece import sentencepiece_model_pb2
 
 from stages.core.common.errors import StageError
 from stages.core.presets.gguf_file import field_of, only_file, open_file
@@ -29,8 +30,6 @@ def tokenizer_proto(path: Path) -> bytes:
     Raises:
         StageError: the file is not a Gemma 3 GGUF, or its tokenizer is of another kind.
     """
-    from sentencepiece import sentencepiece_model_pb2
-
     reader = open_file(path)
     kind = field_of(reader, "tokenizer.ggml.model")
     tokens = field_of(reader, "tokenizer.ggml.tokens")

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer as Library
+
 from stages.core.common.errors import StageError, shown
 from stages.core.presets.tokenizer import ADDED_TOKENS, HUGGING_FACE_VOCABULARY, JSON_VOCABULARY, Tokenizer
 from stages.core.presets.untrusted import read_object
@@ -53,8 +55,6 @@ class _JsonProcessor:
         Raises:
             StageError: the tokenizers library cannot read it, or gives a token another id than the file says.
         """
-        from tokenizers import Tokenizer as Library
-
         try:
             words, added = content["model"]["vocab"], content.get("added_tokens") or []
             stated = {token["content"]: token["id"] for token in added}

@@ -13,7 +13,12 @@ import io
 import re
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import h5py
+import ml_dtypes
+import numpy as np
+from h5py import h5t
 
 from stages.core.common.errors import StageError, shown
 from stages.core.presets.architecture import Architecture
@@ -21,9 +26,6 @@ from stages.core.presets.safetensors import shards_of
 from stages.core.presets.tokenizer import KERAS_VOCABULARY
 from stages.core.presets.untrusted import read_object
 from stages.core.presets.weight_table import weight_table
-
-if TYPE_CHECKING:
-    import numpy as np
 
 SINGLE, INDEX = "model.weights.h5", "model.weights.json"
 
@@ -77,8 +79,6 @@ class KerasWeights:
             StageError: no weights file, one that HDF5 cannot open, or a weight that is missing, unknown, of another
                 shape, or not of plain floats; names it.
         """
-        import h5py
-
         self._files: dict[str, Any] = {}
         self._found: dict[str, Any] = {}
         try:
@@ -103,8 +103,6 @@ class KerasWeights:
 
     def _check(self, architecture: Architecture) -> None:
         """Find each weight, and hold what the files say of it against the architecture."""
-        import h5py
-
         datasets: dict[str, Any] = {}
         for file in self._files.values():
 
@@ -154,8 +152,6 @@ class KerasWeights:
         Raises:
             StageError: the file breaks off.
         """
-        import ml_dtypes
-
         dataset = self._found[path]
         try:
             values = dataset[index]
@@ -193,8 +189,6 @@ def _refuse_codes(dataset: Any, path: str) -> None:
     Raises:
         StageError: names the weight.
     """
-    from h5py import h5t
-
     stored, size = dataset.id.get_type(), dataset.dtype.itemsize
     plain_float = any(stored.equal(kind) for kind in (h5t.IEEE_F16LE, h5t.IEEE_F32LE, h5t.IEEE_F64LE))
     opaque = dataset.dtype.kind == "V" and size == 2 and dataset.attrs.get("dtype") == "bfloat16"
@@ -222,8 +216,6 @@ def _refuse_moved(datasets: dict[str, Any]) -> None:
 
     Source: HDF5 File Format Specification 3.0, sections II to IV (signatures, version 1 object headers).
     """
-    import h5py
-
     places: dict[str, list[tuple[int, int, str]]] = {}
     for path, each in datasets.items():
         places.setdefault(each.file.filename, []).append((each.id.get_offset(), each.id.get_storage_size(), path))
@@ -261,8 +253,6 @@ def _is_structure(stream: Any, start: int, end: int) -> bool:
 
 def _datasets(file: Any) -> list[tuple[Any, ...]]:
     """Return what a file says of its datasets, but for their values."""
-    import h5py
-
     found: list[tuple[Any, ...]] = []
 
     def note(name: str, each: Any) -> None:

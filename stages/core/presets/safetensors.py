@@ -11,9 +11,11 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
+import numpy as np
 from pydantic import Field
+from safetensors import SafetensorError, safe_open
 
 from stages.core.common.errors import StageError, shown
 from stages.core.presets.architecture import Architecture
@@ -21,9 +23,6 @@ from stages.core.presets.hf_config import read_architecture, read_config
 from stages.core.presets.hf_tokenizer import vocabulary_files
 from stages.core.presets.untrusted import Typed, brief, parse, parse_object, read_object
 from stages.core.presets.weight_table import StoredWeight, weight_table
-
-if TYPE_CHECKING:
-    import numpy as np
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # What has been read of a mapped file stays in this process's memory until the file is closed: after this many bytes.
@@ -237,8 +236,6 @@ class SafetensorsWeights:
             StageError: a file is missing or damaged, a tensor is missing, unknown, or has another shape or dtype.
         """
         # Gives numpy the dtype bfloat16, which most checkpoints are in.
-        import ml_dtypes  # noqa: F401
-
         self._folder = folder
         self._opened: tuple[str, Any] | None = None
         self._bytes_read = 0
@@ -258,8 +255,6 @@ class SafetensorsWeights:
         Raises:
             StageError: it is another: the model would give other tokens.
         """
-        import numpy as np
-
         table = self._table["token_embedding/embeddings"].hugging_face
         for head in (name for name in self._stored if HEAD.fullmatch(name)):
             same = self._stored[head].shape == self._stored[table].shape
@@ -290,8 +285,6 @@ class SafetensorsWeights:
         return values
 
     def _read(self, path: str, index: tuple[slice, ...]) -> np.ndarray:
-        import numpy as np
-
         weight = self._table[path]
         name, shape, kind = weight.hugging_face, weight.shape, weight.kind
         stored = self._slices(self._stored[name].file).get_slice(name)
@@ -326,8 +319,6 @@ class SafetensorsWeights:
 
     def _open(self, file: str) -> Any:
         """Open a file (memory-mapped)."""
-        from safetensors import SafetensorError, safe_open
-
         try:
             if not (self._folder / file).is_file():
                 raise FileNotFoundError("no such file")

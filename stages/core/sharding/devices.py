@@ -1,8 +1,4 @@
-"""Configures the devices before JAX starts: simulated CPU devices, or the machine's TPU or GPU.
-
-Purpose: JAX reads its platform and device count once, when it is first used; TensorFlow, which keras-hub would import,
-must not take an accelerator away. Everything that needs JAX, Keras or keras-hub calls `configure` first.
-"""
+"""Configures the devices before JAX first asks for them: simulated CPU devices, or the machine's TPU or GPU."""
 
 from __future__ import annotations
 
@@ -14,10 +10,14 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import jax
+import keras
+
+from stages.core.common.environment import IGNORED
 from stages.core.common.errors import StageError
 from stages.core.common.paths import cache_folder
 from stages.core.common.stderr import quiet_standard_error
-from stages.core.sharding import environment
+from stages.core.sharding.program_cache import keep_programs
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def tpu_on_bus(devices: Path) -> bool:
 
 
 def configure(kind: str, count: int) -> str:
-    """Set up JAX and Keras for a run; to be called before Keras is imported.
+    """Set JAX up for a run; to be called before anything asks it for devices.
 
     Args:
         kind: `simulated` (CPU devices of this process), `real`, or `auto` (real if JAX can use an
@@ -94,15 +94,13 @@ def configure(kind: str, count: int) -> str:
     """
     global _started
     if _started is None:
-        if note := environment.isolate():
-            logger.info(note)
+        if IGNORED:
+            logger.info(IGNORED)
         platform = _choose(kind, count)
         _start(platform, count)
         _started = platform
     elif kind == "simulated" and _started != "cpu":
         raise RuntimeError(f"this process already runs on {_started}; JAX cannot change to cpu")
-    import jax
-
     try:
         # On the CPU, plugins for accelerators that cannot be loaded do not matter: JAX would show their tracebacks.
         with quiet_standard_error():
@@ -195,17 +193,13 @@ def _one_line(reason: str) -> str:
 
 
 def _start(platform: str, count: int) -> None:
-    """Set what JAX and Keras read once."""
-    if "keras" in sys.modules:
-        raise RuntimeError("devices.configure must be called before Keras is imported: it chooses Keras' backend")
-    os.environ["JAX_PLATFORMS"] = "cpu" if platform == "cpu" else f"{BACKENDS[platform]},cpu"
-    import jax
-
+    """Set what JAX reads when it first asks for devices."""
+    if keras.config.backend() != "jax":
+        raise RuntimeError("Keras was imported before this package and has another backend. Set KERAS_BACKEND=jax.")
+    jax.config.update("jax_platforms", "cpu" if platform == "cpu" else f"{BACKENDS[platform]},cpu")
     if platform == "cpu":
         jax.config.update("jax_num_cpu_devices", count)
     # A product of float32 numbers is one: by default a TPU rounds them to bfloat16 first (and XLA then keeps whole
     # activations so), a GPU to TensorFloat-32. Products of bfloat16 numbers stay what they are.
     jax.config.update("jax_default_matmul_precision", "highest")
-    from stages.core.sharding.program_cache import keep_programs
-
     keep_programs(cache_folder() / "xla")

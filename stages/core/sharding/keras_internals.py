@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import jax
-    import keras
+import jax
+import keras
+from keras.src.backend.common import global_state
 
 
 @contextlib.contextmanager
@@ -22,9 +22,6 @@ def declared_only() -> Iterator[None]:
     `from_preset` would fill them with random numbers first and throw these away. Keras keeps a list of such variables
     and would initialise them when any later stateless scope ends, so they are taken off it.
     """
-    import keras
-    from keras.src.backend.common import global_state
-
     before = list(global_state.get_global_attribute("uninitialized_variables", [], set_to_default=True))
     with keras.StatelessScope(initialize_variables=False):
         yield
@@ -73,9 +70,6 @@ def make_metrics(model: keras.Model, data: Any) -> None:
         model: compiled.
         data: a batch, as arrays or their shapes and dtypes.
     """
-    import jax
-    import keras
-
     model._symbolic_build(data_batch=jax.tree.map(lambda each: keras.KerasTensor(each.shape, str(each.dtype)), data))
 
 

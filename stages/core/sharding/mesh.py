@@ -6,19 +6,16 @@ Purpose: the only place that makes `keras.distribution` objects, and that reads 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import jax
+import keras
 
 from stages.core.records.layout import AXES, MeshShape
-
-if TYPE_CHECKING:
-    import jax
-    import keras
 
 
 def device_mesh(mesh: MeshShape) -> keras.distribution.DeviceMesh:
     """Return the Keras mesh over the first devices there are, in JAX's order."""
-    import keras
-
     devices = keras.distribution.list_devices()[: mesh.devices]
     return keras.distribution.DeviceMesh(mesh.shape, list(mesh.axis_names), devices)
 
@@ -32,8 +29,6 @@ def distribution(
     mesh: keras.distribution.DeviceMesh, rules: Mapping[str, Sequence[Any]]
 ) -> keras.distribution.ModelParallel:
     """Return Keras' `ModelParallel` for some layout rules (anchored pattern to one axis or None a dimension)."""
-    import keras
-
     layout_map = keras.distribution.LayoutMap(mesh)
     for pattern, spec in rules.items():
         layout_map[pattern] = tuple(spec)

@@ -11,6 +11,7 @@ import logging
 import tempfile
 from pathlib import Path
 
+import jax
 from jax._src import compilation_cache
 from jax._src.compilation_cache_interface import CacheInterface
 
@@ -47,8 +48,6 @@ class ProgramCache(CacheInterface):
 
 def keep_programs(folder: Path) -> None:
     """Let JAX keep compiled programs in a folder from now on; if it cannot be written to, log a warning."""
-    import jax
-
     with optional("compiled programs are not kept for later"):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from pyarrow import parquet
+
 from stages.core.common.errors import StageError
 from stages.core.config.schema import Tokenize
 from stages.core.presets.tokenizer import Tokenizer
@@ -38,8 +40,6 @@ class LaidOut:
 
 def holds_pairs(source: Path) -> bool:
     """Return whether a Parquet file holds pairs of prompt and response, and not single texts."""
-    from pyarrow import parquet
-
     return "prompt" in parquet.read_schema(source).names
 
 
@@ -55,8 +55,6 @@ def lay_out(source: Path, split: str, tokenizer: Tokenizer, settings: Tokenize) 
     Raises:
         StageError: there is no token to train on, or the data are pairs and the vocabulary has no chat template.
     """
-    from pyarrow import parquet
-
     if holds_pairs(source):
         return _pairs(source, split, tokenizer, settings)
     texts = parquet.read_table(source, columns=["text"])["text"].to_pylist()
@@ -91,8 +89,6 @@ def lay_out(source: Path, split: str, tokenizer: Tokenizer, settings: Tokenize) 
 
 def _pairs(source: Path, split: str, tokenizer: Tokenizer, settings: Tokenize) -> LaidOut:
     """Turn a split of pairs into sequences."""
-    from pyarrow import parquet
-
     table = parquet.read_table(source)
     template = ChatTemplate(tokenizer)
     conversations = list(zip(table["prompt"].to_pylist(), table["response"].to_pylist(), strict=True))

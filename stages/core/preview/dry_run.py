@@ -6,11 +6,11 @@ Reads: the manifest and the preset's configuration, or nothing for a public chec
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+from stages.core.cli import Run
 from stages.core.common.paths import MANIFEST, Paths
 from stages.core.fetch import catalog
-from stages.core.load.shapes import count_parameters, count_trainable, resolve_shapes
+from stages.core.plan.shapes import count_parameters, count_trainable, resolve_shapes
 from stages.core.presets.architecture import Architecture
 from stages.core.presets.formats import format_of
 from stages.core.presets.manifest import read_manifest, verified_folder
@@ -19,9 +19,6 @@ from stages.core.sharding import devices
 from stages.core.sharding.layout import Placement, check_replication, replicated_fraction
 from stages.core.sharding.named_layouts import make_layout, replication_advice
 from stages.core.sharding.table import block_table
-
-if TYPE_CHECKING:
-    from stages.core.cli import Run
 
 
 def dry_run(run: Run, preset: str | None) -> str:

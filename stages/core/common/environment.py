@@ -1,4 +1,4 @@
-"""Removes environment switches of JAX, XLA and Keras before these start, so that results depend on params.yaml only.
+"""Removes environment switches of JAX, XLA and Keras before these are imported: results depend on params.yaml only.
 
 Purpose: DVC sees no environment variable and no `~/.keras/keras.json`, so none of them may change a number.
 """
@@ -60,3 +60,7 @@ def isolate(environment: MutableMapping[str, str] = os.environ) -> str | None:
     if not ignored:
         return None
     return f"Ignored, since it would change results that DVC ties to params.yaml: {', '.join(ignored)}."
+
+
+# One line about this process, or None.
+IGNORED = isolate()

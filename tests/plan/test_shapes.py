@@ -13,7 +13,7 @@ import pytest
 
 from stages.core.common.errors import ParamsError, StageError
 from stages.core.fetch.catalog import GEMMAS, architecture
-from stages.core.load.shapes import count_parameters, count_trainable, resolve_shapes
+from stages.core.plan.shapes import count_parameters, count_trainable, resolve_shapes
 from stages.core.records.layout import LoraConfig, MeshShape
 from stages.core.sharding.layout import Rule, Weight, resolve
 from stages.core.sharding.named_layouts import auto, tutorial

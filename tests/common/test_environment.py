@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from stages.core.common import environment
+from stages.core.common.environment import isolate
 from stages.core.common.errors import StageError
 from stages.core.common.installed import TOOLS, check_installed
-from stages.core.sharding import environment
-from stages.core.sharding.environment import isolate
 from tests.support.repository import ROOT
 
 SWITCHES = {

@@ -11,6 +11,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from stages.core.common.paths import PLAN
 from stages.core.common.sizes import gibibytes
 from stages.core.config.schema import Finetune
@@ -48,8 +50,6 @@ def warn_if_planned_not_to_fit(root: Path, run: RunKey, device_bytes: int | None
 
 def warn_before_running(root: Path, run: RunKey) -> None:
     """Do that for the devices of this process; simulated ones share the host's memory, so there is no warning."""
-    import jax
-
     device = jax.local_devices()[0]
     if device.platform != "cpu":
         limit = (device.memory_stats() or {}).get("bytes_limit")
