@@ -66,7 +66,7 @@ def main(run: Run, check: bool) -> None:
     size = sum(file.size for file in manifest.files)
     logger.info(
         f"{manifest.preset}: {len(manifest.files)} files, {megabytes(size)}. "
-        f"The weights come under the {manifest.licence.name} ({manifest.licence.url})."
+        f"The weights come under the {manifest.license.name} ({manifest.license.url})."
     )
 
 

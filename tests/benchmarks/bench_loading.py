@@ -47,7 +47,7 @@ def open_preset(folder: Path):
     """Return a preset folder as the stages have it, without hashing its files."""
     from stages.core.load.variants import Preset
     from stages.core.presets.formats import format_of
-    from stages.core.presets.manifest import LICENCE
+    from stages.core.presets.manifest import LICENSE
     from stages.core.records.manifest import Manifest
 
     file_format = "gguf" if list(folder.glob("*.gguf")) else "keras"
@@ -57,7 +57,7 @@ def open_preset(folder: Path):
         format=file_format,
         handle=None,
         folder=str(folder),
-        licence=LICENCE,
+        license=LICENSE,
         files=(),
     )
     return Preset(manifest, folder, format_of(file_format).read_architecture(folder))

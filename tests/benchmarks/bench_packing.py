@@ -42,7 +42,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
         run(out, "tokenize", "tokenize.packing=false")
-        sequences = read(out, "tokenize")["train"]["windows"]
+        sequences = read(out, "tokenize")["train"]["sequences"]
         epochs = math.ceil(steps * batch / sequences)
         settings = (f"finetune.steps={steps}", f"finetune.epochs={epochs}")
         run(out, "finetune", *settings, "finetune.sample_every=null", "finetune.checkpoint_every=null")
@@ -52,7 +52,7 @@ def main() -> None:
     click.echo(
         f"{steps} steps of {batch} sequences; held-out loss before: {read(here, 'evaluate-baseline')['loss']:.4f}"
     )
-    click.echo(f"packed: {packed['train']['windows']} sequences, held-out loss {loss['packed']:.4f}")
+    click.echo(f"packed: {packed['train']['sequences']} sequences, held-out loss {loss['packed']:.4f}")
     click.echo(
         f"truncated: {sequences} sequences, {packed['tokens_cut_by_truncation_fraction']:.1%} of the tokens discarded, "
         f"{epochs} epochs begun, held-out loss {loss['truncated']:.4f}"

@@ -15,11 +15,11 @@ from stages.core.fetch.catalog import (
     VISION,
     is_base,
     kaggle_handle,
-    licence_of,
+    license_of,
     registered,
 )
-from stages.core.presets.manifest import LICENCE
-from stages.core.records.manifest import Licence
+from stages.core.presets.manifest import LICENSE
+from stages.core.records.manifest import License
 
 
 @pytest.fixture(scope="module")
@@ -107,14 +107,14 @@ def test_a_whole_handle_of_a_vision_model_is_refused_too():
 
 
 def test_each_preset_comes_with_its_own_terms():
-    assert licence_of("gemma3_270m") == licence_of("shieldgemma_2b_en") == LICENCE
-    assert licence_of("kaggle://keras/gemma/keras/gemma_7b_en/2") == LICENCE
-    health = licence_of("medgemma_instruct_27b_text")
+    assert license_of("gemma3_270m") == license_of("shieldgemma_2b_en") == LICENSE
+    assert license_of("kaggle://keras/gemma/keras/gemma_7b_en/2") == LICENSE
+    health = license_of("medgemma_instruct_27b_text")
     assert health.name == "Health AI Developer Foundations Terms of Use"
     page = "https://www.kaggle.com/models/"
     unread = "terms on the model's page"
-    assert licence_of("c2s_scale_gemma_2_2b_en") == Licence(unread, f"{page}keras/cell2sentence")
-    assert licence_of("kaggle://somebody/tuned/keras/mine/1") == Licence(unread, f"{page}somebody/tuned")
+    assert license_of("c2s_scale_gemma_2_2b_en") == License(unread, f"{page}keras/cell2sentence")
+    assert license_of("kaggle://somebody/tuned/keras/mine/1") == License(unread, f"{page}somebody/tuned")
 
 
 @pytest.mark.parametrize(

@@ -173,7 +173,7 @@ def test_prompts_and_padding_are_positions_and_no_trained_tokens(presets):
     assert row.positions_per_second / row.tokens_per_second == pytest.approx(2 * 4 * 32 / 24)
 
 
-def test_windows_without_review_numbers_are_trained_on_too(presets):
+def test_sequences_without_review_numbers_are_trained_on_too(presets):
     given = data()
     del given["train"]["review"]
     assert train(presets["gemma3"], settings(batch_size=2, steps=1), given)[0].history.steps == 1

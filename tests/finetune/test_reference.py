@@ -21,7 +21,7 @@ from stages.core.finetune import trainer
 from stages.core.load import lora_kernels
 from stages.core.load.variants import Preset
 from stages.core.presets.formats import format_of
-from stages.core.presets.manifest import LICENCE
+from stages.core.presets.manifest import LICENSE
 from stages.core.records.manifest import Manifest
 from tests.support.hf_folder import tensors_of
 from tests.support.tiny_models import describe
@@ -65,7 +65,7 @@ def test_a_run_is_the_one_done_by_hand(name, folders, recorded, monkeypatch):
         format="safetensors",
         handle=None,
         folder=str(folder),
-        licence=LICENCE,
+        license=LICENSE,
         files=(),
     )
     preset = Preset(manifest, folder, format_of(manifest.format).read_architecture(folder))

@@ -41,7 +41,7 @@ def our_loss_and_gradients(model, batch, **options):
 TARGETS = ("query", "value", "ffw_gating", "attention_output")
 
 
-def whole_windows():
+def whole_sequences():
     """Four sequences of one segment each, as keras-hub reads them."""
     batch = sequences(4)
     batch["segment_ids"] = np.ones_like(batch["segment_ids"])
@@ -60,7 +60,7 @@ def keras_loss_and_gradients(folder, full):
     import keras
     import keras_hub
 
-    batch, model = whole_windows(), load_tiny(folder, (1, 1), rank=0 if full else 2, targets=TARGETS)
+    batch, model = whole_sequences(), load_tiny(folder, (1, 1), rank=0 if full else 2, targets=TARGETS)
     keras.distribution.set_distribution(None)
     backbone = keras_hub.models.Backbone.from_preset(str(folder), dtype="float32")
     if not full:
@@ -106,7 +106,7 @@ def assert_same(found, wanted):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_and_gradients_are_plain_keras(presets, keras_says, family, full, shape):
     model = load_tiny(presets[family], shape, rank=0 if full else 2, targets=TARGETS)
-    assert_same(our_loss_and_gradients(model, whole_windows()), keras_says(family, full))
+    assert_same(our_loss_and_gradients(model, whole_sequences()), keras_says(family, full))
 
 
 TUTORIAL = AUTO.model_copy(update={"name": "tutorial"})
@@ -140,7 +140,7 @@ def test_layouts_that_replicate_adapters_or_split_oddly_give_the_same_gradients(
     presets, keras_says, family, layout, shape
 ):
     model = load_tiny(presets[family], shape, rank=2, targets=TARGETS, layout=layout)
-    assert_same(our_loss_and_gradients(model, whole_windows()), keras_says(family, False))
+    assert_same(our_loss_and_gradients(model, whole_sequences()), keras_says(family, False))
 
 
 # 60 hidden, 6 heads, 120 units: what 3, 5 or 6 devices divide of it differs, and they never divide the vocabulary.

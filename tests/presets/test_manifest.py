@@ -44,8 +44,8 @@ def test_the_same_files_give_the_same_manifest_bytes(preset, tmp_path):
 def test_a_manifest_has_the_keys_that_other_stages_and_people_read(preset, tmp_path):
     manifest_of(preset).write(tmp_path / "manifest.json")
     content = json.loads((tmp_path / "manifest.json").read_text())
-    assert list(content) == ["preset", "source", "format", "handle", "folder", "licence", "files"]
-    assert content["licence"] == {"name": "Gemma Terms of Use", "url": "https://ai.google.dev/gemma/terms"}
+    assert list(content) == ["preset", "source", "format", "handle", "folder", "license", "files"]
+    assert content["license"] == {"name": "Gemma Terms of Use", "url": "https://ai.google.dev/gemma/terms"}
     names = [file["name"] for file in content["files"]]
     assert names == NAMES
     assert set(content["files"][0]) == {"name", "size", "sha256"}

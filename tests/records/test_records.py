@@ -15,7 +15,7 @@ from stages.core.records.finetune import FinetuneMetrics, Sample, Step, read_cur
 from stages.core.records.generate import GenerateMetrics, Generation
 from stages.core.records.layout import Fallback, LoraConfig, MeshShape, NamedLayout, Rule
 from stages.core.records.load import LoadMetrics
-from stages.core.records.manifest import Licence, Manifest, PresetFile
+from stages.core.records.manifest import License, Manifest, PresetFile
 from stages.core.records.model_config import ModelConfig, TunedWeights
 from stages.core.records.plan import PlanMetrics, Target
 from stages.core.records.prepare import PrepareMetrics
@@ -103,7 +103,7 @@ FORMS: dict[str, tuple[dict, FileRecord]] = {
             "format": "keras",
             "handle": None,
             "folder": "/é",
-            "licence": {"name": "Gemma Terms of Use", "url": "https://ai.google.dev/gemma/terms"},
+            "license": {"name": "Gemma Terms of Use", "url": "https://ai.google.dev/gemma/terms"},
             "files": [{"name": "config.json", "size": 3, "sha256": "0" * 64}],
         },
         Manifest(
@@ -112,7 +112,7 @@ FORMS: dict[str, tuple[dict, FileRecord]] = {
             format="keras",
             handle=None,
             folder="/é",
-            licence=Licence("Gemma Terms of Use", "https://ai.google.dev/gemma/terms"),
+            license=License("Gemma Terms of Use", "https://ai.google.dev/gemma/terms"),
             files=(PresetFile("config.json", 3, "0" * 64),),
         ),
     ),

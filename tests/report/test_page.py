@@ -33,7 +33,7 @@ def test_the_headline_tells_perplexity_loss_and_accuracy_before_and_after_with_t
         "Compilation21.6 s",
         "Peak host memory, tuning3.30 GiB",
         "Peak host memory, loading2.00 GiB",
-        "train.windows447",
+        "train.sequences447",
         "positive_fraction51.5 %",
         "Measured on 13,642 predicted tokens.",
         "Versionspython 3.",

@@ -72,7 +72,7 @@ def attack_everywhere(root: Path) -> None:
     write_json(root / "data/sharding/plan.json", {**planned, "targets": {ATTACK: target}})
     bad = {"name": ATTACK, "url": "javascript:document.title='owned'"}
     files = [{"name": ATTACK, "size": 1, "sha256": ATTACK}]
-    edit(root, "models/preset/manifest.json", preset=ATTACK, source=ATTACK, handle=ATTACK, licence=bad, files=files)
+    edit(root, "models/preset/manifest.json", preset=ATTACK, source=ATTACK, handle=ATTACK, license=bad, files=files)
 
 
 def test_text_from_outside_never_becomes_an_element(root):

@@ -13,7 +13,7 @@ import numpy as np
 
 from stages.core.fetch.local import list_files
 from stages.core.presets.architecture import Architecture
-from stages.core.presets.manifest import LICENCE
+from stages.core.presets.manifest import LICENSE
 from stages.core.presets.weight_table import weight_table
 from stages.core.records.manifest import Manifest
 from tests.support.tiny_presets import VOCABULARY_SIZE, tiny_proto
@@ -73,6 +73,6 @@ def manifest_of(folder: Path, names: Sequence[str] = NAMES) -> Manifest:
         format="keras",
         handle=None,
         folder=str(folder),
-        licence=LICENCE,
+        license=LICENSE,
         files=list_files(folder, names),
     )

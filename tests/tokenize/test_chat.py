@@ -253,7 +253,7 @@ def test_the_counts_add_up(pairs, length, packing):
     laid_out = lay_out(pairs, length, packing)
     counts = pair_packing.pair_metrics(laid_out, pairs)
     assert counts["tokens_kept"] + counts["tokens_cut"] == sum(len(p) + len(r) - 1 for p, r in pairs)
-    assert counts["tokens_kept"] + counts["positions_padded"] == counts["windows"] * length
+    assert counts["tokens_kept"] + counts["positions_padded"] == counts["sequences"] * length
     assert counts["prompts_too_long"] == sum(len(prompt) > length for prompt, _ in pairs)
     assert counts["response_tokens"] == sum(min(len(r), max(0, length + 1 - len(p))) for p, r in pairs)
     assert counts["reviews"] == len(pairs)
@@ -392,7 +392,7 @@ def test_reviews_are_laid_out_as_before(tmp_path):
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     """A function that tokenizes rows of training data as the stage does, with a preset of some name; what it said."""
-    from stages.core.presets.manifest import LICENCE
+    from stages.core.presets.manifest import LICENSE
     from stages.core.records.manifest import Manifest
     from tests.support.fake_preset import make_preset
     from tests.support.repository import ROOT
@@ -412,7 +412,7 @@ def project(tmp_path, monkeypatch):
             format="keras",
             handle=None,
             folder=folder,
-            licence=LICENCE,
+            license=LICENSE,
             files=files,
         )
         manifest.write(tmp_path / "models/preset/manifest.json")

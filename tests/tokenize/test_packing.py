@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from stages.core.files import sha256
-from stages.core.presets.manifest import LICENCE
+from stages.core.presets.manifest import LICENSE
 from stages.core.presets.tokenizer import KERAS_VOCABULARY, Tokenizer
 from stages.core.records.manifest import Manifest, PresetFile
 from stages.core.tokenize import packing, store
@@ -156,7 +156,7 @@ def test_the_counts_add_up_and_truncation_is_counted_as_it_happens(reviews, leng
         total = sum(map(len, reviews)) + len(reviews) * eos
         assert counts["tokens_kept"] + counts["tokens_cut"] == total
         places = counts["tokens_kept"] + counts["tokens_repeated"] + counts["positions_padded"]
-        assert places == counts["windows"] * length
+        assert places == counts["sequences"] * length
         pieces = len(segments(laid_out)) if lay_out is packing.pack else 0
         filled = sum(len(review) + eos > 0 for review in reviews)
         assert counts["tokens_repeated"] == max(pieces - filled, 0), "one for each piece that goes on"
@@ -248,7 +248,7 @@ def project(tmp_path_factory) -> Path:
         format="keras",
         handle=None,
         folder="preset",
-        licence=LICENCE,
+        license=LICENSE,
         files=files,
     )
     manifest.write(root / "models/preset/manifest.json")

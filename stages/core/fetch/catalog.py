@@ -14,20 +14,20 @@ from typing import Any
 
 from stages.core.common.errors import ParamsError
 from stages.core.presets.architecture import Architecture
-from stages.core.presets.manifest import LICENCE
-from stages.core.records.manifest import Licence
+from stages.core.presets.manifest import LICENSE
+from stages.core.records.manifest import License
 
 _NAME = r"[A-Za-z0-9_][\w.-]*"  # of an owner, a model or a variation; never `..`
 HANDLE = re.compile(
     rf"kaggle://(?P<model>{_NAME}/{_NAME}/keras/(?P<variation>{_NAME})/(?P<version>[1-9]\d*))", re.ASCII
 )
 
-HEALTH = Licence(
+HEALTH = License(
     "Health AI Developer Foundations Terms of Use",
     "https://developers.google.com/health-ai-developer-foundations/terms",
 )
 # What is known where the terms could not be read: where they stand.
-CELL2SENTENCE = Licence("terms on the model's page", "https://www.kaggle.com/models/keras/cell2sentence")
+CELL2SENTENCE = License("terms on the model's page", "https://www.kaggle.com/models/keras/cell2sentence")
 
 
 @dataclass(frozen=True)
@@ -38,21 +38,21 @@ class Registered:
         handle: at Kaggle, with its version.
         parameters: their number, as the registry states it.
         like: the preset whose architecture it shares, by its name in `GEMMAS`; None where that is not known.
-        licence: the terms its weights come under.
+        license: the terms its weights come under.
     """
 
     handle: str
     parameters: int
     like: str | None
-    licence: Licence
+    license: License
 
 
 def _presets(
-    folder: str, parameters: int, like: str | None, licence: Licence = LICENCE, /, **versions: int
+    folder: str, parameters: int, like: str | None, license: License = LICENSE, /, **versions: int
 ) -> dict[str, Registered]:
     """Return presets that differ in name and version only."""
     return {
-        name: Registered(f"kaggle://{folder}/keras/{name}/{version}", parameters, like, licence)
+        name: Registered(f"kaggle://{folder}/keras/{name}/{version}", parameters, like, license)
         for name, version in versions.items()
     }
 
@@ -205,14 +205,14 @@ def kaggle_handle(preset: str) -> tuple[str, int]:
     return preset, 0
 
 
-def licence_of(preset: str) -> Licence:
+def license_of(preset: str) -> License:
     """Return the terms of a preset at Kaggle, given by name or handle."""
     name = name_of(preset)
     if name in REGISTRY:
-        return REGISTRY[name].licence
+        return REGISTRY[name].license
     match = HANDLE.fullmatch(preset)
     page = "/".join(match["model"].split("/")[:2]) if match else ""
-    return Licence("terms on the model's page", f"https://www.kaggle.com/models/{page}")
+    return License("terms on the model's page", f"https://www.kaggle.com/models/{page}")
 
 
 def _gemma(

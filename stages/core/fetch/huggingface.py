@@ -49,8 +49,8 @@ from stages.core.fetch.hub_files import (
 from stages.core.fetch.local import check_contents, folder_format
 from stages.core.files import read_json, write_json
 from stages.core.presets.architecture import Architecture
-from stages.core.presets.manifest import LICENCE, fault
-from stages.core.records.manifest import Licence, Manifest, PresetFile
+from stages.core.presets.manifest import LICENSE, fault
+from stages.core.records.manifest import License, Manifest, PresetFile
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -202,7 +202,7 @@ def _recorded(source: Source, cache: Path, commit: str) -> dict[str, Any] | None
     try:
         content = read_json(_record(source, cache, commit))
         files = tuple(PresetFile(**file) for file in content["files"])
-        return {"format": content["format"], "licence": Licence(**content["licence"]), "files": files}
+        return {"format": content["format"], "license": License(**content["license"]), "files": files}
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
@@ -242,8 +242,8 @@ def _restore(source: Source, preset: str, cache: Path) -> Manifest:
             f"same commit. Received: fetch.preset={preset}\n"
             f"Delete {_record(source, cache, commit)} if you want to accept them, and run this again."
         )
-    record: dict[str, Any] = {"format": file_format, "licence": _licence(source, info), "files": files}
-    as_json = {"licence": asdict(record["licence"]), "files": [asdict(file) for file in files]}
+    record: dict[str, Any] = {"format": file_format, "license": _license(source, info), "files": files}
+    as_json = {"license": asdict(record["license"]), "files": [asdict(file) for file in files]}
     write_json(_record(source, cache, commit), record | as_json)
     _remember(source, cache, commit)
     return _manifest(source, preset, cache, commit, record)
@@ -266,17 +266,17 @@ def _has_consented(api: HfApi, source: Source) -> bool:
     return True
 
 
-def _licence(source: Source, info: ModelInfo) -> Licence:
+def _license(source: Source, info: ModelInfo) -> License:
     """Return the terms that the model's card states."""
     card = info.card_data.to_dict() if info.card_data else {}
     stated, name, link = card.get("license"), card.get("license_name"), card.get("license_link")
     if stated == "gemma":
-        return LICENCE
+        return LICENSE
     if name == "health-ai-developer-foundations":
         return HEALTH
     if (preset := name_of(f"hf://{source.repo}")) in REGISTRY:
-        return REGISTRY[preset].licence
+        return REGISTRY[preset].license
     named = name if stated == "other" and name else stated
     if not isinstance(named, str) or named == "other":
-        return Licence("terms on the model's page", source.page)
-    return Licence(named, link if isinstance(link, str) and link.startswith("https://") else source.page)
+        return License("terms on the model's page", source.page)
+    return License(named, link if isinstance(link, str) and link.startswith("https://") else source.page)

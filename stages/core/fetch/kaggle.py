@@ -14,7 +14,7 @@ from pathlib import Path
 
 from stages.core.common.errors import StageError
 from stages.core.common.sizes import megabytes
-from stages.core.fetch.catalog import HANDLE, kaggle_handle, licence_of
+from stages.core.fetch.catalog import HANDLE, kaggle_handle, license_of
 from stages.core.fetch.check import Check
 from stages.core.fetch.disk import check_room, explain_unwritten, free_bytes, no_room, not_writable, one_at_a_time
 from stages.core.fetch.kaggle_client import MAKE_ROOM, OTHER_PLACE, KaggleModel, KaggleRefused, is_wanted
@@ -55,7 +55,7 @@ def fetch_kaggle(preset: str, cache: Path) -> Manifest:
         format="keras",
         handle=handle,
         folder=f"presets/{key}",
-        licence=licence_of(preset),
+        license=license_of(preset),
         files=files,
     )
 

@@ -17,7 +17,7 @@ from stages.core.fetch.check import Check
 from stages.core.presets import hf_config, keras_config, keras_h5, safetensors
 from stages.core.presets.architecture import Architecture
 from stages.core.presets.formats import format_of
-from stages.core.presets.manifest import LICENCE, sha256_with_progress
+from stages.core.presets.manifest import LICENSE, sha256_with_progress
 from stages.core.presets.tokenizer import (
     HUGGING_FACE_VOCABULARY,
     JSON_VOCABULARY,
@@ -49,7 +49,7 @@ def fetch_local(preset: str, path: str, root: Path) -> Manifest:
     check_contents(folder, file_format)
     files = list_files(folder, format_of(file_format).needed_files(folder))
     return Manifest(
-        preset=preset, source="path", format=file_format, handle=None, folder=path, licence=LICENCE, files=files
+        preset=preset, source="path", format=file_format, handle=None, folder=path, license=LICENSE, files=files
     )
 
 

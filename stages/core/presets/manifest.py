@@ -19,13 +19,13 @@ from pydantic import ValidationError
 from stages.core.common.errors import StageError
 from stages.core.common.paths import cache_folder
 from stages.core.common.progress import bytes_bar
-from stages.core.records.manifest import Licence, Manifest, PresetFile
+from stages.core.records.manifest import License, Manifest, PresetFile
 from stages.core.records.record import problem
 
 BLOCK = 1 << 20  # bytes read at a time when hashing
 
 # The terms that all Gemma weights come under, whoever hands them on.
-LICENCE = Licence("Gemma Terms of Use", "https://ai.google.dev/gemma/terms")
+LICENSE = License("Gemma Terms of Use", "https://ai.google.dev/gemma/terms")
 
 
 def read_manifest(path: Path) -> Manifest:

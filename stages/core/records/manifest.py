@@ -10,7 +10,7 @@ from stages.core.records.record import FileRecord
 
 
 @dataclass(frozen=True)
-class Licence:
+class License:
     """The terms that weights come under, by name and address."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -40,7 +40,7 @@ class Manifest(FileRecord):
         handle: the model's handle at Kaggle with its version, or at Hugging Face with its commit; None for other
             sources.
         folder: below the cache folder; for source path as written in `fetch.path`.
-        licence: the terms.
+        license: the terms.
         files: every file, sorted by name.
     """
 
@@ -49,5 +49,5 @@ class Manifest(FileRecord):
     format: str
     handle: str | None
     folder: str
-    licence: Licence
+    license: License
     files: tuple[PresetFile, ...]

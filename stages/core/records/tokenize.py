@@ -13,7 +13,7 @@ class SplitCounts(Record):
     """
 
     reviews: int
-    windows: int
+    sequences: int
     tokens_kept: int
     response_tokens: OrAbsent[int] = None
     tokens_cut: int

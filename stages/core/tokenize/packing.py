@@ -124,7 +124,7 @@ def sequence_metrics(sequences: Sequences, reviews: Sequence[Sequence[int]], *, 
     """Count the reviews' tokens.
 
     Returns:
-        reviews, windows (the sequences); tokens_kept (targets trained on) and tokens_cut (discarded), both including
+        reviews, sequences; tokens_kept (targets trained on) and tokens_cut (discarded), both including
         each review's EOS if there is one; tokens_repeated (context only, where a review continues in the next
         sequence); positions_padded (unused) and filled_fraction (positions with a target, of all).
     """
@@ -133,7 +133,7 @@ def sequence_metrics(sequences: Sequences, reviews: Sequence[Sequence[int]], *, 
     repeated = int(np.count_nonzero(sequences["segment_ids"])) - kept if "segment_ids" in sequences else 0
     return {
         "reviews": len(reviews),
-        "windows": len(weights),
+        "sequences": len(weights),
         "tokens_kept": kept,
         "tokens_cut": sum(map(len, reviews)) + len(reviews) * int(eos) - kept,
         "tokens_repeated": repeated,

@@ -90,7 +90,7 @@ def pair_metrics(sequences: Sequences, pairs: Sequence[Pair]) -> dict[str, int |
     """Count the pairs' tokens; a pair of p prompt and r response tokens has p + r - 1 to be predicted.
 
     Returns:
-        reviews (the pairs), windows (the sequences); response_tokens (trained on), tokens_kept (those and the
+        reviews (the pairs), sequences; response_tokens (trained on), tokens_kept (those and the
         prompts'), tokens_cut (discarded: beyond a sequence's end, or of a skipped pair), pairs_cut (whose response does
         not fit), prompts_too_long (skipped pairs); positions_padded (unused) and filled_fraction (used, of all).
     """
@@ -98,7 +98,7 @@ def pair_metrics(sequences: Sequences, pairs: Sequence[Pair]) -> dict[str, int |
     kept = int(np.count_nonzero(filled))
     return {
         "reviews": len(pairs),
-        "windows": len(filled),
+        "sequences": len(filled),
         "tokens_kept": kept,
         "response_tokens": int(np.count_nonzero(sequences["weights"])),
         "tokens_cut": sum(map(_positions, pairs)) - kept,

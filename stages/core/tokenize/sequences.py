@@ -81,7 +81,7 @@ def lay_out(source: Path, split: str, tokenizer: Tokenizer, settings: Tokenize) 
         held_out.of_reviews(reviews, bos=bos, eos=eos),
         counts,
         packing.cut_by_truncation_fraction(reviews, settings.length, eos=ends),
-        f"{split}: {counts['reviews']:,} reviews in {counts['windows']:,} sequences of {settings.length} tokens, "
+        f"{split}: {counts['reviews']:,} reviews in {counts['sequences']:,} sequences of {settings.length} tokens, "
         f"{counts['filled_fraction']:.1%} filled, {counts['tokens_cut']:,} tokens cut"
         + _spelled_note(spelled, settings.control_tokens),
     )
@@ -114,7 +114,7 @@ def _pairs(source: Path, split: str, tokenizer: Tokenizer, settings: Tokenize) -
         held_out.of_pairs(pairs),
         counts,
         round(counts["tokens_cut"] / (counts["tokens_cut"] + counts["tokens_kept"]), 6),
-        f"{split}: {counts['reviews']:,} pairs in {counts['windows']:,} sequences of {settings.length} tokens, "
+        f"{split}: {counts['reviews']:,} pairs in {counts['sequences']:,} sequences of {settings.length} tokens, "
         f"{counts['filled_fraction']:.1%} filled, {counts['response_tokens']:,} response tokens to train on, "
         f"{counts['tokens_cut']:,} tokens cut, {counts['pairs_cut']:,} pairs cut at their end"
         f"{left_out if counts['prompts_too_long'] else ''}"

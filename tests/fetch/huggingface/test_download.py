@@ -9,7 +9,7 @@ import pytest
 
 from stages.core.common.paths import MANIFEST
 from stages.core.presets.manifest import verified_folder
-from stages.core.records.manifest import Licence
+from stages.core.records.manifest import License
 from tests.support.hf_folder import hugging_face_files
 from tests.support.hub_files import (
     ANOTHER_VOCABULARY,
@@ -44,7 +44,7 @@ def test_only_the_files_that_make_the_preset_come_pinned_to_a_commit(hub, fetch,
     found = manifest()
     assert (found.preset, found.source, found.format) == (PRESET, "huggingface", kind)
     assert (found.handle, found.folder) == (f"hf://{REPO}@{COMMIT}", FOLDER)
-    assert found.licence == Licence("Gemma Terms of Use", "https://ai.google.dev/gemma/terms")
+    assert found.license == License("Gemma Terms of Use", "https://ai.google.dev/gemma/terms")
     names = {file.name for file in found.files}
     assert names == set(files) - LEFT_OUT
     assert verified_folder(found, ROOT) == tmp_path / "cache" / FOLDER

@@ -9,7 +9,7 @@ import pytest
 
 from stages.core.common.errors import ParamsError
 from stages.core.fetch.hub import source_of
-from stages.core.records.manifest import Licence
+from stages.core.records.manifest import License
 from tests.support.hf_folder import config_of, hugging_face_files
 from tests.support.hub_files import KERAS, PLAIN, PRESET, REPO, SPLIT_PLAIN, WEIGHTS
 from tests.support.tiny_presets import CONFIGS
@@ -174,7 +174,7 @@ def test_a_repository_of_something_else_is_said_to_be_what_it_is(files, what):
 
 
 @pytest.mark.parametrize(
-    "card, licence",
+    "card, license",
     [
         ({"license": "gemma"}, {"name": "Gemma Terms of Use", "url": "https://ai.google.dev/gemma/terms"}),
         (
@@ -196,12 +196,12 @@ def test_a_repository_of_something_else_is_said_to_be_what_it_is(files, what):
         ({}, {"name": "terms on the model's page", "url": f"https://huggingface.co/{REPO}"}),
     ],
 )
-def test_the_licence_is_the_one_that_the_models_card_states(hub, card, licence):
+def test_the_license_is_the_one_that_the_models_card_states(hub, card, license):
     from huggingface_hub.hf_api import ModelInfo
 
-    from stages.core.fetch.huggingface import _licence
+    from stages.core.fetch.huggingface import _license
 
-    assert _licence(source_of(PRESET), ModelInfo(id=REPO, cardData=card)) == Licence(**licence)
+    assert _license(source_of(PRESET), ModelInfo(id=REPO, cardData=card)) == License(**license)
 
 
 def test_a_vision_model_of_keras_hubs_is_refused_by_its_name_alone():
