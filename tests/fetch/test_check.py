@@ -88,7 +88,7 @@ def test_whatever_stops_the_fetch_is_the_reason(kaggle, tmp_path, monkeypatch, t
     expected = {
         "unknown token": ("it does not accept the credentials of KAGGLE_API_TOKEN", "Make a new API token"),
         "no such model": (f"it has no model {MODEL}", f"See {PAGE} for its variations and versions"),
-        "no credentials": ("it wants an account that accepted the license", f"Accept it at {PAGE}, make an API token"),
+        "no credentials": ("it needs an account that accepted the license", f"Accept it at {PAGE}, make an API token"),
         "malformed": ("Received: other characters in KAGGLE_API_TOKEN", "Copy them again"),
         "no network": (f"Kaggle could not be reached for {MODEL}", "Check the network"),
     }[trouble]

@@ -304,13 +304,13 @@ def test_a_lost_kagglehub_cache_is_filled_again(kaggle, fetch_kaggle, tmp_path):
         (
             401,
             "",
-            "Error: Kaggle answered 401 for {}: it wants an account",
+            "Error: Kaggle answered 401 for {}: it needs an account",
             "Accept it at https://www.kaggle.com/models/",
         ),
         (
             403,
             "",
-            "Error: Kaggle answered 403 for {}: it wants an account",
+            "Error: Kaggle answered 403 for {}: it needs an account",
             "Accept it at https://www.kaggle.com/models/",
         ),
         (
@@ -350,7 +350,7 @@ def test_credentials_that_cannot_be_read_are_the_persons_to_mend(fetch_kaggle, t
     run = fetch_kaggle(KAGGLE_CONFIG_DIR=config)
     assert run.returncode == 1
     assert run.stderr.splitlines()[-2:] == [
-        f'Error: {config}/kaggle.json must be the file that Kaggle hands out, {{"username": ..., "key": ...}}. '
+        f'Error: {config}/kaggle.json must be the file that Kaggle provides, {{"username": ..., "key": ...}}. '
         "Received: Unterminated string starting at at line 1, column 26",
         "Make a new API token at https://www.kaggle.com/settings/api and store it as Kaggle says.",
     ]

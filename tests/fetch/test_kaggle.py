@@ -234,7 +234,7 @@ def test_a_configuration_that_names_foreign_classes_is_refused(kaggle, fetch, tm
 def test_an_index_that_leads_out_of_the_folder_is_refused(kaggle, fetch):
     del kaggle.files["model.weights.h5"]
     kaggle.files["model.weights.json"] = json.dumps({"weight_map": {"/layers/a": "../other.h5"}}).encode()
-    with pytest.raises(ParamsError, match=r"must name files beside it\. Received: \.\./other\.h5"):
+    with pytest.raises(ParamsError, match=r"must name files next to it\. Received: \.\./other\.h5"):
         fetch()
 
 

@@ -153,7 +153,7 @@ def test_a_malformed_file_is_one_clear_error_that_shows_nothing_of_it(kaggle, tm
         kaggle_credentials()
     first, second = str(caught.value).splitlines()
     assert first.startswith(
-        f'{path} must be the file that Kaggle hands out, {{"username": ..., "key": ...}}. Received: '
+        f'{path} must be the file that Kaggle provides, {{"username": ..., "key": ...}}. Received: '
     )
     assert second.startswith("Make a new API token at https://www.kaggle.com/settings/api")
     assert "nobody" not in str(caught.value)
@@ -282,4 +282,4 @@ def test_doing_without_ends_with_what_kaggle_answered(kaggle, tmp_path):
     kaggle.status = 403
     code, shown = at_a_terminal("", "--out-root", str(tmp_path / "out"))
     assert code == 1
-    assert "it wants an account that accepted the license, and no credentials were found." in shown
+    assert "it needs an account that accepted the license, and no credentials were found." in shown

@@ -173,7 +173,7 @@ REFUSED = {
     ),
     "a key that nobody knows": ({"residual_multiplier": 0.5}, "residual_multiplier=0.5"),
     "a scaling that is text": ({"rope_scaling": "x"}, "rope_scaling='x'"),
-    "a scaling of no kind": ({"rope_scaling": {"factor": 8.0}}, "a rope_type beside its factor"),
+    "a scaling of no kind": ({"rope_scaling": {"factor": 8.0}}, "a rope_type with its factor"),
     "another activation": ({"hidden_activation": "relu"}, "hidden_activation=gelu_pytorch_tanh"),
     "a bias": ({"attention_bias": True}, "attention_bias=False"),
     "a head of its own": ({"tie_word_embeddings": False}, "tie_word_embeddings=True"),

@@ -56,14 +56,14 @@ def test_weights_that_hdf5_would_read_from_another_file_are_refused(presets, tmp
 def test_an_index_of_keras_that_names_files_elsewhere_is_refused(tmp_path, name):
     folder = make_preset(tmp_path / "preset", [])
     (folder / "model.weights.json").write_text(json.dumps({"weight_map": {"/layers/a/vars": [name]}}))
-    with pytest.raises(ParamsError, match=r"must name files beside it\. Received: " + name.replace(".", r"\.")):
+    with pytest.raises(ParamsError, match=r"must name files next to it\. Received: " + name.replace(".", r"\.")):
         check_keras_folder(folder)
 
 
 @pytest.mark.parametrize("name", ["../model-00001-of-00001.safetensors", "/etc/hosts"])
 def test_an_index_of_safetensors_that_names_files_elsewhere_is_refused(tmp_path, name):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
-    with pytest.raises(StageError, match="must name files beside it"):
+    with pytest.raises(StageError, match="must name files next to it"):
         weight_files(tmp_path)
 
 

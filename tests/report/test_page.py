@@ -116,7 +116,7 @@ def test_fallbacks_are_shown_with_their_reasons_and_once(root):
 
 def test_without_fallbacks_the_page_says_so(root):
     edit(root, "data/sharding/base.json", fallbacks=[])
-    assert "Nothing: every weight lies as its rule says." in Reader(rendered(root)).text
+    assert "None: every weight is sharded as its rule says." in Reader(rendered(root)).text
 
 
 def test_the_plan_tells_what_fits_what_does_not_and_by_how_much(root):

@@ -134,7 +134,7 @@ def registered(preset: str, asked_by: str) -> Registered:
         asked_by: the option or setting that named it, for the message.
 
     Raises:
-        ParamsError: not a text Gemma of the registry; tells why not, or the nearest names.
+        ParamsError: not a text Gemma of the registry; the error says why, or names the nearest.
     """
     name = name_of(preset)
     if name in REGISTRY:

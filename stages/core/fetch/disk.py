@@ -54,7 +54,7 @@ def explain_unwritten(
 
 @contextlib.contextmanager
 def one_at_a_time(target: Path) -> Iterator[None]:
-    """Hold a lock beside `target`, so that only one of several clones fetches it.
+    """Hold a lock next to `target`, so that only one of several clones fetches it.
 
     The system drops the lock of a process that ends, however it ends.
 

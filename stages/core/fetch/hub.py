@@ -246,8 +246,8 @@ def _explain_status(error: Any, model: str, source: Source | None) -> str:
     found = credentials_source()
     if isinstance(error, GatedRepoError) and found is None:
         return (
-            f"{hub_name()} answered {status} for {model}: it wants an account that accepted the license, and no token "
-            f"was found.\nAccept it at {page}, make a token at {SITE}/settings/tokens, and set HF_TOKEN "
+            f"{hub_name()} answered {status} for {model}: it needs an account that accepted the license, and no "
+            f"token was found.\nAccept it at {page}, make a token at {SITE}/settings/tokens, and set HF_TOKEN "
             "(or store it with `hf auth login`)."
         )
     if isinstance(error, GatedRepoError) and status != 401:

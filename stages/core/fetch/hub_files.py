@@ -37,7 +37,7 @@ PLAIN_FILES = re.compile(r"config\.json|tokenizer\.(model|json)|added_tokens\.js
 PLAIN_SHARDS = re.compile(r"model-\d+-of-\d+\.safetensors")
 INDEXES = {keras_h5.INDEX, safetensors.INDEX}
 WEIGHTS = re.compile(r".*\.(h5|safetensors)")
-FIRST_READ = 1 << 17  # bytes; the headers of most files fit into so many, and are had with one question
+FIRST_READ = 1 << 17  # bytes; most headers are shorter, so one request reads them
 
 
 def needed_files(source: Source, info: ModelInfo) -> list[RepoSibling]:
@@ -90,7 +90,7 @@ def checked_architecture(source: Source, folder: Path) -> Architecture:
     """Return the architecture that the configuration states.
 
     Raises:
-        ParamsError: it is not a text Gemma's; tells why.
+        ParamsError: it is not a text Gemma's; the error says why.
     """
     try:
         content = read_json(folder / CONFIG)
@@ -114,17 +114,17 @@ def check_headers(source: Source, commit: str, needed: list[RepoSibling], folder
     """
     files = {each.rfilename: each for each in needed}
 
-    def bring(name: str) -> None:
+    def save(name: str) -> None:
         if differs(folder, files[name]):
             download(source, commit, files[name], folder)
 
-    bring(CONFIG)
+    save(CONFIG)
     architecture = checked_architecture(source, folder)
     plain = any(name.endswith(".safetensors") for name in files)
     try:
         weights: tuple[str, ...] = (safetensors.SINGLE,) if plain else ()
         for name in INDEXES & files.keys():
-            bring(name)
+            save(name)
             weights = safetensors.shards_of(read_object(folder / name), folder / name)
             if absent := [shard for shard in weights if shard not in files]:
                 raise ParamsError(
@@ -141,7 +141,7 @@ def check_headers(source: Source, commit: str, needed: list[RepoSibling], folder
             safetensors.check_tensors(folder, stored)
         for name in files:
             if not WEIGHTS.fullmatch(name):
-                bring(name)
+                save(name)
         check_vocabulary(folder, "safetensors" if plain else "keras", architecture)
     except ParamsError:
         raise
@@ -183,7 +183,7 @@ def _beginning(source: Source, commit: str, name: str, count: int) -> bytes:
 
 
 def download(source: Source, commit: str, file: RepoSibling, folder: Path) -> None:
-    """Have huggingface_hub bring one file, and verify it; a copy of other bytes is fetched anew once.
+    """Download one file with huggingface_hub and verify it; a copy of other bytes is downloaded again once.
 
     Raises:
         StageError: the bytes are not those that the Hub announces.

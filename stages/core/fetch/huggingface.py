@@ -4,7 +4,7 @@
 Purpose: resolve a handle to one commit, have huggingface_hub download the files that are needed, verify each of them,
 and pin them. No pickle and no program is ever among them. Once they are here, no network is asked.
 Reads: the Hub, with the token that huggingface_hub finds. Writes, below our cache folder's `presets/`: the preset's
-folder `<owner>--<model>-huggingface-<commit>`, beside it a .json with what was found, and one with the commit that a
+folder `<owner>--<model>-huggingface-<commit>`, next to it a .json with what was found, and one with the commit that a
 revision stood for.
 """
 
@@ -81,7 +81,7 @@ def fetch_huggingface(preset: str, cache: Path) -> Manifest:
             try:
                 found = _present(source, preset, cache) or _restore(source, preset, cache)
             except ParamsError:
-                # A commit that was no use must not stand in the way of one that mends it.
+                # A commit that cannot be used must not block one that mends it.
                 _reference(source, cache).unlink(missing_ok=True)
                 raise
     return found

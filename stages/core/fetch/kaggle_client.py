@@ -228,7 +228,7 @@ class KaggleModel:
         first = f"Kaggle answered {status} for {self.handle}"
         if status in (401, 403) and self.credentials.source is None:
             return (
-                f"{first}: it wants an account that accepted the license, and no credentials were found.\n"
+                f"{first}: it needs an account that accepted the license, and no credentials were found.\n"
                 f"Accept it at {self.page}, make an API token at {SETTINGS_PAGE}, and set KAGGLE_API_TOKEN."
             )
         if status == 401:

@@ -194,7 +194,7 @@ def _from_file(path: Path, notes: tuple[str, ...]) -> Credentials:
     Raises:
         StageError: it cannot be read, or is not what Kaggle writes; what it holds is never shown.
     """
-    wanted = f'{path} must be the file that Kaggle hands out, {{"username": ..., "key": ...}}.'
+    wanted = f'{path} must be the file that Kaggle provides, {{"username": ..., "key": ...}}.'
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

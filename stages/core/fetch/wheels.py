@@ -214,7 +214,7 @@ def _explain(output: str, wheel: Wheel, *, stable: bool) -> str:
     if stable and (got := re.findall(GOT, output)):
         return (
             f"{wanted} must have sha256 {wheel.sha256}. Received: sha256={got[-1]}\n"
-            "Nothing was kept. The package index or a proxy hands out another file (`python -m pip config list`)."
+            "Nothing was kept. The package index or a proxy serves another file (`python -m pip config list`)."
         )
     if "Downloading " in output:
         reason = "a different SHA-256 on each attempt" if re.search(GOT, output) else _last_error(output)

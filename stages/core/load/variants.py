@@ -108,7 +108,7 @@ def load_variant(paths: Paths, variant: str, preset: Preset) -> LoadedModel:
         preset: from `open_preset`.
 
     Raises:
-        StageError: the preset is another than the variant's, or what lies in the variant's folder is damaged.
+        StageError: the preset is another than the variant's, or a file of the variant is damaged.
     """
     config = read_config(paths, variant)
     if config.base != preset.fingerprint:

@@ -24,7 +24,7 @@ from stages.core.model.tensor_parallel import Projections
 from stages.core.presets.architecture import FAMILIES
 
 Cache = tuple[jax.Array, jax.Array]
-# Puts an activation where the mesh wants it, by its role (see causal.activation_layout).
+# Constrains an activation's sharding by its role (see causal_lm.activation_layout).
 Constrain = Callable[[jax.Array, str], jax.Array]
 # One device: nothing is split.
 SINGLE = Projections()
@@ -77,7 +77,7 @@ def hidden_states(
         token_embeddings: (batch, length, hidden), rows of the embedding table, not yet scaled.
         mask: bool (batch, length, length), see `causal_mask`. Rotary embeddings only see differences of positions
             within a segment, so packed segments need no positions of their own.
-        constrain: where activations go on the mesh.
+        constrain: sets the sharding of activations.
         dropout: applied to what goes into an adapter.
         rematerialize: recompute each block in the backward pass instead of keeping its activations.
 
@@ -116,7 +116,7 @@ def hidden_states_cached(
         positions: int32 (batch, new), the position of each new token in its row; a row attends to all cache entries up
             to its own position, so what a row has beyond that (padding of a shorter prompt) is never seen.
         caches: keys and values (batch, capacity, key/value heads, head) a block.
-        constrain: where activations go on the mesh.
+        constrain: sets the sharding of activations.
     """
     keys_at = jnp.broadcast_to(
         jnp.arange(caches[0][0].shape[1], dtype=jnp.int32), (positions.shape[0], caches[0][0].shape[1])

@@ -40,7 +40,7 @@ class HeadPlan:
 
 
 def padded(table: jax.Array, plan: HeadPlan) -> jax.Array:
-    """Return the table (vocabulary, hidden) with as many rows of zeros at the end as the axis wants to divide it."""
+    """Return the table (vocabulary, hidden) padded with rows of zeros until the axis size divides it."""
     missing = 0 if plan.mesh is None else -table.shape[0] % plan.mesh.shape[plan.vocabulary_axis]
     if not missing:
         return table

@@ -194,7 +194,7 @@ def _compile(request: CompileRequest) -> StepCost:
 
 
 def _compiled_cost(compiled: Any, topology: Topology, known: dict[str, Any]) -> StepCost:
-    """Return what a compiled program needs and does, beside what is known of it already."""
+    """Return what a compiled program needs and does, together with what is already known of it."""
     memory = compiled.memory_analysis()
     text = compiled.as_text()
     costs = program_costs.costs(text)

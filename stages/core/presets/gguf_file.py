@@ -19,7 +19,7 @@ from stages.core.presets.untrusted import brief, refuse_pointer
 LARGEST_COUNT = 1 << 16
 """Tensors, or metadata values, of a file: the largest Gemma 3 has some 800."""
 
-# What a file may say of the model beside what is read, and the only values under which keras-hub computes the same.
+# Further keys that a file may have, and the only values under which keras-hub computes the same.
 FIXED: dict[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
     "rope.freq_base_swa": (1.0e4,),

@@ -129,7 +129,7 @@ def read_config(folder: Path) -> tuple[str, _Gemma]:
         config.pop("vision_config", None)
         if not isinstance(text, dict):
             raise StageError(f"A gemma3 configuration must hold a text_config. Received: none in {path}.")
-        # The outer part speaks for the whole model, and has no size of its own.
+        # The outer part describes the whole model, and has no sizes.
         parse(Typed, _understood(config, path), f"{path}, outside of text_config,")
         config = text
     return kind, parse(SCHEMAS[kind], _understood(config, path), str(path))
@@ -263,7 +263,7 @@ def _rope(config: _Gemma, path: Path) -> dict[str, tuple[float, float, str]]:
         if (form == "linear" and rope.factor is None) or (rope.rope_type or rope.type or form) != (rope.type or form):
             _refuse(f"rope scaling of {kind}", "one rope_type with its factor", {**older, **given}, path)
         if rope.factor not in (None, 1) and not (rope.rope_type or rope.type):
-            _refuse(f"rope scaling of {kind}", "a rope_type beside its factor", {**older, **given}, path)
+            _refuse(f"rope scaling of {kind}", "a rope_type with its factor", {**older, **given}, path)
         if rope.partial_rotary_factor not in (None, 1):
             _refuse("partial_rotary_factor", 1, rope.partial_rotary_factor, path)
         stated = config.rope_theta if kind == "full_attention" else getattr(config, "rope_local_base_freq", None)

@@ -15,7 +15,7 @@ FLOATS = ("float32", "bfloat16", "float16", "float64", "mixed_bfloat16", "mixed_
 # Keras' own bookkeeping, none of the backbone's arguments; dtype is ours to choose.
 BOOKKEEPING = ("name", "trainable", "dtype")
 
-# What Keras and keras-hub's older presets write beside class and arguments; none of it is read.
+# What Keras and keras-hub's older presets write in addition to class and arguments; none of it is read.
 KERAS_KEYS = {
     *("module", "class_name", "config", "registered_name", "build_config", "compile_config", "shared_object_id"),
     *("assets", "weights"),

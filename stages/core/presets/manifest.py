@@ -1,7 +1,7 @@
 """The preset manifest: which files a preset consists of, where they lie, and the check that they are unaltered.
 
 Purpose: the weights stay outside DVC, in the cache folder or the person's own; the manifest pins them by size and
-SHA-256, so every stage that reads them knows they are those it was told of.
+SHA-256, so every stage can verify the files that it reads.
 Reads: `models/preset/manifest.json` and the files it names.
 """
 
@@ -97,7 +97,7 @@ def _fetch_public(manifest: Manifest, root: Path) -> None:
 
 
 def preset_folder(source: str, folder: str, root: Path) -> Path:
-    """Return where a manifest's folder lies on this machine."""
+    """Return the path of a manifest's folder on this machine."""
     return root / Path(folder).expanduser() if source == "path" else cache_folder() / folder
 
 

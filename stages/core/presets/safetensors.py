@@ -78,7 +78,7 @@ def shards_of(index: dict[str, Any], path: Path) -> tuple[str, ...]:
     Keras writes one name or a list of names for each layer, Hugging Face one for each tensor.
 
     Raises:
-        StageError: it has no map, or one of something else than files beside it.
+        StageError: it has no map, or one that names anything but files next to it.
     """
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict):
@@ -87,9 +87,7 @@ def shards_of(index: dict[str, Any], path: Path) -> tuple[str, ...]:
     for target in weight_map.values():
         for name in target if isinstance(target, list) else [target]:
             if not isinstance(name, str) or not name or "\0" in name or Path(name).name != name:
-                raise StageError(
-                    f"{path} must name files beside it. Received: {shown(name)} (which does not lie there)"
-                )
+                raise StageError(f"{path} must name files next to it. Received: {shown(name)} (which is not there)")
             names.add(name)
     if not names:
         raise StageError(f"{path} must be an index with a weight_map. Received: an empty one")

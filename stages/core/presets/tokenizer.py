@@ -1,4 +1,4 @@
-"""Text to token ids and back, by the SentencePiece library or what stands in its place.
+"""Text to token ids and back, by the SentencePiece library or a replacement of it.
 
 Purpose: the same ids as keras-hub's and transformers' tokenizers give, without importing TensorFlow (4 s) as those do.
 Reads: a preset's SentencePiece model.

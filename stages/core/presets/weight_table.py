@@ -35,7 +35,7 @@ class StoredWeight(NamedTuple):
 
     Attributes:
         shape: keras-hub's.
-        kind: what it is beside the tensor that GGUF and Hugging Face files hold, where a linear layer is a matrix
+        kind: how it relates to the tensor in GGUF and Hugging Face files, where a linear layer is a matrix
             outputs x inputs: `scale` (a vector) and `rows` are the same, `transposed` is the transposed matrix,
             `heads_out` (heads, inputs, head size) has heads one after the other in the matrix's outputs, and
             `heads_in` (heads, head size, outputs) in its inputs.

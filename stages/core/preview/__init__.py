@@ -1,3 +1,3 @@
-"""What a person is told before a run: the sharding that it would have, and whether the plan says that it fits.
+"""What is reported before a run: its sharding, and whether the plan says that it fits.
 Imports `plan`, `sharding`, `fetch`, `presets`, `config`, `cli`, `records` and `common`.
 """

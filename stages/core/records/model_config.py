@@ -8,7 +8,7 @@ from stages.core.records.record import FileRecord, Record
 
 
 class TunedWeights(Record):
-    """The weights that finetune wrote beside `model.json`: the file, and what was trained (see `LoraConfig`)."""
+    """The weights that finetune wrote next to `model.json`: the file, and what was trained (see `LoraConfig`)."""
 
     file: str
     rank: int
@@ -26,7 +26,7 @@ class ModelConfig(FileRecord):
 
     Attributes:
         variant: `baseline` or `tuned`.
-        manifest: where the preset's manifest lies, relative to the repository.
+        manifest: path of the preset's manifest, relative to the repository.
         preset: its name.
         base: its fingerprint; other weights than these are refused.
         dtype: a Keras dtype policy name.

@@ -26,7 +26,7 @@ class WeightRow(Record):
 
 
 class Sharding(FileRecord):
-    """How a variant lay on the mesh, sizes in bytes.
+    """How a variant was sharded over the mesh; sizes in bytes.
 
     `bytes` and `replicated_fraction` are of the model, which is weights and LoRA; what a device holds, by kind and in
     all, counts the optimizer's state too. `replicated_bytes` is what a device holds that no axis but the batch axis

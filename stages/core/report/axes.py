@@ -41,7 +41,7 @@ def ticks(low: float, high: float, count: int = 5, least: float = 0.0) -> list[f
         return [low]
     step = max(nice_step(high - low, count), least)
     first, last = math.ceil(low / step - 1e-6), math.floor(high / step + 1e-6)
-    # 12 digits take away what multiplying by 0.1 leaves behind (0.30000000000000004).
+    # 12 digits drop the rounding error of multiplying by 0.1 (0.30000000000000004).
     return [float(f"{number * step:.12g}") for number in range(first, last + 1)]
 
 

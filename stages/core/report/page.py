@@ -1,4 +1,4 @@
-"""The report: one HTML page that shows an engineer what the pipeline did and how the model lay on the mesh.
+"""The report: one HTML page that shows an engineer what the pipeline did and how the model was sharded.
 
 Purpose: read every output, turn numbers into text with units, and render `template.html`. The page is one file:
 its style and script are inline, allowed by their hashes, and nothing else may run or load. Text from a model or a

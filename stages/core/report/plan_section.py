@@ -80,7 +80,7 @@ def _bar(sizes: Mapping[str, int | None], needed: int | None, memory: int) -> li
 
 
 def _beside_measured(target: Target, measured: FinetuneMetrics) -> list[str]:
-    """Return the planned figures of this very run beside those it measured."""
+    """Return the planned figures of this run next to the measured ones."""
     found = []
     if target.argument_bytes_per_device:
         planned = target.argument_bytes_per_device - target.batch_bytes_per_device

@@ -29,7 +29,7 @@ def declared_only() -> Iterator[None]:
 
 
 def set_value(variable: keras.Variable, value: jax.Array) -> None:
-    """Give a variable an array that lies where it is to stay; `assign` would lay it out once more."""
+    """Give a variable an array that is sharded already; `assign` would shard it once more."""
     variable._value = value
 
 

@@ -104,7 +104,7 @@ def resolve(rules: Sequence[Rule], weights: Iterable[Weight], mesh: MeshShape) -
             used[matches[0]] = True
         placements.append(place(weight, rules[matches[0]] if matches else None, mesh))
     for rule, was_used in zip(rules, used, strict=True):
-        # A rule for LoRA kernels cannot show its worth before there are any: the load stage lays out the base alone.
+        # A rule for LoRA kernels matches nothing before there are any: the load stage shards the base alone.
         premature = "lora" in rule.pattern and not has_adapter
         if not was_used and not rule.optional and not premature:
             example = next(

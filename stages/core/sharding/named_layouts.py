@@ -47,9 +47,9 @@ def make_layout(settings: Layout, architecture: Architecture, mesh: MeshShape) -
 def replication_advice(
     settings: Layout, architecture: Architecture, placements: Sequence[Placement], mesh: MeshShape
 ) -> Callable[[], str] | None:
-    """Return what `check_replication` tells to do: for `auto` the model axes that split these weights far enough.
+    """Return the advice of `check_replication`: for `auto` the model axes that split these weights far enough.
 
-    They are told in falling order, from the largest that the mesh has devices for; None for another layout.
+    In falling order, from the largest that the mesh has devices for; None for another layout.
     """
     if settings.name != "auto":
         return None
@@ -145,7 +145,7 @@ def _choices_within_block(architecture: Architecture) -> dict[str, list[Choice]]
 
 
 def _first_that_divides(size: int, pattern: str, choices: Sequence[Choice]) -> tuple[Spec, list[Fallback]]:
-    """Return the spec of the first choice that an axis of some size divides; anything but the first is told."""
+    """Return the spec of the first choice that an axis of some size divides, and a fallback for any but the first."""
     unit, count, _ = choices[0]
     for place, (name, length, spec) in enumerate(choices):
         if length % size == 0:

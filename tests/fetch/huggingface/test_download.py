@@ -148,7 +148,7 @@ def test_a_hub_that_is_busy_or_stumbles_is_asked_again(hub, fetch):
         (
             "",
             {"gated": True},
-            f"Hugging Face answered 401 for {REPO}: it wants an account that accepted the license, and no token was",
+            f"Hugging Face answered 401 for {REPO}: it needs an account that accepted the license, and no token was",
             f"Accept it at https://huggingface.co/{REPO}, make a token at https://huggingface.co/settings/tokens",
         ),
         (
