@@ -1,7 +1,7 @@
 """Fine-tune with LoRA, or every weight with rank 0, by Keras' `fit` on the sharded model.
 
-Reads: `models/baseline/model.json` and the preset, `data/tokens/*.npz`; params `finetune` and `generate.turns` (for
-samples). A stopped run resumes from its newest checkpoint, in the cache folder.
+Reads: `models/baseline/model.json` and the preset, `data/tokens/*.npz`; params `finetune` and `generate.chat_template`
+(for samples). A stopped run resumes from its newest checkpoint, in the cache folder.
 Writes: `models/tuned/`, `data/sharding/tuned.json`, `data/plots/finetune.csv`, `data/plots/samples.jsonl`,
 `data/metrics/finetune.json`.
 Command: `python -m stages.finetune`
@@ -35,14 +35,14 @@ def main(run: Run, profile: Path | None) -> None:
     from stages.core.tokenize.store import read_sequences
 
     began = time.perf_counter()
-    settings, turns = run.params.finetune, run.params.generate.turns
+    settings, chat_template = run.params.finetune, run.params.generate.chat_template
     preset = variants.open_preset(run.paths)
     tokenizer = format_of(preset.manifest.format).load_tokenizer(preset.folder)
     config = variants.read_config(run.paths, "baseline")
     model = trainer.load_trainable(preset, config, settings)
     sequences = {split: read_sequences(run.paths, split) for split in ("train", "validation")}
     warn_before_running(run.paths.root, run_of(config, settings, sequences["train"]["token_ids"].shape[1]))
-    prompting.warn_of_another_format(tokenizer, sequences["train"], turns=turns)
+    prompting.warn_of_another_format(tokenizer, sequences["train"], chat_template=chat_template)
     store = trainer.checkpoints(run.paths, config, model.platform, settings)
     result = trainer.fit(
         model,
@@ -50,7 +50,7 @@ def main(run: Run, profile: Path | None) -> None:
         settings,
         store=store,
         tokenizer=tokenizer,
-        turns=turns,
+        chat_template=chat_template,
         profile=profile,
         load_seconds=time.perf_counter() - began,
     )

@@ -28,7 +28,7 @@ def main(run: Run, variant: str) -> None:
     tokenizer = format_of(preset.manifest.format).load_tokenizer(preset.folder)
     model = variants.load_variant(run.paths, variant, preset)
     causal = make_model(model.backbone, model.jax_mesh, model.placements)
-    prompts, stops = prompting.encode(tokenizer, settings.prompts, turns=settings.turns)
+    prompts, stops = prompting.encode(tokenizer, settings.prompts, chat_template=settings.chat_template)
     pieces = tokenizer.vocabulary_size
     sampler = sampling.SamplerSettings(settings.max_tokens, settings.temperature, settings.top_k, stops, pieces)
     logger.info(f"Generating up to {settings.max_tokens} tokens for each of {len(prompts)} prompts with {variant} ...")

@@ -114,8 +114,8 @@ def test_a_model_and_data_of_ones_own_stay_unless_the_profile_is_about_them(name
     assert (value(text, "fetch.path") == "/models/mine") == (name not in ABOUT)
     assert value(text, "prepare.train_file") == (None if name in ABOUT - {"instruct"} else "my.csv")
     assert value(text, "prepare.validation_file") == (None if name in ABOUT - {"instruct"} else "held.csv")
-    assert (value(text, "prepare.prompt_column") == "ask") == value(text, "generate.turns")
-    assert value(text, "generate.turns") == (name not in ABOUT - {"instruct"})
+    assert (value(text, "prepare.prompt_column") == "ask") == value(text, "generate.chat_template")
+    assert value(text, "generate.chat_template") == (name not in ABOUT - {"instruct"})
 
 
 def test_a_folder_with_the_dataset_stays_where_the_dataset_does():

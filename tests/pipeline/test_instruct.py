@@ -36,7 +36,7 @@ SETTINGS = [
     "finetune.sample_prompt=What of the comedy about the moon?",
     "finetune.checkpoint_every=null",
     "generate.prompts=['What of the film about two brothers?']",
-    "generate.turns=true",
+    "generate.chat_template=true",
     "generate.max_tokens=24",
 ]
 STAGES = ("fetch", "prepare", "tokenize", "load", "finetune", "generate", "evaluate")

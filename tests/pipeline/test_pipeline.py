@@ -82,7 +82,7 @@ def test_dvcs_own_views_show_something_sensible(repository: Path):
 CHANGES = {
     "a prompt and the chat format": (
         "generate",
-        {"prompts": ["Best comedy movies in the 90s "], "turns": True},
+        {"prompts": ["Best comedy movies in the 90s "], "chat_template": True},
         {"generate@baseline", "generate@tuned", "report"},
     ),
     "the learning rate": ("finetune", {"learning_rate": 0.002}, TUNED),

@@ -176,10 +176,10 @@ def test_every_piece_that_is_special_for_the_model_counts_and_markup_does_not():
 
 
 def test_prompts_are_put_as_they_stand_or_in_turns_which_end_with_their_own_token():
-    plain, stops = prompting.encode(FOUND_IN_TEXT, ["This was", " so"], turns=False)
+    plain, stops = prompting.encode(FOUND_IN_TEXT, ["This was", " so"], chat_template=False)
     assert plain == [[FOUND_IN_TEXT.bos, *FOUND_IN_TEXT.encode(text)] for text in ("This was", " so")]
     assert stops == (FOUND_IN_TEXT.eos,)
-    put, stops = prompting.encode(FOUND_IN_TEXT, ["This was", " so"], turns=True)
+    put, stops = prompting.encode(FOUND_IN_TEXT, ["This was", " so"], chat_template=True)
     assert put == ChatTemplate(FOUND_IN_TEXT).prompts(["This was", " so"])
     assert stops == (FOUND_IN_TEXT.eos, ChatTemplate(FOUND_IN_TEXT).end)
 
@@ -452,13 +452,13 @@ def test_training_on_turns_while_prompts_are_not_put_in_them_is_warned_of_in_one
     project, logged, rows, turns, warned
 ):
     trained = project(rows, "gemma3_instruct_270m")
-    prompting.warn_of_another_format(FOUND_IN_TEXT, trained, turns=turns)
+    prompting.warn_of_another_format(FOUND_IN_TEXT, trained, chat_template=turns)
     assert len(logged()) == warned
-    assert all("generate.turns: true" in line and "\n" not in line for line in logged())
+    assert all("generate.chat_template: true" in line and "\n" not in line for line in logged())
 
 
 def test_a_vocabulary_without_turns_warns_of_none(project, logged):
     trained = project(TEXTS, "gemma3_270m")
     without = Tokenizer.from_proto(tiny_presets.tiny_proto(turns=()))
-    prompting.warn_of_another_format(without, trained, turns=False)
+    prompting.warn_of_another_format(without, trained, chat_template=False)
     assert logged() == []

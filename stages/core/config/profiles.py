@@ -91,7 +91,7 @@ PROFILES: dict[str, Profile] = {
         "finetune.epsilon=1.0e-7",
         "finetune.clip_norm=null",
         "finetune.rematerialize=false",
-        "generate.turns=false",
+        "generate.chat_template=false",
         "generate.temperature=0.0",
         "plan.targets="
         '[{preset: gemma_7b_en, topology: "v3:2x2", mesh: [1, 8], layout: auto, dtype: float32, batch_size: 2, '
@@ -180,7 +180,7 @@ PROFILES: dict[str, Profile] = {
         "prepare.prompt_column=prompt",
         "prepare.response_column=response",
         "finetune.batch_size=2",
-        "generate.turns=true",
+        "generate.chat_template=true",
         'plan.targets=[{topology: "v5e:2x4"}]',
         about=("fetch", "prepare"),
     ),
@@ -199,7 +199,7 @@ OWN_DATA = (
     "prepare.prompt_column",
     "prepare.response_column",
     "prepare.label_column",
-    "generate.turns",
+    "generate.chat_template",
 )
 OWN_MODEL = ("fetch.source", "fetch.preset", "fetch.path")
 

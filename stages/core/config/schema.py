@@ -205,7 +205,7 @@ class Generate(Section):
     """The prompts and how they are continued."""
 
     prompts: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
-    turns: bool
+    chat_template: bool
     max_tokens: Annotated[int, Field(ge=1, le=8192)]
     temperature: Annotated[float, Field(ge=0, le=10)]
     top_k: Positive | None

@@ -141,7 +141,7 @@ def fit(
     *,
     store: Store | None = None,
     tokenizer: Tokenizer | None = None,
-    turns: bool = False,
+    chat_template: bool = False,
     profile: Path | None = None,
     load_seconds: float = 0.0,
 ) -> Result:
@@ -153,7 +153,7 @@ def fit(
         settings: the training settings.
         store: the run's checkpoints; None: none are read or written, and signals act as usual.
         tokenizer: for samples; None: none are made.
-        turns: apply the chat template to the sample prompt.
+        chat_template: apply the chat template to the sample prompt.
         profile: folder for a JAX profile of a few steps.
         load_seconds: time that loading the model took, for the metrics.
 
@@ -185,7 +185,7 @@ def fit(
         # No backward pass holds activations, so more sequences fit into a batch, and fewer calls cost less.
         held_out=Batches(sequences["validation"], 4 * settings.batch_size, model.mesh_shape),
         store=store,
-        sample=_sampler(causal, tokenizer, settings, turns) if tokenizer and settings.sample_every else None,
+        sample=_sampler(causal, tokenizer, settings, chat_template) if tokenizer and settings.sample_every else None,
         profile=profile,
     )
     _train(causal, setup, history, checkpoint, make_batches)
@@ -269,9 +269,9 @@ def _change_check(causal: CausalModel, settings: Finetune, steps: int) -> Callab
     return check
 
 
-def _sampler(causal: CausalModel, tokenizer: Tokenizer, settings: Finetune, turns: bool) -> Callable[[], str]:
+def _sampler(causal: CausalModel, tokenizer: Tokenizer, settings: Finetune, chat_template: bool) -> Callable[[], str]:
     """Return a function that continues the sample prompt, compiled once."""
-    prompts, stops = prompting.encode(tokenizer, [settings.sample_prompt], turns=turns)
+    prompts, stops = prompting.encode(tokenizer, [settings.sample_prompt], chat_template=chat_template)
     sampler = Sampler(causal, SamplerSettings(settings.sample_tokens, 0.0, None, stops, tokenizer.vocabulary_size))
     return lambda: tokenizer.decode(sampler(prompts, 0)[0])
 

@@ -44,7 +44,7 @@ class ChatTemplate:
                 raise StageError(
                     f"Gemma's chat template needs a vocabulary with the piece {piece}. Received: "
                     f"{tokenizer.vocabulary_size} other pieces\nTake an instruct preset, or data with one text per row "
-                    "(prepare.prompt_column: null) and generate.turns: false."
+                    "(prepare.prompt_column: null) and generate.chat_template: false."
                 )
         self._start, self.end = ids[START], ids[END]
         self._encode = ControlTokens(tokenizer).as_text
