@@ -200,6 +200,16 @@ class Finetune(Section):
         """What is trained, as it is passed on."""
         return LoraConfig(self.rank, self.alpha, tuple(self.targets))
 
+    @property
+    def step_key(self) -> dict[str, Any]:
+        """What distinguishes the train step of these settings from another, as fields of `RunKey`."""
+        return {
+            "batch_size": self.batch_size,
+            "rank": self.rank,
+            "lora_targets": list(self.lora.targets) or None,
+            "rematerialize": self.rematerialize,
+        }
+
 
 class Generate(Section):
     """The prompts and how they are continued."""

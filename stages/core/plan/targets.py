@@ -83,7 +83,6 @@ def step_of(
     path: str | None = None,
 ) -> StepRequest:
     """Return a step, with the other sections' settings for whatever is None."""
-    # Keras chooses its backend when it is first imported: `devices.configure` comes before this.
     named = params.layout if layout is None else params.layout.model_copy(update={"name": layout, "rules": None})
     changes = {
         "rank": step.rank,
@@ -129,12 +128,9 @@ def run_key(name: str, step: StepRequest) -> RunKey:
         mesh=list(step.mesh.shape),
         layout=step.layout.name,
         dtype=step.dtype,
-        batch_size=step.settings.batch_size,
         length=step.length,
-        rank=step.settings.rank,
-        lora_targets=list(step.settings.lora.targets) or None,
-        rematerialize=step.settings.rematerialize,
         step=step.path,
+        **step.settings.step_key,
     )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -64,10 +63,6 @@ def run_of(config: ModelConfig, settings: Finetune | None = None, length: int | 
         settings: of `finetune`; None in `load`.
         length: tokens per sequence.
     """
-    trained: dict[str, Any] = {}
-    if settings:
-        trained = {key: getattr(settings, key) for key in ("batch_size", "rank", "rematerialize")}
-        trained["lora_targets"] = list(settings.lora.targets) or None
     return RunKey(
         preset=config.preset,
         mesh=list(config.mesh.shape),
@@ -75,5 +70,5 @@ def run_of(config: ModelConfig, settings: Finetune | None = None, length: int | 
         dtype=config.dtype,
         step="ours",
         length=length,
-        **trained,
+        **(settings.step_key if settings else {}),
     )

@@ -267,16 +267,12 @@ def fallbacks(sharding: dict[str, Sharding]) -> list[dict[str, str]]:
 
 def run_as_planned(sharding: Sharding, params: Params) -> RunKey:
     """Return how the model was trained, as the plan names a step."""
-    tuning = params.finetune
     return RunKey(
         preset=sharding.preset,
         mesh=list(sharding.mesh.shape),
         layout=sharding.layout,
         dtype=sharding.dtype,
-        batch_size=tuning.batch_size,
         length=params.tokenize.length,
-        rank=tuning.rank,
-        lora_targets=list(tuning.lora.targets) or None,
-        rematerialize=tuning.rematerialize,
         step="ours",
+        **params.finetune.step_key,
     )
