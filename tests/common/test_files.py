@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from stages.core import files
@@ -20,8 +21,6 @@ from tests.support.repository import ROOT, STAGES
 
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
 def test_an_output_is_as_readable_as_the_persons_other_files_and_the_umask_is_left_alone(tmp_path, monkeypatch, mask):
-    import numpy as np
-
     before = os.umask(mask)
     umask = os.umask
     monkeypatch.setattr(os, "umask", lambda value: pytest.fail(f"the umask was {value} for a moment"))

@@ -15,6 +15,11 @@ from stages.core.common.errors import ParamsError
 from stages.core.config.edit import rewrite
 from stages.core.config.profiles import PROFILES, apply
 from stages.core.config.reader import check_params, parse, plain
+from stages.core.fetch import catalog
+from stages.core.plan import compilation, search, shapes, targets, topology
+from stages.core.sharding.layout import check_replication
+from stages.core.sharding.mesh import MeshShape
+from stages.core.sharding.named_layouts import make_layout
 from tests.support.plans import has_libtpu
 from tests.support.repository import ROOT
 
@@ -107,7 +112,7 @@ def test_a_model_and_data_of_ones_own_stay_unless_the_profile_is_about_them(name
     mine = with_values(
         fetch__source="path", fetch__preset="mine", fetch__path="/models/mine",
         prepare__source="files", prepare__train_file="my.csv", prepare__validation_file="held.csv",
-        prepare__prompt_column="ask", prepare__response_column="say", generate__turns="true",
+        prepare__prompt_column="ask", prepare__response_column="say", generate__chat_template="true",
     )  # fmt: skip
     text = applied(name, mine)
     check_params(text, "params.yaml")
@@ -293,12 +298,6 @@ def params_of(name: str):
 
 @EVERY
 def test_the_layout_fits_the_preset_and_the_mesh(devices, name: str):
-    from stages.core.fetch import catalog
-    from stages.core.load import shapes
-    from stages.core.sharding.layout import check_replication
-    from stages.core.sharding.mesh import MeshShape
-    from stages.core.sharding.named_layouts import make_layout
-
     params = params_of(name)
     architecture = catalog.architecture(params.fetch.preset)
     mesh = MeshShape(tuple(params.mesh.shape))
@@ -323,8 +322,6 @@ def test_the_step_fits_where_the_plan_of_the_profile_puts_it(devices, name: str)
     """Over a program of two blocks, in seconds; a 7B compiled whole takes a minute. Its temporaries times the model's
     depth are more than the whole step's; where that is too much to tell, a program of four blocks gives the slope, as
     in `plan.search`."""
-    from stages.core.plan import compilation, search, targets, topology
-
     params = params_of(name)
     own = (params.mesh.shape, params.load.dtype, params.tokenize.length, params.finetune, params.layout.name)
     for target in params.plan.targets:

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import log_softmax
 
 from stages.core.common.errors import StageError
 from stages.core.evaluate import measure as evaluation
 from stages.core.evaluate import review_losses
 from stages.core.evaluate.review_losses import ReviewLosses
+from stages.core.model.causal_lm import make_model
 from stages.core.sharding.mesh import MeshShape
 from stages.core.tokenize import held_out
 from tests.support.repository import FAMILIES
@@ -39,8 +41,6 @@ def measure(
     folder: Path, shape: tuple[int, int] = (1, 1), max_length: int = 512, batch_tokens: int = 512, rank: int | None = 2
 ) -> ReviewLosses:
     """Measure these sequences under a tiny model, with an adapter unless there is no rank."""
-    from stages.core.model.causal_lm import make_model
-
     model = load_tiny(folder, shape, rank=rank)
     causal = make_model(model.backbone, model.jax_mesh, model.placements)
     causal.compile(optimizer=None, loss=None, jit_compile=True)
@@ -64,8 +64,6 @@ def whole(presets) -> ReviewLosses:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_review_is_measured_as_keras_hub_reads_it_alone(presets, family):
-    from scipy.special import log_softmax
-
     measured = measure(presets[family], rank=None)
     read = keras_hub_reads(presets[family])
     for row in ALONE:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from stages.core.common.errors import StageError
+from stages.core.config.schema import Layout
+from stages.core.finetune import trainer
+from stages.core.load import lora_kernels
+from stages.core.load.backbone import build_backbone
+from stages.core.model.causal_lm import make_model
 from stages.core.records.layout import LoraConfig
-from tests.support.tiny_models import load_tiny, open_tiny
+from tests.support.tiny_models import describe, load_tiny, open_tiny
 from tests.support.tiny_runs import distance, settings, train
 
 BLOCK = ("attention/query", "attention/key", "attention/value", "attention/attention_output")
@@ -25,9 +31,6 @@ TARGETS = {
 
 
 def declared(preset, targets):
-    from stages.core.load import lora_kernels
-    from stages.core.load.backbone import build_backbone
-
     backbone = build_backbone(open_tiny(preset).architecture, "float32")
     lora_kernels.declare(backbone, LoraConfig(2, None, tuple(targets)))
     return backbone
@@ -49,10 +52,6 @@ def test_a_target_that_matches_nothing_is_told_with_the_layers_there_are(presets
 
 
 def test_rules_that_do_not_divide_an_adapter_stop_finetune_before_anything_is_allocated(presets, monkeypatch):
-    from stages.core.config.schema import Layout
-    from stages.core.finetune import trainer
-    from tests.support.tiny_models import describe
-
     rule = {"pattern": ".*/query/lora_kernel_b", "spec": ["model", None]}
     layout = Layout.model_validate({"name": "rules", "rules": [rule], "max_replicated_fraction": 1.0})
     preset = open_tiny(presets["gemma3"])
@@ -78,10 +77,6 @@ def test_dropout_changes_training_and_not_what_is_measured(presets, plain):
 
 
 def test_what_is_dropped_differs_by_layer_step_and_seed_and_is_the_named_share(presets):
-    import jax.numpy as jnp
-
-    from stages.core.model.causal_lm import make_model
-
     model = load_tiny(presets["gemma3"], (1, 1), rank=2)
     ones = jnp.ones((64, 64))
     masks = {}

@@ -6,9 +6,21 @@ import gzip
 import json
 import math
 
+import jax
 import numpy as np
 import pytest
 
+from stages.core.common.host_memory import Growth, peak_host_bytes
+from stages.core.finetune import trainer
+from stages.core.finetune.callback import History
+from stages.core.finetune.checkpoint import Store
+from stages.core.finetune.flops import step_flops
+from stages.core.finetune.result import Result
+from stages.core.load import lora_kernels
+from stages.core.load.backbone import build_backbone
+from stages.core.presets.formats import format_of
+from stages.core.records.finetune import Step
+from stages.core.records.layout import LoraConfig
 from tests.support.declared import architecture
 from tests.support.tiny_models import load_tiny, sequences
 from tests.support.tiny_runs import data, settings, train
@@ -17,9 +29,6 @@ from tests.support.tiny_runs import data, settings, train
 @pytest.fixture(scope="module")
 def measured(presets, tmp_path_factory):
     """A run of six steps with everything on, its metrics and the folder of its profile."""
-    from stages.core.finetune.checkpoint import Store
-    from stages.core.presets.formats import format_of
-
     folder = tmp_path_factory.mktemp("profile")
     wanted = settings(
         batch_size=2, steps=6, epochs=2, validate_every=2, sample_every=3, sample_tokens=2, checkpoint_every=2
@@ -57,8 +66,6 @@ def test_the_share_of_the_peak_follows_from_flops_time_and_the_measured_product(
 
 
 def test_memory_is_told_as_what_is_held_and_how_far_a_step_grows():
-    from stages.core.common.host_memory import Growth, peak_host_bytes
-
     grown = Growth()
     block = np.ones(2**26, "f4")
     if grown.bytes() is None:
@@ -80,11 +87,6 @@ def test_a_profile_opens_in_tensorboard_and_perfetto(measured):
 
 
 def test_the_flops_of_gemma_3_270m_are_those_of_a_count_by_hand(devices):
-    from stages.core.finetune.flops import step_flops
-    from stages.core.load import lora_kernels
-    from stages.core.load.backbone import build_backbone
-    from stages.core.records.layout import LoraConfig
-
     blocks = 18 * (640 * 256 * (4 + 1 + 1 + 4) + 3 * 640 * 2048)
     head = 262_144 * 640
     attention = 12 * 128 * (4 * 256) * 18
@@ -100,11 +102,6 @@ def test_the_flops_of_gemma_3_270m_are_those_of_a_count_by_hand(devices):
 @pytest.mark.parametrize("rank", [0, 2])
 def test_the_formula_agrees_with_the_products_in_the_program(presets, rank):
     """Counted in the step's own program; the first block needs no gradient in its frozen inputs, hence the margin."""
-    import jax
-
-    from stages.core.finetune import trainer
-    from stages.core.finetune.flops import step_flops
-
     model = load_tiny(presets["gemma3"], (1, 1), rank=rank)
     causal = trainer.make_causal(model, settings(rank=rank))
     causal.compile(optimizer=None, loss=None)
@@ -130,10 +127,6 @@ def test_the_formula_agrees_with_the_products_in_the_program(presets, rank):
 
 
 def test_a_run_in_two_processes_counts_two_compilations():
-    from stages.core.finetune.callback import History
-    from stages.core.finetune.result import Result
-    from stages.core.records.finetune import Step
-
     rest = dict.fromkeys(Step.model_fields, 1)
     rows = [Step(**rest | {"loss": float(tokens), "tokens": tokens}) for tokens in (1, 3, 3, 1, 5, 1)]
     history = History(rows=rows, step_seconds=[9.0, 1.0, 1.0, 5.0, 1.0, 1.0], first_steps=[0, 3], step_growth=5)

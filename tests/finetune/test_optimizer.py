@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 
+import keras
 import numpy as np
 import pytest
 
 from stages.core.common.errors import ParamsError
+from stages.core.finetune.optimizer import make_optimizer
+from stages.core.finetune.trainer import check_length
 from tests.support.tiny_runs import data, distance, settings, train
 
 
@@ -123,8 +126,6 @@ def test_more_batches_than_an_epoch_has_are_not_accumulated(presets):
     ids=str,
 )
 def test_a_setting_that_does_nothing_in_a_run_of_this_length_is_told_in_one_line(logged, changes, told):
-    from stages.core.finetune.trainer import check_length
-
     wanted = settings(**changes)
     per_epoch = math.ceil(4 / wanted.gradient_accumulation)
     total = min(wanted.epochs * per_epoch, wanted.steps or 10**9)
@@ -140,10 +141,6 @@ def test_adams_own_settings_reach_the_weights(presets, plain, changes):
 
 
 def test_an_update_is_keras_formula_with_epsilon_outside_of_the_bias_correction(devices):
-    import keras
-
-    from stages.core.finetune.optimizer import make_optimizer
-
     optimizer = make_optimizer(settings(beta_1=0.8, beta_2=0.9, epsilon=0.5, weight_decay=0.0), 3)
     weight = keras.Variable(np.ones(3, "f4"))
     optimizer.build([weight])

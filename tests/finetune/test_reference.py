@@ -16,6 +16,7 @@ import json
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from stages.core.finetune import trainer
 from stages.core.load import lora_kernels
@@ -43,8 +44,6 @@ def recorded() -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def folders(devices, tmp_path_factory):
     """The first weights of each family as a Hugging Face folder."""
-    from safetensors.numpy import save_file
-
     base = tmp_path_factory.mktemp("reference")
     for family, config in CONFIGS.items():
         (base / family).mkdir()

@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 from ruamel.yaml import YAML
@@ -236,8 +237,6 @@ def test_what_was_saved_comes_back_and_only_the_newest_are_kept(store: Store, lo
 
 
 def test_bfloat16_comes_back_as_bfloat16(store: Store, logged):
-    import ml_dtypes
-
     array = np.arange(5, dtype=np.float32).astype(ml_dtypes.bfloat16)
     store.save(1, {"b": array}, {})
     found = store.newest().arrays["b"]

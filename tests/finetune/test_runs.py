@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import jax
+import keras
 import numpy as np
 import pytest
 
 from stages.core.common.errors import StageError
-from tests.support.tiny_models import load_tiny, open_tiny, sequences
+from stages.core.finetune import trainer
+from stages.core.finetune.checkpoint import Store
+from stages.core.generate import sampling
+from stages.core.model.causal_lm import make_model
+from stages.core.presets.formats import format_of
+from stages.core.tokenize.batches import Batches
+from tests.support.tiny_models import describe, load_tiny, open_tiny, sequences
 from tests.support.tiny_runs import data, distance, settings, train
 
 
 @pytest.mark.parametrize("rank", [0, 2], ids=["full", "lora"])
 def test_a_run_that_changes_no_bit_fails(presets, rank, monkeypatch):
-    import keras
-
     monkeypatch.setattr(keras.optimizers.AdamW, "update_step", lambda *arguments: None)
     with pytest.raises(StageError, match=r"changed no bit.*Received: steps=1, learning_rate=0\.01.*Set a higher"):
         train(presets["gemma3"], settings(batch_size=2, steps=1, rank=rank, weight_decay=0.0))
@@ -25,16 +31,11 @@ def test_a_run_that_changes_no_bit_fails(presets, rank, monkeypatch):
 
 
 def finetuning_of_a_new_adapter(preset, wanted):
-    from stages.core.finetune import trainer
-
     model = load_tiny(preset, (1, 1), rank=wanted.rank, random_b=False)
     return trainer.fit(model, data(), wanted)
 
 
 def test_every_weight_in_bfloat16_is_refused_where_a_baseline_of_it_is_met(presets):
-    from stages.core.finetune import trainer
-    from tests.support.tiny_models import describe
-
     preset = open_tiny(presets["gemma3"])
     with pytest.raises(StageError, match=r"must be mixed_bfloat16 .*finetune\.rank=0"):
         trainer.load_trainable(preset, describe(preset, (1, 1), dtype="bfloat16"), settings(rank=0))
@@ -49,9 +50,6 @@ def test_every_weight_learns_in_mixed_bfloat16(presets):
 
 def test_a_pass_that_keras_cuts_short_is_finished_in_training_and_fails_in_measuring(presets, plain, monkeypatch):
     """As KERAS_MAX_STEPS_PER_EPOCH cuts it."""
-    from stages.core.model.causal_lm import make_model
-    from stages.core.tokenize.batches import Batches
-
     monkeypatch.setattr(Batches, "__len__", lambda self: 1)
     result, weights = train(presets["gemma3"], settings(batch_size=2))
     assert result.history.steps == 4
@@ -65,18 +63,12 @@ def test_a_pass_that_keras_cuts_short_is_finished_in_training_and_fails_in_measu
 
 
 def test_a_step_that_trains_fewer_tokens_than_its_sequences_have_fails(presets, monkeypatch):
-    from stages.core.tokenize.batches import Batches
-
     monkeypatch.setattr(Batches, "tokens_of", lambda self, epoch, step: 59)
     with pytest.raises(StageError, match=r"must train all 59 tokens of its sequences\. Received: tokens=58"):
         train(presets["gemma3"], settings(batch_size=2))
 
 
 def test_recomputing_blocks_keeps_less_for_the_backward_pass_and_gives_the_same_weights(presets, plain):
-    import jax
-
-    from stages.core.finetune import trainer
-
     def kept_bytes(rematerialize):
         """What the forward pass hands to the backward pass, weights left out, on any backend."""
         model = load_tiny(presets["gemma3"], (1, 1), rank=2)
@@ -122,8 +114,6 @@ def test_a_loss_that_is_not_finite_names_step_rate_and_reviews(presets):
 
 def test_weights_that_are_not_finite_are_never_kept(presets, tmp_path, monkeypatch, logged):
     """A gradient may overflow where the loss does not; the step's own loss then tells nothing of it."""
-    from stages.core.finetune.checkpoint import Store
-
     monkeypatch.setenv("GEMMA_TUNING_CACHE", str(tmp_path))
     store = Store("overflow", keep=2)
     given = data()
@@ -139,9 +129,6 @@ def test_weights_that_are_not_finite_are_never_kept(presets, tmp_path, monkeypat
 
 
 def test_a_sample_that_fails_is_told_in_one_line_and_the_run_goes_on(presets, monkeypatch, logged):
-    from stages.core.generate import sampling
-    from stages.core.presets.formats import format_of
-
     def fail(*_: object) -> None:
         raise IndexError("a row\nwithout a piece")
 

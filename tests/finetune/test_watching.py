@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import re
 
+import jax
 import pytest
 
+from stages.core.finetune import trainer
+from stages.core.generate.sampling import Sampler, SamplerSettings
+from stages.core.model.causal_lm import make_model
+from stages.core.presets.formats import format_of
+from stages.core.tokenize.batches import Batches
 from tests.support.tiny_models import load_tiny
 from tests.support.tiny_runs import data, distance, settings, train
 
@@ -50,14 +56,10 @@ def test_validation_comes_when_it_is_wanted_and_changes_nothing(presets, plain):
 
 
 def test_early_stopping_gives_the_weights_of_the_lowest_held_out_loss(presets, logged):
-    from stages.core.tokenize.batches import Batches
-
     # Random targets: what some sequences teach is wrong for others.
     given = data()
     wanted = settings(batch_size=4, epochs=40, learning_rate=0.05, validate_every=2, early_stopping=3)
     model = load_tiny(presets["gemma3"], (1, 1), rank=2)
-    from stages.core.finetune import trainer
-
     history = trainer.fit(model, given, wanted).history
     held_out = [row.validation_loss for row in history.rows if row.validation_loss is not None]
     assert history.steps < 80
@@ -71,8 +73,6 @@ def test_early_stopping_gives_the_weights_of_the_lowest_held_out_loss(presets, l
 
 
 def test_samples_are_taken_on_the_way_and_change_nothing(presets, plain):
-    from stages.core.presets.formats import format_of
-
     tokenizer = format_of("keras").load_tokenizer(presets["gemma3"])
     wanted = settings(batch_size=2, sample_every=2, sample_prompt="This movie was", sample_tokens=5)
     result, weights = train(presets["gemma3"], wanted, tokenizer=tokenizer)
@@ -83,9 +83,6 @@ def test_samples_are_taken_on_the_way_and_change_nothing(presets, plain):
 
 
 def test_sampling_again_compiles_nothing_and_sees_the_new_weights(presets):
-    from stages.core.generate.sampling import Sampler, SamplerSettings
-    from stages.core.model.causal_lm import make_model
-
     model = load_tiny(presets["gemma3"], (1, 2), rank=2)
     causal = make_model(model.backbone, model.jax_mesh, model.placements)
     sampler = Sampler(causal, SamplerSettings(8, 0.0, None, stop_ids=(1,)))
@@ -98,8 +95,6 @@ def test_sampling_again_compiles_nothing_and_sees_the_new_weights(presets):
 
 
 def test_a_step_is_compiled_once_however_often_the_run_is_looked_at(presets, caplog):
-    import jax
-
     with jax.log_compiles(), caplog.at_level("WARNING"):
         train(presets["gemma3"], settings(batch_size=2, epochs=3, validate_every=3))
     compiled = [

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from stages.core.generate import sampling
+from stages.core.model.causal_lm import make_model
 from tests.support.repository import FAMILIES
 from tests.support.tiny_models import keras_hub_reads, load_tiny
 
@@ -15,9 +17,6 @@ LONGEST = 16
 
 def sample(model, prompts, *, temperature=0.0, top_k=None, stop_ids=(NO_STOP,), count=6, seed=0, pieces=None):
     """Run the sampler."""
-    from stages.core.generate import sampling
-    from stages.core.model.causal_lm import make_model
-
     causal = make_model(model.backbone, model.jax_mesh, model.placements)
     settings = sampling.SamplerSettings(count, temperature, top_k, stop_ids, pieces)
     return sampling.generate(causal, prompts, settings, seed)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from stages.core.common.errors import StageError
 from stages.core.load import adapter
@@ -58,8 +59,6 @@ def test_a_damaged_file_is_told(tmp_path: Path, keep: int):
 
 
 def test_a_file_of_another_program_is_refused(tmp_path: Path):
-    from safetensors.numpy import save_file
-
     save_file(ARRAYS, tmp_path / "other.safetensors")
     with pytest.raises(StageError, match="must be written by this project"):
         adapter.load(tmp_path / "other.safetensors", "b" * 64)

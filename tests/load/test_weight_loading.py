@@ -6,12 +6,16 @@ import shutil
 from pathlib import Path
 
 import h5py
+import keras
 import numpy as np
 import pytest
 
 from stages.core.common.errors import StageError
 from stages.core.load import variants, weight_loading
+from stages.core.load.backbone import build_backbone
 from stages.core.presets.architecture import Architecture
+from stages.core.presets.formats import format_of
+from stages.core.presets.weight_table import weight_table
 from tests.support.repository import FAMILIES
 from tests.support.tiny_models import describe, load_tiny, open_tiny
 
@@ -37,8 +41,6 @@ def test_every_weight_is_the_files_and_lies_where_the_layout_says(presets, famil
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_keras_itself_would_put_each_weight_there(presets, family):
-    import keras
-
     model = load_tiny(presets[family], (2, 4), rank=2)
     distribution = keras.distribution.distribution()
     for variable in model.backbone.weights:
@@ -115,12 +117,8 @@ def test_no_weight_that_is_split_is_read_whole_and_no_slice_twice(presets, shape
 
 
 def test_nothing_random_is_made_on_the_way(presets):
-    from stages.core.load.backbone import build_backbone
-
     backbone = build_backbone(open_tiny(presets["gemma"]).architecture, "float32")
     assert all(variable._value is None for variable in backbone.weights)
-    import keras
-
     with keras.StatelessScope():
         pass
     assert all(variable._value is None for variable in backbone.weights)
@@ -164,9 +162,6 @@ def test_more_devices_than_there_are_is_told(presets):
 
 
 def test_the_names_and_shapes_of_weights_in_a_file_are_those_that_keras_gives_them(presets):
-    from stages.core.presets.formats import format_of
-    from stages.core.presets.weight_table import weight_table
-
     for family, folder in presets.items():
         stored = weight_table(format_of("keras").read_architecture(folder))
         with h5py.File(folder / "model.weights.h5") as file:

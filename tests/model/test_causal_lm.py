@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import subprocess
 import sys
 
+import hypothesis
+import jax
+import keras
 import numpy as np
 import pytest
+from hypothesis import strategies as some
 
 from stages.core.config.schema import Layout
+from stages.core.model.causal_lm import make_model, pin_to_mesh
+from stages.core.tokenize.batches import Batches
 from tests.support.repository import FAMILIES, ROOT
 from tests.support.tiny_models import AUTO, load_tiny, sequences
+from tests.support.tiny_presets import write_tiny_preset
 from tests.support.tiny_runs import sampled
 
 
 def our_loss_and_gradients(model, batch, **options):
     """Loss and gradients of the trainable weights, by path, from the model that `fit` trains."""
-    import jax
-
-    from stages.core.model.causal_lm import make_model
-
     causal = make_model(model.backbone, model.jax_mesh, model.placements, **options)
     causal.compile(optimizer=None, loss=None)
 
@@ -56,8 +60,6 @@ def keras_says(presets):
 
 def keras_loss_and_gradients(folder, full):
     """The same by keras-hub's layers and Keras' own loss, on one device."""
-    import jax
-    import keras
     import keras_hub
 
     batch, model = whole_sequences(), load_tiny(folder, (1, 1), rank=0 if full else 2, targets=TARGETS)
@@ -151,8 +153,6 @@ ODD_MESHES = [(1, 3), (1, 5), (2, 3), (1, 6), (1, 7)]
 @pytest.fixture(scope="module")
 def odd_presets(devices, tmp_path_factory):
     """A preset of each family whose dimensions few powers of two divide."""
-    from tests.support.tiny_presets import write_tiny_preset
-
     base = tmp_path_factory.mktemp("odd")
     return {family: write_tiny_preset(base / family, family, num_layers=1, **ODD) for family in FAMILIES}
 
@@ -160,8 +160,6 @@ def odd_presets(devices, tmp_path_factory):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_odd_meshes_lengths_batches_and_prompts_come_to_what_one_device_does(odd_presets, family):
     """Trains (gradients, with an adapter or in full), measures (the loss) and generates."""
-    import hypothesis
-    from hypothesis import strategies as some
 
     @hypothesis.settings(
         max_examples=2, deadline=None, database=None, derandomize=True, phases=[hypothesis.Phase.generate]
@@ -258,9 +256,6 @@ def test_recomputing_blocks_changes_no_gradient(presets, family):
 
 
 def test_padding_a_batch_changes_neither_loss_nor_accuracy(presets):
-    from stages.core.model.causal_lm import make_model, pin_to_mesh
-    from stages.core.tokenize.batches import Batches
-
     data = sequences(5)
     measured = []
     for shape, size in (((1, 1), 5), ((4, 2), 2), ((8, 1), 3)):
@@ -277,12 +272,6 @@ def test_padding_a_batch_changes_neither_loss_nor_accuracy(presets):
 
 def test_no_weight_is_gathered_in_the_compiled_step(presets):
     """On a mesh only activations and sums travel; a gathered kernel would cost its whole size each step."""
-    import re
-
-    import jax
-
-    from stages.core.model.causal_lm import make_model
-
     # A short sequence: kernels are larger than activations, which is when XLA is tempted.
     model = load_tiny(presets["gemma3"], (1, 8), rank=2)
     batch = sequences(2, 16)
@@ -326,11 +315,6 @@ def frequent(weights):
 
 def step_gradients(model, batches, datas):
     """The gradients by which the train step changes the weights, by path, for each set of data."""
-    import jax
-    import keras
-
-    from stages.core.model.causal_lm import make_model, pin_to_mesh
-
     causal = make_model(model.backbone, model.jax_mesh, model.placements)
     causal.compile(optimizer=keras.optimizers.SGD(RATE), loss=None)
     causal.optimizer.build(causal.trainable_variables)

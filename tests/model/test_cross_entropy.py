@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+
+from stages.core.model import cross_entropy, tied_table
+from stages.core.sharding.mesh import MeshShape, device_mesh, jax_mesh
 
 BATCH, LENGTH, HIDDEN, VOCABULARY = 4, 8, 16, 104
 
@@ -22,9 +29,6 @@ def case(devices: int):
 
 def plain(hidden, table, targets, soft_cap):
     """The losses and hits from full logits."""
-    import jax
-    import jax.numpy as jnp
-
     logits = jnp.einsum("btd,vd->btv", hidden, table)
     if soft_cap:
         logits = soft_cap * jnp.tanh(logits / soft_cap)
@@ -34,9 +38,6 @@ def plain(hidden, table, targets, soft_cap):
 
 def plan_for(shape, soft_cap, trained, block_rows):
     """The head's plan on a mesh, or on one device."""
-    from stages.core.model import tied_table
-    from stages.core.sharding.mesh import MeshShape, device_mesh, jax_mesh
-
     mesh = None if shape is None else jax_mesh(device_mesh(MeshShape(shape)))
     return tied_table.HeadPlan(soft_cap, mesh, table_is_trained=trained, block_rows=block_rows)
 
@@ -56,11 +57,6 @@ BLOCK_ROWS = (5, 13, 1000)
     ids=str,
 )
 def test_loss_hits_and_gradients_equal_the_plain_computation(case, shape, soft_cap, block_rows):
-    import jax
-    import jax.numpy as jnp
-
-    from stages.core.model import cross_entropy
-
     hidden, table, targets, weights = case
     # A target that is the likeliest word somewhere, so that a hit is seen too.
     targets = targets.copy()
@@ -86,12 +82,6 @@ def test_loss_hits_and_gradients_equal_the_plain_computation(case, shape, soft_c
 @pytest.mark.parametrize(("shape", "pieces"), [(None, 8), ((2, 4), 2), ((4, 2), 4)], ids=str)
 @pytest.mark.parametrize("trained", [False, True])
 def test_tokens_that_walk_the_table_in_pieces_come_to_the_same(case, shape, pieces, trained):
-    import dataclasses
-
-    import jax
-
-    from stages.core.model import cross_entropy
-
     hidden, table, targets, weights = case
     whole = plan_for(shape, 3.0, trained, 13)
     parts, rows = (1, BATCH) if shape is None else (shape[1], BATCH // shape[0])
@@ -111,10 +101,6 @@ def test_tokens_that_walk_the_table_in_pieces_come_to_the_same(case, shape, piec
 
 
 def test_a_frozen_table_costs_no_second_pass(case):
-    import jax
-
-    from stages.core.model import cross_entropy
-
     hidden, table, targets, weights = case
 
     def loss(hidden, trained):
@@ -132,10 +118,6 @@ def test_a_frozen_table_costs_no_second_pass(case):
 
 
 def test_no_array_of_tokens_by_vocabulary_is_ever_made(case):
-    import jax
-
-    from stages.core.model import cross_entropy
-
     hidden, table, targets, weights = case
     plan = plan_for(None, None, True, 13)
 
@@ -150,10 +132,6 @@ def test_no_array_of_tokens_by_vocabulary_is_ever_made(case):
 
 
 def test_devices_that_hold_no_word_at_all_add_nothing(case):
-    import jax
-
-    from stages.core.model import cross_entropy
-
     hidden, table, targets, weights = case
     few = table[:9]  # Two rows each for four devices of seven, one for the fifth.
     targets = targets % 9
@@ -177,10 +155,6 @@ def test_devices_that_hold_no_word_at_all_add_nothing(case):
 
 @pytest.mark.parametrize("shape", [None, (1, 8), (2, 4), (1, 5), (2, 3)], ids=str)
 def test_the_embedding_and_its_gradient_are_the_plain_lookup(case, shape):
-    import jax
-
-    from stages.core.model import tied_table
-
     _, table, ids, _ = case
     plan = plan_for(shape, None, True, 13)
     np.testing.assert_array_equal(tied_table.embed(table, ids, plan), table[ids])
@@ -192,13 +166,6 @@ def test_the_embedding_and_its_gradient_are_the_plain_lookup(case, shape):
 @pytest.mark.parametrize("shape", [None, (1, 8), (2, 4)], ids=str)
 def test_a_token_that_occurs_1025_times_gets_the_sum_of_its_1025_gradients(case, shape):
     """Bfloat16 has 8 bits: counting by ones, it stays at 256."""
-    import dataclasses
-
-    import jax
-    import jax.numpy as jnp
-
-    from stages.core.model import tied_table
-
     _, table, _, _ = case
     plan = plan_for(shape, None, True, 13)
     ids = np.where(np.arange(2048) < 1025, 7, 9).reshape(2, 1024).astype("i4")

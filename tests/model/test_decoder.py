@@ -5,9 +5,13 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
+import jax
+import keras
 import numpy as np
 import pytest
 
+from stages.core.model import decoder, tied_table
+from stages.core.model.causal_lm import make_model
 from tests.support.repository import FAMILIES
 from tests.support.tiny_models import AUTO, keras_hub_reads, load_tiny, sequences
 
@@ -24,12 +28,6 @@ def keras_hub_says(presets: dict[str, Path]) -> dict[str, tuple[np.ndarray, np.n
 
 def forward(model, batch):
     """Run the model's own forward pass and return hidden states and per-token losses."""
-    import jax
-    import keras
-
-    from stages.core.model import decoder, tied_table
-    from stages.core.model.causal_lm import make_model
-
     causal = make_model(model.backbone, model.jax_mesh, model.placements)
     variables = model.backbone.variables
 
@@ -89,12 +87,6 @@ def test_the_test_of_packing_can_fail(presets):
 
 @pytest.mark.parametrize(("family", "shape"), list(itertools.product(FAMILIES, [(1, 1), (2, 4)])))
 def test_one_token_at_a_time_with_a_cache_gives_the_same_hidden_states(presets, family, shape):
-    import jax
-    import keras
-
-    from stages.core.model import decoder, tied_table
-    from stages.core.model.causal_lm import make_model
-
     model = load_tiny(presets[family], shape)
     causal = make_model(model.backbone, model.jax_mesh, model.placements)
     batch = sequences(2, LENGTH)

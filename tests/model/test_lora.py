@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
+import keras
 import numpy as np
 import pytest
 
@@ -12,8 +14,6 @@ from tests.support.tiny_models import load_tiny
 
 
 def test_b_starts_at_zero_and_a_within_keras_own_bounds(devices):
-    import keras
-
     shape = (4, 640, 4)
     a = lora_kernels.first_value("decoder_block_0/attention/query/lora_kernel_a", shape, 0)
     keras_a = np.asarray(keras.initializers.HeUniform(seed=0)(shape))
@@ -49,8 +49,6 @@ def test_only_the_targets_get_an_adapter_and_all_else_is_frozen(presets, family)
 @pytest.mark.parametrize("divided", [False, True])
 @pytest.mark.parametrize("targets", [("query",), ("key",), ("attention_output",), ("ffw_gating",), ("ffw_linear",)])
 def test_an_adapter_applied_is_the_adapter_merged(presets, targets, divided):
-    import jax.numpy as jnp
-
     model = load_tiny(presets["gemma2"], (1, 1), rank=2, targets=targets)
     layer = lora_kernels.target_layers(model.backbone, targets)[0]
     dimensions = {"btd": (2, 3, 64), "bsd": (2, 3, 64), "btnh": (2, 3, 4, 16), "btf": (2, 3, 64)}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import jax
 import numpy as np
 import pytest
+
+from stages.core.model.rotary import Rotary
 
 HEAD = 16
 
@@ -14,8 +17,6 @@ def queries(devices) -> np.ndarray:
 
 
 def rotary(layers, positions, interleaved=False):
-    from stages.core.model.rotary import Rotary
-
     return Rotary(layers, positions, HEAD, interleaved=interleaved)
 
 
@@ -45,7 +46,6 @@ def test_a_row_with_positions_of_its_own_is_turned_by_them(queries):
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("seed", range(3))
 def test_the_way_back_is_the_rotations_transpose(queries, interleaved, seed):
-    import jax
     from keras_hub.layers import RotaryEmbedding
 
     layer = RotaryEmbedding()

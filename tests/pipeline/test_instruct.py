@@ -9,7 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from stages.core.presets.tokenizer import Tokenizer
+from stages.core.tokenize.chat import ChatTemplate
 from tests.support.repository import ROOT
+from tests.support.tiny_presets import tiny_proto
 
 pytestmark = pytest.mark.xdist_group("instruct")
 
@@ -79,10 +82,6 @@ def test_samples_while_training_are_asked_for_in_turns_too(project: Path):
 
 
 def test_loss_and_perplexity_are_over_the_responses_tokens(project: Path):
-    from stages.core.presets.tokenizer import Tokenizer
-    from stages.core.tokenize.chat import ChatTemplate
-    from tests.support.tiny_presets import tiny_proto
-
     counts, measured = metrics(project, "tokenize"), metrics(project, "evaluate-tuned")
     (ids,) = ChatTemplate(Tokenizer.from_proto(tiny_proto())).responses([RESPONSE])
     assert counts["train"]["response_tokens"] == 24 * len(ids)

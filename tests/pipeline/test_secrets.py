@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import os
 import subprocess
@@ -253,8 +254,6 @@ def test_what_any_library_writes_to_standard_error_passes_the_filter():
 
 def test_nothing_in_the_stages_executes_or_unpickles_what_a_preset_holds():
     """No stage calls what could: a reader of pickles, an evaluator, or Keras' maker of objects from a configuration."""
-    import ast
-
     forbidden = {"eval", "exec", "deserialize_keras_object", "load_model", "unsafe_load", "from_preset", "extractall"}
     for path in (ROOT / "stages").rglob("*.py"):
         tree = ast.parse(path.read_text())

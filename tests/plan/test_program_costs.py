@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
+from jax.sharding import SingleDeviceSharding
 
 from stages.core.plan import program_costs, topology
 from tests.support.plans import has_libtpu
 
 
 def test_products_in_a_loop_count_as_often_as_it_runs(devices):
-    import jax
-
     def five(a, b):
         return jax.lax.fori_loop(0, 5, lambda _, x: x @ b, a)
 
@@ -20,9 +21,6 @@ def test_products_in_a_loop_count_as_often_as_it_runs(devices):
 
 
 def test_collectives_are_counted_with_what_goes_over_the_wire(devices):
-    import jax
-    from jax.sharding import PartitionSpec as P
-
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:8]), ("model",))
 
     def local(x):
@@ -130,9 +128,6 @@ ENTRY %main (p: f32[64,32]) -> f32[8,32] {{
 
 @has_libtpu
 def test_a_batch_of_products_that_the_tpu_compiler_writes_as_a_convolution_counts_right(devices):
-    import jax
-    from jax.sharding import SingleDeviceSharding
-
     device = topology.describe("v5e:2x2").devices[0]
     shapes = [
         jax.ShapeDtypeStruct(shape, "float32", sharding=SingleDeviceSharding(device))
@@ -147,9 +142,6 @@ def test_a_batch_of_products_that_the_tpu_compiler_writes_as_a_convolution_count
     "dtypes, passes", [(("float32", "float32"), 6), (("bfloat16", "float32"), 3), (("bfloat16", "bfloat16"), 1)]
 )
 def test_a_float32_product_takes_a_tpu_six_passes(devices, dtypes, passes):
-    import jax
-    from jax.sharding import SingleDeviceSharding
-
     device = topology.describe("v5e:2x2").devices[0]
     shapes = [jax.ShapeDtypeStruct((256, 256), dtype, sharding=SingleDeviceSharding(device)) for dtype in dtypes]
 

@@ -8,23 +8,25 @@ import re
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
+from stages.core.finetune import trainer
+from stages.core.finetune.optimizer import make_optimizer
+from stages.core.model.causal_lm import pin_to_mesh
 from stages.core.plan import compilation, program_costs, topology
+from stages.core.plan.step_program import STEPS, lower
+from stages.core.tokenize.batches import Batches
 from tests.support.plans import request
 from tests.support.repository import FAMILIES, ROOT
-from tests.support.tiny_models import load_tiny
+from tests.support.tiny_models import load_tiny, sequences
 
 
 @pytest.mark.parametrize("rank", [0, 2])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_product_of_a_float32_step_asks_for_float32(presets, family, rank):
     """A TPU would round what goes into a product to bfloat16, a GPU to TensorFloat-32."""
-    import jax
-
-    from stages.core.plan.step_program import lower
-
     program = lower(request(presets[family], "cpu:8", rank=rank).step, jax.devices()).lowered.as_text()
     products = re.findall(r"stablehlo\.(?:dot_general|convolution).*", program)
     assert len(products) > 30
@@ -33,15 +35,6 @@ def test_each_product_of_a_float32_step_asks_for_float32(presets, family, rank):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_step_that_is_planned_is_the_step_that_runs(presets, family):
-    import jax
-
-    from stages.core.finetune import trainer
-    from stages.core.finetune.optimizer import make_optimizer
-    from stages.core.model.causal_lm import pin_to_mesh
-    from stages.core.plan.step_program import STEPS, lower
-    from stages.core.tokenize.batches import Batches
-    from tests.support.tiny_models import sequences
-
     asked = request(presets[family], "cpu:8", batch_size=4, alpha=4.0)
     planned = lower(asked.step, topology.describe("cpu:8").devices)
     tuned = asked.step.settings

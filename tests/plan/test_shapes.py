@@ -5,20 +5,24 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import keras
 import pytest
 
 from stages.core.common.errors import ParamsError, StageError
 from stages.core.fetch.catalog import GEMMAS, architecture
+from stages.core.fetch.local import fetch_local
 from stages.core.plan.shapes import count_parameters, count_trainable, resolve_shapes
 from stages.core.records.layout import LoraConfig, MeshShape
 from stages.core.sharding.layout import Rule, Weight, resolve
-from stages.core.sharding.named_layouts import auto, tutorial
-from tests.support.repository import ROOT
-from tests.support.tiny_models import load_tiny
+from stages.core.sharding.named_layouts import auto, make_layout, tutorial
+from tests.support.fake_preset import manifest_of
+from tests.support.repository import REAL_CACHE, ROOT
+from tests.support.tiny_models import AUTO, load_tiny, open_tiny
 
 LORA = LoraConfig(4, None, ("query", "value"))
 
@@ -55,11 +59,6 @@ def test_in_full_parameter_mode_every_weight_has_both_slots_where_it_lies(device
 @pytest.mark.parametrize("rank", [2, 0])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "mixed_bfloat16"])
 def test_the_slots_foreseen_are_those_that_adamw_makes(presets, rank, dtype):
-    import keras
-
-    from stages.core.sharding.named_layouts import make_layout
-    from tests.support.tiny_models import AUTO, open_tiny
-
     lora = dataclasses.replace(LORA, rank=rank)
     model = load_tiny(presets["gemma2"], (2, 4), rank=rank, dtype=dtype)
     optimizer = keras.optimizers.AdamW()
@@ -105,7 +104,7 @@ from stages.core.load import backbone
 backbone.import_keras_hub()
 from stages.core.fetch import catalog
 from stages.core.sharding import named_layouts
-from stages.core.load import weight_loading, lora_kernels, shapes
+from stages.core.plan import shapes
 from stages.core.records.layout import LoraConfig, MeshShape
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before, began = peak(), time.perf_counter()
@@ -181,10 +180,6 @@ def test_a_preset_by_name_is_for_dry_runs_only():
 
 @pytest.mark.parametrize("family", ["gemma", "gemma3"])
 def test_a_dry_run_of_the_fetched_preset_reads_no_weights(clone, presets, family, tmp_path_factory):
-    import shutil
-
-    from stages.core.fetch.local import fetch_local
-
     folder = Path(shutil.copytree(presets[family], tmp_path_factory.mktemp("dry") / "preset"))
     (clone / "models/preset").mkdir(parents=True)
     fetch_local("mine", str(folder), clone).write(clone / "models/preset/manifest.json")
@@ -201,9 +196,6 @@ def test_a_dry_run_of_the_fetched_preset_reads_no_weights(clone, presets, family
 
 
 def test_a_dry_run_of_the_embedded_preset_counts_what_the_registry_does(clone, real_gguf):
-    from tests.support.fake_preset import manifest_of
-    from tests.support.repository import REAL_CACHE
-
     manifest = manifest_of(real_gguf.parent, [file.name for file in real_gguf.parent.iterdir()])
     (clone / "models/preset").mkdir(parents=True)
     changes = {"source": "pypi", "format": "gguf", "folder": f"presets/{real_gguf.parent.name}"}

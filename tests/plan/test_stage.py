@@ -8,25 +8,30 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from stages.core.common.errors import ParamsError
+from stages.core.common.paths import PLAN
 from stages.core.config.reader import read_params
 from stages.core.config.schema import PlanTarget
 from stages.core.fetch import catalog
-from stages.core.plan import compilation, topology
+from stages.core.files import write_json
+from stages.core.plan import compilation, presets_table, search, targets, topology
 from stages.core.plan.chips import CHIPS
+from stages.core.plan.search import _worth
+from stages.core.preview import run_check
+from stages.core.preview.run_check import warn_if_planned_not_to_fit
 from stages.core.records.plan import Estimate, PlanFile, RunKey, Target
 from tests.support import tiny_models
+from tests.support.declared import architecture
 from tests.support.plans import has_libtpu, plan_settings, request
 from tests.support.repository import QUICK, ROOT
 from tests.support.tiny_models import open_tiny
 
 
 def test_an_unknown_preset_is_told_with_the_nearest(devices):
-    from stages.core.plan import targets
-
     params = read_params(ROOT / "params.yaml")
     with pytest.raises(ParamsError, match="gemma_7b_en"):
         targets.compile_request_of(params, PlanTarget(topology="cpu:8", preset="gemma_7b"))
@@ -34,8 +39,6 @@ def test_an_unknown_preset_is_told_with_the_nearest(devices):
 
 
 def test_a_target_may_name_layers_of_its_own_for_the_adapter(devices):
-    from stages.core.plan import targets
-
     params = read_params(ROOT / "params.yaml")
     own, other = (
         targets.compile_request_of(params, PlanTarget(topology="cpu:8", lora_targets=named))[1].step
@@ -82,8 +85,6 @@ def test_the_stage_writes_metrics_search_and_scaling_the_same_each_time(presets,
 
 
 def test_the_best_candidate_is_the_fastest_and_of_equals_the_one_that_sends_least():
-    from stages.core.plan.search import _worth
-
     def row(name: str, tokens: float | None, wire: int, batch: int) -> Estimate:
         known = {"tokens_per_second_upper_bound": tokens, "interconnect_bytes": wire, "batch_size": batch}
         return Estimate(name=name, mesh=[1, 8], layout="auto", fits=True, **known)
@@ -96,8 +97,6 @@ def test_the_best_candidate_is_the_fastest_and_of_equals_the_one_that_sends_leas
 
 @pytest.mark.parametrize("per_sequence", [0.01, 0.3, 0.9, 1.0, 3.0, 13.0, 20.0])
 def test_the_largest_batch_is_found_and_what_surely_does_not_fit_is_not_compiled(presets, monkeypatch, per_sequence):
-    from stages.core.plan import search
-
     asked = []
 
     def estimate_step(request, topology, held):
@@ -121,9 +120,6 @@ def test_the_largest_batch_is_found_and_what_surely_does_not_fit_is_not_compiled
 
 @has_libtpu
 def test_the_table_of_presets_takes_the_first_topology_that_holds_the_step(tmp_path, monkeypatch, devices):
-    from stages.core.plan import presets_table
-    from tests.support.declared import architecture
-
     tiny = {**architecture("gemma3_270m").config, "num_layers": 6, "hidden_dim": 64, "intermediate_dim": 128}
     monkeypatch.setattr(catalog, "GEMMAS", {"gemma3_270m": {**tiny, "vocabulary_size": 512, "head_dim": 32}})
     monkeypatch.setattr(presets_table, "LENGTH", 64)
@@ -148,10 +144,6 @@ def test_the_table_of_presets_takes_the_first_topology_that_holds_the_step(tmp_p
 
 def test_the_table_of_presets_plans_runs_that_params_yaml_may_ask_for(devices, monkeypatch):
     """In full, that is a dtype in which AdamW's steps change something."""
-    from types import SimpleNamespace
-
-    from stages.core.plan import presets_table
-
     planned = []
 
     def estimate(request, *_):
@@ -170,8 +162,6 @@ def test_the_table_of_presets_plans_runs_that_params_yaml_may_ask_for(devices, m
 
 
 def test_the_table_of_presets_needs_its_marks(tmp_path):
-    from stages.core.plan import presets_table
-
     (tmp_path / "a.md").write_text("no marks")
     for name in ("a.md", "missing.md"):
         with pytest.raises(ParamsError, match="--presets needs a file with the marks"):
@@ -190,10 +180,6 @@ def test_the_table_of_presets_needs_its_marks(tmp_path):
     ],
 )
 def test_a_run_that_the_plan_said_does_not_fit_is_warned_of(tmp_path, logged, changes, device_bytes, said):
-    from stages.core.common.paths import PLAN
-    from stages.core.files import write_json
-    from stages.core.preview.run_check import warn_if_planned_not_to_fit
-
     asked = {"preset": "gemma3_270m", "mesh": [1, 8], "layout": "auto", "dtype": "float32", "step": "ours"}
     asked |= {"batch_size": 2, "length": 128, "rank": 4, "rematerialize": False}
     plan = PlanFile(
@@ -214,9 +200,6 @@ def test_a_run_that_the_plan_said_does_not_fit_is_warned_of(tmp_path, logged, ch
 
 
 def test_what_the_warning_compares_is_what_the_plan_writes(presets):
-    from stages.core.plan import targets
-    from stages.core.preview import run_check
-
     asked = request(presets["gemma"], "cpu:8")
     tuned = asked.step.settings
     target = targets.target_of("tiny", asked, compilation.compile_step(asked))

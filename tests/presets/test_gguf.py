@@ -5,9 +5,12 @@ from __future__ import annotations
 import functools
 import json
 import os
+import tracemalloc
 
+import keras
 import numpy as np
 import pytest
+import sentencepiece
 
 from stages.core.common.errors import StageError
 from stages.core.presets.formats import format_of
@@ -81,8 +84,6 @@ def test_a_slice_with_a_step_is_refused(tmp_path, tiny_backbone):
 
 
 def test_the_tokenizer_gives_the_ids_of_the_proto_it_was_made_from(tmp_path, tiny_backbone):
-    import sentencepiece
-
     proto = tokenizer_proto(write_gguf(tmp_path / "tiny.gguf", tiny_backbone, "F32"))
     ours = sentencepiece.SentencePieceProcessor(model_proto=proto)
     original = sentencepiece.SentencePieceProcessor(model_proto=tiny_presets.tiny_proto())
@@ -139,8 +140,6 @@ def test_the_folder_needs_its_one_file_which_is_held_against_its_own_architectur
 
 
 def test_the_embedded_tokenizer_gives_hugging_face_s_ids(real_gguf):
-    import sentencepiece
-
     tokenizer = sentencepiece.SentencePieceProcessor(model_proto=tokenizer_proto(real_gguf))
     assert (tokenizer.pad_id(), tokenizer.eos_id(), tokenizer.bos_id(), tokenizer.unk_id()) == (0, 1, 2, 3)
     for entry in [*reference()["texts"], {**reference()["first_review"], "first": True}]:
@@ -151,8 +150,6 @@ def test_the_embedded_tokenizer_gives_hugging_face_s_ids(real_gguf):
 
 
 def test_reading_a_weight_takes_the_memory_of_that_weight_alone(real_gguf):
-    import tracemalloc
-
     weights = GgufWeights(real_gguf)
     tracemalloc.start()
     try:
@@ -185,8 +182,6 @@ def embedded_backbone(real_gguf):
 
 def logits_of(backbone, token_ids: np.ndarray, lengths: np.ndarray):
     """Return (batch, length, vocabulary) logits."""
-    import keras
-
     mask = np.arange(token_ids.shape[1])[None] < lengths[:, None]
     hidden = backbone({"token_ids": token_ids, "padding_mask": mask.astype("int32")})
     return keras.ops.convert_to_numpy(backbone.token_embedding(hidden, reverse=True))

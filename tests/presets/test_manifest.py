@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -260,8 +261,6 @@ def test_a_file_that_may_not_be_read_is_told_in_two_lines(preset, tmp_path, monk
 
 
 def test_a_name_that_is_no_text_is_shown_as_it_can_be(tmp_path):
-    import os
-
     (Path(os.fsdecode(bytes(tmp_path) + b"/\xff\x1b[31m"))).write_bytes(b"x")
     with pytest.raises(ParamsError, match=r"holds .*udcff.*x1b\[31m") as caught:
         fetch_local("tiny", str(tmp_path), tmp_path)

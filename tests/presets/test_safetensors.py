@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from stages.core.common.errors import ParamsError, StageError
+from stages.core.fetch import catalog
 from stages.core.fetch.local import fetch_local, folder_format
 from stages.core.presets.formats import format_of
 from stages.core.presets.hf_config import read_architecture
@@ -36,8 +40,6 @@ def folders(presets, tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture
 def copy(folders, tmp_path):
     """Copies of a tiny folder, to be spoilt."""
-    import shutil
-
     return lambda family="gemma": Path(shutil.copytree(folders[family], tmp_path / "copy"))
 
 
@@ -77,8 +79,6 @@ def test_the_architecture_is_what_keras_hubs_own_converter_makes_of_it(folders, 
 
 
 def test_a_gemma_3_of_several_files_in_bfloat16_is_read_as_one(presets, tmp_path):
-    import ml_dtypes
-
     folder = write_hugging_face(presets["gemma3"], tmp_path / "split", "gemma3", files=3, dtype="bfloat16")
     whole = load_tiny(presets["gemma3"], (1, 1)).backbone.weights
     for ours, exact in zip(load_tiny(folder, (1, 8)).backbone.weights, whole, strict=True):
@@ -88,8 +88,6 @@ def test_a_gemma_3_of_several_files_in_bfloat16_is_read_as_one(presets, tmp_path
 
 @pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
 def test_of_a_gemma_3_with_vision_the_text_tower_is_read(presets, tmp_path, prefix):
-    from safetensors.numpy import load_file, save_file
-
     folder = write_hugging_face(presets["gemma3"], tmp_path / "vision", "gemma3", prefix=prefix)
     text = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(
@@ -125,8 +123,6 @@ def test_the_sizes_that_gemma_3s_public_files_leave_out_are_the_librarys(copy):
     config = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "sliding_window": 1024}
     config |= {"model_type": "gemma3_text", "rope_scaling": {"factor": 8.0, "rope_type": "linear"}}
     (folder / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": config}))
-    from stages.core.fetch import catalog
-
     # The text tower of the model with vision has 64 words more than the text preset, and keras-hub's defaults unsaid.
     ours, public = read_architecture(folder).config, catalog.architecture("gemma3_4b_text").config
     assert ours["vocabulary_size"] == 262208
@@ -205,8 +201,6 @@ def test_a_truncated_file_is_told(copy):
 
 def edit(folder: Path, change) -> Path:
     """Change the tensors of a folder's only file."""
-    from safetensors.numpy import load_file, save_file
-
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors")

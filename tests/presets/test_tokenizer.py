@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import sentencepiece
 
 from stages.core.common.errors import StageError
 from stages.core.presets.formats import format_of
@@ -95,10 +97,6 @@ def test_bytes_that_are_no_vocabulary_are_a_person_s_error(proto):
 
 
 def test_a_vocabulary_without_gemma_s_special_pieces_is_refused():
-    import io
-
-    import sentencepiece
-
     writer = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["to be or not to be"]), model_writer=writer, vocab_size=11, minloglevel=2

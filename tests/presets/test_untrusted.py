@@ -11,14 +11,18 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from keras.src.saving.saving_lib import H5IOStore
 
 from stages.core.common.errors import ParamsError, StageError
 from stages.core.fetch.local import check_keras_folder, fetch_local
+from stages.core.presets.keras_h5 import _refuse_moved
 from stages.core.presets.safetensors import weight_files
 from tests.support.fake_preset import make_preset
+from tests.support.gguf_file import write_gguf
 from tests.support.hf_folder import hugging_face_files
 from tests.support.repository import ROOT
 from tests.support.tiny_models import load_tiny
+from tests.support.tiny_presets import tiny_backbone
 
 NORM = "layers/final_normalization/vars"
 
@@ -70,9 +74,6 @@ def test_an_index_of_safetensors_that_names_files_elsewhere_is_refused(tmp_path,
 @pytest.mark.parametrize("kind", ["config", "keras config", "safetensors", "hdf5", "gguf"])
 def test_of_200_mutations_none_is_read_wrongly_ends_in_a_traceback_or_fills_the_memory(kind, devices, tmp_path):
     if kind == "gguf":
-        from tests.support.gguf_file import write_gguf
-        from tests.support.tiny_presets import tiny_backbone
-
         write_gguf(tmp_path / "tiny.gguf", tiny_backbone("gemma3"), "F32")
     elif kind in ("keras config", "hdf5"):
         make_preset(tmp_path)
@@ -103,11 +104,6 @@ def test_a_weight_whose_place_in_the_file_was_changed_is_refused(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_no_file_that_keras_writes_is_taken_for_a_changed_one(tmp_path, devices, dtype):
-    import ml_dtypes  # noqa: F401 (numpy's bfloat16)
-    from keras.src.saving.saving_lib import H5IOStore
-
-    from stages.core.presets.keras_h5 import _refuse_moved
-
     store, rng = H5IOStore(tmp_path / "model.weights.h5", mode="w"), np.random.default_rng(0)
     for number in range(30):
         for name, shape in (("attention/query_dense", (4, 64, 16)), ("pre_norm", (63,)), ("ffw_linear", (64, 127))):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from jax.sharding import PartitionSpec
 
 from stages.core.common.paths import REPORT
 from stages.core.records.generate import Generation
@@ -98,8 +99,6 @@ def test_full_parameter_tuning_is_not_called_lora(root):
 
 
 def test_the_sharding_is_shown_as_it_is_written_in_jax(root):
-    from jax.sharding import PartitionSpec
-
     for spec in ([], [None], [None, "model", None], [["batch", "model"], None]):
         axes = (tuple(axis) if isinstance(axis, list) else axis for axis in spec)
         assert eval(figures.partition_spec(spec), {"PartitionSpec": PartitionSpec}) == PartitionSpec(*axes)

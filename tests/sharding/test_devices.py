@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from jax._src import hardware_utils
 
 from stages.core.sharding.devices import PCI_DEVICES, PCI_VENDOR, tpu_on_bus
 from tests.support.repository import ROOT
@@ -45,8 +46,6 @@ def test_a_machine_without_such_a_folder_or_number_has_none(tmp_path):
 
 
 def test_the_numbers_are_those_that_jax_knows(devices):
-    from jax._src import hardware_utils
-
     known = {number for number, version in hardware_utils._TPU_PCI_DEVICE_IDS.items() if version.name != "plc"}
     assert known == PCI_DEVICES
     assert hardware_utils._GOOGLE_PCI_VENDOR_ID == PCI_VENDOR

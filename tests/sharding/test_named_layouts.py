@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+from ruamel.yaml import YAML
 
 from stages.core.common.errors import StageError
 from stages.core.config.schema import Layout
@@ -157,7 +158,5 @@ def test_the_facts_table_is_the_one_beside_the_project_if_there_is_one():
     facts = ROOT.parent / "shared" / "facts" / "gemma_architectures.yaml"
     if not facts.exists():
         pytest.skip("the table that these figures were taken from is not part of a clone")
-    from ruamel.yaml import YAML
-
     table = YAML(typ="safe").load(facts.read_text())
     assert {name: row["params"] for name, row in table.items()} == {name: row["params"] for name, row in GEMMAS.items()}

@@ -15,9 +15,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
+import h5py
+
 from stages.core.common.errors import StageError
 from stages.core.fetch.local import fetch_local
 from stages.core.presets.formats import format_of
+from stages.core.presets.gguf import GgufWeights
+from stages.core.presets.gguf_tokenizer import tokenizer_proto
+from stages.core.presets.keras_h5 import KerasWeights
+from stages.core.presets.safetensors import SafetensorsWeights
+from stages.core.presets.weight_table import weight_table
 
 GIGABYTE = 1 << 30
 ODD: list[Any] = [
@@ -71,9 +79,6 @@ def flipped(content: bytes, places: Any, rng: random.Random) -> bytes:
 def everything(folder: Path, file_format: str) -> tuple[dict[str, Any], dict[str, bytes]]:
     """Fetch and read a preset: the architecture's arguments, and every weight."""
     if file_format == "gguf":
-        from stages.core.presets.gguf import GgufWeights
-        from stages.core.presets.gguf_tokenizer import tokenizer_proto
-
         path = next(folder.glob("*.gguf"))
         weights = GgufWeights(path)
         read = {name: weights.read(name).tobytes() for name in weights.paths()}
@@ -81,10 +86,6 @@ def everything(folder: Path, file_format: str) -> tuple[dict[str, Any], dict[str
         return format_of("gguf").read_architecture(folder).config, read
     manifest = fetch_local("mine", str(folder), folder)
     architecture = format_of(manifest.format).read_architecture(folder)
-    from stages.core.presets.keras_h5 import KerasWeights
-    from stages.core.presets.safetensors import SafetensorsWeights
-    from stages.core.presets.weight_table import weight_table
-
     cut = {name: (slice(None),) * len(each.shape) for name, each in weight_table(architecture).items()}
     if manifest.format == "keras":
         with KerasWeights(folder, architecture) as source:
@@ -99,11 +100,7 @@ def headers(path: Path) -> list[int]:
     if path.suffix == ".safetensors":
         return list(range(8 + int.from_bytes(path.read_bytes()[:8], "little")))
     if path.suffix == ".gguf":
-        import gguf
-
         return list(range(gguf.GGUFReader(path).data_offset))
-    import h5py
-
     values: set[int] = set()
     with h5py.File(path) as file:
 

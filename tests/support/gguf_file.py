@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import gguf
+import keras
 import numpy as np
+import sentencepiece
 
 from tests.support import tiny_presets
 
@@ -24,8 +26,6 @@ def write_gguf(path: Path, backbone, kind: str, *, metadata: dict | None = None,
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_sliding_window(config["sliding_window_size"])
     writer.add_rope_freq_base((metadata or {}).get("rope", 1.0e6))
-
-    import sentencepiece
 
     pieces = sentencepiece.SentencePieceProcessor(model_proto=tiny_presets.tiny_proto())
     types, tokens = [], []
@@ -71,8 +71,6 @@ def write_gguf(path: Path, backbone, kind: str, *, metadata: dict | None = None,
 
 
 def numpy_of(weight) -> np.ndarray:
-    import keras
-
     return np.array(keras.ops.convert_to_numpy(weight))
 
 

@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import save, save_file
 
+from stages.core.presets.architecture import Architecture
+from stages.core.presets.weight_table import weight_table
 from tests.support.tiny_presets import CONFIGS, tiny_proto
 
 MODEL_TYPES = {"gemma": "gemma", "gemma2": "gemma2", "gemma3": "gemma3_text"}
@@ -91,8 +94,6 @@ def write_hugging_face(
 ) -> Path:
     """Rewrite a tiny keras-hub preset as a Hugging Face folder, in one weights file or several with an index."""
     import keras_hub
-    import ml_dtypes  # noqa: F401 (numpy's bfloat16)
-    from safetensors.numpy import save_file
 
     folder.mkdir()
     backbone = keras_hub.models.Backbone.from_preset(str(preset), dtype="float32")
@@ -116,11 +117,6 @@ def write_hugging_face(
 
 def hugging_face_files(files: int = 1, padding: int = 0) -> dict[str, bytes]:
     """The files of a tiny Gemma 3 as a hub has them, made without Keras; padding bytes make the first file larger."""
-    from safetensors.numpy import save
-
-    from stages.core.presets.architecture import Architecture
-    from stages.core.presets.weight_table import weight_table
-
     architecture = Architecture("Gemma3Backbone", CONFIGS["gemma3"])
     weights = {path: np.full(each.shape, 2.0, "f4") for path, each in weight_table(architecture).items()}
     tensors = tensors_of("gemma3", weights)

@@ -9,6 +9,8 @@ import pytest
 
 from stages.core.config.reader import read_params
 from stages.core.plan.compilation import CompileRequest, StepCost
+from stages.core.plan.step_program import StepRequest
+from stages.core.plan.targets import Settings
 from stages.core.sharding.mesh import MeshShape
 from stages.core.sharding.named_layouts import make_layout
 from tests.support.repository import ROOT
@@ -21,8 +23,6 @@ has_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reas
 def request(
     preset: Path, name: str, shape=(2, 4), path="ours", dtype="float32", length=32, **changes
 ) -> CompileRequest:
-    from stages.core.plan.step_program import StepRequest
-
     architecture = open_tiny(preset).architecture
     mesh = MeshShape(shape)
     layout = make_layout(AUTO, architecture, mesh)
@@ -43,8 +43,6 @@ def cost(**known) -> StepCost:
 
 
 def plan_settings():
-    from stages.core.plan.targets import Settings
-
     params = read_params(ROOT / "params.yaml")
     return Settings(
         params.fetch, params.tokenize, params.mesh, params.layout, params.load, params.finetune, params.plan

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import jax
+import keras
 import numpy as np
 
 from stages.core.config.schema import Layout
@@ -16,9 +17,6 @@ from stages.core.presets.formats import format_of
 from stages.core.records.layout import LoraConfig, MeshShape
 from stages.core.records.model_config import ModelConfig
 from stages.core.sharding.named_layouts import make_layout
-
-if TYPE_CHECKING:
-    import jax
 
 AUTO = Layout(name="auto", rules=None, max_replicated_fraction=1.0)
 
@@ -80,8 +78,6 @@ def sequences(count: int, length: int = 32, vocabulary: int = 512, seed: int = 0
 
 def keras_hub_reads(folder: Path) -> Callable[[np.ndarray], tuple[jax.Array, jax.Array]]:
     """Keras-hub's own model of a preset, loaded by keras-hub: hidden states and logits of token ids, on one device."""
-    import jax
-    import keras
     import keras_hub
 
     keras.distribution.set_distribution(None)

@@ -7,9 +7,13 @@ Nothing heavy is imported at the top: a test that needs only `tiny_reviews` stay
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import sentencepiece
 
 VOCABULARY_SIZE = 512
 """Byte fallback alone takes 256 pieces, so this is about the smallest vocabulary with some words in it."""
@@ -91,10 +95,6 @@ def tiny_proto(turns: tuple[str, ...] = TURNS, *, control: bool = False) -> byte
         control: they are control pieces, as a GGUF file has them, which SentencePiece finds in no text; else pieces as
             the line breaks are, as in Gemma's own vocabulary.
     """
-    import io
-
-    import sentencepiece
-
     writer = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(_OPENINGS + _MIDDLES + _ENDINGS),
@@ -130,7 +130,6 @@ def tiny_backbone(family: str, *, seed: int = 0, **overrides: Any) -> Any:
     """
     os.environ.setdefault("KERAS_BACKEND", "jax")
     import keras_hub
-    import numpy as np
 
     backbone_class = keras_hub.models.Gemma3Backbone if family == "gemma3" else keras_hub.models.GemmaBackbone
     backbone = backbone_class(**{**CONFIGS[family], "dtype": "float32", **overrides})

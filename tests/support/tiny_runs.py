@@ -11,6 +11,8 @@ from stages.core.config.reader import read_params
 from stages.core.config.schema import Finetune
 from stages.core.finetune import trainer
 from stages.core.finetune.result import Result
+from stages.core.generate import sampling
+from stages.core.model.causal_lm import make_model
 from tests.support.repository import ROOT
 from tests.support.tiny_models import load_tiny, sequences
 
@@ -52,8 +54,5 @@ def distance(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
 
 def sampled(model, prompts):
     """The likeliest continuations by the model's own head and cache."""
-    from stages.core.generate import sampling
-    from stages.core.model.causal_lm import make_model
-
     causal = make_model(model.backbone, model.jax_mesh, model.placements)
     return sampling.generate(causal, prompts, sampling.SamplerSettings(3, 0.0, None, (511,)), 0)

@@ -12,6 +12,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import sentencepiece
+
 from tests.support.repository import DATA
 
 RECORDED = DATA / "tokenizer_json_ids.json"
@@ -38,8 +40,6 @@ TEXTS = [
 
 def tokenizer_json(proto: bytes, added: tuple[str, ...] = ADDED) -> dict[str, Any]:
     """The file's content, as transformers' converter writes it of a SentencePiece model."""
-    import sentencepiece
-
     pieces = sentencepiece.SentencePieceProcessor(model_proto=proto)
     words = [pieces.id_to_piece(number) for number in range(pieces.vocab_size())]
     ids = {word: number for number, word in enumerate(words)}

@@ -5,7 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from stages.core.common.errors import StageError
+from stages.core.common.paths import Paths
 from stages.core.sharding.mesh import MeshShape
+from stages.core.tokenize.batches import Batches
+from stages.core.tokenize.store import read_sequences
 from tests.support.tiny_models import sequences
 
 
@@ -23,8 +27,6 @@ def seen(batches) -> list[int]:
     ("count", "size", "shape", "padded"), [(7, 2, (1, 8), 2), (7, 2, (4, 2), 4), (5, 8, (8, 1), 8)]
 )
 def test_every_window_is_seen_once_and_what_is_missing_is_padded_without_weight(devices, count, size, shape, padded):
-    from stages.core.tokenize.batches import Batches
-
     data = sequences(count)
     batches = Batches(data, size, MeshShape(shape), seed=0)
     for step in range(len(batches)):
@@ -34,8 +36,6 @@ def test_every_window_is_seen_once_and_what_is_missing_is_padded_without_weight(
 
 @pytest.mark.parametrize(("count", "size"), [(3, 64), (3, 10**9), (1, 8)])
 def test_a_batch_is_no_larger_than_the_sequences_there_are(devices, count, size):
-    from stages.core.tokenize.batches import Batches
-
     batches = Batches(sequences(count), size, MeshShape((1, 1)))
     assert len(batches) == 1
     assert len(batches[0][0]["token_ids"]) == count
@@ -45,8 +45,6 @@ def test_a_batch_is_no_larger_than_the_sequences_there_are(devices, count, size)
 @pytest.mark.parametrize("shape", [(1, 1), (2, 1), (4, 2)], ids=str)
 @pytest.mark.parametrize(("count", "size", "group"), [(7, 1, 4), (8, 2, 2), (5, 2, 3), (9, 3, 2)])
 def test_a_group_has_the_sequences_of_one_large_batch_and_ends_with_the_epoch(devices, count, size, group, shape):
-    from stages.core.tokenize.batches import Batches
-
     data = sequences(count)
     grouped = Batches(data, size, MeshShape(shape), seed=5, accumulation=group)
     large = Batches(data, size * group, MeshShape((1, 1)), seed=5)
@@ -63,16 +61,12 @@ def test_a_group_has_the_sequences_of_one_large_batch_and_ends_with_the_epoch(de
 
 
 def test_epochs_that_are_never_reached_cost_nothing(devices):
-    from stages.core.tokenize.batches import Batches
-
     batches = Batches(sequences(9), 2, MeshShape((1, 1)), seed=0)
     assert sorted(np.concatenate([batches.rows(10**9, step) for step in range(5)])) == list(range(9))
     assert batches.rows(0, 0).tolist() == np.random.default_rng([0, 0]).permutation(9)[:2].tolist()
 
 
 def test_the_order_is_the_seeds_and_another_each_epoch(devices):
-    from stages.core.tokenize.batches import Batches
-
     data = sequences(9)
     first, again, other = (Batches(data, 2, MeshShape((1, 1)), seed=seed) for seed in (3, 3, 4))
     orders = [seen(first), seen(again), seen(other)]
@@ -83,10 +77,6 @@ def test_the_order_is_the_seeds_and_another_each_epoch(devices):
 
 
 def test_a_split_without_a_token_to_learn_is_told(devices, tmp_path):
-    from stages.core.common.errors import StageError
-    from stages.core.common.paths import Paths
-    from stages.core.tokenize.store import read_sequences
-
     (tmp_path / "data/tokens").mkdir(parents=True)
     data = sequences(3)
     np.savez(tmp_path / "data/tokens/validation.npz", **{**data, "weights": np.zeros_like(data["weights"])})
@@ -95,10 +85,6 @@ def test_a_split_without_a_token_to_learn_is_told(devices, tmp_path):
 
 
 def test_a_split_without_a_sequence_is_refused(devices, tmp_path):
-    from stages.core.common.errors import StageError
-    from stages.core.common.paths import Paths
-    from stages.core.tokenize.store import read_sequences
-
     (tmp_path / "data/tokens").mkdir(parents=True)
     np.savez(tmp_path / "data/tokens/train.npz", token_ids=np.zeros((0, 8), np.int32))
     with pytest.raises(StageError, match="at least one sequence"):

@@ -18,11 +18,16 @@ from stages.core.generate import prompting
 from stages.core.prepare.cleaning import Review
 from stages.core.prepare.parquet_file import write_reviews
 from stages.core.presets.formats import format_of
+from stages.core.presets.manifest import LICENSE
 from stages.core.presets.tokenizer import Tokenizer
+from stages.core.records.manifest import Manifest
+from stages.core.tokenize import packing as review_packing
 from stages.core.tokenize import pair_packing, sequences
 from stages.core.tokenize.chat import ChatTemplate
 from stages.core.tokenize.control_tokens import ControlTokens
 from tests.support import tiny_presets
+from tests.support.fake_preset import make_preset
+from tests.support.repository import ROOT
 
 PAD, BOS, EOT = 0, 2, 500
 FOUND_IN_TEXT = Tokenizer.from_proto(tiny_presets.tiny_proto())
@@ -373,16 +378,14 @@ def test_pairs_without_a_response_that_fits_stop_the_stage(tmp_path):
 
 
 def test_reviews_are_laid_out_as_before(tmp_path):
-    from stages.core.tokenize import packing
-
     texts = tiny_presets.tiny_reviews(12)
     write_reviews(tmp_path / "train.parquet", [Review(text, 1, str(row)) for row, text in enumerate(texts)])
     tokenize = Tokenize(length=32, packing=True, eos="end", control_tokens="text")
     found = sequences.lay_out(tmp_path / "train.parquet", "train", FOUND_IN_TEXT, tokenize)
     special = {"bos": FOUND_IN_TEXT.bos, "eos": FOUND_IN_TEXT.eos, "pad": FOUND_IN_TEXT.pad}
-    expected = packing.pack(FOUND_IN_TEXT.encode_all(texts), 32, **special)
+    expected = review_packing.pack(FOUND_IN_TEXT.encode_all(texts), 32, **special)
     assert all(np.array_equal(found.sequences[name], expected[name]) for name in expected)
-    counts = packing.sequence_metrics(expected, FOUND_IN_TEXT.encode_all(texts), eos=True)
+    counts = review_packing.sequence_metrics(expected, FOUND_IN_TEXT.encode_all(texts), eos=True)
     assert json.dumps(found.counts) == json.dumps(counts | {"control_tokens_spelled": 0})
 
 
@@ -392,11 +395,6 @@ def test_reviews_are_laid_out_as_before(tmp_path):
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     """A function that tokenizes rows of training data as the stage does, with a preset of some name; what it said."""
-    from stages.core.presets.manifest import LICENSE
-    from stages.core.records.manifest import Manifest
-    from tests.support.fake_preset import make_preset
-    from tests.support.repository import ROOT
-
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GEMMA_TUNING_CACHE", str(tmp_path / "cache"))
     (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())

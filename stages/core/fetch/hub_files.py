@@ -20,6 +20,7 @@ from stages.core.files import read_json
 from stages.core.presets import keras_h5, safetensors
 from stages.core.presets.architecture import Architecture
 from stages.core.presets.formats import format_of
+from stages.core.presets.hf_config import MODEL_TYPES
 from stages.core.presets.manifest import PresetFile, fault, sha256_with_progress
 from stages.core.presets.tokenizer import HUGGING_FACE_VOCABULARY, JSON_VOCABULARY
 from stages.core.presets.untrusted import read_object
@@ -76,8 +77,6 @@ def refuse_other_models(source: Source, config: dict[str, Any] | None) -> None:
     Raises:
         ParamsError: not a text Gemma.
     """
-    from stages.core.presets.hf_config import MODEL_TYPES
-
     kind = (config or {}).get("model_type")
     if isinstance(kind, str) and kind not in MODEL_TYPES:
         raise ParamsError(

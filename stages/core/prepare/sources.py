@@ -15,6 +15,7 @@ from stages.core.common.errors import ParamsError, StageError, shown
 from stages.core.common.paths import own_path
 from stages.core.config.schema import Prepare
 from stages.core.prepare.cleaning import RawReview, Review, Tally, clean
+from stages.core.prepare.imdb import full_reviews, sample_reviews
 from stages.core.prepare.own_files import columns_of, data_files, file_reviews
 from stages.core.prepare.split import hold_out, shuffled
 from stages.core.records.prepare import PrepareMetrics
@@ -153,12 +154,8 @@ def summary(parts: dict[str, list[Review]], tally: Tally) -> str:
 def _open(settings: Prepare, root: Path, cache: Path) -> tuple[Iterable[RawReview], Iterable[RawReview] | None]:
     """Return the raw reviews to train on, and those to hold out where the source has a part of its own for that."""
     if settings.source == "imdb_sample":
-        from stages.core.prepare.imdb import sample_reviews
-
         return sample_reviews(cache), None
     if settings.source == "imdb_reviews":
-        from stages.core.prepare.imdb import full_reviews
-
         data_dir = None if settings.data_dir is None else own_path(root, "prepare.data_dir", settings.data_dir)
         return full_reviews("train", data_dir), full_reviews("test", data_dir)
     columns = columns_of(

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from stages.core.common.paths import MANIFEST
+from stages.core.fetch.hub import explain
 from stages.core.presets.manifest import verified_folder
 from stages.core.records.manifest import License
 from tests.support.hf_folder import hugging_face_files
@@ -248,8 +249,6 @@ def test_a_model_that_the_disk_cannot_hold_is_not_begun(hub, fetch):
 
 
 def test_a_disk_that_fills_up_on_the_way_and_a_folder_that_may_not_be_written_are_told(hub, fetch, tmp_path):
-    from stages.core.fetch.hub import explain
-
     said = explain(OSError(errno.ENOSPC, "No space left on device"), REPO, None).splitlines()
     assert said[0] == f"The disk filled up while {REPO}'s folder was written (No space left on device)."
     assert said[1].startswith("Make room, or set GEMMA_TUNING_CACHE")

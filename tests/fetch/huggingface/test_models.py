@@ -6,9 +6,12 @@ import json
 
 import numpy as np
 import pytest
+from safetensors.numpy import load, save
 
 from stages.core.common.errors import ParamsError
 from stages.core.fetch.hub import source_of
+from stages.core.fetch.hub_files import needed_files
+from stages.core.fetch.huggingface import _license
 from stages.core.records.manifest import License
 from tests.support.hf_folder import config_of, hugging_face_files
 from tests.support.hub_files import KERAS, PLAIN, PRESET, REPO, SPLIT_PLAIN, WEIGHTS
@@ -39,8 +42,6 @@ def test_another_model_is_refused_before_its_weights_are_downloaded(hub, fetch, 
 
 def changed_tensors(change, files=1):
     """The files of a plain checkpoint whose tensors are other ones."""
-    from safetensors.numpy import load, save
-
     content = hugging_face_files(files)
     for name in [name for name in content if name.endswith(".safetensors")]:
         content[name] = save(change(load(content[name])))
@@ -166,8 +167,6 @@ def test_a_repository_without_weights_or_vocabulary_is_refused(hub, fetch):
 def test_a_repository_of_something_else_is_said_to_be_what_it_is(files, what):
     from huggingface_hub.hf_api import ModelInfo
 
-    from stages.core.fetch.hub_files import needed_files
-
     info = ModelInfo(id=REPO, siblings=[{"rfilename": name} for name in files])
     with pytest.raises(ParamsError, match=rf"{REPO} must be a preset\. Received: {what}\n"):
         needed_files(source_of(PRESET), info)
@@ -198,8 +197,6 @@ def test_a_repository_of_something_else_is_said_to_be_what_it_is(files, what):
 )
 def test_the_license_is_the_one_that_the_models_card_states(hub, card, license):
     from huggingface_hub.hf_api import ModelInfo
-
-    from stages.core.fetch.huggingface import _license
 
     assert _license(source_of(PRESET), ModelInfo(id=REPO, cardData=card)) == License(**license)
 

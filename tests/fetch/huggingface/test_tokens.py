@@ -10,6 +10,11 @@ from dataclasses import asdict
 import pytest
 
 from stages.core.common.errors import StageError
+from stages.core.config.reader import read_params
+from stages.core.config.schema import PlanStep
+from stages.core.fetch import catalog, hub
+from stages.core.plan.targets import architecture_of
+from stages.core.presets.hf_config import read_architecture
 from tests.support.hub_files import COMMIT, FOLDER, PLAIN, PRESET, REPO
 from tests.support.repository import ROOT
 from tests.support.servers import hub_server
@@ -29,8 +34,6 @@ def test_a_hub_where_others_could_read_the_token_is_not_asked(fetch, endpoint):
 def test_a_redirect_to_where_others_could_read_the_token_is_not_followed(monkeypatch):
     import httpx2
     from huggingface_hub.utils import get_session
-
-    from stages.core.fetch import hub
 
     monkeypatch.setenv("HF_ENDPOINT", "https://huggingface.co")
     hub.import_hub.cache_clear()
@@ -131,11 +134,6 @@ def test_a_check_says_what_is_wrong_as_a_fetch_does(hub, ask):
 
 
 def test_a_plan_needs_the_configuration_only(hub, ask, fetch, tmp_path, monkeypatch):
-    from stages.core.config.reader import read_params
-    from stages.core.config.schema import PlanStep
-    from stages.core.plan.targets import architecture_of
-    from stages.core.presets.hf_config import read_architecture
-
     asked = ask("architecture")
     assert hub.downloaded == ["config.json"]
     folder = tmp_path / "cache" / FOLDER
@@ -152,11 +150,6 @@ def test_a_plan_needs_the_configuration_only(hub, ask, fetch, tmp_path, monkeypa
 
 
 def test_a_plan_for_a_preset_of_the_registry_asks_nobody(monkeypatch):
-    from stages.core.config.reader import read_params
-    from stages.core.config.schema import PlanStep
-    from stages.core.fetch import catalog
-    from stages.core.plan.targets import architecture_of
-
     params = read_params(
         ROOT / "params.yaml", ("fetch.source=huggingface", "fetch.preset=hf://keras/gemma3_instruct_1b")
     )
