@@ -25,6 +25,6 @@ def test_a_comment_a_docstring_and_the_layout_are_no_change_of_the_code(tmp_path
 def test_the_search_stops_at_the_plumbing(script: str):
     found = code.dependencies(f"stages/{script}.py")
     assert not [name for name in found if name.startswith(code.PLUMBING)]
-    assert {"stages/core/model/cross_entropy.py", "stages/core/sharding/environment.py"} <= found
+    assert {"stages/core/model/cross_entropy.py", "stages/core/sharding/mesh.py"} <= found
     assert all((code.ROOT / name).is_file() for name in found)
     assert all((code.ROOT / name).exists() for name in code.PLUMBING)
