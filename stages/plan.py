@@ -2,7 +2,7 @@
 
 Reads: params `plan`, and `fetch`, `tokenize`, `mesh`, `layout`, `load` and `finetune` for what its entries leave out;
 no weights, no data.
-Writes: `data/metrics/plan.json`, `data/sharding/plan.json`; prints tables. Results are cached. With --presets it only
+Writes: `data/sharding/plan.json`; prints tables. Results are cached. With --presets it only
 writes the README's table.
 Command: `python -m stages.plan`
 """
@@ -25,7 +25,7 @@ def main(run: Run, presets: Path | None) -> None:
     from stages.core.common import inputs
     from stages.core.common.paths import PLAN
     from stages.core.plan import compilation, presets_table, search, table, targets
-    from stages.core.records.plan import PlanFile, PlanMetrics
+    from stages.core.records.plan import PlanFile
     from stages.core.sharding import devices
 
     params = run.params
@@ -50,7 +50,6 @@ def main(run: Run, presets: Path | None) -> None:
     )
     table.show(plan)
     plan.write(run.paths.write(PLAN))
-    run.write_metrics("plan", PlanMetrics(targets=planned))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import pytest
 from stages.core.common.code import ROOT, dependencies
 from stages.core.config.reader import read_params
 from stages.core.config.schema import Params, without
-from tests.support.repository import STAGES
+from tests.support.repository import STAGES, outputs
 
 # Scripts that change settings or clean up, and make nothing: no stage of the pipeline.
 COMMANDS = {"cache", "profile"}
@@ -91,25 +91,20 @@ def test_every_stage_says_what_it_does_and_has_a_script():
 
 
 def test_no_output_has_two_owners_and_none_is_always_stale():
-    outputs = [path for stage in STAGES.values() for path in stage.get("outs", [])]
-    assert len(outputs) == len(set(outputs))
+    written = [path for stage in STAGES for path in outputs(stage)]
+    assert len(written) == len(set(written))
     for stage in STAGES.values():
         assert not {"always_changed", "frozen"} & set(stage)
 
 
 def test_no_output_that_dvc_keeps_is_in_git_too():
-    names = ["git", "ls-files", "--", *(path for stage in STAGES.values() for path in stage.get("outs", []))]
-    names += [path.replace("${item.variant}", variant) for path in names[3:] for variant in ("baseline", "tuned")]
+    names = ["git", "ls-files", "--", *(path for stage in STAGES for path in outputs(stage, kept=True))]
     listed = subprocess.run(names, cwd=ROOT, capture_output=True, text=True, check=True)
     assert listed.stdout.splitlines() == []
 
 
 def test_what_a_stage_reads_of_the_pipeline_is_what_another_writes():
-    written = set()
-    for stage in STAGES.values():
-        paths = [*stage.get("outs", []), *(name for entry in stage.get("metrics", []) for name in entry)]
-        for path in paths:
-            written |= {path.replace("${item.variant}", variant) for variant in ("baseline", "tuned")}
+    written = {path for stage in STAGES for path in outputs(stage)}
     for name, stage in STAGES.items():
         for path in stage["deps"]:
             if path.startswith(("data/", "models/")) and not path.startswith("data/inputs/"):

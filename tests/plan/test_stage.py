@@ -69,10 +69,10 @@ def test_the_stage_writes_metrics_search_and_scaling_the_same_each_time(presets,
 
     first = run()
     assert first.returncode == 0, first.stderr
-    entry = next(iter(json.loads((tmp_path / "data/metrics/plan.json").read_text()).values()))
-    assert entry["fits"] and entry["devices"] == 8 and entry["rank"] == 2
     written = (tmp_path / "data/sharding/plan.json").read_bytes()
     content = json.loads(written)
+    entry = next(iter(content["targets"].values()))
+    assert entry["fits"] and entry["devices"] == 8 and entry["rank"] == 2
     found = content["search"]["candidates"]
     assert {tuple(each["mesh"]) for each in found} == {(1, 4), (2, 2), (4, 1)}
     assert all(each["largest_batch"] == 8 for each in found), "a CPU device's memory is not bounded here"

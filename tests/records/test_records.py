@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,6 @@ from stages.core.records.layout import Fallback, LoraConfig, MeshShape, NamedLay
 from stages.core.records.load import LoadMetrics
 from stages.core.records.manifest import License, Manifest, PresetFile
 from stages.core.records.model_config import ModelConfig, TunedWeights
-from stages.core.records.plan import PlanMetrics, Target
 from stages.core.records.prepare import PrepareMetrics
 from stages.core.records.record import FileRecord
 from stages.core.records.sharding import Sharding, WeightRow
@@ -135,13 +133,6 @@ def test_the_committed_metrics_are_read_and_written_to_the_same_bytes(tmp_path: 
     relative = f"data/metrics/{name}.json"
     METRICS[name].read(Paths(ROOT, ROOT), relative).write(tmp_path / "copy.json")
     assert (tmp_path / "copy.json").read_bytes() == (ROOT / relative).read_bytes()
-
-
-def test_the_committed_metrics_of_the_plan_are_written_to_the_same_bytes(tmp_path: Path):
-    committed = ROOT / "data/metrics/plan.json"
-    targets = {label: Target(**target) for label, target in json.loads(committed.read_bytes()).items()}
-    PlanMetrics(targets=targets).write(tmp_path / "copy.json")
-    assert (tmp_path / "copy.json").read_bytes() == committed.read_bytes()
 
 
 @pytest.mark.parametrize("name", FORMS)

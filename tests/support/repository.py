@@ -15,6 +15,20 @@ DATA = ROOT / "tests" / "data"
 QUICK = ROOT / "tests" / "support" / "quick"
 """On the path of what tests start: see the plugin in it."""
 STAGES: dict[str, Any] = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
+
+
+def outputs(stage: str, *, kept: bool = False) -> list[str]:
+    """The outputs and metrics of a stage in dvc.yaml, a path per variant; `kept`: only those in DVC's cache."""
+    entries = [
+        (entry, {}) if isinstance(entry, str) else next(iter(entry.items()))
+        for key in ("outs", "metrics")
+        for entry in STAGES[stage].get(key, [])
+    ]
+    paths = [path for path, options in entries if not kept or options.get("cache", True)]
+    variants = STAGES[stage].get("matrix", {"variant": [""]})["variant"]
+    return [path.replace("${item.variant}", variant) for path in paths for variant in variants]
+
+
 FAMILIES = ("gemma", "gemma2", "gemma3")
 
 # The real weights may be there already; tests on tiny models must not write beside them. Workers of pytest-xdist

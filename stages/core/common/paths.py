@@ -23,6 +23,7 @@ PLAN = "data/sharding/plan.json"
 CURVE = "data/plots/finetune.csv"
 SAMPLES = "data/plots/samples.jsonl"
 REPORT = "data/report/index.html"
+SUMMARY = "data/run.json"
 
 
 def variant_folder(variant: str) -> str:
@@ -139,8 +140,8 @@ MAKERS = {
     "data/metrics/evaluate-tuned": "evaluate --variant tuned",
     "data/metrics/compare": "compare",
     "data/sharding/plan": "plan",
-    "data/metrics/plan": "plan",
     "data/report": "report",
+    "data/run.json": "report",
 }
 
 

@@ -1,4 +1,4 @@
-"""What `data/sharding/plan.json` and `data/metrics/plan.json` hold: `plan` writes it, `report` and runs read it.
+"""What `data/sharding/plan.json` holds: `plan` writes it, `report` and runs read it.
 
 Unless a name says otherwise, sizes are bytes per device, counts are per step, and times are seconds per step.
 """
@@ -83,11 +83,6 @@ class Target(RunKey):
     # Rows of `sharding.WeightRow` as plain values: whole, where a figure that is not known is left out elsewhere.
     weights: list[dict[str, Any]] = Field(default_factory=list)
 
-    def metrics(self) -> dict[str, Any]:
-        """Return the entry of `data/metrics/plan.json`: the figures, without the tables."""
-        tables = {"largest", "fallbacks", "weights", "compute_seconds", "memory_seconds", "network_seconds"}
-        return self.model_dump(exclude_none=True, exclude=tables)
-
 
 class Estimate(Record):
     """What a step needs with one mesh, layout and batch size: compiled whole, or extrapolated from few blocks."""
@@ -145,13 +140,3 @@ class PlanFile(FileRecord):
         """Return the file's content. Compile times are left out: its bytes follow from the settings alone."""
         left_out = {"targets": {"__all__": {"compile_seconds"}}}
         return {"search": None, "scaling": None} | self.model_dump(exclude_none=True, exclude=left_out)
-
-
-class PlanMetrics(FileRecord):
-    """`data/metrics/plan.json`: the figures of each target by its label."""
-
-    targets: dict[str, Target]
-
-    def content(self) -> dict[str, Any]:
-        """Return the figures, without the tables."""
-        return {label: target.metrics() for label, target in self.targets.items()}
