@@ -3,7 +3,7 @@
 Reads: params `plan`, and `fetch`, `tokenize`, `mesh`, `layout`, `load` and `finetune` for what its entries leave out;
 no weights, no data.
 Writes: `data/sharding/plan.json`; prints tables. Results are cached. With --presets it only
-writes the README's table.
+writes the table in docs/planning.md.
 Command: `python -m stages.plan`
 """
 
@@ -18,7 +18,7 @@ from stages.core.cli import Run, click, stage
 @click.option(
     "--presets",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Only write the table of all public presets between its marks in this file, such as README.md (half an hour).",
+    help="Only write the table of all public presets between its marks in this file, docs/planning.md (half an hour).",
 )
 def main(run: Run, presets: Path | None) -> None:
     """Report what training steps need on absent devices, by ahead-of-time compilation."""

@@ -1,7 +1,7 @@
-"""Every public Gemma on the smallest of a few topologies that holds it, adapter and in full: the README's table.
+"""The table of all public Gemmas in docs/planning.md: each on the smallest topology that holds it, LoRA and in full.
 
-Purpose: `python -m stages.plan --presets README.md` rewrites it between its two marks. Like the search it uses programs
-of two and four blocks, so each preset takes minutes, not an hour; results are cached.
+Purpose: `python -m stages.plan --presets docs/planning.md` rewrites it between its two marks. Like the search it uses
+programs of two and four blocks, so each preset takes minutes, not an hour; results are cached.
 """
 
 from __future__ import annotations
