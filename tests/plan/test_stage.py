@@ -56,7 +56,7 @@ def test_the_stage_writes_metrics_search_and_scaling_the_same_each_time(presets,
         "fetch.source=path",
         f"fetch.path={presets['gemma3']}",
         "plan.targets=[{topology: 'cpu:8', mesh: [2, 4], rank: 2, batch_size: 4, length: 32}]",
-        "plan.search={topology: 'cpu:4', length: 32, largest_batch: 8}",
+        "plan.search={topology: 'cpu:2', length: 32, largest_batch: 2}",
         "plan.scaling={topologies: ['cpu:4', 'cpu:8'], model_axis: 4, batch_per_row: 2, length: 32}",
     ]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{QUICK}"}
@@ -74,8 +74,8 @@ def test_the_stage_writes_metrics_search_and_scaling_the_same_each_time(presets,
     entry = next(iter(content["targets"].values()))
     assert entry["fits"] and entry["devices"] == 8 and entry["rank"] == 2
     found = content["search"]["candidates"]
-    assert {tuple(each["mesh"]) for each in found} == {(1, 4), (2, 2), (4, 1)}
-    assert all(each["largest_batch"] == 8 for each in found), "a CPU device's memory is not bounded here"
+    assert {tuple(each["mesh"]) for each in found} == {(1, 2), (2, 1)}
+    assert all(each["largest_batch"] == 2 for each in found), "a CPU device's memory is not bounded here"
     assert [each["devices"] for each in content["scaling"]["rows"]] == [4, 8]
     assert [each["batch_size"] for each in content["scaling"]["rows"]] == [2, 4]
     again = run()

@@ -1,0 +1,46 @@
+"""A stand-in for every stage: writes outputs that change when a dependency or a setting does, and takes no time.
+
+Whether DVC reruns a stage depends on dvc.yaml alone, so the tests of that need no model. Run as
+`python -m tests.support.stand_in STAGE [VARIANT]` in a copy of the repository.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import sys
+from pathlib import Path
+
+from ruamel.yaml import YAML
+
+from tests.support.repository import STAGES, outputs
+
+
+def install(repository: Path) -> None:
+    """Put the stand-in in the place of each stage's command."""
+    path = repository / "dvc.yaml"
+    path.write_text(
+        re.sub(r"python -m stages\.(\w+)(?: --variant)?", rf"{sys.executable} -m {__name__} \1", path.read_text())
+    )
+
+
+def main(stage: str, variant: str = "") -> None:
+    """Write each output of a stage as a digest of what the stage depends on."""
+    params = YAML(typ="safe").load(Path("params.yaml").read_text())
+    digest = hashlib.sha256()
+    for name in STAGES[stage].get("params", []):
+        section, _, key = name.partition(".")
+        digest.update(json.dumps(params[section][key] if key else params[section]).encode())
+    for dependency in STAGES[stage]["deps"]:
+        path = Path(dependency.replace("${item.variant}", variant))
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            digest.update(file.read_bytes() if file.is_file() else b"")
+    for name in outputs(stage):
+        if variant in name:
+            Path(name).parent.mkdir(parents=True, exist_ok=True)
+            Path(name).write_text(json.dumps({name: digest.hexdigest()}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
