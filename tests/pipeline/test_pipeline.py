@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -123,6 +124,9 @@ def test_an_experiment_can_be_run_and_compared(repository: Path):
     table = dvc(repository, "exp", "show", "--csv").stdout
     assert "higher" in table
     assert "0.01" in table
+    # As the workflow for pull requests compares.
+    assert "| data/run.json | loss" in re.sub(" +", " ", dvc(repository, "metrics", "diff", "--md", "HEAD").stdout)
+    assert "| finetune.learning_rate" in dvc(repository, "params", "diff", "--md", "HEAD").stdout
     subprocess.run(["git", "checkout", "-q", "."], cwd=repository, check=True)
     dvc(repository, "checkout")
 
