@@ -12,9 +12,9 @@ import pytest
 
 from stages.core.common.host_memory import Growth, peak_host_bytes
 from stages.core.finetune import trainer
-from stages.core.finetune.callback import History
 from stages.core.finetune.checkpoint import Store
 from stages.core.finetune.flops import step_flops
+from stages.core.finetune.history import History
 from stages.core.finetune.result import Result
 from stages.core.load import lora_kernels
 from stages.core.load.backbone import build_backbone

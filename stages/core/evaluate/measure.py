@@ -8,6 +8,7 @@ rounding.
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import Callable
 
@@ -18,6 +19,8 @@ from stages.core.evaluate.review_losses import ReviewLosses
 from stages.core.sharding.mesh import MeshShape
 from stages.core.tokenize.batches import Batches
 from stages.core.tokenize.held_out import HeldOut
+
+logger = logging.getLogger(__name__)
 
 # Each length is one more compilation; a bucket's length is a multiple of this, which the usual meshes divide.
 MOST_BUCKETS = 4
@@ -69,6 +72,7 @@ def measure(model: Model, sequences: HeldOut, mesh: MeshShape, *, max_length: in
             batch_rows(len(rows), max(1, batch_tokens // length), mesh.sizes["batch"]),
             mesh,
         )
+        logger.info(f"Measuring {len(rows)} of {len(numbers)} sequences, padded to {length} tokens ...")
         loss, correct = model(batches)
         # As many as were returned: missing ones are noticed below.
         weights = weights[: len(loss)]

@@ -6,12 +6,11 @@ of the next.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,15 @@ import jax
 import jax.numpy as jnp
 import keras
 import numpy as np
-from pydantic import TypeAdapter
 
 from stages.core.common.errors import StageError
 from stages.core.common.host_memory import Growth
 from stages.core.common.paths import REVIEWS
+from stages.core.common.progress import ProgressLog
 from stages.core.config.schema import Finetune
 from stages.core.files import optional
 from stages.core.finetune.checkpoint import Checkpoint, Store
+from stages.core.finetune.history import History
 from stages.core.finetune.optimizer import Schedule
 from stages.core.finetune.signals import Interruption, Stopped
 from stages.core.records.finetune import Sample, Step
@@ -39,50 +39,6 @@ logger = logging.getLogger(__name__)
 PROFILED_STEPS = 3
 # Steps whose memory growth is measured, to report the maximum: early ones may still hold their predecessor's buffers.
 MEASURED_STEPS = 8
-PHASES = ("load", "validation", "sample", "checkpoint")
-
-
-@dataclass
-class History:
-    """What a run has done so far, over all its processes; saved in each checkpoint.
-
-    `rows` is the curve; `step_seconds` has one entry per step and `first_steps` lists those that began a process and
-    include a compilation. `seconds` are of all other work, by kind. `waited` counts validations since the lowest loss.
-    `step_growth` is the growth in bytes of the process's memory within a step on CPU devices, if it can be measured.
-    """
-
-    rows: list[Step] = field(default_factory=list)
-    step_seconds: list[float] = field(default_factory=list)
-    first_steps: list[int] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
-    samples: list[Sample] = field(default_factory=list)
-    best_loss: float | None = None
-    waited: int = 0
-    stopped_early: bool = False
-    step_growth: int | None = None
-
-    @classmethod
-    def from_state(cls, state: dict[str, Any]) -> History:
-        """Return the history that `state` was made of."""
-        return TypeAdapter(cls).validate_python(state)
-
-    def state(self) -> dict[str, Any]:
-        """Return the history as JSON can hold it."""
-        return TypeAdapter(type(self)).dump_python(self)
-
-    @property
-    def steps(self) -> int:
-        """Steps done."""
-        return len(self.rows)
-
-    @contextlib.contextmanager
-    def timed(self, kind: str) -> Iterator[None]:
-        """Add the time the block takes."""
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[kind] += time.perf_counter() - began
 
 
 @dataclass(frozen=True)
@@ -127,6 +83,7 @@ class TrainingCallback(keras.callbacks.Callback):
         self._began = 0.0
         self._profiling = False
         self._growth: Growth | None = None
+        self._progress = ProgressLog("Step", setup.steps, history.steps)
 
     @property
     def finished(self) -> bool:
@@ -183,6 +140,7 @@ class TrainingCallback(keras.callbacks.Callback):
                 validation_loss=None,
             )
         )
+        self._progress.show(step, f"loss {loss:.3f}")
         if self._profiling and step in ((self._first_step or 0) + 1 + PROFILED_STEPS, setup.steps):
             self._stop_profile()
         every = setup.settings.validate_every or setup.steps_per_epoch

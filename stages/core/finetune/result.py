@@ -12,7 +12,7 @@ import keras
 
 from stages.core.common import host_memory
 from stages.core.finetune import flops
-from stages.core.finetune.callback import History
+from stages.core.finetune.history import History
 from stages.core.load.variants import LoadedModel
 from stages.core.model.causal_lm import CausalModel
 from stages.core.records.finetune import FinetuneMetrics, Step

@@ -16,8 +16,9 @@ from stages.core.common.paths import TOKENS, Paths
 from stages.core.config.schema import IN_FULL, NOT_IN_FULL, Finetune, without
 from stages.core.files import sha256
 from stages.core.finetune import fingerprint
-from stages.core.finetune.callback import FitSetup, History, TrainingCallback, bit_sums
+from stages.core.finetune.callback import FitSetup, TrainingCallback, bit_sums
 from stages.core.finetune.checkpoint import Checkpoint, Store
+from stages.core.finetune.history import History
 from stages.core.finetune.optimizer import make_optimizer
 from stages.core.finetune.result import Result, result_of
 from stages.core.finetune.signals import Interruption
