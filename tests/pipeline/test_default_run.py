@@ -23,13 +23,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("default run")]
 
 # The cache that a person's runs have, and programs compiled as theirs are.
 AS_A_PERSON = {"GEMMA_TUNING_CACHE": str(REAL_CACHE), "PYTHONPATH": ""}
-# Of 186 steps 24, each larger; of each held-out review the first 128 tokens; of three plans the one that takes seconds
-# (tests/config plans what the profiles name).
+# Of 186 steps 16, each larger; of 20 held-out reviews the first 128 tokens; no plan (tests/config compiles those of the
+# profiles).
 SHORTER = {
-    "finetune": {"steps": 24, "warmup_steps": 2, "learning_rate": 1.0e-3},
-    "generate": {"max_tokens": 16},
+    "prepare": {"validation": 20},
+    "finetune": {"steps": 16, "warmup_steps": 2, "learning_rate": 1.0e-3, "sample_every": None},
+    "generate": {"max_tokens": 8},
     "evaluate": {"max_length": 128},
-    "plan": {"targets": [{"topology": "v5e:2x4"}]},
+    "plan": {"targets": []},
 }
 
 
@@ -50,12 +51,12 @@ def read(repository: Path, name: str) -> dict:
 
 def test_the_tuned_model_is_less_surprised_by_reviews_it_has_not_seen(repository: Path):
     before, after = read(repository, "evaluate-baseline"), read(repository, "evaluate-tuned")
-    assert before["targets"] == after["targets"] > 4_000
-    assert before["reviews"] == 40
+    assert before["targets"] == after["targets"] > 2_000
+    assert before["reviews"] == 20
     assert before["reviews_cut"] == after["reviews_cut"]
-    assert after["perplexity"] < 0.97 * before["perplexity"]
+    assert after["perplexity"] < 0.98 * before["perplexity"]
     compared = read(repository, "compare")
-    assert compared["loss_difference"] < -4 * compared["loss_difference_standard_error"]
+    assert compared["loss_difference"] < -2 * compared["loss_difference_standard_error"]
 
 
 def test_the_model_is_really_sharded(repository: Path):
