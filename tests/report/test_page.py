@@ -173,7 +173,7 @@ def test_samples_taken_while_training_stand_in_order_beside_their_steps(root):
 def test_without_samples_the_page_has_no_table_for_them(root):
     write_samples(root, [])
     text = Reader(rendered(root)).text
-    assert "The style on its way" not in text
+    assert "Samples during training" not in text
     assert "samples.jsonl" not in text
 
 
@@ -188,7 +188,7 @@ def test_a_prompt_given_twice_keeps_its_continuations_apart():
 def test_an_empty_continuation_is_said_to_be_one(root):
     write_generations(root, "tuned", [("This movie was", "")])
     text = Reader(rendered(root)).text
-    assert "No text: the model ended at once." in text
+    assert "No text: the model ended immediately." in text
     assert "Not generated for this prompt." in text
 
 
