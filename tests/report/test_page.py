@@ -87,7 +87,10 @@ def test_reviews_that_are_longer_than_the_maximum_are_told(root):
 
 def test_measures_over_different_numbers_of_tokens_are_said_not_to_compare(root):
     edit(root, "data/metrics/evaluate-tuned.json", targets=99)
-    assert "different numbers of tokens (baseline: 13,642, tuned: 99) and do not compare" in Reader(rendered(root)).text
+    assert (
+        "different numbers of tokens (baseline: 13,642, tuned: 99), so they cannot be compared"
+        in Reader(rendered(root)).text
+    )
 
 
 def test_full_parameter_tuning_is_not_called_lora(root):
