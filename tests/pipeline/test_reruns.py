@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
 from tests.support import stand_in
-from tests.support.copies import change, copy_repository, dvc, ran
+from tests.support.copies import IDENTITY, change, copy_repository, dvc, ran
 from tests.support.repository import ROOT, STAGES
 
 pytestmark = pytest.mark.xdist_group("reruns")
@@ -53,6 +56,27 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert ran(dvc(folder, "repro", PYTHONPATH=str(ROOT))) == ALL
     assert ran(dvc(folder, "repro", PYTHONPATH=str(ROOT))) == set()
     return folder
+
+
+def test_a_sweep_runs_what_its_setting_changes_and_its_table_fits_160_columns(repository: Path):
+    environment = {"PYTHONPATH": str(ROOT), "COLUMNS": "160"}
+    subprocess.run(["git", "add", "-A"], cwd=repository, check=True)
+    subprocess.run(["git", *IDENTITY, "commit", "-qm", "Run"], cwd=repository, check=True)
+    queue = ["exp", "run", "--queue", "-S", "finetune.learning_rate=0.001,0.002"]
+    names = re.findall(r"Queued experiment '(.+)'", dvc(repository, *queue, **environment).stdout)
+    dvc(repository, "queue", "start", "-j", "1", **environment)
+    until = time.monotonic() + 600
+    while dvc(repository, "queue", "status").stdout.count("Success") < 2 and time.monotonic() < until:
+        time.sleep(1)
+    assert [ran(dvc(repository, "queue", "logs", name)) for name in names] == [TUNED, TUNED]
+    show = ["exp", "show", "--no-pager", "--only-changed", "--drop", "^(data|models)/"]
+    table = dvc(repository, *show, **environment).stdout
+    assert max(map(len, table.splitlines())) <= 160
+    assert {*names, "perplexity", "loss", "finetune.learning_rate"} <= set(re.findall(r"[\w.-]+", table))
+    dvc(repository, "exp", "apply", names[1], **environment)
+    assert "learning_rate: 0.002" in (repository / "params.yaml").read_text()
+    subprocess.run(["git", "checkout", "-q", "."], cwd=repository, check=True)
+    dvc(repository, "checkout")
 
 
 @pytest.mark.parametrize("case", CHANGES)

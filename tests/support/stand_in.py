@@ -14,7 +14,12 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
+from stages.core.common.paths import SUMMARY
+from stages.core.records.summary import Summary
 from tests.support.repository import STAGES, outputs
+
+# The figures that differ between runs of one model on one machine.
+TUNED = {"perplexity", "loss", "accuracy", "step_s", "tokens_per_s", "peak_gib"}
 
 
 def install(repository: Path) -> None:
@@ -40,6 +45,10 @@ def main(stage: str, variant: str = "") -> None:
         if variant in name:
             Path(name).parent.mkdir(parents=True, exist_ok=True)
             Path(name).write_text(json.dumps({name: digest.hexdigest()}))
+    if stage == "report":
+        Path(SUMMARY).write_text(
+            json.dumps({name: 1.0 + (name in TUNED) * digest.digest()[0] / 1000 for name in Summary.model_fields})
+        )
 
 
 if __name__ == "__main__":
