@@ -28,7 +28,7 @@ AS_A_PERSON = {"GEMMA_TUNING_CACHE": str(REAL_CACHE), "PYTHONPATH": ""}
 SHORTER = {
     "prepare": {"validation": 20},
     "finetune": {"steps": 16, "warmup_steps": 2, "learning_rate": 1.0e-3, "sample_every": None},
-    "generate": {"max_tokens": 8},
+    "generate": {"max_tokens": 16},
     "evaluate": {"max_length": 128},
     "plan": {"targets": []},
 }
@@ -84,7 +84,8 @@ def test_the_prompts_are_continued_differently_after_tuning(repository: Path):
         lines = (repository / f"data/generated/{variant}.jsonl").read_text().splitlines()
         texts[variant] = [json.loads(line) for line in lines]
     assert texts["tuned"][0]["prompt"] == "Best comedy movies in the 90s "
-    assert all(b["text"] != t["text"] for b, t in zip(texts["baseline"], texts["tuned"], strict=True))
+    assert [each["prompt"] for each in texts["tuned"]] == [each["prompt"] for each in texts["baseline"]]
+    assert any(b["text"] != t["text"] for b, t in zip(texts["baseline"], texts["tuned"], strict=True))
 
 
 def test_a_second_repro_runs_nothing(repository: Path):
