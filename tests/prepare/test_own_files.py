@@ -240,7 +240,7 @@ def test_a_persons_own_texts_stay_as_they_are_unless_a_setting_says_otherwise(tm
 def test_reviews_of_imdb_are_cleaned_without_a_setting(monkeypatch, tmp_path):
     raw = [RawReview(f"Film number {row} has a long review.<br />Yes.", 1, str(row)) for row in range(4)]
     raw.append(RawReview("A short one.", 1, "4"))
-    monkeypatch.setattr("stages.core.prepare.imdb.sample_reviews", lambda cache: iter(raw))
+    monkeypatch.setattr("stages.core.prepare.sources.sample_reviews", lambda cache: iter(raw))
     parts, tally = prepare(tmp_path, **OWN, source="imdb_sample", train_file=None)
     assert tally == Tally(read=5, too_short=1, changed=4)
     assert not any("<br" in review.text for part in parts.values() for review in part)
@@ -268,7 +268,7 @@ def test_repeats_that_are_kept_are_trained_on_but_never_held_out_too(tmp_path_fa
 def test_of_imdbs_two_parts_kept_repeats_leave_the_training_part_as_it_is(monkeypatch, tmp_path):
     split = {"train": ["a", "b", "a", "c", "d"], "test": ["c", "x", "a", "y", "x"]}
     monkeypatch.setattr(
-        "stages.core.prepare.imdb.full_reviews",
+        "stages.core.prepare.sources.full_reviews",
         lambda name, folder: (RawReview(f"text {text}", 0, f"{name}:{row}") for row, text in enumerate(split[name])),
     )
     changes = {"source": "imdb_reviews", "train_file": None, "take": 4, "min_characters": 1}
