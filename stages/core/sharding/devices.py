@@ -11,7 +11,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import jax
-import keras
 
 from stages.core.common.environment import IGNORED
 from stages.core.common.errors import StageError
@@ -194,7 +193,7 @@ def _one_line(reason: str) -> str:
 
 def _start(platform: str, count: int) -> None:
     """Set what JAX reads when it first asks for devices."""
-    if keras.config.backend() != "jax":
+    if "keras" in sys.modules and sys.modules["keras"].config.backend() != "jax":
         raise RuntimeError("Keras was imported before this package and has another backend. Set KERAS_BACKEND=jax.")
     jax.config.update("jax_platforms", "cpu" if platform == "cpu" else f"{BACKENDS[platform]},cpu")
     if platform == "cpu":
