@@ -1,8 +1,8 @@
 """The command line that all stages share: options, reading the settings, messages, errors, and the metrics file.
 
 Purpose: a stage script is a straight line from `Run` to its outputs. Nothing heavy is imported here, so that `--help`
-and a wrong setting answer at once. The scripts take click from here too: the check in `stages/__init__.py` must come
-before it, and a script run as a file (`python stages/prepare.py`) would import click first.
+and errors in params appear immediately. The scripts take click from here too: the check in `stages/__init__.py` must
+come before it, and a script run as a file (`python stages/prepare.py`) would import click first.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
     temporary = target.parent / f".{target.stem[:100]}.{secrets.token_hex(6)}{target.suffix}"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        # Made as any other file of the person's: the system takes the umask off.
+        # Made as any other file of the user's: the system takes the umask off.
         handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
         mode = stat.S_IMODE(os.fstat(handle).st_mode)
         os.close(handle)
@@ -50,7 +50,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
         temporary.replace(target)
         flush(target.parent)
     except OSError as error:
-        # `write` and `fsync` name no file; the temporary one's name means nothing to a person.
+        # `write` and `fsync` name no file; the temporary one's name means nothing to a user.
         if error.errno is not None and error.filename in (None, str(temporary)):
             error.filename, error.filename2 = str(target), None
         raise

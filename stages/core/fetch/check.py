@@ -24,7 +24,7 @@ class Check:
         present: whether the files are here already, unaltered.
         download_bytes: what would be downloaded; None if the source does not report it.
         free_bytes: free disk space for the files.
-        notes: what the person should know besides, a line each.
+        notes: what the user should know besides, a line each.
         host: whom the source's questions go to; None where it asks nobody, or whom is another program's to know.
         trouble: why the fetch would not work and what to do, two lines; None where it would.
     """
@@ -78,7 +78,7 @@ def obstacle(check: Check) -> str | None:
 
 
 def _size(count: int) -> str:
-    """Return bytes for a person."""
+    """Return bytes for a user."""
     return f"{count / 1e9:,.1f} GB" if count >= 1e9 else megabytes(count, 1) if count >= 1e5 else f"{count:,} bytes"
 
 

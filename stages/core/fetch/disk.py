@@ -1,4 +1,4 @@
-"""Room, permission and turns: whether a download can be written, and that two do not write it at once."""
+"""Disk space, permission and locks: whether a download can be written, and by one process at a time."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class Source:
 
     @property
     def page(self) -> str:
-        """The address of the model's page, for a person."""
+        """The address of the model's page, for a user."""
         return f"{SITE}/{self.repo}"
 
     def base(self, cache: Path) -> Path:

@@ -145,7 +145,7 @@ def check_headers(source: Source, commit: str, needed: list[RepoSibling], folder
     except ParamsError:
         raise
     except StageError as error:
-        # The folder is none of the person's.
+        # The folder is none of the user's.
         raise ParamsError(f"{source.repo} cannot be used. {str(error).replace(str(folder), source.repo)}") from error
 
 

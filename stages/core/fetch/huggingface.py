@@ -64,7 +64,7 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 def fetch_huggingface(preset: str, cache: Path) -> Manifest:
     """Bring a preset from Hugging Face into the cache folder and describe it; with no network if it is there unaltered.
 
-    A branch or tag (`main`, if none is named) stands for the commit that it was at the first fetch.
+    A branch or tag (`main`, if none is named) is pinned to the commit of its first fetch.
 
     Args:
         preset: `hf://owner/model`, with `@branch`, `@tag` or `@commit` if wanted.
@@ -169,7 +169,7 @@ def _manifest(source: Source, preset: str, cache: Path, commit: str, record: dic
 
 
 def _commit(source: Source, cache: Path) -> str | None:
-    """Return the commit that the revision stands for, if that is known here."""
+    """Return the commit that the revision is pinned to, if that is known here."""
     if COMMIT.fullmatch(source.revision):
         return source.revision
     try:

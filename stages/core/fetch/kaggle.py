@@ -137,7 +137,7 @@ def _whole(link: Path, record: Path) -> tuple[PresetFile, ...] | None:
 
 
 def _fetch(model: str, link: Path, record: Path) -> tuple[PresetFile, ...]:
-    """Restore the files, with the credentials that are found; at a terminal with those that the person types."""
+    """Restore the files, with the credentials that are found; at a terminal with those that the user types."""
     credentials = kaggle_credentials()
     for note in credentials.notes:
         logger.info(note)

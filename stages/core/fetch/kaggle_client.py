@@ -33,7 +33,7 @@ BUSY_WAITS = (1.0, 4.0, 16.0)  # seconds before asking again, when Kaggle does n
 BROKEN_WAITS = (0.5, 1.0, 2.0)  # seconds before a transfer that broke off is resumed
 LONGEST_WAIT = 60.0  # seconds; beyond that the user should run it again later
 PAGE = 100  # files per page of a listing
-# Files of a preset that some stage reads, or a person. Others are left out, above all those that can hold a pickle.
+# Files of a preset that some stage reads, or a user. Others are left out, above all those that can hold a pickle.
 WANTED = (".json", ".h5", ".spm", ".md", ".txt")
 MAKE_ROOM = "Make room, or set KAGGLEHUB_CACHE to a folder on a larger disk."
 OTHER_PLACE = "Mend its rights, or set KAGGLEHUB_CACHE to a folder of your own."
@@ -262,7 +262,7 @@ def _asked() -> str:
 
 
 def is_wanted(name: str) -> bool:
-    """Return whether a file of a preset is one that some stage or a person reads; hidden files are not."""
+    """Return whether a file of a preset is one that some stage or a user reads; hidden files are not."""
     return name.endswith(WANTED) and not any(part.startswith(".") for part in name.split("/"))
 
 

@@ -34,7 +34,7 @@ MOST_SURPLUS_ROWS = 255
 
 
 def fetch_local(preset: str, path: str, root: Path) -> Manifest:
-    """Describe a preset folder of the person's own, which stays where it is.
+    """Describe a preset folder of the user's own, which stays where it is.
 
     Args:
         preset: a label.
@@ -54,7 +54,7 @@ def fetch_local(preset: str, path: str, root: Path) -> Manifest:
 
 
 def check_local(preset: str, path: str, root: Path) -> Check:
-    """Tell whether a folder of the person's own is a preset: nothing is downloaded from there.
+    """Tell whether a folder of the user's own is a preset: nothing is downloaded from there.
 
     Args:
         preset: a label.

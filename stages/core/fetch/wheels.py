@@ -60,7 +60,7 @@ class Wheel:
 def download_wheel(wheel: Wheel, folder: Path) -> Path:
     """Return the path of a wheel below `folder`, downloaded only if it is missing or damaged.
 
-    Several processes may do so at once: each has its own scratch folder and renames the whole file into place.
+    Several processes may do so at the same time: each has its own scratch folder and renames the whole file into place.
 
     Raises:
         StageError: index not reachable, no such version, a different SHA-256 than pinned, no room: two lines each.

@@ -62,7 +62,7 @@ class Store:
 
         The system drops the lock of a process that ends, however it ends.
         """
-        with optional("two runs of these settings at once may disturb each other's checkpoints"):
+        with optional("two concurrent runs of these settings may disturb each other's checkpoints"):
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             try:
                 self._lock.acquire(timeout=0)

@@ -1,6 +1,6 @@
 """Graceful shutdown: a signal is recorded, and the run stops itself where nothing is lost.
 
-Purpose: a preemptible machine sends SIGTERM some seconds before it shuts down; a person presses Ctrl-C.
+Purpose: a preemptible machine sends SIGTERM some seconds before it shuts down; a user presses Ctrl-C.
 """
 
 from __future__ import annotations

@@ -29,7 +29,6 @@ from stages.core.records.model_config import ModelConfig
 from stages.core.sharding import devices
 from stages.core.sharding import mesh as meshes
 from stages.core.sharding.layout import Placement, resolve
-from stages.core.sharding.mesh import jax_mesh
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class LoadedModel:
     @property
     def jax_mesh(self) -> jax.sharding.Mesh:
         """The JAX mesh behind the Keras one."""
-        return jax_mesh(self.mesh)
+        return meshes.jax_mesh(self.mesh)
 
 
 def open_preset(paths: Paths) -> Preset:

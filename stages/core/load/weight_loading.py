@@ -76,7 +76,7 @@ def fill(
                 values = np.ascontiguousarray(values.astype(variable.dtype, copy=False))
             _refuse_non_finite(values, variable.path)
             # Waited for, so that the host holds one slice at a time. An array that shared the host's memory would be
-            # copied, all of the model at once, by the first step that donates it: so it is copied now, bit by bit.
+            # copied by the first step that donates it, the whole model in one go: so it is copied now, slice by slice.
             held = [jax.device_put(values, device, may_alias=False) for device in devices]
             shards += jax.block_until_ready(held)
             del values

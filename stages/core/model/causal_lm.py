@@ -280,7 +280,7 @@ def activation_layout(mesh: jax.sharding.Mesh, placements: Sequence[Placement]) 
         time, *rest = roles[role]
         if array.shape[1] % mesh.shape["model"]:
             time = None
-        # A rule of the person's own may split a weight over the batch axis too, which activations have spent already.
+        # A rule of the user's own may split a weight over the batch axis too, which activations have spent already.
         axes = [None if "batch" in axes_of(axis) else axis for axis in (time, *rest)]
         return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, P("batch", *axes)))
 

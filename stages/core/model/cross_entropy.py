@@ -4,7 +4,7 @@ Purpose: Gemma's vocabulary has 256,000 words and more; the logits of one batch 
 float32, and Keras' loss builds them, their softmax, a one-hot of the same size and their gradients. Here the vocabulary
 is walked in blocks with a running maximum and sum of exponentials, and where a gradient will be needed the same pass
 accumulates softmax x embedding, as flash attention does with values (https://arxiv.org/abs/2205.14135): loss and
-gradient at once, two matrix products in all instead of three.
+gradient in one pass: two matrix products instead of three.
 
 With a mesh every device walks its own rows of the table and the parts are combined, so the table is never gathered.
 Where the axis does not divide the rows, rows of zeros are added at the end: no word, so they take no part in a softmax.

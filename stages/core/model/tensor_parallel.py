@@ -105,7 +105,7 @@ class Projections:
             return None
         kernel = specs["kernel"]
         # A device's parts fit each other only where the adapter is split as its kernel is and has its rank whole; some
-        # layouts replicate it, and a person's own may split the rank.
+        # layouts replicate it, and a user's own may split the rank.
         if "lora_kernel_a" in specs and (specs["lora_kernel_a"], specs["lora_kernel_b"]) != (
             (*kernel[:-1], None),
             (None, kernel[-1]),

@@ -68,7 +68,7 @@ def architecture_of(params: Settings, step: PlanStep) -> tuple[str, Architecture
 
 
 def own_config(fetch: Fetch, root: Path) -> Path | None:
-    """Return the configuration of the person's own preset, which targets that name none are planned for."""
+    """Return the configuration of the user's own preset, which targets that name none are planned for."""
     return None if fetch.path is None else own_path(root, "fetch.path", fetch.path) / "config.json"
 
 

@@ -39,7 +39,7 @@ ENVIRONMENT = {
     "TPU_STDERR_LOG_LEVEL": "3",
     "TPU_MIN_LOG_LEVEL": "3",
     "TPU_LOG_DIR": "disabled",
-    # Compilation needs no device, so several processes may use libtpu at once.
+    # Compilation needs no device, so several processes may use libtpu concurrently.
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 

@@ -38,7 +38,7 @@ def prepare_reviews(settings: Prepare, root: Path, cache: Path) -> tuple[dict[st
     """
     train, validation = _open(settings, root, cache)
     tally = Tally()
-    # What suits IMDb's reviews is not done to a person's own texts unasked.
+    # What suits IMDb's reviews is not done to a user's own texts unasked.
     own = settings.source == "files"
     html_breaks = ("keep" if own else "newline") if settings.html_breaks == "auto" else settings.html_breaks
     min_characters = settings.min_characters or (1 if own else 32)
@@ -83,7 +83,7 @@ def prepare_reviews(settings: Prepare, root: Path, cache: Path) -> tuple[dict[st
 
 
 def own_inputs(settings: Prepare, root: Path) -> dict[str, Path | None]:
-    """Return the person's files and the dataset's folder by their keys; None for what the source does not read."""
+    """Return the user's files and the dataset's folder by their keys; None for what the source does not read."""
     found: dict[str, Path | None] = {}
     for key in ("train_file", "validation_file"):
         value = getattr(settings, key)
@@ -140,7 +140,7 @@ def describe(parts: dict[str, list[Review]], tally: Tally) -> PrepareMetrics:
 
 
 def summary(parts: dict[str, list[Review]], tally: Tally) -> str:
-    """Return one line for the person: how many reviews (or pairs) there are, and what was left out."""
+    """Return one line for the user: how many reviews (or pairs) there are, and what was left out."""
     what = "reviews" if parts["train"][0].prompt is None else "pairs of prompt and response"
     several = sum(bool(review.earlier) for reviews in parts.values() for review in reviews)
     longer = f" With more than one prompt and response: {several:,}." if several else ""

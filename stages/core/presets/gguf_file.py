@@ -40,7 +40,7 @@ HARMLESS = {"context_length", "vocab_size", "rope.scaling.finetuned", "rope.scal
 class _Reader(gguf.GGUFReader):
     """The package's reader, which believes every number of the file, with what a damaged or hostile one needs.
 
-    Arrays are read at once: element by element, 262,144 tokens take it 12 s.
+    Arrays are read whole: element by element, 262,144 tokens take it 12 s.
     """
 
     def __init__(self, path: Path) -> None:

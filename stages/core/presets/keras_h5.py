@@ -1,7 +1,7 @@
 """Reading keras-hub's weight files (`model.weights.h5`, one or several) by weight path, in slices.
 
 Purpose: Keras only offers to load a whole file into a model that already holds random numbers. This knows where in the
-file each weight lies, and that there is nothing else in it; `tests/load/test_weight_loading.py` holds it to what Keras
+file each weight is, and that there is nothing else in it; `tests/load/test_weight_loading.py` holds it to what Keras
 writes.
 Reads: `model.weights.h5`, or `model.weights.json` and the files it names.
 """
@@ -206,7 +206,7 @@ def _refuse_moved(datasets: dict[str, Any]) -> None:
 
     HDF5 keeps no checksum of where a dataset's bytes are. But without these bytes the rest of the file must read as it
     does with them. And what follows a weight is another one, free room (zeros) or a structure of the format, which its
-    first bytes tell: the values of a weight that is said to be elsewhere are none.
+    first bytes show it: a weight that refers to values elsewhere has none.
 
     Args:
         datasets: all of the files, by name or path.

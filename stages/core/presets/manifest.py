@@ -1,6 +1,6 @@
 """The preset manifest: which files a preset consists of, where they lie, and the check that they are unaltered.
 
-Purpose: the weights stay outside DVC, in the cache folder or the person's own; the manifest pins them by size and
+Purpose: the weights stay outside DVC, in the cache folder or the user's own; the manifest pins them by size and
 SHA-256, so every stage can verify the files that it reads.
 Reads: `models/preset/manifest.json` and the files it names.
 """
@@ -79,8 +79,8 @@ def verified_folder(manifest: Manifest, root: Path, only: Collection[str] | None
 def _fetch_public(manifest: Manifest, root: Path) -> None:
     """Fetch a preset that needs no account, where this machine never had it: a clone has its manifest by `dvc pull`.
 
-    In a process of its own: what comes is held to the manifest's hashes, so the code that brings it is no part of what
-    the calling stage computes. It says itself what it does and what goes wrong.
+    In a process of its own: files are verified by the manifest's hashes, so the code that downloads them is no part of
+    what the calling stage computes. It says itself what it does and what goes wrong.
     """
     with tempfile.TemporaryDirectory() as aside:
         command = [

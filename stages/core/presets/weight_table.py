@@ -79,7 +79,7 @@ def weight_table(architecture: Architecture) -> dict[str, StoredWeight]:
         "attention/query_norm/scale": architecture.has_query_key_norm,
         "attention/key_norm/scale": architecture.has_query_key_norm,
     }
-    # A Gemma has one other norm, which stands before the feed-forward layers, whatever its name says.
+    # A Gemma has one other norm; despite its name it comes before the feed-forward layers.
     renamed = {} if post_attention else {"pre_feedforward_layernorm": "post_attention_layernorm"}
     table = config["vocabulary_size"], sizes["hidden"]
     found = {

@@ -22,7 +22,7 @@ from stages.core.sharding.table import block_table
 
 
 def dry_run(run: Run, preset: str | None) -> str:
-    """Return what `load` and `finetune` would put on each device, as text for the person.
+    """Return what `load` and `finetune` would put on each device, as text for the user.
 
     Args:
         run: settings `mesh`, `layout`, `load` and `finetune`, and the manifest's path.

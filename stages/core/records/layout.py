@@ -50,7 +50,7 @@ class MeshShape:
 class Rule:
     """Weights whose whole path matches `pattern` are split as `spec` says: an axis, several, or None a dimension.
 
-    `optional` rules may match nothing (a named layout serves several Gemmas); a person's own rules may not.
+    `optional` rules may match nothing (a named layout serves several Gemmas); a user's own rules may not.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")

@@ -1,7 +1,7 @@
 """The forms that all records share: a JSON file, and a file of JSON lines.
 
 Purpose: whoever writes a file and whoever reads it use the same class, so that a renamed key breaks in one place, and a
-damaged file is told in one line wherever it is read. Units are in the names of the fields: `_bytes`, `_seconds`,
+damaged file is reported in one line by every reader. Units are in the names of the fields: `_bytes`, `_seconds`,
 `_per_second`, `_fraction` (of one); an integer that has none is a count.
 """
 

@@ -125,7 +125,7 @@ def check_adapters(rules: Sequence[Rule], weights: Iterable[Weight], mesh: MeshS
     names `lora`) must fit what it matches of some layer; the rank may be any that the mesh divides.
 
     Args:
-        rules: a person's own; optional ones are passed over.
+        rules: a user's own; optional ones are passed over.
         weights: the model's, with no adapter declared.
         mesh: axis names and sizes.
 

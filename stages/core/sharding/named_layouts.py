@@ -1,4 +1,4 @@
-"""The named layouts: `auto` for every Gemma and mesh, `tutorial`, and rules written out by the person.
+"""The named layouts: `auto` for every Gemma and mesh, `tutorial`, and rules written out by the user.
 
 Purpose: which dimension of which weight goes over the mesh's `model` axis, with a reason where it is not the usual one.
 

@@ -61,11 +61,11 @@ class ChatTemplate:
         ]
 
     def prompts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return each text as the person's turn, up to where the model's response begins; BOS is the first id."""
+        """Return each text as the user's turn, up to where the model's response begins; BOS is the first id."""
         return [[self._tokenizer.bos, *ids] for ids in self._prompts(texts)]
 
     def later_prompts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return each text as the person's turn after a response, with the line break that comes between the two."""
+        """Return each text as the user's turn after a response, with the line break that comes between the two."""
         return [[*self._line_break, *ids] for ids in self._prompts(texts)]
 
     def _prompts(self, texts: Sequence[str]) -> list[list[int]]:
