@@ -49,8 +49,8 @@ class FinetuneMetrics(FileRecord):
     `validation_seconds` and `sample_seconds` hold their own compilations. `peak_device_bytes` is there only if the
     backend reports it. `flops_share_of_peak` is the model flops per second of a usual step over what the devices'
     float32 matrix products reach together, measured after the training. `state_bytes_per_device` is what the first
-    device holds of weights, optimizer and metrics; `step_growth_bytes` how far the process's memory grew within one step:
-    on simulated devices, the temporaries of all of them.
+    device holds of weights, optimizer and metrics; `step_growth_bytes` how far the process's memory grew within one
+    step: on simulated devices, the temporaries of all of them.
     """
 
     total_parameters: int
