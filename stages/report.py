@@ -7,13 +7,16 @@ Command: python -m stages.report
 
 from __future__ import annotations
 
-from stages.core.cli import Run, logger, stage
+import webbrowser
+
+from stages.core.cli import Run, click, logger, stage
 from stages.core.common.paths import REPORT, SUMMARY
 from stages.core.files import write_text
 
 
 @stage
-def main(run: Run) -> None:
+@click.option("--open", "show", is_flag=True, help="Open the page in the web browser.")
+def main(run: Run, show: bool) -> None:
     """Write one self-contained HTML page that shows what the pipeline did."""
     from stages.core.report.inputs import read_inputs
     from stages.core.report.page import render
@@ -25,7 +28,9 @@ def main(run: Run) -> None:
     summary(inputs, run.params).write(run.paths.write(SUMMARY))
     for relative, command in inputs.missing.items():
         logger.info(f"Left out: {relative} does not exist; `{command}` writes it.")
-    logger.info(f"Wrote {REPORT} ({len(page.encode()) / 1024:,.0f} KiB): open it in a browser.")
+    logger.info(f"Wrote {REPORT} ({len(page.encode()) / 1024:,.0f} KiB){'' if show else ': open it in a browser'}.")
+    if show:
+        webbrowser.open(run.paths.read(REPORT).resolve().as_uri())
 
 
 if __name__ == "__main__":
