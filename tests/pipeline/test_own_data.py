@@ -50,7 +50,7 @@ def test_three_settings_tune_on_the_users_own_data(repository: Path, command: st
     result = dvc(repository, *arguments, "finetune")
     assert {"prepare", "tokenize", "finetune"} <= ran(result)
     prepared = json.loads((repository / "data/metrics/prepare.json").read_text())
-    assert (prepared["train_reviews"], prepared["validation_reviews"]) == (20, 4)
+    assert (prepared["reviews_read"], prepared["validation_reviews"]) == (24, 4)
     assert (repository / "models/tuned/adapter.safetensors").is_file()
 
 
