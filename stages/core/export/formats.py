@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -11,9 +12,10 @@ from stages.core.common.errors import ParamsError
 from stages.core.config.schema import Export
 from stages.core.export import huggingface, keras_preset, peft
 from stages.core.export.names import is_instruct, public_name
-from stages.core.export.tuned import Tuned
+from stages.core.export.tuned import SeparateWeights, Tuned
 from stages.core.presets.architecture import Architecture
 from stages.core.presets.formats import WeightSource, format_of
+from stages.core.presets.tokenizer import Tokenizer
 from stages.core.tokenize.chat import END
 
 FLOAT32 = 1e-3
@@ -21,7 +23,7 @@ FLOAT32 = 1e-3
 BFLOAT16 = 0.02
 """The same, as a fraction of the logits' range, where weights are rounded to bfloat16's 8 bits."""
 
-Read = Callable[[Path, Tuned], AbstractContextManager[tuple[Architecture, WeightSource]]]
+Opened = AbstractContextManager[tuple[Architecture, WeightSource]]
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,20 @@ class Job:
     chat: bool
 
     @property
+    def architecture(self) -> Architecture:
+        """The base's."""
+        return self.tuned.preset.architecture
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The base's."""
+        return format_of(self.tuned.preset.manifest.format).load_tokenizer(self.tuned.preset.folder)
+
+    @property
     def ends(self) -> list[int]:
         """Ids of the tokens that end a generation."""
-        manifest = self.tuned.preset.manifest
-        tokenizer = format_of(manifest.format).load_tokenizer(self.tuned.preset.folder)
-        turn = tokenizer.piece_id(END) if self.chat else None
-        return [tokenizer.eos, *([] if turn is None else [turn])]
+        turn = self.tokenizer.piece_id(END) if self.chat else None
+        return [self.tokenizer.eos, *([] if turn is None else [turn])]
 
 
 @dataclass(frozen=True)
@@ -52,14 +62,14 @@ class Format:
     """A format.
 
     Attributes:
-        write: writes a folder.
-        read: yields the architecture and the merged weights of what was written.
+        write: writes a folder, of the weights as they were trained.
+        read: opens what was written: the architecture and the merged weights. An adapter needs the base's weights.
         rounded: whether the weights are of `export.dtype`; else they are float32.
         preset: the format of presets whose tokenizer the folder has, None if it has none.
     """
 
-    write: Callable[[Path, Job], None]
-    read: Read
+    write: Callable[[Path, Job, SeparateWeights], None]
+    read: Callable[[Path, Job, SeparateWeights], Opened]
     rounded: bool
     preset: str | None
 
@@ -70,22 +80,26 @@ class Format:
 
 FORMATS = {
     "peft": Format(
-        lambda folder, job: peft.write_adapter(
+        lambda folder, job, weights: peft.write_adapter(
             folder, job.tuned, job.settings.base, public_name(job.tuned.preset.manifest)
         ),
-        peft.read_adapter,
+        lambda folder, job, weights: peft.read_adapter(folder, job.architecture, weights),
         rounded=False,
         preset=None,
     ),
     "huggingface": Format(
-        lambda folder, job: huggingface.write_folder(folder, job.tuned, job.settings.dtype, job.chat, job.ends),
-        lambda folder, tuned: huggingface.read_folder(folder),
+        lambda folder, job, weights: huggingface.write_folder(
+            folder, job.tuned.preset, weights.merged(), job.settings.dtype, chat=job.chat, ends=job.ends
+        ),
+        lambda folder, job, weights: huggingface.read_folder(folder),
         rounded=True,
         preset="safetensors",
     ),
     "keras": Format(
-        lambda folder, job: keras_preset.write_preset(folder, job.tuned, job.settings.dtype),
-        lambda folder, tuned: keras_preset.read_preset(folder),
+        lambda folder, job, weights: keras_preset.write_preset(
+            folder, job.tuned.preset, weights.merged(), job.settings.dtype
+        ),
+        lambda folder, job, weights: keras_preset.read_preset(folder),
         rounded=True,
         preset="keras",
     ),
