@@ -28,13 +28,13 @@ def main(run: Run, verify: bool) -> None:
     job = make_job(open_tuned(run.paths), params.export, params.generate.chat_template)
     with exporting.reference(job) as compared:
         if verify:
-            for line in verifying.verify(job, run.paths.read(EXPORT), compared):
+            for line in verifying.verify(compared, run.paths.read(EXPORT)):
                 click.echo(line)
             return
         facts = read_facts(run.paths, params.finetune, params.prepare.source)
         for command in facts.missing:
             logger.info(f"The model cards lack what `{command}` writes.")
-        found = exporting.export(job, run.paths.write(EXPORT), facts, compared)
+        found = exporting.export(compared, run.paths.write(EXPORT), facts)
         run.write_metrics(
             "export",
             ExportMetrics(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import shutil
 import time
@@ -14,20 +15,40 @@ from stages.core.common.errors import StageError
 from stages.core.common.sizes import megabytes
 from stages.core.export import card, proof
 from stages.core.export.formats import FORMATS, Job, left_out
-from stages.core.export.tuned import SeparateWeights
+from stages.core.export.huggingface import DTYPES
+from stages.core.export.tuned import RoundedWeights, SeparateWeights
 from stages.core.presets.formats import format_of
 from stages.core.records.export import FormatMetrics
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Reference:
-    """The tuned model: its weights, and its own reading of the text, which every format is compared with."""
+    """The tuned model, and its own reading of the text, which every format is compared with.
 
+    Attributes:
+        job: what is exported.
+        weights: as they were trained.
+        ids: of the text.
+        reading: of the tuned model, in float32.
+    """
+
+    job: Job
     weights: SeparateWeights
     ids: list[int]
     reading: proof.Reading
+
+    @functools.cached_property
+    def rounded(self) -> proof.Reading:
+        """The same with the merged weights rounded to `export.dtype`."""
+        weights = RoundedWeights(self.weights.merged(), DTYPES[self.job.settings.dtype])
+        return proof.read(self.job.architecture, weights, self.ids)
+
+    def of(self, name: str) -> proof.Reading:
+        """Return what a format is compared with."""
+        rounds = FORMATS[name].rounded and self.job.settings.dtype != "float32"
+        return self.rounded if rounds else self.reading
 
 
 @contextmanager
@@ -35,22 +56,22 @@ def reference(job: Job) -> Iterator[Reference]:
     """Yield the tuned model's reading, as it was trained: the adapter beside the base, in float32."""
     ids = proof.text_ids(job.tokenizer, job.architecture)
     with job.tuned.open_separate() as weights:
-        yield Reference(weights, ids, proof.read(job.architecture, weights, ids, job.tuned.lora))
+        yield Reference(job, weights, ids, proof.read(job.architecture, weights, ids, job.tuned.lora))
 
 
-def export(job: Job, root: Path, facts: card.Facts, compared: Reference) -> dict[str, FormatMetrics]:
+def export(compared: Reference, root: Path, facts: card.Facts) -> dict[str, FormatMetrics]:
     """Write the formats of the settings below `root`, and return what the proof of each has measured.
 
     Args:
-        job: what is exported.
+        compared: from `reference`: what is exported.
         root: a folder for each format is made in it; those of earlier exports are removed.
         facts: for the model cards.
-        compared: from `reference`.
 
     Raises:
         StageError: the model cannot be written in a format, or what was written computes something else.
         OSError: the disk is full, or a file cannot be written.
     """
+    job = compared.job
     for name in FORMATS:
         shutil.rmtree(root / name, ignore_errors=True)
     root.mkdir(parents=True, exist_ok=True)
@@ -64,7 +85,7 @@ def export(job: Job, root: Path, facts: card.Facts, compared: Reference) -> dict
         FORMATS[name].write(folder, job, compared.weights)
         card.write_card(folder, name, job, facts)
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        measured = check(name, folder, job, compared)
+        measured = check(name, folder, compared)
         seconds = time.perf_counter() - began
         logger.info(
             f"{name}: {megabytes(size)} in {seconds:.0f} s; read back, its logits differ by at most "
@@ -81,18 +102,19 @@ def export(job: Job, root: Path, facts: card.Facts, compared: Reference) -> dict
     return found
 
 
-def check(name: str, folder: Path, job: Job, compared: Reference) -> proof.Difference:
+def check(name: str, folder: Path, compared: Reference) -> proof.Difference:
     """Read a format back and compare it with the tuned model.
 
     Raises:
         StageError: other token ids, or logits that differ by more than the format may.
     """
-    form, vocabulary = FORMATS[name], job.architecture.config["vocabulary_size"]
+    form, job = FORMATS[name], compared.job
     if form.preset:
         ids = proof.text_ids(format_of(form.preset).load_tokenizer(folder), job.architecture)
         check_ids(f"models/export/{name}", ids, compared.ids)
     with form.read(folder, job, compared.weights) as (architecture, weights):
-        measured = proof.difference(compared.reading, proof.read(architecture, weights, compared.ids), vocabulary)
+        found = proof.read(architecture, weights, compared.ids)
+        measured = proof.difference(compared.of(name), found, job.architecture.config["vocabulary_size"])
     check_difference(f"models/export/{name}", measured, form.tolerance(job, measured.range))
     return measured
 

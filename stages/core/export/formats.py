@@ -18,10 +18,8 @@ from stages.core.presets.formats import WeightSource, format_of
 from stages.core.presets.tokenizer import Tokenizer
 from stages.core.tokenize.chat import END
 
-FLOAT32 = 1e-3
-"""Largest difference of two logits where weights are written as they are: the order of sums differs."""
-BFLOAT16 = 0.02
-"""The same, as a fraction of the logits' range, where weights are rounded to bfloat16's 8 bits."""
+TOLERANCE = 1e-3
+"""Largest difference of two logits of a model and of the same weights read back: the order of sums differs."""
 
 Opened = AbstractContextManager[tuple[Architecture, WeightSource]]
 
@@ -64,7 +62,8 @@ class Format:
     Attributes:
         write: writes a folder, of the weights as they were trained.
         read: opens what was written: the architecture and the merged weights. An adapter needs the base's weights.
-        rounded: whether the weights are of `export.dtype`; else they are float32.
+        rounded: whether the weights are of `export.dtype`; else they are float32. What was rounded is compared with
+            the tuned model rounded alike.
         preset: the format of presets whose tokenizer the folder has, None if it has none.
     """
 
@@ -74,8 +73,8 @@ class Format:
     preset: str | None
 
     def tolerance(self, job: Job, logit_range: float) -> float:
-        """Return how much two logits of the same token may differ."""
-        return BFLOAT16 * logit_range if self.rounded and job.settings.dtype == "bfloat16" else FLOAT32
+        """Return how much two logits of the same token may differ, where the tuned model's have this range."""
+        return TOLERANCE
 
 
 FORMATS = {

@@ -7,6 +7,7 @@ memory, whatever the size of the model.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -24,7 +25,7 @@ from stages.core.presets.tokenizer import Tokenizer
 from stages.core.records.layout import LoraConfig
 from stages.core.sharding import devices
 from stages.core.sharding.keras_internals import set_value
-from stages.core.tokenize.control_tokens import ControlTokens
+from stages.core.tokenize.control_tokens import NAMES
 
 TABLE = "token_embedding/embeddings"
 BEYOND = 64
@@ -56,7 +57,11 @@ what is no character of any, Gemma's control tokens spelled out, mark-up and cod
 
 def text_ids(tokenizer: Tokenizer, architecture: Architecture) -> list[int]:
     """Return the ids of the text, from BOS on: once, or as often as it takes to go beyond a sliding window."""
-    (once,) = ControlTokens(tokenizer).as_tokens([TEXT])
+    # As `ControlTokens.as_tokens`, which looks for thousands of names where there are few.
+    names = sorted({name for name in NAMES.findall(TEXT) if tokenizer.piece_id(name) is not None})
+    parts = re.split(f"({'|'.join(map(re.escape, names))})", TEXT)
+    encoded = zip(parts, tokenizer.encode_all(parts), strict=True)
+    once = [number for part, ids in encoded for number in ([tokenizer.piece_id(part)] if part in names else ids)]
     window = architecture.config.get("sliding_window_size", 0)
     if not architecture.config.get("use_sliding_window_attention"):
         window = 0

@@ -184,6 +184,22 @@ class MergedWeights:
         return merged
 
 
+class RoundedWeights:
+    """The tuned model's merged weights after rounding to a dtype, as float32."""
+
+    def __init__(self, weights: MergedWeights, dtype: np.dtype) -> None:
+        """Take the source; nothing is read yet."""
+        self._weights, self._dtype = weights, dtype
+
+    def shape(self, path: str) -> tuple[int, ...]:
+        """Return the shape of the whole weight."""
+        return self._weights.shape(path)
+
+    def read(self, path: str, index: tuple[slice, ...]) -> np.ndarray:
+        """Return a slice of a weight in float32."""
+        return self._weights.read(path, index).astype(self._dtype).astype(np.float32)
+
+
 def pieces(shape: tuple[int, ...], most: int = PIECE) -> Iterator[slice]:
     """Return consecutive slices of a weight's first axis, each of at most `most` numbers (but at least one step)."""
     step = max(1, most // int(np.prod(shape[1:], dtype=np.int64)))

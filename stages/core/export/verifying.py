@@ -14,23 +14,23 @@ import numpy as np
 from stages.core.common.errors import StageError
 from stages.core.export import huggingface, proof
 from stages.core.export.exporting import Reference, check_difference, check_ids
-from stages.core.export.formats import FORMATS, Job, left_out
+from stages.core.export.formats import FORMATS, left_out
 from stages.core.export.tuned import TrainedWeights
 from stages.core.load.backbone import import_keras_hub
 from stages.core.records.layout import LoraConfig
 
 
-def verify(job: Job, root: Path, compared: Reference) -> Iterator[str]:
+def verify(compared: Reference, root: Path) -> Iterator[str]:
     """Compare each format of the settings with the tuned model, and yield a line for each.
 
     Args:
-        job: what was exported.
+        compared: from `exporting.reference`: what was exported.
         root: with a folder for each format.
-        compared: from `exporting.reference`.
 
     Raises:
         StageError: a format is not there, or the library computes something else of it.
     """
+    job = compared.job
     for name in job.settings.formats:
         if name in left_out(job):
             yield f"{name}: left out, {left_out(job)[name]}."
@@ -46,18 +46,14 @@ def verify(job: Job, root: Path, compared: Reference) -> Iterator[str]:
         if lacking := [each for each in libraries if importlib.util.find_spec(each) is None]:
             yield f"{name}: not verified, {' and '.join(lacking)} is not installed (requirements-readers.txt has it)."
             continue
-        measured = check(root / name, job, compared)
+        logits = check(root / name, compared)
+        measured = proof.difference(compared.of(name), _Given(logits), logits.shape[1])
         tolerance = FORMATS[name].tolerance(job, measured.range)
         check_difference(f"models/export/{name}, read by {libraries[0]},", measured, tolerance)
         yield (
             f"{name}: by {libraries[0]} the logits differ by at most {measured.largest:.1e} of {measured.range:.1f}, "
             f"the likeliest token is the same at {measured.same_choice:.1%} of positions."
         )
-
-
-def _compare(compared: Reference, logits: np.ndarray) -> proof.Difference:
-    """Compare the logits (positions, vocabulary) that a library gives with the tuned model's."""
-    return proof.difference(compared.reading, _Given(logits), logits.shape[1])
 
 
 class _Given:
@@ -70,7 +66,7 @@ class _Given:
         return self._values[:, rows].astype(np.float32, copy=False)
 
 
-def _by_transformers(folder: Path, job: Job, compared: Reference) -> proof.Difference:
+def _by_transformers(folder: Path, compared: Reference) -> np.ndarray:
     """Read a Hugging Face folder, tokenizer and all."""
     import transformers
 
@@ -78,28 +74,28 @@ def _by_transformers(folder: Path, job: Job, compared: Reference) -> proof.Diffe
     ids = tokenizer(proof.TEXT)["input_ids"]
     times = len(compared.ids) // len(ids) + 1
     check_ids(f"{folder.name}'s tokenizer in transformers", [*ids, *ids[1:] * times][: len(compared.ids)], compared.ids)
-    return _compare(compared, _torch_logits(_pretrained(folder), compared))
+    return _torch_logits(_pretrained(folder), compared)
 
 
-def _by_peft(folder: Path, job: Job, compared: Reference) -> proof.Difference:
+def _by_peft(folder: Path, compared: Reference) -> np.ndarray:
     """Put the adapter on the base, which is written for transformers first, aside."""
     import peft
 
-    base = dataclasses.replace(job.tuned, trained=TrainedWeights(None), lora=LoraConfig(0))
+    base = dataclasses.replace(compared.job.tuned, trained=TrainedWeights(None), lora=LoraConfig(0))
     with tempfile.TemporaryDirectory() as aside:
         with base.open_merged() as weights:
             huggingface.write_folder(Path(aside), base.preset, weights, "float32", chat=False, ends=[1])
         model = peft.PeftModel.from_pretrained(_pretrained(Path(aside)), str(folder))
-        return _compare(compared, _torch_logits(model, compared))
+        return _torch_logits(model, compared)
 
 
-def _by_keras_hub(folder: Path, job: Job, compared: Reference) -> proof.Difference:
+def _by_keras_hub(folder: Path, compared: Reference) -> np.ndarray:
     """Read a preset by keras-hub, which computes the logits too."""
     backbone = import_keras_hub().models.Backbone.from_preset(str(folder), dtype="float32")
     ids = np.array([compared.ids], np.int32)
     hidden = backbone.predict({"token_ids": ids, "padding_mask": np.ones_like(ids)}, verbose=0)
     logits = backbone.token_embedding(hidden[:, -len(compared.reading.hidden) :], reverse=True)
-    return _compare(compared, np.asarray(logits[0]))
+    return np.asarray(logits[0])
 
 
 def _pretrained(folder: Path) -> Any:
@@ -119,10 +115,11 @@ def _torch_logits(model: Any, compared: Reference) -> np.ndarray:
         return model(input_ids=ids, logits_to_keep=len(compared.reading.hidden)).logits[0].float().numpy()
 
 
-Check = Callable[[Path, Job, Reference], proof.Difference]
+Check = Callable[[Path, Reference], np.ndarray]
 LIBRARIES: dict[str, tuple[tuple[str, ...], Check]] = {
     "peft": (("peft", "transformers", "torch"), _by_peft),
     "huggingface": (("transformers", "torch"), _by_transformers),
     "keras": (("keras_hub",), _by_keras_hub),
 }
-"""By format: the packages that it takes, the one that is named first, and what reads and compares it."""
+"""By format: the packages that it takes, the one that is named first, and what reads it and gives its logits at the
+positions that are compared."""
