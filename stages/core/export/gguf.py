@@ -57,19 +57,21 @@ def architecture_name(architecture: Architecture) -> str:
     windowed = name != "gemma"
     by_head = config["num_layers"] != BLOCKS_OF_27B.get(name)
     same_scale = config["hidden_dim"] / config["num_query_heads"] == config["head_dim"]
+    capped = "a number" if name == "gemma2" else None
     wanted: dict[str, tuple[Any, Any]] = {
         "use_post_attention_norm": (windowed, False),
         "use_post_ffw_norm": (windowed, False),
         "use_sliding_window_attention": (windowed, False),
-        "attention_logit_soft_cap is set": (name == "gemma2", config.get("attention_logit_soft_cap") is not None),
-        "final_logit_soft_cap is set": (name == "gemma2", config.get("final_logit_soft_cap") is not None),
-        "use_query_key_norm": (gemma3, architecture.has_query_key_norm),
+        "attention_logit_soft_cap": (capped, None),
+        "final_logit_soft_cap": (capped, None),
+        "use_query_key_norm": (gemma3, architecture.family.query_key_norm),
         "local_rope_scaling_factor": (1.0, 1.0),
     }
     if not same_scale:
         wanted["query_head_dim_normalize"] = (by_head, True)
     for key, (expected, default) in wanted.items():
-        if (value := config.get(key, default)) != expected:
+        value = config.get(key, default)
+        if value != expected and (expected != "a number" or value is None):
             raise StageError(
                 f"llama.cpp's {name} of {config['num_layers']} blocks has {key}={expected}. Received: {key}={value}\n"
                 "Leave gguf out of export.formats: the file would compute another model."
