@@ -1,7 +1,8 @@
 """Fine-tune with LoRA, or every weight with rank 0, by Keras' `fit` on the sharded model.
 
 Reads: `models/baseline/model.json` and the preset, `data/tokens/*.npz`, the folder of `finetune.adapter`; params
-`finetune` and `generate.chat_template` (for samples). A stopped run resumes from its newest checkpoint, in the cache folder.
+`finetune` and `generate.chat_template` (for samples). A stopped run resumes from its newest checkpoint, in the cache
+folder.
 Writes: `models/tuned/`, `data/sharding/tuned.json`, `data/plots/finetune.csv`, `data/plots/samples.jsonl`,
 `data/metrics/finetune.json`.
 Command: `python -m stages.finetune`
