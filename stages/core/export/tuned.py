@@ -96,10 +96,16 @@ class Tuned:
         return format_of(self.preset.manifest.format).open_weights(self.preset.folder, self.preset.architecture)
 
     @contextlib.contextmanager
+    def open_separate(self) -> Iterator[SeparateWeights]:
+        """Yield the weights after tuning as they were trained: the base's, and the adapter's kernels beside them."""
+        with self.open_base() as base:
+            yield SeparateWeights(self, base)
+
+    @contextlib.contextmanager
     def open_merged(self) -> Iterator[MergedWeights]:
         """Yield the weights after tuning, with the adapter merged into them."""
-        with self.open_base() as base:
-            yield MergedWeights(self, base)
+        with self.open_separate() as weights:
+            yield MergedWeights(weights, self.lora)
 
 
 def open_tuned(paths: Paths) -> Tuned:
@@ -122,6 +128,25 @@ def open_tuned(paths: Paths) -> Tuned:
     return Tuned(preset, config, TrainedWeights(path), config.tuned.lora)
 
 
+class SeparateWeights:
+    """The tuned model's weights by keras-hub's path: what was trained, else the base's as the pipeline holds them."""
+
+    def __init__(self, tuned: Tuned, base: WeightSource) -> None:
+        """Take the sources; nothing is read yet."""
+        self.trained, self._base, self._kept_in = tuned.trained, base, tuned.kept_in
+        self.table = weight_table(tuned.preset.architecture)
+
+    def shape(self, path: str) -> tuple[int, ...]:
+        """Return the shape of the whole weight."""
+        return self.trained.shape(path) if path in self.trained else self.table[path].shape
+
+    def read(self, path: str, index: tuple[slice, ...]) -> np.ndarray:
+        """Return a slice of a weight in float32; not to be written to."""
+        if path in self.trained:
+            return self.trained.read(path, index).astype(np.float32, copy=False)
+        return self._base.read(path, index).astype(self._kept_in, copy=False).astype(np.float32, copy=False)
+
+
 class MergedWeights:
     """The tuned model's weights by keras-hub's path and in its shapes: W, or W + (alpha / rank) A B with an adapter.
 
@@ -129,27 +154,25 @@ class MergedWeights:
     axis is merged by itself.
     """
 
-    def __init__(self, tuned: Tuned, base: WeightSource) -> None:
-        """Take the sources; nothing is read yet."""
-        self._tuned, self._base = tuned, base
-        self.table = weight_table(tuned.preset.architecture)
+    def __init__(self, weights: SeparateWeights, lora: LoraConfig) -> None:
+        """Take the source; nothing is read yet."""
+        self._weights, self._rank, self._scale = weights, lora.rank, np.float32(lora.scale)
+        self.table = weights.table
 
     def shape(self, path: str) -> tuple[int, ...]:
         """Return the shape of the whole weight."""
         return self.table[path].shape
 
     def read(self, path: str, index: tuple[slice, ...]) -> np.ndarray:
-        """Return a slice of a weight in float32; of an adapter's layer as much as the slice of its first axis says."""
-        trained, kernel = self._tuned.trained, path.removesuffix("kernel") + "lora_kernel_"
-        if path in trained:
-            return trained.read(path, index).astype(np.float32)
-        base = self._base.read(path, index).astype(self._tuned.kept_in, copy=False).astype(np.float32)
-        if f"{kernel}b" not in trained:
+        """Return a slice of a weight in float32; not to be written to."""
+        base = self._weights.read(path, index)
+        a, b = (f"{path.removesuffix('/kernel')}/lora_kernel_{name}" for name in "ab")
+        if b not in self._weights.trained:
             return base
-        a = trained.read(f"{kernel}a", (*index[:-1], slice(0, self._tuned.lora.rank)))
-        b = trained.array(f"{kernel}b")[:, index[-1]]
-        base += np.float32(self._tuned.lora.scale) * (a.astype(np.float32) @ b.astype(np.float32))
-        return base
+        narrow = self._weights.read(a, (*index[:-1], slice(0, self._rank)))
+        merged = narrow @ (self._weights.read(b, (slice(0, self._rank), index[-1])) * self._scale)
+        merged += base
+        return merged
 
 
 def pieces(shape: tuple[int, ...], most: int = PIECE) -> Iterator[slice]:
@@ -171,7 +194,6 @@ def as_matrix(weight: StoredWeight, read: Callable[[slice], np.ndarray], dtype: 
     """
     result = np.empty(weight.matrix_shape, dtype)
     for piece in pieces(weight.shape):
-        # float16 has no number as large as bfloat16's largest: the file is checked by who wrote the weights.
         values = read(piece)
         if weight.kind in ("scale", "rows"):
             result[piece] = values
