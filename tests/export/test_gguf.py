@@ -17,15 +17,16 @@ from stages.core.export.gguf import write_gguf
 from stages.core.export.gguf_adapter import write_gguf_adapter
 from stages.core.export.modelfile import modelfile
 from stages.core.export.tensors import hugging_face_tensors
+from stages.core.export.vocabulary import model_of_json, sentencepiece_model
 from stages.core.presets.architecture import Architecture
 from stages.core.presets.formats import format_of
 from stages.core.presets.gguf_file import field_of, open_file
 from stages.core.presets.manifest import LICENSE
-from stages.core.presets.vocabulary import pieces_of
 from stages.core.presets.weight_table import weight_table
 from stages.core.tokenize.control_tokens import ControlTokens
 from tests.support import tiny_presets, tokenizer_json
 from tests.support.repository import FAMILIES
+from tests.support.tiny_models import open_tiny
 from tests.support.tuned_models import EVERY_KIND, tuned
 
 pytestmark = pytest.mark.usefixtures("devices")
@@ -57,7 +58,7 @@ def written(model, folder: Path, kind: str = "F32", **changes) -> Path:
     """The tuned model as a GGUF file, alone in a folder."""
     folder.mkdir(exist_ok=True)
     path, preset = folder / "model.gguf", model.preset
-    pieces = pieces_of(preset.folder, preset.manifest.format)
+    pieces = sentencepiece_model(preset)
     with model.open_merged() as weights:
         tensors = hugging_face_tensors(weights)
         write_gguf(path, preset.architecture, tensors, pieces, kind, name="tiny", terms=LICENSE, **changes)
@@ -123,31 +124,31 @@ def test_the_vocabulary_gives_the_ids_of_the_preset_s_and_its_control_tokens(tun
     assert field_of(reader, "tokenizer.chat_template") == "{{ bos_token }}"
 
 
-def test_a_tokenizer_json_gives_the_pieces_of_the_model_that_it_was_made_from(tmp_path):
+def test_a_tokenizer_json_with_added_tokens_gives_the_same_ids_from_gguf(tuned_models, tmp_path):
     proto = base64.b64decode(json.loads(tokenizer_json.RECORDED.read_text())["proto"])
-    (tmp_path / "json").mkdir()
-    (tmp_path / "json/tokenizer.json").write_text(json.dumps(tokenizer_json.tokenizer_json(proto)))
-    (tmp_path / "tokenizer.model").write_bytes(proto)
-    ours, theirs = pieces_of(tmp_path / "json", "safetensors"), pieces_of(tmp_path, "safetensors")
-    assert [piece.text for piece in ours[: len(theirs)]] == [piece.text for piece in theirs]
-    assert [piece.text for piece in ours[len(theirs) :]] == [
-        "<|im_start|>",
-        "<|im_end|>",
-        "<image_soft_token>",
-        "[TOOL]",
-    ]
-    assert [piece.kind for piece in ours[: len(theirs)]] == [piece.kind for piece in theirs]
-    merged = [number for number, piece in enumerate(theirs) if piece.kind == 1 and len(piece.text) > 1]
-    # Another scale, the same order.
-    assert sorted(merged, key=lambda number: -ours[number].score) == sorted(
-        merged, key=lambda number: -theirs[number].score
+    content = tokenizer_json.tokenizer_json(proto)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    before = format_of("safetensors").load_tokenizer(tmp_path)
+    model = tuned_models["gemma"]
+    config = {**model.preset.architecture.config, "vocabulary_size": 520}
+    architecture = Architecture("GemmaBackbone", config)
+    zeros = (
+        (f"model.{weight.hugging_face}", np.zeros(weight.matrix_shape, "f4"))
+        for weight in weight_table(architecture).values()
     )
+    path = tmp_path / "m.gguf"
+    write_gguf(path, architecture, zeros, model_of_json(content), "F16", name="tiny", terms=LICENSE)
+    after = format_of("gguf").load_tokenizer(tmp_path)
+    assert [after.encode(text) for text in TEXTS] == [before.encode(text) for text in TEXTS]
+    assert after.encode("x[TOOL]y") == before.encode("x[TOOL]y")
+    # The table has rows beyond the last of the added tokens.
+    assert field_of(open_file(path), "tokenizer.ggml.tokens")[515:517] == ["[TOOL]", "[PAD0]"]
 
 
 def test_writing_takes_the_memory_of_one_tensor(devices, tmp_path):
     config = {**tiny_presets.CONFIGS["gemma"], "hidden_dim": 1024, "intermediate_dim": 32768, "num_layers": 2}
     architecture = Architecture("GemmaBackbone", config)
-    pieces = pieces_of(tiny_presets.write_tiny_preset(tmp_path / "preset", "gemma"), "keras")
+    pieces = sentencepiece_model(open_tiny(tiny_presets.write_tiny_preset(tmp_path / "preset", "gemma")))
     made = (
         (f"model.{weight.hugging_face}", np.ones(weight.matrix_shape, np.float32))
         for weight in weight_table(architecture).values()
@@ -165,7 +166,7 @@ def test_writing_takes_the_memory_of_one_tensor(devices, tmp_path):
 
 def test_a_tensor_out_of_order_leaves_no_file(tuned_models, tmp_path):
     model = tuned_models["gemma"]
-    pieces = pieces_of(model.preset.folder, "keras")
+    pieces = sentencepiece_model(model.preset)
     with model.open_merged() as weights:
         tensors = list(hugging_face_tensors(weights))
     for wrong in (tensors[::-1], tensors[:-1], [*tensors, tensors[0]]):
@@ -178,7 +179,7 @@ def test_a_weight_beyond_float16_is_refused_and_said(tuned_models, tmp_path):
     model = tuned_models["gemma"]
     with model.open_merged() as weights:
         tensors = [(name, values * np.float32(1e6)) for name, values in hugging_face_tensors(weights)]
-    pieces = pieces_of(model.preset.folder, "keras")
+    pieces = sentencepiece_model(model.preset)
     with pytest.raises(StageError, match=r"65504. Received: one beyond in token_embd.weight\nSet .* BF16"):
         write_gguf(tmp_path / "m.gguf", model.preset.architecture, tensors, pieces, "F16", name="tiny", terms=LICENSE)
     assert list(tmp_path.iterdir()) == []

@@ -7,6 +7,7 @@ Writes: one .gguf file. Source of names, keys and types: llama.cpp's `conversion
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,10 +19,12 @@ import gguf
 import numpy as np
 
 from stages.core.common.errors import StageError
+from stages.core.export.hugging_face_config import context_length
+from stages.core.export.tensors import PREFIX
+from stages.core.export.vocabulary import SPACE, Piece
 from stages.core.files import atomic_path
 from stages.core.presets.architecture import EPSILON, Architecture
 from stages.core.presets.gguf_architecture import BLOCKS_OF_27B, GLOBAL_ROPE_WAVELENGTH
-from stages.core.presets.vocabulary import TYPES, Piece
 from stages.core.presets.weight_table import StoredWeight, weight_table
 from stages.core.records.manifest import License
 from stages.core.tokenize.chat import END
@@ -79,22 +82,11 @@ def architecture_name(architecture: Architecture) -> str:
     return name
 
 
-def context_length(architecture: Architecture) -> int:
-    """Return the tokens that a public Gemma of this architecture was trained on.
-
-    8192 for Gemma and Gemma 2; of Gemma 3 32768, and 131072 where the global layers' rotations are scaled (4B and
-    larger).
-    """
-    if architecture.class_name != "Gemma3Backbone":
-        return 8192
-    return 32768 if architecture.config.get("global_rope_scaling_factor", 1.0) == 1.0 else 131072
-
-
 def write_gguf(
     target: Path,
     architecture: Architecture,
     tensors: Iterable[tuple[str, np.ndarray]],
-    pieces: Sequence[Piece],
+    vocabulary: Any,
     kind: str,
     *,
     name: str,
@@ -108,7 +100,7 @@ def write_gguf(
         architecture: of the preset.
         tensors: each of the model's weights by its Hugging Face name (`model.layers.0.self_attn.q_proj.weight`), as a
             matrix outputs x inputs, norms without the one that Gemma adds; in the order of `weight_table`.
-        pieces: of the preset's vocabulary.
+        vocabulary: of the preset, as a SentencePiece `ModelProto` (`vocabulary.sentencepiece_model`).
         kind: of the matrices: F32, F16, BF16 or Q8_0. Vectors are F32, as llama.cpp wants them; so are a matrix's rows
             F16 where Q8_0's blocks of 32 do not divide them.
         name: shown by what reads the file.
@@ -130,7 +122,7 @@ def write_gguf(
         writer.add_file_type(FILE_TYPES[kind])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         _add_sizes(writer, family, architecture)
-        _add_vocabulary(writer, pieces, architecture.config["vocabulary_size"], chat_template)
+        _add_vocabulary(writer, vocabulary, architecture.config["vocabulary_size"], chat_template)
         for weight in table:
             _declare(writer, weight, kind)
         try:
@@ -151,7 +143,7 @@ def _write_values(
     left = list(reversed(table))
     for name, values in tensors:
         weight = left.pop() if left else None
-        if weight is None or name != f"model.{weight.hugging_face}" or values.shape != weight.matrix_shape:
+        if weight is None or name != PREFIX + weight.hugging_face or values.shape != weight.matrix_shape:
             raise ValueError(f"expected {weight}. Received: {name} {values.shape}")
         written = 0
         for part in _encoded(values, weight, kind):
@@ -197,21 +189,19 @@ def _add_sizes(writer: gguf.GGUFWriter, family: str, architecture: Architecture)
         writer.add_rope_scaling_factor(float(factor))
 
 
-def _add_vocabulary(writer: gguf.GGUFWriter, pieces: Sequence[Piece], rows: int, chat_template: str | None) -> None:
+def _add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Any, rows: int, chat_template: str | None) -> None:
     """State the tokenizer: a token for each row of the table, in llama.cpp's form of SentencePiece's BPE.
 
     What spells a control token in text is one, if asked for (`parse_special`), only if its type says control; in most
-    vocabularies of SentencePiece the turns' are user-defined.
+    vocabularies of SentencePiece the turns' are user-defined. The other types are SentencePiece's, by its numbers.
     """
     tokens, scores, types = [], [], []
-    for number in range(rows):
-        # Some tables have rows without a piece, and some vocabularies a piece for images beyond a text model's table.
-        piece = pieces[number] if number < len(pieces) else Piece("", UNUSED_SCORE, TYPES.UNUSED)
-        text, kind = piece.text or f"[PAD{number}]", piece.kind
-        if kind != TYPES.UNKNOWN and NAMES.fullmatch(text):
-            kind = TYPES.CONTROL
+    # Some tables have rows without a piece, and some vocabularies a piece for images beyond a text model's table.
+    surplus = (Piece(piece=f"[PAD{number}]", score=UNUSED_SCORE, type=Piece.UNUSED) for number in range(rows))
+    for piece in itertools.islice(itertools.chain(vocabulary.pieces, surplus), rows):
+        kind = Piece.CONTROL if piece.type != Piece.UNKNOWN and NAMES.fullmatch(piece.piece) else piece.type
         # llama.cpp looks for user-defined tokens before it writes spaces as U+2581.
-        tokens.append(text.replace("\N{LOWER ONE EIGHTH BLOCK}", " ") if kind == TYPES.USER_DEFINED else text)
+        tokens.append(piece.piece.replace(SPACE, " ") if kind == Piece.USER_DEFINED else piece.piece)
         scores.append(piece.score)
         types.append(int(kind))
     ids = {token: number for number, token in enumerate(tokens)}
@@ -223,7 +213,7 @@ def _add_vocabulary(writer: gguf.GGUFWriter, pieces: Sequence[Piece], rows: int,
     writer.add_bos_token_id(ids["<bos>"])
     writer.add_eos_token_id(ids["<eos>"])
     writer.add_pad_token_id(ids["<pad>"])
-    writer.add_unk_token_id(types.index(TYPES.UNKNOWN))
+    writer.add_unk_token_id(types.index(Piece.UNKNOWN))
     if END in ids:
         writer.add_eot_token_id(ids[END])
     writer.add_add_bos_token(True)

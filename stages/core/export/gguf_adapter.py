@@ -12,6 +12,7 @@ import gguf
 import numpy as np
 
 from stages.core.export.gguf import architecture_name, quiet_writer
+from stages.core.export.tensors import PREFIX
 from stages.core.files import atomic_path
 from stages.core.presets.architecture import Architecture
 from stages.core.presets.weight_table import weight_table
@@ -44,7 +45,7 @@ def write_gguf_adapter(
         ValueError: a tensor is of no layer of the model, of another shape or another rank.
     """
     table = weight_table(architecture).values()
-    layers = {f"model.{each.hugging_face.removesuffix('.weight')}": each for each in table}
+    layers = {PREFIX + each.hugging_face.removesuffix(".weight"): each for each in table}
     with atomic_path(target) as temporary:
         writer = quiet_writer(temporary, architecture_name(architecture))
         writer.add_type(gguf.GGUFType.ADAPTER)
