@@ -238,6 +238,20 @@ class Evaluate(Section):
     batch_tokens: Annotated[int, Field(ge=1, le=2**24)]
 
 
+class Export(Section):
+    """The forms in which the tuned model is written for others."""
+
+    formats: Annotated[list[Literal["peft", "huggingface", "keras"]], Field(min_length=1)]
+    base: Literal["text", "vision"]
+    dtype: Literal["float32", "bfloat16"]
+
+    @model_validator(mode="after")
+    def _each_format_once(self) -> Export:
+        if len(set(self.formats)) != len(self.formats):
+            raise ValueError("formats must name each format once")
+        return self
+
+
 MeshList = Annotated[list[Positive], Field(min_length=2, max_length=2)]
 TopologyName = Annotated[str, Field(pattern=r"^[a-z0-9]+:[0-9x]+$")]
 
@@ -301,6 +315,7 @@ class Params(Section):
     finetune: Finetune
     generate: Generate
     evaluate: Evaluate
+    export: Export
     plan: Plan
 
     @model_validator(mode="after")

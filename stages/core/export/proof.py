@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import jax.numpy as jnp
 import numpy as np
@@ -62,6 +62,13 @@ def text_ids(tokenizer: Tokenizer, architecture: Architecture) -> list[int]:
         window = 0
     length = max(len(once), window + BEYOND)
     return [tokenizer.bos, *(once * (length // len(once) + 1))[: length - 1]]
+
+
+class Logits(Protocol):
+    """Anything that gives the logits of the last positions, for some rows of the table."""
+
+    def logits(self, rows: slice) -> np.ndarray:
+        """Return float32 (positions, rows)."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +147,7 @@ class Difference:
     same_choice: float
 
 
-def difference(one: Reading, other: Reading, vocabulary: int) -> Difference:
+def difference(one: Reading, other: Logits, vocabulary: int) -> Difference:
     """Compare all logits of both readings, some rows of the table at a time.
 
     A NaN anywhere makes the largest difference a NaN.
@@ -150,7 +157,7 @@ def difference(one: Reading, other: Reading, vocabulary: int) -> Difference:
     best = np.full((2, len(positions)), -np.inf)
     choice = np.zeros((2, len(positions)), np.int64)
     for rows in pieces((vocabulary, one.hidden.shape[1])):
-        both = [reading.logits(rows) for reading in (one, other)]
+        both = [one.logits(rows), other.logits(rows)]
         largest = np.maximum(largest, np.abs(both[0] - both[1]).max())
         low, high = min(low, both[0].min()), max(high, both[0].max())
         for number, z in enumerate(both):

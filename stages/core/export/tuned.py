@@ -32,15 +32,17 @@ PIECE = 1 << 24
 class TrainedWeights:
     """What finetune wrote, by weight path: LoRA kernels, or with rank 0 whole weights; each is read when asked for."""
 
-    def __init__(self, path: Path) -> None:
-        """Read the file's header.
+    def __init__(self, path: Path | None) -> None:
+        """Read the file's header; of None nothing was trained.
 
         Raises:
             StageError: the file is damaged.
         """
         self._path = path
-        with self._open() as file:
-            self._shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        if path:
+            with self._open() as file:
+                self._shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
     def __contains__(self, path: object) -> bool:
         return path in self._shapes
@@ -62,6 +64,8 @@ class TrainedWeights:
         return self.read(path, tuple(slice(0, size) for size in self.shape(path)))
 
     def _open(self) -> Any:
+        if self._path is None:
+            raise KeyError("nothing was trained")
         try:
             return safe_open(self._path, framework="np")
         except (OSError, SafetensorError) as error:

@@ -1,0 +1,120 @@
+"""The formats of `export.formats`: how each is written, read back, and what it may differ by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+from stages.core.common.errors import ParamsError
+from stages.core.config.schema import Export
+from stages.core.export import huggingface, keras_preset, peft
+from stages.core.export.names import is_instruct, public_name
+from stages.core.export.tuned import Tuned
+from stages.core.presets.architecture import Architecture
+from stages.core.presets.formats import WeightSource, format_of
+from stages.core.tokenize.chat import END
+
+FLOAT32 = 1e-3
+"""Largest difference of two logits where weights are written as they are: the order of sums differs."""
+BFLOAT16 = 0.02
+"""The same, as a fraction of the logits' range, where weights are rounded to bfloat16's 8 bits."""
+
+Read = Callable[[Path, Tuned], AbstractContextManager[tuple[Architecture, WeightSource]]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is exported, and how.
+
+    Attributes:
+        tuned: the variant.
+        settings: the section `export`.
+        chat: the model answers in turns: with the chat template, and ending at `<end_of_turn>`.
+    """
+
+    tuned: Tuned
+    settings: Export
+    chat: bool
+
+    @property
+    def ends(self) -> list[int]:
+        """Ids of the tokens that end a generation."""
+        manifest = self.tuned.preset.manifest
+        tokenizer = format_of(manifest.format).load_tokenizer(self.tuned.preset.folder)
+        turn = tokenizer.piece_id(END) if self.chat else None
+        return [tokenizer.eos, *([] if turn is None else [turn])]
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format.
+
+    Attributes:
+        write: writes a folder.
+        read: yields the architecture and the merged weights of what was written.
+        rounded: whether the weights are of `export.dtype`; else they are float32.
+        preset: the format of presets whose tokenizer the folder has, None if it has none.
+    """
+
+    write: Callable[[Path, Job], None]
+    read: Read
+    rounded: bool
+    preset: str | None
+
+    def tolerance(self, job: Job, logit_range: float) -> float:
+        """Return how much two logits of the same token may differ."""
+        return BFLOAT16 * logit_range if self.rounded and job.settings.dtype == "bfloat16" else FLOAT32
+
+
+FORMATS = {
+    "peft": Format(
+        lambda folder, job: peft.write_adapter(
+            folder, job.tuned, job.settings.base, public_name(job.tuned.preset.manifest)
+        ),
+        peft.read_adapter,
+        rounded=False,
+        preset=None,
+    ),
+    "huggingface": Format(
+        lambda folder, job: huggingface.write_folder(folder, job.tuned, job.settings.dtype, job.chat, job.ends),
+        lambda folder, tuned: huggingface.read_folder(folder),
+        rounded=True,
+        preset="safetensors",
+    ),
+    "keras": Format(
+        lambda folder, job: keras_preset.write_preset(folder, job.tuned, job.settings.dtype),
+        lambda folder, tuned: keras_preset.read_preset(folder),
+        rounded=True,
+        preset="keras",
+    ),
+}
+"""By the name in `export.formats`, which is the name of the folder too."""
+
+
+def make_job(tuned: Tuned, settings: Export, chat_template: bool) -> Job:
+    """Return what is to be exported, checked.
+
+    Args:
+        tuned: the variant.
+        settings: the section `export`.
+        chat_template: `generate.chat_template`: the user's word that the model answers in turns.
+
+    Raises:
+        ParamsError: `export.base` names a base that this model does not have.
+    """
+    architecture = tuned.preset.architecture
+    if settings.base == "vision" and architecture.class_name != "Gemma3Backbone":
+        raise ParamsError(
+            "export.base must be text unless the model is a Gemma 3 of 4B or more, whose public checkpoints have a "
+            f"vision tower. Received: export.base=vision, fetch.preset={tuned.preset.manifest.preset}"
+        )
+    return Job(tuned, settings, chat_template or is_instruct(tuned.preset.manifest))
+
+
+def left_out(job: Job) -> dict[str, str]:
+    """Return the formats of the settings that this variant does not have, each with the reason."""
+    if job.tuned.lora.rank == 0 and "peft" in job.settings.formats:
+        return {"peft": "every weight was trained (finetune.rank: 0), so there is no adapter; huggingface has them all"}
+    return {}
