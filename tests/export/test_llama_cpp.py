@@ -6,16 +6,19 @@ by some 5e-4 of their range, whatever wrote the file. The tolerance is 1e-3 of t
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from stages.core.export.adapter import common_rank, lora_modules, peft_tensors
 from stages.core.export.gguf_adapter import write_gguf_adapter
+from stages.core.export.llama_cpp import opened
+from stages.core.export.tuned import TrainedWeights
 from stages.core.presets.formats import format_of
 from stages.core.tokenize.control_tokens import ControlTokens
 from tests.export.test_gguf import SPELLED, TEXTS, written
 from tests.support import tiny_presets
-from tests.support.llama_cpp import library, opened
 from tests.support.repository import FAMILIES
 from tests.support.tiny_models import load_tiny
 from tests.support.tuned_models import EVERY_KIND, logits, tuned
@@ -25,9 +28,7 @@ TOLERANCE = 1e-3
 IDS = [2, *np.random.default_rng(0).integers(4, 512, 40).tolist()]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def llama(devices):
-    library()
+pytest.importorskip("xllamacpp", reason="needs llama.cpp (requirements-readers.txt)")
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,7 @@ def test_the_merged_model_has_the_tuned_model_s_logits_past_the_sliding_window(e
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_adapter_on_the_base_s_file_equals_the_merged_model(exported, family):
     model, expected, base, folder = exported[family]
-    untuned = type(model)(model.preset, model.config, Nothing(), model.lora)
+    untuned = dataclasses.replace(model, trained=TrainedWeights(None))
     modules = lora_modules(model)
     write_gguf_adapter(
         folder / "lora.gguf", model.preset.architecture, peft_tensors(model, modules), common_rank(modules), name="tiny"
@@ -71,13 +72,6 @@ def test_the_adapter_on_the_base_s_file_equals_the_merged_model(exported, family
         found = llama.logits(IDS, folder / "lora.gguf")
     assert far_apart(expected, found) <= TOLERANCE
     assert (found.argmax(-1) == expected.argmax(-1)).all()
-
-
-class Nothing:
-    """Trained weights of a model that was not trained."""
-
-    def __contains__(self, path):
-        return False
 
 
 def test_gemma_2_with_an_adapter_on_query_and_value_in_several_blocks(devices, tmp_path):

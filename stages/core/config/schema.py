@@ -241,9 +241,10 @@ class Evaluate(Section):
 class Export(Section):
     """The forms in which the tuned model is written for others."""
 
-    formats: Annotated[list[Literal["peft", "huggingface", "keras"]], Field(min_length=1)]
+    formats: Annotated[list[Literal["peft", "huggingface", "keras", "gguf"]], Field(min_length=1)]
     base: Literal["text", "vision"]
     dtype: Literal["float32", "bfloat16"]
+    gguf_type: Literal["F32", "F16", "BF16", "Q8_0"]
 
     @model_validator(mode="after")
     def _each_format_once(self) -> Export:

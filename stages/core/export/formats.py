@@ -9,7 +9,7 @@ from pathlib import Path
 
 from stages.core.common.errors import ParamsError
 from stages.core.config.schema import Export
-from stages.core.export import huggingface, keras_preset, peft
+from stages.core.export import gguf_folder, huggingface, keras_preset, peft
 from stages.core.export.names import is_instruct, public_name
 from stages.core.export.tuned import Tuned
 from stages.core.presets.architecture import Architecture
@@ -18,8 +18,9 @@ from stages.core.tokenize.chat import END
 
 FLOAT32 = 1e-3
 """Largest difference of two logits where weights are written as they are: the order of sums differs."""
-BFLOAT16 = 0.02
-"""The same, as a fraction of the logits' range, where weights are rounded to bfloat16's 8 bits."""
+ROUNDED = {"F16": 0.003, "bfloat16": 0.02, "BF16": 0.02, "Q8_0": 0.03}
+"""The same, as a fraction of the logits' range, where weights are rounded: to 11 or 8 bits, or to 255 steps between the
+largest of a block and its negative. Measured on the embedded model and on tiny random ones, and rounded up."""
 
 Read = Callable[[Path, Tuned], AbstractContextManager[tuple[Architecture, WeightSource]]]
 
@@ -54,18 +55,19 @@ class Format:
     Attributes:
         write: writes a folder.
         read: yields the architecture and the merged weights of what was written.
-        rounded: whether the weights are of `export.dtype`; else they are float32.
+        numbers: returns the type of the weights by the settings.
         preset: the format of presets whose tokenizer the folder has, None if it has none.
     """
 
     write: Callable[[Path, Job], None]
     read: Read
-    rounded: bool
+    numbers: Callable[[Export], str]
     preset: str | None
 
     def tolerance(self, job: Job, logit_range: float) -> float:
         """Return how much two logits of the same token may differ."""
-        return BFLOAT16 * logit_range if self.rounded and job.settings.dtype == "bfloat16" else FLOAT32
+        part = ROUNDED.get(self.numbers(job.settings))
+        return FLOAT32 if part is None else part * logit_range
 
 
 FORMATS = {
@@ -74,20 +76,26 @@ FORMATS = {
             folder, job.tuned, job.settings.base, public_name(job.tuned.preset.manifest)
         ),
         peft.read_adapter,
-        rounded=False,
+        numbers=lambda settings: "float32",
         preset=None,
     ),
     "huggingface": Format(
         lambda folder, job: huggingface.write_folder(folder, job.tuned, job.settings.dtype, job.chat, job.ends),
         lambda folder, tuned: huggingface.read_folder(folder),
-        rounded=True,
+        numbers=lambda settings: settings.dtype,
         preset="safetensors",
     ),
     "keras": Format(
         lambda folder, job: keras_preset.write_preset(folder, job.tuned, job.settings.dtype),
         lambda folder, tuned: keras_preset.read_preset(folder),
-        rounded=True,
+        numbers=lambda settings: settings.dtype,
         preset="keras",
+    ),
+    "gguf": Format(
+        lambda folder, job: gguf_folder.write_folder(folder, job.tuned, job.settings.gguf_type, job.chat),
+        lambda folder, tuned: gguf_folder.read_folder(folder),
+        numbers=lambda settings: settings.gguf_type,
+        preset="gguf",
     ),
 }
 """By the name in `export.formats`, which is the name of the folder too."""

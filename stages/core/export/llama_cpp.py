@@ -1,7 +1,8 @@
 """llama.cpp itself, by the C functions that the package xllamacpp has inside: logits and token ids of a GGUF file.
 
-The structures are those of `include/llama.h` at the pinned version (requirements-readers.txt); defaults that this file
-does not touch come from the library. `library` checks a few of them, so that another version does not read nonsense.
+For `--verify` and the tests. The structures are those of `include/llama.h` at the version that requirements-readers.txt
+pins; what this module does not set is the library's own. `library` holds a few of those values against what they should
+be, so that of another version it reads no nonsense.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
+
+from stages.core.common.errors import StageError
 
 _i32, _u32, _float, _bool, _pointer = ctypes.c_int32, ctypes.c_uint32, ctypes.c_float, ctypes.c_bool, ctypes.c_void_p
-F32 = 0  # of ggml's types
+F32 = 0
+"""The number of the type in ggml."""
+THREADS = 2
 
 
 class _ModelParams(ctypes.Structure):
@@ -111,10 +115,14 @@ _SILENT = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, _pointer)(lambda
 
 @functools.cache
 def library() -> Any:
-    """Return llama.cpp's library, or skip the test where xllamacpp is not installed."""
+    """Return llama.cpp's library.
+
+    Raises:
+        StageError: xllamacpp is not installed, or has structures of another form.
+    """
     found = importlib.util.find_spec("xllamacpp")
     if found is None or found.origin is None:
-        pytest.skip("needs xllamacpp (requirements-readers.txt)")
+        raise StageError("xllamacpp must be installed. Received: no such package. Install requirements-readers.txt.")
     lib = ctypes.CDLL(str(next(Path(found.origin).parent.glob("*.so"))))
     for name, (result, arguments) in FUNCTIONS.items():
         function = getattr(lib, name)
@@ -132,79 +140,112 @@ def library() -> Any:
         context.swa_full,
     )
     if known != (512, 2048, 1, -1.0, True, True) or (model.n_gpu_layers, model.use_extra_bufts) != (-1, True):
-        pytest.skip("needs the pinned version of xllamacpp: this one's structures are others")
+        raise StageError(
+            f"The structures of llama.cpp must be those of the pinned xllamacpp. Received: defaults {known}. Install "
+            "requirements-readers.txt."
+        )
     return lib
 
 
 @contextmanager
 def opened(path: Path, *, vocabulary_only: bool = False) -> Iterator[LlamaModel]:
-    """A GGUF file as llama.cpp reads it."""
+    """Yield a GGUF file as llama.cpp reads it.
+
+    Args:
+        path: of the file.
+        vocabulary_only: no weights, which is enough for token ids.
+
+    Raises:
+        StageError: llama.cpp is not there, or does not load the file.
+    """
     lib = library()
     params = lib.llama_model_default_params()
     params.n_gpu_layers, params.vocab_only = 0, vocabulary_only
     handle = lib.llama_model_load_from_file(str(path).encode(), params)
-    assert handle, f"llama.cpp does not load {path}"
+    _need(handle, f"llama.cpp must load {path}")
     try:
         yield LlamaModel(lib, handle)
     finally:
         lib.llama_model_free(handle)
 
 
+def _need(done: Any, what: str) -> None:
+    """Raise a StageError unless a call of the library returned what it does on success."""
+    if not done:
+        raise StageError(f"{what}. Received: a failure, of which the library says no more.")
+
+
 class LlamaModel:
     """A model in llama.cpp."""
 
     def __init__(self, lib: Any, handle: int) -> None:
+        """Take the library and the model's handle."""
         self._lib, self._handle = lib, handle
         self._vocabulary = lib.llama_model_get_vocab(handle)
 
     def special(self) -> dict[str, int]:
-        """The ids of the special tokens; -1 where there is none."""
-        return {
-            name: getattr(self._lib, f"llama_vocab_{name}")(self._vocabulary) for name in ("bos", "eos", "eot", "pad")
-        }
+        """Return the ids of the special tokens; -1 where there is none."""
+        names = ("bos", "eos", "eot", "pad")
+        return {name: getattr(self._lib, f"llama_vocab_{name}")(self._vocabulary) for name in names}
 
     def is_control(self, token: int) -> bool:
+        """Return whether a token is of the type control."""
         return self._lib.llama_vocab_is_control(self._vocabulary, token)
 
     def ends_generation(self, token: int) -> bool:
+        """Return whether llama.cpp stops at a token."""
         return self._lib.llama_vocab_is_eog(self._vocabulary, token)
 
     def chat_template(self) -> str | None:
+        """Return the chat template in the file."""
         found = self._lib.llama_model_chat_template(self._handle, None)
         return found and found.decode()
 
     def encode(self, text: str, *, add_special: bool = False, parse_special: bool = False) -> list[int]:
-        """The token ids of a text."""
+        """Return the token ids of a text, with BOS if `add_special`; control tokens are found if `parse_special`."""
         content = text.encode()
         room = (_i32 * (len(content) + 2))()
         flags = (add_special, parse_special)
         count = self._lib.llama_tokenize(self._vocabulary, content, len(content), room, len(room), *flags)
-        assert count >= 0
+        _need(count >= 0, "llama.cpp must split the text into fewer tokens than bytes")
         return list(room[:count])
 
-    def logits(self, ids: list[int], adapter: Path | None = None) -> np.ndarray:
-        """The logits after each token, (tokens, vocabulary) float32, with keys and values kept in float32."""
-        lib = self._lib
+    def logits(self, ids: list[int], adapter: Path | None = None, last: int | None = None) -> np.ndarray:
+        """Return the logits after each token, keys and values kept in float32.
+
+        Args:
+            ids: at least one token.
+            adapter: a GGUF adapter to put on the model.
+            last: only of so many tokens at the end; None for all.
+
+        Returns:
+            float32 (tokens, vocabulary).
+
+        Raises:
+            StageError: llama.cpp does not load the adapter, or has no memory for the text.
+        """
+        lib, first = self._lib, len(ids) - (last or len(ids))
         params = lib.llama_context_default_params()
         params.n_ctx = params.n_batch = params.n_ubatch = max(64, len(ids))
-        params.n_threads = params.n_threads_batch = 2
+        params.n_threads = params.n_threads_batch = THREADS
         params.type_k = params.type_v = F32
         params.flash_attn_type = 0
         context = lib.llama_init_from_model(self._handle, params)
-        assert context
+        _need(context, f"llama.cpp must have memory for {len(ids)} tokens")
         batch = lib.llama_batch_init(len(ids), 0, 1)
         try:
             if adapter:
                 lora = lib.llama_adapter_lora_init(self._handle, str(adapter).encode())
-                assert lora, f"llama.cpp does not load {adapter}"
-                assert lib.llama_set_adapters_lora(context, (_pointer * 1)(lora), 1, (_float * 1)(1.0)) == 0
+                _need(lora, f"llama.cpp must load {adapter} on the model")
+                done = lib.llama_set_adapters_lora(context, (_pointer * 1)(lora), 1, (_float * 1)(1.0))
+                _need(done == 0, f"llama.cpp must put {adapter} on the model")
             batch.n_tokens = len(ids)
             for place, token in enumerate(ids):
                 batch.token[place], batch.pos[place], batch.n_seq_id[place] = token, place, 1
-                batch.seq_id[place][0], batch.logits[place] = 0, 1
-            assert lib.llama_decode(context, batch) == 0
+                batch.seq_id[place][0], batch.logits[place] = 0, place >= first
+            _need(lib.llama_decode(context, batch) == 0, f"llama.cpp must read {len(ids)} tokens")
             width = (lib.llama_vocab_n_tokens(self._vocabulary),)
-            rows = (lib.llama_get_logits_ith(context, place) for place in range(len(ids)))
+            rows = (lib.llama_get_logits_ith(context, place) for place in range(first, len(ids)))
             return np.stack([np.ctypeslib.as_array(row, width).copy() for row in rows])
         finally:
             lib.llama_batch_free(batch)
