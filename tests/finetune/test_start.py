@@ -78,7 +78,7 @@ def test_an_adapter_of_another_base_is_refused_by_its_hash(before, tmp_path):
     arrays = {path: model.trained.array(path) for path in model.trained}
     said = {**adapter.describe(own / "adapter.safetensors"), "base": "f" * 64}
     adapter.save(tmp_path / "adapter.safetensors", arrays, said)
-    with pytest.raises(StageError, match=r"of the base that is tuned, .*Received: one of tiny \(ffffffffffff\)"):
+    with pytest.raises(StageError, match=r"of the base that it is put on, .*Received: one of tiny \(ffffffffffff\)"):
         start(model, tmp_path)
 
 

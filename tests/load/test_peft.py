@@ -10,14 +10,15 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from stages.core.common.errors import StageError
+from stages.core.common.paths import Paths
 from stages.core.export.adapter import common_rank, lora_modules, peft_tensors
-from stages.core.load import variants, weight_loading
+from stages.core.load import adapter
+from stages.core.load.adapted import load_adapted
 from stages.core.load.peft import AdaptedSource, keras_kernels, read_peft
-from stages.core.presets.formats import format_of
 from tests.support.hf_folder import change_config, write_hugging_face
 from tests.support.repository import FAMILIES
-from tests.support.tiny_models import describe, open_tiny
-from tests.support.tuned_models import logits, tuned
+from tests.support.tiny_models import describe, load_tiny, open_tiny
+from tests.support.tuned_models import ALL_LAYERS, logits, tuned
 
 pytestmark = pytest.mark.usefixtures("devices")
 
@@ -73,9 +74,9 @@ def test_our_adapter_comes_back_as_the_kernels_it_was_made_from(ours, family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_any_slice_of_a_weight_has_the_adapter_in_it(ours, family):
     model, folder = ours[family]
-    adapter = read_peft(folder, model.preset.architecture, "tiny")
+    found = read_peft(folder, model.preset.architecture, "tiny")
     with model.open_base() as base, model.open_merged() as merged:
-        source = AdaptedSource(base, adapter)
+        source = AdaptedSource(base, found)
         for path in (path for path in merged.table if path.startswith("decoder_block_1")):
             shape = source.shape(path)
             whole = merged.read(path, tuple(slice(0, size) for size in shape))
@@ -84,6 +85,26 @@ def test_any_slice_of_a_weight_has_the_adapter_in_it(ours, family):
                     slice(1, size - 1) if at == axis and size > 3 else slice(0, size) for at, size in enumerate(shape)
                 )
                 assert np.allclose(source.read(path, cut), whole[cut], rtol=0, atol=1e-6), (path, cut)
+
+
+@pytest.mark.parametrize("form", ["ours", "peft's"])
+def test_a_variant_of_our_adapter_is_the_tuned_model_in_either_form(ours, tmp_path, form):
+    model, folder = ours["gemma2"]
+    if form == "ours":
+        folder = tmp_path
+        said = {"base": model.preset.fingerprint, "preset": "tiny", **model.config.tuned.model_dump()}
+        adapter.save(folder / "adapter.safetensors", {path: model.trained.array(path) for path in model.trained}, said)
+    describe(model.preset, (1, 2)).write(tmp_path / "models/baseline/model.json")
+    found = logits(load_adapted(Paths(tmp_path, tmp_path), folder, model.preset), IDS)
+    expected = logits(load_tiny(model.preset.folder, (1, 2), rank=3, targets=ALL_LAYERS), IDS)
+    assert np.abs(found - expected).max() < 1e-4
+
+
+def test_a_folder_without_an_adapter_is_no_variant(ours, tmp_path):
+    model, _ = ours["gemma2"]
+    describe(model.preset, (1, 1)).write(tmp_path / "models/baseline/model.json")
+    with pytest.raises(StageError, match=r"must hold adapter_config.json and .* Received: "):
+        load_adapted(Paths(tmp_path, tmp_path), tmp_path, model.preset)
 
 
 PATTERNS = {"rank_pattern": {"down_proj": 5, r"layers\.1\.self_attn\.q_proj": 2}, "alpha_pattern": {"v_proj": 32}}
@@ -113,11 +134,8 @@ def test_an_adapter_that_peft_made_gives_peft_s_logits(presets, tmp_path, family
     model.save_pretrained(tmp_path / "adapter")
 
     preset = open_tiny(base)
-    adapter = read_peft(tmp_path / "adapter", preset.architecture, "tiny")
-    loaded = variants.declare_model(describe(preset, (1, 1)), preset.architecture, None)
-    with format_of("safetensors").open_weights(preset.folder, preset.architecture) as files:
-        source = AdaptedSource(files, adapter)
-        weight_loading.fill(loaded.backbone, loaded.placements, loaded.mesh, lambda path: source)
+    describe(preset, (1, 1)).write(tmp_path / "models/baseline/model.json")
+    loaded = load_adapted(Paths(tmp_path, tmp_path), tmp_path / "adapter", preset)
     found = logits(loaded, IDS)
     assert np.abs(expected - before).max() > 1
     assert np.abs(found - expected).max() < 1e-3
@@ -175,14 +193,14 @@ def test_an_adapter_without_its_other_half_or_its_file_is_refused(presets, tmp_p
 
 def test_one_whose_heads_do_not_share_b_cannot_be_keras_kernels(presets, tmp_path):
     folder = write_peft(tmp_path / "peft", query_only(), target_modules=["q_proj"])
-    adapter = read_peft(folder, open_tiny(presets["gemma"]).architecture, "tiny")
+    found = read_peft(folder, open_tiny(presets["gemma"]).architecture, "tiny")
     with pytest.raises(StageError, match=r"4 equal blocks of rank 3 on the diagonal .* Received: rank 3"):
-        keras_kernels(adapter, 3, 1.0)
+        keras_kernels(found, 3, 1.0)
 
 
 def test_another_rank_than_the_kernels_is_refused(ours):
     model, folder = ours["gemma"]
-    adapter = read_peft(folder, model.preset.architecture, "tiny")
+    found = read_peft(folder, model.preset.architecture, "tiny")
     for rank in (2, 4):
         with pytest.raises(StageError, match="Set finetune"):
-            keras_kernels(adapter, rank, 1.0)
+            keras_kernels(found, rank, 1.0)

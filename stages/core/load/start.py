@@ -15,10 +15,9 @@ from stages.core.common.errors import ParamsError, StageError, shown, shown_list
 from stages.core.common.paths import Paths, own_path, variant_folder
 from stages.core.files import sha256
 from stages.core.load import adapter, peft
+from stages.core.load.adapted import OWN, own_lora
 from stages.core.load.variants import Preset
 from stages.core.records.layout import LoraConfig
-
-OWN = adapter.FILE[True]
 
 
 def start_folder(paths: Paths, setting: str | None) -> Path | None:
@@ -90,18 +89,11 @@ def _own(folder: Path, preset: Preset, lora: LoraConfig) -> dict[str, np.ndarray
     Raises:
         StageError: it was trained on another base, or has another rank.
     """
-    path = folder / OWN
-    said = adapter.describe(path)
-    if said["base"] != preset.fingerprint:
-        raise StageError(
-            f"finetune.adapter must be of the base that is tuned, {preset.manifest.preset} "
-            f"({preset.fingerprint[:12]}). Received: one of {shown(said['preset'])} ({said['base'][:12]}) in {folder}"
-        )
-    before = LoraConfig(said["rank"], said["alpha"], tuple(said["targets"]))
+    before = own_lora(folder, preset)
     if before.rank != lora.rank:
         raise StageError(
             f"finetune.rank must be that of finetune.adapter, {before.rank}. Received: finetune.rank={lora.rank}"
         )
     factor = np.float32(before.scale / lora.scale)
-    arrays = adapter.load(path, preset.fingerprint)
+    arrays = adapter.load(folder / OWN, preset.fingerprint)
     return {name: values * factor if name.endswith("_b") else values for name, values in arrays.items()}
