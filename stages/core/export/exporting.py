@@ -14,6 +14,7 @@ from stages.core.common.errors import StageError
 from stages.core.common.sizes import megabytes
 from stages.core.export import card, proof
 from stages.core.export.formats import FORMATS, Job, left_out
+from stages.core.export.tuned import SeparateWeights
 from stages.core.presets.formats import format_of
 from stages.core.records.export import FormatMetrics
 
@@ -22,8 +23,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Reference:
-    """The tuned model's own reading of the text, which every format is compared with."""
+    """The tuned model: its weights, and its own reading of the text, which every format is compared with."""
 
+    weights: SeparateWeights
     ids: list[int]
     reading: proof.Reading
 
@@ -31,12 +33,9 @@ class Reference:
 @contextmanager
 def reference(job: Job) -> Iterator[Reference]:
     """Yield the tuned model's reading, as it was trained: the adapter beside the base, in float32."""
-    tuned = job.tuned
-    architecture = tuned.preset.architecture
-    tokenizer = format_of(tuned.preset.manifest.format).load_tokenizer(tuned.preset.folder)
-    ids = proof.text_ids(tokenizer, architecture)
-    with tuned.open_separate() as weights:
-        yield Reference(ids, proof.read(architecture, weights, ids, tuned.lora))
+    ids = proof.text_ids(job.tokenizer, job.architecture)
+    with job.tuned.open_separate() as weights:
+        yield Reference(weights, ids, proof.read(job.architecture, weights, ids, job.tuned.lora))
 
 
 def export(job: Job, root: Path, facts: card.Facts, compared: Reference) -> dict[str, FormatMetrics]:
@@ -58,11 +57,11 @@ def export(job: Job, root: Path, facts: card.Facts, compared: Reference) -> dict
     skipped = left_out(job)
     for name, reason in skipped.items():
         logger.warning(f"export.formats: {name} is left out: {reason}.")
-    found = {}
+    found: dict[str, FormatMetrics] = {}
     for name in (name for name in job.settings.formats if name not in skipped):
         began = time.perf_counter()
         folder = root / name
-        FORMATS[name].write(folder, job)
+        FORMATS[name].write(folder, job, compared.weights)
         card.write_card(folder, name, job, facts)
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         measured = check(name, folder, job, compared)
@@ -88,11 +87,11 @@ def check(name: str, folder: Path, job: Job, compared: Reference) -> proof.Diffe
     Raises:
         StageError: other token ids, or logits that differ by more than the format may.
     """
-    form, vocabulary = FORMATS[name], job.tuned.preset.architecture.config["vocabulary_size"]
+    form, vocabulary = FORMATS[name], job.architecture.config["vocabulary_size"]
     if form.preset:
-        ids = proof.text_ids(format_of(form.preset).load_tokenizer(folder), job.tuned.preset.architecture)
+        ids = proof.text_ids(format_of(form.preset).load_tokenizer(folder), job.architecture)
         check_ids(f"models/export/{name}", ids, compared.ids)
-    with form.read(folder, job.tuned) as (architecture, weights):
+    with form.read(folder, job, compared.weights) as (architecture, weights):
         measured = proof.difference(compared.reading, proof.read(architecture, weights, compared.ids), vocabulary)
     check_difference(f"models/export/{name}", measured, form.tolerance(job, measured.range))
     return measured

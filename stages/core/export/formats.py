@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -11,9 +12,10 @@ from stages.core.common.errors import ParamsError
 from stages.core.config.schema import Export
 from stages.core.export import gguf_folder, huggingface, keras_preset, peft
 from stages.core.export.names import is_instruct, public_name
-from stages.core.export.tuned import Tuned
+from stages.core.export.tuned import SeparateWeights, Tuned
 from stages.core.presets.architecture import Architecture
 from stages.core.presets.formats import WeightSource, format_of
+from stages.core.presets.tokenizer import Tokenizer
 from stages.core.tokenize.chat import END
 
 FLOAT32 = 1e-3
@@ -22,7 +24,7 @@ ROUNDED = {"F16": 0.003, "bfloat16": 0.02, "BF16": 0.02, "Q8_0": 0.03}
 """The same, as a fraction of the logits' range, where weights are rounded: to 11 or 8 bits, or to 255 steps between the
 largest of a block and its negative. Measured on the embedded model and on tiny random ones, and rounded up."""
 
-Read = Callable[[Path, Tuned], AbstractContextManager[tuple[Architecture, WeightSource]]]
+Opened = AbstractContextManager[tuple[Architecture, WeightSource]]
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,20 @@ class Job:
     chat: bool
 
     @property
+    def architecture(self) -> Architecture:
+        """The base's."""
+        return self.tuned.preset.architecture
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The base's."""
+        return format_of(self.tuned.preset.manifest.format).load_tokenizer(self.tuned.preset.folder)
+
+    @property
     def ends(self) -> list[int]:
         """Ids of the tokens that end a generation."""
-        manifest = self.tuned.preset.manifest
-        tokenizer = format_of(manifest.format).load_tokenizer(self.tuned.preset.folder)
-        turn = tokenizer.piece_id(END) if self.chat else None
-        return [tokenizer.eos, *([] if turn is None else [turn])]
+        turn = self.tokenizer.piece_id(END) if self.chat else None
+        return [self.tokenizer.eos, *([] if turn is None else [turn])]
 
 
 @dataclass(frozen=True)
@@ -53,14 +63,14 @@ class Format:
     """A format.
 
     Attributes:
-        write: writes a folder.
-        read: yields the architecture and the merged weights of what was written.
+        write: writes a folder, of the weights as they were trained.
+        read: opens what was written: the architecture and the merged weights. An adapter needs the base's weights.
         numbers: returns the type of the weights by the settings.
         preset: the format of presets whose tokenizer the folder has, None if it has none.
     """
 
-    write: Callable[[Path, Job], None]
-    read: Read
+    write: Callable[[Path, Job, SeparateWeights], None]
+    read: Callable[[Path, Job, SeparateWeights], Opened]
     numbers: Callable[[Export], str]
     preset: str | None
 
@@ -72,28 +82,34 @@ class Format:
 
 FORMATS = {
     "peft": Format(
-        lambda folder, job: peft.write_adapter(
+        lambda folder, job, weights: peft.write_adapter(
             folder, job.tuned, job.settings.base, public_name(job.tuned.preset.manifest)
         ),
-        peft.read_adapter,
+        lambda folder, job, weights: peft.read_adapter(folder, job.architecture, weights),
         numbers=lambda settings: "float32",
         preset=None,
     ),
     "huggingface": Format(
-        lambda folder, job: huggingface.write_folder(folder, job.tuned, job.settings.dtype, job.chat, job.ends),
-        lambda folder, tuned: huggingface.read_folder(folder),
+        lambda folder, job, weights: huggingface.write_folder(
+            folder, job.tuned.preset, weights.merged(), job.settings.dtype, chat=job.chat, ends=job.ends
+        ),
+        lambda folder, job, weights: huggingface.read_folder(folder),
         numbers=lambda settings: settings.dtype,
         preset="safetensors",
     ),
     "keras": Format(
-        lambda folder, job: keras_preset.write_preset(folder, job.tuned, job.settings.dtype),
-        lambda folder, tuned: keras_preset.read_preset(folder),
+        lambda folder, job, weights: keras_preset.write_preset(
+            folder, job.tuned.preset, weights.merged(), job.settings.dtype
+        ),
+        lambda folder, job, weights: keras_preset.read_preset(folder),
         numbers=lambda settings: settings.dtype,
         preset="keras",
     ),
     "gguf": Format(
-        lambda folder, job: gguf_folder.write_folder(folder, job.tuned, job.settings.gguf_type, job.chat),
-        lambda folder, tuned: gguf_folder.read_folder(folder),
+        lambda folder, job, weights: gguf_folder.write_folder(
+            folder, job.tuned, weights.merged(), job.settings.gguf_type, chat=job.chat
+        ),
+        lambda folder, job, weights: gguf_folder.read_folder(folder),
         numbers=lambda settings: settings.gguf_type,
         preset="gguf",
     ),

@@ -12,7 +12,7 @@ from stages.core.export.gguf_adapter import write_gguf_adapter
 from stages.core.export.hugging_face_tokenizer import CHAT_TEMPLATE
 from stages.core.export.modelfile import modelfile
 from stages.core.export.tensors import hugging_face_tensors
-from stages.core.export.tuned import Tuned
+from stages.core.export.tuned import MergedWeights, Tuned
 from stages.core.export.vocabulary import sentencepiece_model
 from stages.core.files import write_text
 from stages.core.presets.architecture import Architecture
@@ -23,12 +23,13 @@ MODEL = "model.gguf"
 ADAPTER = "lora/adapter.gguf"
 
 
-def write_folder(folder: Path, tuned: Tuned, kind: str, chat: bool) -> None:
+def write_folder(folder: Path, tuned: Tuned, weights: MergedWeights, kind: str, *, chat: bool) -> None:
     """Write the folder.
 
     Args:
         folder: to write to.
         tuned: the variant.
+        weights: after tuning, with the adapter merged in.
         kind: of the matrices: F32, F16, BF16 or Q8_0.
         chat: with the chat template, in the file and in the Modelfile.
 
@@ -38,17 +39,16 @@ def write_folder(folder: Path, tuned: Tuned, kind: str, chat: bool) -> None:
     """
     manifest, architecture = tuned.preset.manifest, tuned.preset.architecture
     name = f"{manifest.preset}, fine-tuned"
-    with tuned.open_merged() as weights:
-        write_gguf(
-            folder / MODEL,
-            architecture,
-            hugging_face_tensors(weights),
-            sentencepiece_model(tuned.preset),
-            kind,
-            name=name,
-            terms=manifest.license,
-            chat_template=CHAT_TEMPLATE if chat else None,
-        )
+    write_gguf(
+        folder / MODEL,
+        architecture,
+        hugging_face_tensors(weights),
+        sentencepiece_model(tuned.preset),
+        kind,
+        name=name,
+        terms=manifest.license,
+        chat_template=CHAT_TEMPLATE if chat else None,
+    )
     write_text(folder / "Modelfile", modelfile(MODEL, manifest.license, turns=chat))
     if modules := lora_modules(tuned):
         tensors = peft_tensors(tuned, modules)

@@ -6,6 +6,7 @@ The files are those of keras-hub's `save_to_preset`, which takes the whole model
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -17,10 +18,11 @@ import keras
 import numpy as np
 
 from stages.core.export.huggingface import DTYPES
-from stages.core.export.tuned import Tuned, pieces
+from stages.core.export.tuned import MergedWeights, pieces
 from stages.core.export.vocabulary import sentencepiece_model
 from stages.core.files import atomic_path, write_json
 from stages.core.load.backbone import build_backbone
+from stages.core.load.variants import Preset
 from stages.core.presets.architecture import Architecture
 from stages.core.presets.formats import WeightSource, format_of
 from stages.core.presets.keras_h5 import SINGLE
@@ -31,38 +33,37 @@ SEQUENCE = 1024
 """keras-hub's default of its preprocessors, in tokens; it can be set after loading."""
 
 
-def write_preset(folder: Path, tuned: Tuned, dtype: str) -> None:
+def write_preset(folder: Path, preset: Preset, weights: MergedWeights, dtype: str) -> None:
     """Write the merged model as a preset.
 
     Args:
         folder: to write to; made if it is not there.
-        tuned: the variant.
+        preset: that the model was tuned from.
+        weights: the merged ones.
         dtype: of the weights: float32 or bfloat16.
 
     Raises:
         OSError: the disk is full, or a file cannot be written.
     """
-    architecture = tuned.preset.architecture
+    architecture = preset.architecture
     config = keras.saving.serialize_keras_object(build_backbone(architecture, dtype))
     for key in ("compile_config", "build_config"):
         config.pop(key, None)
     config["config"]["name"] = re.sub(r"(?<!^)(?=[A-Z])", "_", architecture.class_name).lower()
     write_json(folder / "config.json", config)
-    with tuned.open_merged() as weights:
-        count = sum(int(np.prod(each.shape)) for each in weights.table.values())
-        with atomic_path(folder / SINGLE) as temporary, h5py.File(temporary, "w") as file:
-            for path, weight in weights.table.items():
-                _write_weight(file, weight.keras, weight.shape, dtype, lambda rows, path=path: weights.read(path, rows))
+    with atomic_path(folder / SINGLE) as temporary, h5py.File(temporary, "w") as file:
+        for path, weight in weights.table.items():
+            _write_weight(file, weight.keras, weight.shape, dtype, functools.partial(weights.read, path))
     write_json(
         folder / "metadata.json",
         {
             "keras_version": version("keras"),
             "keras_hub_version": version("keras-hub"),
-            "parameter_count": count,
+            "parameter_count": sum(int(np.prod(each.shape)) for each in weights.table.values()),
             "tasks": TASKS[architecture.class_name],
         },
     )
-    _write_tokenizer(folder, tuned, dtype)
+    _write_tokenizer(folder, preset, dtype)
 
 
 def _write_weight(file: Any, name: str, shape: tuple[int, ...], dtype: str, read: Any) -> None:
@@ -90,17 +91,17 @@ def _object(family: str, kind: str, config: dict[str, Any], dtype: str) -> dict[
     }
 
 
-def _write_tokenizer(folder: Path, tuned: Tuned, dtype: str) -> None:
+def _write_tokenizer(folder: Path, preset: Preset, dtype: str) -> None:
     """Write the vocabulary, and the tokenizer and preprocessor around it; Keras' own import TensorFlow."""
-    gemma3 = tuned.preset.architecture.class_name == "Gemma3Backbone"
+    gemma3 = preset.architecture.class_name == "Gemma3Backbone"
     family = "Gemma3" if gemma3 else "Gemma"
     with atomic_path(folder / KERAS_VOCABULARY) as temporary:
-        temporary.write_bytes(sentencepiece_model(tuned.preset).SerializeToString(deterministic=True))
-    settings = {"config_file": "tokenizer.json", "proto": None, "sequence_length": None}
+        temporary.write_bytes(sentencepiece_model(preset).SerializeToString(deterministic=True))
+    settings: dict[str, Any] = {"config_file": "tokenizer.json", "proto": None, "sequence_length": None}
     settings |= {"add_bos": False, "add_eos": False, **({"has_vision_tokens": False} if gemma3 else {})}
     tokenizer = _object(family, "Tokenizer", settings, "int32")
     write_json(folder / "tokenizer.json", tokenizer)
-    around = {"tokenizer": tokenizer, "config_file": "preprocessor.json", "sequence_length": SEQUENCE}
+    around: dict[str, Any] = {"tokenizer": tokenizer, "config_file": "preprocessor.json", "sequence_length": SEQUENCE}
     around |= {"add_start_token": True, "add_end_token": True}
     if gemma3:
         around |= {"num_vision_tokens_per_image": 256, "max_images_per_prompt": 2}

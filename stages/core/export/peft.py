@@ -105,14 +105,20 @@ def write_adapter(folder: Path, tuned: Tuned, base: str, named: str) -> None:
 
 
 @contextlib.contextmanager
-def read_adapter(folder: Path, tuned: Tuned) -> Iterator[tuple[Architecture, WeightSource]]:
+def read_adapter(
+    folder: Path, architecture: Architecture, base: SeparateWeights
+) -> Iterator[tuple[Architecture, WeightSource]]:
     """Yield the base's architecture, and its weights with the written adapter merged in as PEFT merges it.
+
+    Args:
+        folder: of the adapter.
+        architecture: of the base.
+        base: its weights.
 
     Raises:
         StageError: the adapter has a matrix that no layer of the base takes.
     """
-    with tuned.open_separate() as base, safe_open(folder / WEIGHTS, framework="np") as file:
-        architecture = tuned.preset.architecture
+    with safe_open(folder / WEIGHTS, framework="np") as file:
         yield architecture, _Applied(base, file, read_object(folder / CONFIG))
 
 

@@ -78,7 +78,7 @@ def write_model(
     if len(parts) == 1:
         write_safetensors(folder / SINGLE, parts[0], dtype, stream)
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, part in enumerate(parts, 1):
         name = f"model-{number:05}-of-{len(parts):05}.safetensors"
         write_safetensors(folder / name, part, dtype, stream)

@@ -109,7 +109,7 @@ class Tuned:
     def open_merged(self) -> Iterator[MergedWeights]:
         """Yield the weights after tuning, with the adapter merged into them."""
         with self.open_separate() as weights:
-            yield MergedWeights(weights, self.lora)
+            yield weights.merged()
 
 
 def open_tuned(paths: Paths) -> Tuned:
@@ -137,7 +137,8 @@ class SeparateWeights:
 
     def __init__(self, tuned: Tuned, base: WeightSource) -> None:
         """Take the sources; nothing is read yet."""
-        self.trained, self._base, self._kept_in = tuned.trained, base, tuned.kept_in
+        self.trained, self.lora = tuned.trained, tuned.lora
+        self._base, self._kept_in = base, tuned.kept_in
         self.table = weight_table(tuned.preset.architecture)
 
     def shape(self, path: str) -> tuple[int, ...]:
@@ -150,6 +151,10 @@ class SeparateWeights:
             return self.trained.read(path, index).astype(np.float32, copy=False)
         return self._base.read(path, index).astype(self._kept_in, copy=False).astype(np.float32, copy=False)
 
+    def merged(self) -> MergedWeights:
+        """Return the same with the adapter merged in."""
+        return MergedWeights(self)
+
 
 class MergedWeights:
     """The tuned model's weights by keras-hub's path and in its shapes: W, or W + (alpha / rank) A B with an adapter.
@@ -158,9 +163,9 @@ class MergedWeights:
     axis is merged by itself.
     """
 
-    def __init__(self, weights: SeparateWeights, lora: LoraConfig) -> None:
+    def __init__(self, weights: SeparateWeights) -> None:
         """Take the source; nothing is read yet."""
-        self._weights, self._rank, self._scale = weights, lora.rank, np.float32(lora.scale)
+        self._weights, self._rank, self._scale = weights, weights.lora.rank, np.float32(weights.lora.scale)
         self.table = weights.table
 
     def shape(self, path: str) -> tuple[int, ...]:

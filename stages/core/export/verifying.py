@@ -92,7 +92,8 @@ def _by_peft(folder: Path, job: Job, compared: Reference) -> proof.Difference:
 
     base = dataclasses.replace(job.tuned, trained=TrainedWeights(None), lora=LoraConfig(0))
     with tempfile.TemporaryDirectory() as aside:
-        huggingface.write_folder(Path(aside), base, "float32", chat=False, ends=[1])
+        with base.open_merged() as weights:
+            huggingface.write_folder(Path(aside), base.preset, weights, "float32", chat=False, ends=[1])
         model = peft.PeftModel.from_pretrained(_pretrained(Path(aside)), str(folder))
         return _compare(compared, _torch_logits(model, compared))
 
