@@ -36,9 +36,10 @@ class Case:
     logits: np.ndarray
     base: np.ndarray
 
-    def job(self, *formats: str, chat: bool = False, base: str = "text", dtype: str = "float32"):
+    def job(self, *formats: str, chat: bool = False, **changes: str):
         """What is exported, with these settings."""
-        return make_job(self.tuned, Export(formats=list(formats) or ["peft"], base=base, dtype=dtype), chat)
+        settings = {"base": "text", "dtype": "float32", "gguf_type": "F32", **changes}
+        return make_job(self.tuned, Export(formats=list(formats), **settings), chat)
 
 
 def in_full(model: Tuned, folder) -> Tuned:

@@ -220,4 +220,4 @@ def test_verify_finds_an_adapter_of_another_model(cases, tmp_path, facts):
 
 def test_the_settings_name_each_format_once():
     with pytest.raises(ValueError, match="formats must name each format once"):
-        Export(formats=["peft", "peft"], base="text", dtype="float32")
+        Export(formats=["peft", "peft"], base="text", dtype="float32", gguf_type="F32")

@@ -74,6 +74,7 @@ PROFILES: dict[str, Profile] = {
         "layout.name=auto",
         "layout.rules=null",
         "load.dtype=float32",
+        "finetune.adapter=null",
         "finetune.rank=8",
         "finetune.alpha=null",
         "finetune.targets=[attention/.*, ffw_.*]",

@@ -151,6 +151,7 @@ class Finetune(Section):
     The bounds of real numbers are those beyond which float32 overflows or rounds to nothing, or no run can learn.
     """
 
+    adapter: Annotated[Annotated[str, Field(min_length=1)] | None, RUN]
     rank: Annotated[int, Field(ge=0, le=512)]
     alpha: Annotated[float, Field(gt=0, le=1e4)] | None
     targets: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
@@ -191,6 +192,8 @@ class Finetune(Section):
                 raise ValueError(f"{name} must be at least 1.0e-12")
         if self.rank == 0 and self.lora_dropout:
             raise ValueError("lora_dropout must be 0.0 with rank: 0, which has no adapter")
+        if self.rank == 0 and self.adapter is not None:
+            raise ValueError("adapter must be null with rank: 0, which trains every weight")
         if self.rank == 0 and self.alpha is not None:
             raise ValueError("alpha must be null with rank: 0, which has no adapter")
         return self
@@ -238,9 +241,10 @@ class Evaluate(Section):
 class Export(Section):
     """The forms in which the tuned model is written for others."""
 
-    formats: Annotated[list[Literal["peft", "huggingface", "keras"]], Field(min_length=1)]
+    formats: Annotated[list[Literal["peft", "huggingface", "keras", "gguf"]], Field(min_length=1)]
     base: Literal["text", "vision"]
     dtype: Literal["float32", "bfloat16"]
+    gguf_type: Literal["F32", "F16", "BF16", "Q8_0"]
 
     @model_validator(mode="after")
     def _each_format_once(self) -> Export:

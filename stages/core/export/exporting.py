@@ -11,11 +11,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from stages.core.common.errors import StageError
 from stages.core.common.sizes import megabytes
 from stages.core.export import card, proof
 from stages.core.export.formats import FORMATS, Job, left_out
-from stages.core.export.huggingface import DTYPES
 from stages.core.export.tuned import RoundedWeights, SeparateWeights
 from stages.core.presets.formats import format_of
 from stages.core.records.export import FormatMetrics
@@ -23,7 +24,7 @@ from stages.core.records.export import FormatMetrics
 logger = logging.getLogger(__name__)
 
 
-@dataclass
+@dataclass(eq=False)
 class Reference:
     """The tuned model, and its own reading of the text, which every format is compared with.
 
@@ -39,16 +40,16 @@ class Reference:
     ids: list[int]
     reading: proof.Reading
 
-    @functools.cached_property
-    def rounded(self) -> proof.Reading:
-        """The same with the merged weights rounded to `export.dtype`."""
-        weights = RoundedWeights(self.weights.merged(), DTYPES[self.job.settings.dtype])
+    @functools.cache  # noqa: B019 (as many as there are types, and the process ends with it)
+    def _rounded(self, dtype: np.dtype, vectors: bool) -> proof.Reading:
+        weights = RoundedWeights(self.weights.merged(), dtype, vectors=vectors)
         return proof.read(self.job.architecture, weights, self.ids)
 
     def of(self, name: str) -> proof.Reading:
-        """Return what a format is compared with."""
-        rounds = FORMATS[name].rounded and self.job.settings.dtype != "float32"
-        return self.rounded if rounds else self.reading
+        """Return what a format is compared with: the tuned model, or the tuned model rounded as the format rounds."""
+        form = FORMATS[name]
+        dtype = form.rounds(self.job)
+        return self.reading if dtype is None else self._rounded(dtype, form.rounds_vectors)
 
 
 @contextmanager

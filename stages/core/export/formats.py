@@ -8,9 +8,12 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
+import ml_dtypes
+import numpy as np
+
 from stages.core.common.errors import ParamsError
 from stages.core.config.schema import Export
-from stages.core.export import huggingface, keras_preset, peft
+from stages.core.export import gguf_folder, huggingface, keras_preset, peft
 from stages.core.export.names import is_instruct, public_name
 from stages.core.export.tuned import SeparateWeights, Tuned
 from stages.core.presets.architecture import Architecture
@@ -20,6 +23,15 @@ from stages.core.tokenize.chat import END
 
 TOLERANCE = 1e-3
 """Largest difference of two logits of a model and of the same weights read back: the order of sums differs."""
+QUANTIZED = {"Q8_0": 0.03}
+"""The same, as a fraction of the logits' range, where weights become one of 255 steps between the largest of a block
+and its negative. Measured on the embedded model and on tiny random ones, and rounded up."""
+ROUNDS = {
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
+}
+"""Types that only round each number: what is written in one is compared with the tuned model rounded alike."""
 
 Opened = AbstractContextManager[tuple[Architecture, WeightSource]]
 
@@ -62,19 +74,25 @@ class Format:
     Attributes:
         write: writes a folder, of the weights as they were trained.
         read: opens what was written: the architecture and the merged weights. An adapter needs the base's weights.
-        rounded: whether the weights are of `export.dtype`; else they are float32. What was rounded is compared with
-            the tuned model rounded alike.
+        numbers: returns the type of the weights by the settings.
+        rounds_vectors: whether the scales of norms are of that type too, or stay float32.
         preset: the format of presets whose tokenizer the folder has, None if it has none.
     """
 
     write: Callable[[Path, Job, SeparateWeights], None]
     read: Callable[[Path, Job, SeparateWeights], Opened]
-    rounded: bool
+    numbers: Callable[[Export], str]
+    rounds_vectors: bool
     preset: str | None
 
     def tolerance(self, job: Job, logit_range: float) -> float:
         """Return how much two logits of the same token may differ, where the tuned model's have this range."""
-        return TOLERANCE
+        part = QUANTIZED.get(self.numbers(job.settings))
+        return TOLERANCE if part is None else part * logit_range
+
+    def rounds(self, job: Job) -> np.dtype | None:
+        """Return the dtype that the weights are rounded to, None if they are not."""
+        return ROUNDS.get(self.numbers(job.settings))
 
 
 FORMATS = {
@@ -83,7 +101,8 @@ FORMATS = {
             folder, job.tuned, job.settings.base, public_name(job.tuned.preset.manifest)
         ),
         lambda folder, job, weights: peft.read_adapter(folder, job.architecture, weights),
-        rounded=False,
+        numbers=lambda settings: "float32",
+        rounds_vectors=False,
         preset=None,
     ),
     "huggingface": Format(
@@ -91,7 +110,8 @@ FORMATS = {
             folder, job.tuned.preset, weights.merged(), job.settings.dtype, chat=job.chat, ends=job.ends
         ),
         lambda folder, job, weights: huggingface.read_folder(folder),
-        rounded=True,
+        numbers=lambda settings: settings.dtype,
+        rounds_vectors=True,
         preset="safetensors",
     ),
     "keras": Format(
@@ -99,8 +119,18 @@ FORMATS = {
             folder, job.tuned.preset, weights.merged(), job.settings.dtype
         ),
         lambda folder, job, weights: keras_preset.read_preset(folder),
-        rounded=True,
+        numbers=lambda settings: settings.dtype,
+        rounds_vectors=True,
         preset="keras",
+    ),
+    "gguf": Format(
+        lambda folder, job, weights: gguf_folder.write_folder(
+            folder, job.tuned, weights.merged(), job.settings.gguf_type, chat=job.chat
+        ),
+        lambda folder, job, weights: gguf_folder.read_folder(folder),
+        numbers=lambda settings: settings.gguf_type,
+        rounds_vectors=False,
+        preset="gguf",
     ),
 }
 """By the name in `export.formats`, which is the name of the folder too."""

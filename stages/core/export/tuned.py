@@ -187,9 +187,9 @@ class MergedWeights:
 class RoundedWeights:
     """The tuned model's merged weights after rounding to a dtype, as float32."""
 
-    def __init__(self, weights: MergedWeights, dtype: np.dtype) -> None:
-        """Take the source; nothing is read yet."""
-        self._weights, self._dtype = weights, dtype
+    def __init__(self, weights: MergedWeights, dtype: np.dtype, *, vectors: bool) -> None:
+        """Take the source, and whether the scales of norms are rounded too; nothing is read yet."""
+        self._weights, self._dtype, self._vectors = weights, dtype, vectors
 
     def shape(self, path: str) -> tuple[int, ...]:
         """Return the shape of the whole weight."""
@@ -197,7 +197,9 @@ class RoundedWeights:
 
     def read(self, path: str, index: tuple[slice, ...]) -> np.ndarray:
         """Return a slice of a weight in float32."""
-        return self._weights.read(path, index).astype(self._dtype).astype(np.float32)
+        values = self._weights.read(path, index)
+        rounds = self._vectors or len(index) > 1
+        return values.astype(self._dtype).astype(np.float32) if rounds else values
 
 
 def pieces(shape: tuple[int, ...], most: int = PIECE) -> Iterator[slice]:

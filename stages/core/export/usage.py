@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 from stages.core.export.adapter import common_rank, lora_modules
 from stages.core.export.formats import Job
+from stages.core.export.gguf_folder import ADAPTER, MODEL
 from stages.core.export.hugging_face_config import CLASSES, model_type
 from stages.core.export.names import public_name
 from stages.core.export.peft import VLLM_RANKS, vllm_rank
 
-LIBRARIES = {"peft": "peft", "huggingface": "transformers", "keras": "keras-hub"}
+LIBRARIES = {"peft": "peft", "huggingface": "transformers", "keras": "keras-hub", "gguf": "gguf"}
 """Hugging Face's `library_name` of each format."""
 
 
@@ -73,4 +74,19 @@ def _keras(job: Job) -> str:
 vLLM on TPUs reads the same folder through keras-hub."""
 
 
-USES: dict[str, Callable[[Job], str]] = {"peft": _peft, "huggingface": _hugging_face, "keras": _keras}
+def _gguf(job: Job) -> str:
+    lora = ""
+    if job.tuned.lora.rank:
+        lora = f"""
+
+`{ADAPTER}` is the adapter alone, for a GGUF file of the base: `llama-server -m BASE.gguf --lora {ADAPTER}`. (Ollama
+takes merged models only.)"""
+    return f"""\
+    llama-server -m {MODEL}
+    ollama create NAME -f Modelfile && ollama run NAME
+
+The matrices are of type {job.settings.gguf_type}. A smaller file, with llama.cpp's own program:
+`llama-quantize {MODEL} model-q4_k_m.gguf Q4_K_M`.{lora}"""
+
+
+USES: dict[str, Callable[[Job], str]] = {"peft": _peft, "huggingface": _hugging_face, "keras": _keras, "gguf": _gguf}
