@@ -11,7 +11,7 @@ from pathlib import Path
 from stages.core.common.errors import StageError, shown
 from stages.core.common.paths import Paths
 from stages.core.load import adapter, peft, variants
-from stages.core.load.peft import AdaptedSource
+from stages.core.load.peft_weights import AdaptedSource
 from stages.core.load.variants import LoadedModel, Preset
 from stages.core.presets.formats import WeightSource
 from stages.core.records.layout import LoraConfig

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from stages.core.common.errors import ParamsError, StageError, shown, shown_list
+from stages.core.common.errors import ParamsError, StageError, shown
 from stages.core.common.paths import Paths, own_path, variant_folder
 from stages.core.files import sha256
 from stages.core.load import adapter, peft
 from stages.core.load.adapted import OWN, own_lora
+from stages.core.load.peft_weights import keras_kernels
 from stages.core.load.variants import Preset
 from stages.core.records.layout import LoraConfig
 
@@ -65,15 +66,15 @@ def starting_kernels(
     """
     if peft.is_peft(folder):
         found = peft.read_peft(folder, preset.architecture, preset.manifest.preset)
-        kernels = peft.keras_kernels(found, lora.rank, lora.scale)
+        kernels = keras_kernels(found, lora.rank, lora.scale)
     else:
         kernels = _own(folder, preset, lora)
     for layers, said in ((kernels.keys() - shapes.keys(), "also has"), (shapes.keys() - kernels.keys(), "lacks")):
         if layers:
-            names = sorted({path.rpartition("/")[0] for path in layers})
+            named = peft.some({path.rpartition("/")[0] for path in layers})
             raise StageError(
-                f"finetune.adapter must be on the layers that finetune.targets names, and {said} "
-                f"{shown_list(names, 4)}. Received: finetune.targets={shown(list(lora.targets))}, adapter={folder}"
+                f"finetune.adapter must be on the layers that finetune.targets names, and {said} {named}. "
+                f"Received: finetune.targets={shown(list(lora.targets))}, adapter={folder}"
             )
     for path, values in kernels.items():
         if values.shape != shapes[path]:
