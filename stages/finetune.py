@@ -1,6 +1,6 @@
 """Fine-tune with LoRA, or every weight with rank 0, by Keras' `fit` on the sharded model.
 
-Reads: `models/baseline/model.json` and the preset, `data/tokens/*.npz`, the folder of `finetune.adapter`; params
+Reads: `models/baseline/model.json` and the preset, `data/tokens/*.npz`, the folder of `finetune.start_from`; params
 `finetune` and `generate.chat_template` (for samples). A stopped run resumes from its newest checkpoint, in the cache
 folder.
 Writes: `models/tuned/`, `data/sharding/tuned.json`, `data/plots/finetune.csv`, `data/plots/samples.jsonl`,
@@ -24,12 +24,13 @@ from stages.core.cli import Run, click, stage
 )
 def main(run: Run, profile: Path | None) -> None:
     """Fine-tune the sharded model."""
+    from stages.core.adapters import start
     from stages.core.common import inputs
     from stages.core.common.paths import CURVE, SAMPLES, SHARDING
     from stages.core.finetune import trainer
     from stages.core.finetune.optimizer import optimizer_placements
     from stages.core.generate import prompting
-    from stages.core.load import adapter, start, variants
+    from stages.core.load import adapter, variants
     from stages.core.presets.formats import format_of
     from stages.core.preview.run_check import run_of, warn_before_running
     from stages.core.records.finetune import Sample, write_curve
@@ -41,9 +42,9 @@ def main(run: Run, profile: Path | None) -> None:
     preset = variants.open_preset(run.paths)
     tokenizer = format_of(preset.manifest.format).load_tokenizer(preset.folder)
     config = variants.read_config(run.paths, "baseline")
-    start_from = start.start_folder(run.paths, settings.adapter)
+    start_from = start.start_folder(run.paths, settings.start_from)
     model = trainer.load_trainable(preset, config, settings, start_from)
-    inputs.declare(run.paths, "finetune", "adapter", start_from)
+    inputs.declare(run.paths, "finetune", "start_from", start_from)
     sequences = {split: read_sequences(run.paths, split) for split in ("train", "validation")}
     warn_before_running(run.paths.root, run_of(config, settings, sequences["train"]["token_ids"].shape[1]))
     prompting.warn_of_another_format(tokenizer, sequences["train"], chat_template=chat_template)

@@ -151,7 +151,7 @@ class Finetune(Section):
     The bounds of real numbers are those beyond which float32 overflows or rounds to nothing, or no run can learn.
     """
 
-    adapter: Annotated[Annotated[str, Field(min_length=1)] | None, RUN]
+    start_from: Annotated[Annotated[str, Field(min_length=1)] | None, RUN]
     rank: Annotated[int, Field(ge=0, le=512)]
     alpha: Annotated[float, Field(gt=0, le=1e4)] | None
     targets: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
@@ -192,8 +192,8 @@ class Finetune(Section):
                 raise ValueError(f"{name} must be at least 1.0e-12")
         if self.rank == 0 and self.lora_dropout:
             raise ValueError("lora_dropout must be 0.0 with rank: 0, which has no adapter")
-        if self.rank == 0 and self.adapter is not None:
-            raise ValueError("adapter must be null with rank: 0, which trains every weight")
+        if self.rank == 0 and self.start_from is not None:
+            raise ValueError("start_from must be null with rank: 0, which trains every weight")
         if self.rank == 0 and self.alpha is not None:
             raise ValueError("alpha must be null with rank: 0, which has no adapter")
         return self

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from stages.core.adapters import start
 from stages.core.common.errors import ParamsError, StageError
 from stages.core.common.paths import TOKENS, Paths
 from stages.core.config.schema import IN_FULL, NOT_IN_FULL, Finetune, without
@@ -24,7 +25,7 @@ from stages.core.finetune.result import Result, result_of
 from stages.core.finetune.signals import Interruption
 from stages.core.generate import prompting
 from stages.core.generate.sampling import Sampler, SamplerSettings
-from stages.core.load import adapter, lora_kernels, start, weight_loading
+from stages.core.load import adapter, lora_kernels, weight_loading
 from stages.core.load.variants import LoadedModel, Preset, declare_model, fill_model
 from stages.core.model.causal_lm import CausalModel, make_model, pin_to_mesh
 from stages.core.presets.tokenizer import Tokenizer

@@ -1,4 +1,4 @@
-"""The adapter that a training run goes on from (`finetune.adapter`): one of this project's, or one in PEFT's form.
+"""The adapter that a training run goes on from (`finetune.start_from`): one of this project's, or one in PEFT's form.
 
 Reads: the user's folder, with `adapter.safetensors` (as in `models/tuned`) or PEFT's two files.
 """
@@ -11,34 +11,35 @@ from pathlib import Path
 
 import numpy as np
 
+from stages.core.adapters import peft
+from stages.core.adapters.adapted import OWN, own_lora
+from stages.core.adapters.peft_weights import keras_kernels
 from stages.core.common.errors import ParamsError, StageError, shown
 from stages.core.common.paths import Paths, own_path, variant_folder
 from stages.core.files import sha256
-from stages.core.load import adapter, peft
-from stages.core.load.adapted import OWN, own_lora
-from stages.core.load.peft_weights import keras_kernels
+from stages.core.load import adapter
 from stages.core.load.variants import Preset
 from stages.core.records.layout import LoraConfig
 
 
 def start_folder(paths: Paths, setting: str | None) -> Path | None:
-    """Return the folder that `finetune.adapter` names, None for null.
+    """Return the folder that `finetune.start_from` names, None for null.
 
     Raises:
         ParamsError: it holds no adapter, or is `models/tuned`, which the stage writes (and DVC removes before).
     """
     if setting is None:
         return None
-    folder = own_path(paths.root, "finetune.adapter", setting)
+    folder = own_path(paths.root, "finetune.start_from", setting)
     if folder.resolve() in [(base / variant_folder("tuned")).resolve() for base in (paths.root, paths.out_root)]:
         raise ParamsError(
-            "finetune.adapter must not be models/tuned, which this stage writes anew. "
-            f"Received: finetune.adapter={shown(setting)}\nName a copy: `cp -r models/tuned models/first`."
+            "finetune.start_from must not be models/tuned, which this stage writes anew. "
+            f"Received: finetune.start_from={shown(setting)}\nName a copy: `cp -r models/tuned models/first`."
         )
     if not (peft.is_peft(folder) or (folder / OWN).is_file()):
         raise ParamsError(
-            f"finetune.adapter must name a folder with {peft.CONFIG} and {peft.WEIGHTS} (PEFT's), or with {OWN} "
-            f"(a copy of models/tuned). Received: finetune.adapter={shown(setting)}"
+            f"finetune.start_from must name a folder with {peft.CONFIG} and {peft.WEIGHTS} (PEFT's), or with {OWN} "
+            f"(a copy of models/tuned). Received: finetune.start_from={shown(setting)}"
         )
     return folder
 
@@ -73,13 +74,14 @@ def starting_kernels(
         if layers:
             named = peft.some({path.rpartition("/")[0] for path in layers})
             raise StageError(
-                f"finetune.adapter must be on the layers that finetune.targets names, and {said} {named}. "
+                f"finetune.start_from must be on the layers that finetune.targets names, and {said} {named}. "
                 f"Received: finetune.targets={shown(list(lora.targets))}, adapter={folder}"
             )
     for path, values in kernels.items():
         if values.shape != shapes[path]:
             raise StageError(
-                f"finetune.adapter must have {path} of shape {shapes[path]}. Received: shape={values.shape} in {folder}"
+                f"finetune.start_from must have {path} of shape {shapes[path]}. "
+                f"Received: shape={values.shape} in {folder}"
             )
     return kernels
 
@@ -93,7 +95,7 @@ def _own(folder: Path, preset: Preset, lora: LoraConfig) -> dict[str, np.ndarray
     before = own_lora(folder, preset)
     if before.rank != lora.rank:
         raise StageError(
-            f"finetune.rank must be that of finetune.adapter, {before.rank}. Received: finetune.rank={lora.rank}"
+            f"finetune.rank must be that of finetune.start_from, {before.rank}. Received: finetune.rank={lora.rank}"
         )
     factor = np.float32(before.scale / lora.scale)
     arrays = adapter.load(folder / OWN, preset.fingerprint)

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from stages.core.adapters.adapted import load_adapted
+from stages.core.adapters.peft import read_peft
+from stages.core.adapters.peft_weights import AdaptedSource, keras_kernels
 from stages.core.common.errors import StageError
 from stages.core.common.paths import Paths
 from stages.core.export.adapter import common_rank, lora_modules, peft_tensors
 from stages.core.load import adapter
-from stages.core.load.adapted import load_adapted
-from stages.core.load.peft import read_peft
-from stages.core.load.peft_weights import AdaptedSource, keras_kernels
 from tests.support.repository import FAMILIES
 from tests.support.tiny_models import describe, load_tiny, open_tiny
 from tests.support.tuned_models import ALL_LAYERS, logits, tuned

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from stages.core.adapters import peft
+from stages.core.adapters.peft_weights import AdaptedSource
 from stages.core.common.errors import StageError, shown
 from stages.core.common.paths import Paths
-from stages.core.load import adapter, peft, variants
-from stages.core.load.peft_weights import AdaptedSource
+from stages.core.load import adapter, variants
 from stages.core.load.variants import LoadedModel, Preset
 from stages.core.presets.formats import WeightSource
 from stages.core.records.layout import LoraConfig

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from stages.core.adapters.peft import Lora, PeftAdapter
 from stages.core.common.errors import StageError
-from stages.core.load.peft import Lora, PeftAdapter
 from stages.core.presets.formats import WeightSource
 
 

@@ -1,4 +1,4 @@
-"""Training that goes on from an adapter (`finetune.adapter`): of ours, or in PEFT's form."""
+"""Training that goes on from an adapter (`finetune.start_from`): of ours, or in PEFT's form."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from stages.core.adapters.start import digest, start_folder
 from stages.core.common.errors import ParamsError, StageError
 from stages.core.common.paths import Paths
 from stages.core.export.adapter import common_rank, lora_modules, peft_tensors
 from stages.core.finetune import trainer
 from stages.core.load import adapter
-from stages.core.load.start import digest, start_folder
 from tests.support.tiny_models import describe
 from tests.support.tiny_runs import settings
 from tests.support.tuned_models import tuned

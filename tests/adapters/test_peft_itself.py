@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from stages.core.adapters.adapted import load_adapted
 from stages.core.common.paths import Paths
-from stages.core.load.adapted import load_adapted
 from tests.support.hf_folder import change_config, write_hugging_face
 from tests.support.repository import FAMILIES
 from tests.support.tiny_models import describe, open_tiny
