@@ -79,10 +79,15 @@ def config_of(architecture: Architecture, dtype: str) -> dict[str, Any]:
         "query_pre_attn_scalar": query_scalar(architecture),
         "sliding_window": given.get("sliding_window_size", 4096),
         "layer_types": ["sliding_attention" if number % period else "full_attention" for number in layers],
-        "final_logit_softcapping": given.get("final_logit_soft_cap"),
-        "attn_logit_softcapping": given.get("attention_logit_soft_cap"),
+        "final_logit_softcapping": _real(given.get("final_logit_soft_cap")),
+        "attn_logit_softcapping": _real(given.get("attention_logit_soft_cap")),
     }
     return config if kind == "gemma2" else config | _rope_of_gemma3(given)
+
+
+def _real(value: float | None) -> float | None:
+    """Return a number as a real one: transformers 5 refuses a whole one for a soft cap."""
+    return None if value is None else float(value)
 
 
 def _rope_of_gemma3(given: dict[str, Any]) -> dict[str, Any]:

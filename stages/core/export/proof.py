@@ -48,7 +48,7 @@ TEXT = (
     "\N{DEVANAGARI VOWEL SIGN I} \N{ZERO WIDTH NO-BREAK SPACE}\N{ZERO WIDTH SPACE}\N{NO-BREAK SPACE}"
     "\N{LINE SEPARATOR}\N{LOWER ONE EIGHTH BLOCK}\N{LOWER ONE EIGHTH BLOCK}x \N{GOTHIC LETTER AHSA}\U0010fffd "
     "<start_of_turn>user\nIs <b>this</b> <br />a <table><tr> of <0x41> ##tags?<end_of_turn>\n<start_of_turn>model\n"
-    "<bos> <eos><pad><unk> <mask><unused7>[multimodal] <start_of_turn <end_of_turn>> naïvely, supercalifragilistic, "
+    "<bos> <eos><pad><unk> <unused7>[multimodal] <start_of_turn <end_of_turn>> naïvely, supercalifragilistic, "
     "def f(x): return {'a': [x ** 2, -1e-3]}  # \\n \\u00e9 &amp; https://example.org/a?b=c#d @user "
 )
 """Runs of spaces and lines, tabs, control characters, emoji of several code points, accents of both forms, six scripts,
