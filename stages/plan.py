@@ -41,7 +41,7 @@ def main(run: Run, presets: Path | None) -> None:
     planned = {}
     for wanted in settings.plan.targets:
         name, request = targets.compile_request_of(settings, wanted)
-        target = targets.target_of(name, request, compilation.compile_step(request))
+        target = targets.target_of(name, request, compilation.compile_step(request), settings.plan.price_per_chip_hour)
         planned[targets.label(target)] = target
     plan = PlanFile(
         targets=planned,
