@@ -76,11 +76,13 @@ def describe(name: str) -> tuple[Any, ...]:
     """
     kind, _, count = name.partition(":")
     if not re.fullmatch(f"[1-{MOST}]", count):
-        raise StageError(f"A topology of GPUs must be one host's, 1 to {MOST}, such as {kind}:8. Received: {name}")
+        raise StageError(
+            f"A topology of GPUs must be one host's, 1 to {MOST}, such as {kind}:8. Received: topology={name}"
+        )
     if importlib.util.find_spec("jax_plugins") is None or importlib.util.find_spec(PLUGIN) is None:
         raise StageError(
             f"XLA's compiler for GPUs is in JAX's CUDA plugin, which is not installed (it needs no GPU). Received: "
-            f"topology={name}. Run `pip install -r requirements-gpu-plan.txt`, which has the one of jax "
+            f"topology={name}. Run `pip install --no-deps -r requirements-gpu-plan.txt`, made for jax "
             f"{version('jax')}, or plan for cpu:{count}."
         )
     # The plugin would refuse to load where there is no driver and no cuDNN, which compiling does not need; and what it

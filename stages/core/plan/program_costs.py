@@ -37,6 +37,10 @@ FREE = frozenset(
 )
 
 
+# A matrix product of a GPU's library (cuBLAS), with the dimensions of the first operand that it sums over.
+_LIBRARY = re.compile(r'custom_call_target="__cublas.*?"lhs_contracting_dimensions":\[([^\]]*)\]')
+
+
 @dataclass(frozen=True)
 class Collective:
     """Collectives of one kind, as often as they run.
@@ -132,12 +136,16 @@ def _begins(instruction: Instruction, chains: set[str]) -> bool:
 
 def _matrix_flops(instruction: Instruction, computation: Computation) -> int:
     """Return the flops of a matrix product (2 for a multiplication and an addition), 0 for anything else."""
-    if instruction.opcode not in ("dot", "convolution"):
+    library = instruction.opcode == "custom-call" and _LIBRARY.search(instruction.attributes)
+    if instruction.opcode not in ("dot", "convolution") and not library:
         return 0
     left, right = (array_of(name, computation) for name in instruction.operands[:2])
     out = instruction.arrays[0]
     if left is None or right is None:
         return 0
+    if library:
+        dimensions = [int(each) for each in re.findall(r"\d+", library[1])]
+        return 2 * out.elements * math.prod(left.dimensions[each] for each in dimensions)
     if instruction.opcode == "dot":
         found = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
         dimensions = [int(each) for each in found[1].split(",") if each] if found else []
