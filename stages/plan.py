@@ -47,10 +47,11 @@ def main(run: Run, presets: Path | None, published: Path | None) -> None:
     if presets or published:
         return
     inputs.declare(run.paths, "plan", "config.json", targets.own_config(settings.fetch, run.paths.root))
-    planned = {}
+    planned, prices = {}, targets.prices(settings.plan)
     for wanted in settings.plan.targets:
         name, request = targets.compile_request_of(settings, wanted)
-        target = targets.target_of(name, request, compilation.compile_step(request), settings.plan.price_per_chip_hour)
+        price = prices.get(wanted.topology.partition(":")[0])
+        target = targets.target_of(name, request, compilation.compile_step(request), price)
         planned[targets.label(target)] = target
     plan = PlanFile(
         targets=planned,

@@ -11,11 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from stages.core.common.errors import ParamsError
 from stages.core.common.paths import cache_folder, own_path
 from stages.core.config.schema import Fetch, Finetune, Layout, Load, Mesh, Plan, PlanStep, PlanTarget, Rule, Tokenize
 from stages.core.fetch import catalog, huggingface
 from stages.core.fetch.catalog import REGISTRY, name_of
 from stages.core.fetch.local import folder_format
+from stages.core.plan.chips import CHIPS
 from stages.core.plan.compilation import CompileRequest, StepCost
 from stages.core.plan.step_program import StepRequest
 from stages.core.plan.topology import cpu_devices
@@ -109,6 +111,21 @@ def compile_request_of(params: Settings, target: PlanTarget) -> tuple[str, Compi
     return name, CompileRequest(step, target.topology)
 
 
+def prices(plan: Plan) -> Mapping[str, float]:
+    """Return what an hour of each chip costs.
+
+    Raises:
+        ParamsError: a chip that no topology is of.
+    """
+    found = plan.price_per_chip_hour or {}
+    for chip in found:
+        if chip not in CHIPS:
+            raise ParamsError(
+                f"plan.price_per_chip_hour must name chips of topologies: {', '.join(CHIPS)}. Received: {chip}"
+            )
+    return found
+
+
 def simulated_devices(params: Settings) -> int:
     """Return how many CPU devices the targets need: as many as the largest `cpu:N`, else one."""
     plan = params.plan
@@ -151,7 +168,7 @@ def label(target: Target) -> str:
     return ", ".join(parts)
 
 
-def target_of(name: str, request: CompileRequest, cost: StepCost, prices: Mapping[str, float] | None = None) -> Target:
+def target_of(name: str, request: CompileRequest, cost: StepCost, price: float | None = None) -> Target:
     """Return the record of a target: what was asked, what the compiler says, and what an hour of its chips costs."""
     step = request.step
     key = run_key(name, step)
@@ -186,7 +203,7 @@ def target_of(name: str, request: CompileRequest, cost: StepCost, prices: Mappin
         estimated_step_seconds=expected,
         step_time=cost.step_time,
         share_of_peak=bound.compute / expected if bound and expected else None,
-        price_per_chip_hour=(prices or {}).get(request.topology.partition(":")[0]),
+        price_per_chip_hour=price,
         compile_seconds=cost.compile_seconds,
         largest=cost.largest,
         fallbacks=list(step.layout.fallbacks),
