@@ -17,6 +17,7 @@ from typing import Any
 from jax.experimental import topologies
 
 from stages.core.common.errors import StageError
+from stages.core.common.stderr import quiet_standard_error
 from stages.core.plan.chips import CHIPS
 
 # GPUs that share an NVLink switch or a board: what one host has.
@@ -85,12 +86,12 @@ def describe(name: str) -> tuple[Any, ...]:
             f"topology={name}. Run `pip install --no-deps -r requirements-gpu-plan.txt`, made for jax "
             f"{version('jax')}, or plan for cpu:{count}."
         )
-    # The plugin would refuse to load where there is no driver and no cuDNN, which compiling does not need; and what it
-    # logs below an error is that there is no GPU here.
+    # The plugin would refuse to load where there is no driver and no cuDNN, which compiling does not need, and notes
+    # that there is no GPU.
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
-        found = topologies.get_topology_desc("", "cuda", target_config=description(kind), topology=f"1x1x{count}")
+        with quiet_standard_error():
+            found = topologies.get_topology_desc("", "cuda", target_config=description(kind), topology=f"1x1x{count}")
     except Exception as error:
         raise StageError(
             f"XLA's compiler for GPUs must take the topology; it says: {str(error).splitlines()[0][:300]}. Received: "
