@@ -19,6 +19,7 @@ from stages.core.cli import Run, click, logger, stage
 @click.option("--variant", type=click.Choice(["baseline", "tuned"]), required=True, help="The model to measure.")
 def main(run: Run, variant: str) -> None:
     """Measure a variant of the model on whole held-out reviews."""
+    logger.info(f"Loading {variant} to measure it ...")
     from stages.core.common.paths import HELD_OUT, evaluation
     from stages.core.evaluate import review_losses
     from stages.core.evaluate.measure import measure

@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from stages.core.cli import Run, click, stage
+from stages.core.cli import Run, click, logger, stage
 
 
 @stage
@@ -23,6 +23,7 @@ from stages.core.cli import Run, click, stage
 )
 def main(run: Run, profile: Path | None) -> None:
     """Fine-tune the sharded model."""
+    logger.info("Loading the model to fine-tune ...")
     from stages.core.common.paths import CURVE, SAMPLES, SHARDING
     from stages.core.finetune import trainer
     from stages.core.finetune.optimizer import optimizer_placements

@@ -31,6 +31,7 @@ def main(run: Run, dry_run: bool, public: str | None) -> None:
 
         click.echo(describe(run, public))
         return
+    logger.info("Loading the model into its shards ...")
     from stages.core.common import host_memory
     from stages.core.common.paths import SHARDING
     from stages.core.load import variants

@@ -18,8 +18,8 @@ DEFAULT = ROOT / "params.yaml"
 
 def test_the_default_settings_are_valid():
     params = read_params(DEFAULT)
-    assert params.mesh.shape == [1, 8]
-    assert params.finetune.learning_rate == 4.0e-4
+    assert params.mesh.shape == [2, 4]
+    assert params.finetune.learning_rate == 5.6e-4
     assert params.generate.prompts[0] == "Best comedy movies in the 90s "
 
 
@@ -90,7 +90,7 @@ def test_an_entry_of_a_list_is_told_where_the_list_stands(tmp_path: Path):
     with pytest.raises(ParamsError, match=r"^--set: mesh\.shape\.0 must be"):
         read_params(DEFAULT, ("mesh.shape=[0, 8]",))
     file = tmp_path / "params.yaml"
-    file.write_text(DEFAULT.read_text().replace("  shape:\n  - 1\n", "  shape:\n  - 0\n"))
+    file.write_text(DEFAULT.read_text().replace("  shape:\n  - 2\n", "  shape:\n  - 0\n"))
     with pytest.raises(ParamsError, match=r"^params\.yaml:\d+: mesh\.shape\.0 must be"):
         read_params(file, ("finetune.rank=2",))
 
@@ -232,7 +232,7 @@ def test_a_file_that_holds_no_settings_is_told(tmp_path: Path, text: str):
 
 def test_numbers_without_a_point_are_numbers_too(tmp_path: Path):
     path = tmp_path / "params.yaml"
-    path.write_text(DEFAULT.read_text().replace("learning_rate: 4.0e-4", "learning_rate: 5e-5"))
+    path.write_text(DEFAULT.read_text().replace("learning_rate: 5.6e-4", "learning_rate: 5e-5"))
     assert read_params(path).finetune.learning_rate == 5e-5
 
 

@@ -235,7 +235,7 @@ def test_what_changed_is_printed_and_the_file_is_written(folder: Path):
     done = run("gpu-single", "--set", "finetune.rank=16")
     assert done.exit_code == 0
     assert (folder / "params.yaml").read_text() == applied("gpu-single", DEFAULT, "finetune.rank=16")
-    assert "mesh.shape: [1, 8] → [1, 1]" in done.stdout.splitlines()
+    assert "mesh.shape: [2, 4] → [1, 1]" in done.stdout.splitlines()
     assert "finetune.rank: 8 → 16" in done.stdout.splitlines()
     assert done.stderr == "9 settings changed for gpu-single.\n"
     assert (

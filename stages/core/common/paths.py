@@ -23,6 +23,7 @@ PLAN = "data/sharding/plan.json"
 CURVE = "data/plots/finetune.csv"
 SAMPLES = "data/plots/samples.jsonl"
 REPORT = "data/report/index.html"
+COMPARISON = "data/report/comparison.html"
 SUMMARY = "data/run.json"
 
 
@@ -164,7 +165,7 @@ def check_outputs(out_root: Path, stage: str) -> None:
         OSError: `filename` is the folder, or the nearest one above it that is there.
     """
     places = [out_root / relative for relative, maker in MAKERS.items() if maker == stage]
-    for folder in {next(path for path in (place, *place.parents) if path.exists()) for place in places}:
+    for folder in {next(path for path in (place, *place.parents) if path.is_dir()) for place in places}:
         try:
             tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:

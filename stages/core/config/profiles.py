@@ -42,8 +42,8 @@ def _profile(summary: str, *settings: str, about: tuple[str, ...] = ()) -> Profi
     return Profile(summary, MappingProxyType(dict(pairs)), frozenset(about))
 
 
-# The tutorial's training, `enable_lora(rank=4)` among it, where it differs from quickstart's.
-TUTORIAL_BATCH = ("tokenize.length=128", "finetune.batch_size=2")
+# The tutorial's mesh and `enable_lora(rank=4)`.
+TUTORIAL_MESH = "mesh.shape=[1, 8]"
 TUTORIAL_LORA = ("finetune.rank=4", "finetune.targets=[query, value]")
 CONSTANT = ("finetune.schedule=constant", "finetune.warmup_steps=0")
 
@@ -69,7 +69,7 @@ PROFILES: dict[str, Profile] = {
         "tokenize.length=256",
         "tokenize.packing=true",
         "tokenize.eos=end",
-        "mesh.shape=[1, 8]",
+        "mesh.shape=[2, 4]",
         "mesh.devices=auto",
         "layout.name=auto",
         "layout.rules=null",
@@ -80,9 +80,9 @@ PROFILES: dict[str, Profile] = {
         "finetune.lora_dropout=0.0",
         "finetune.epochs=1",
         "finetune.steps=null",
-        "finetune.batch_size=1",
+        "finetune.batch_size=2",
         "finetune.gradient_accumulation=1",
-        "finetune.learning_rate=4.0e-4",
+        "finetune.learning_rate=5.6e-4",
         "finetune.schedule=linear",
         "finetune.warmup_steps=10",
         "finetune.weight_decay=0.01",
@@ -112,7 +112,8 @@ PROFILES: dict[str, Profile] = {
         "prepare.duplicates=keep",
         "tokenize.packing=false",
         "tokenize.eos=always",
-        *TUTORIAL_BATCH,
+        "tokenize.length=128",
+        TUTORIAL_MESH,
         "mesh.devices=real",
         "layout.name=tutorial",
         *TUTORIAL_LORA,
@@ -127,6 +128,7 @@ PROFILES: dict[str, Profile] = {
         "fetch.preset=gemma_7b_en",
         "prepare.source=imdb_reviews",
         "prepare.take=4000",
+        TUTORIAL_MESH,
         "mesh.devices=real",
         "load.dtype=bfloat16",
         "tokenize.length=512",
@@ -153,6 +155,7 @@ PROFILES: dict[str, Profile] = {
         "Gemma 7B, eight GPUs of 16 GB or more, mixed bfloat16",
         "fetch.source=kaggle",
         "fetch.preset=gemma_7b_en",
+        TUTORIAL_MESH,
         "mesh.devices=real",
         "load.dtype=mixed_bfloat16",
         "tokenize.length=512",
@@ -179,7 +182,6 @@ PROFILES: dict[str, Profile] = {
         "prepare.train_file=pairs.jsonl",
         "prepare.prompt_column=prompt",
         "prepare.response_column=response",
-        "finetune.batch_size=2",
         "generate.chat_template=true",
         'plan.targets=[{topology: "v5e:2x4"}]',
         about=("fetch", "prepare"),

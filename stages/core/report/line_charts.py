@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from stages.core.report.axes import Point, Tick, axis, share, ticks, widened
@@ -178,8 +178,9 @@ def series_chart(
     x_name: str,
     series: Sequence[tuple[str, Sequence[Point]]],
     level: tuple[str, float] | None = None,
+    doubling: bool = True,
 ) -> LineChart | None:
-    """Lay out several lines over a number that doubles from point to point, from zero upwards.
+    """Lay out several lines over a number that doubles from point to point, from zero upwards, or over steps.
 
     Args:
         title: what is shown.
@@ -187,38 +188,44 @@ def series_chart(
         x_name: what the number counts.
         series: a name and (number, value) pairs for each line, the numbers positive and ascending.
         level: name and value of a level line, such as a limit.
+        doubling: False: the number is of steps, and the y axis begins at the lowest value.
 
     Returns:
         The chart, or None where there is no value.
     """
+    series = [(name, [point for point in values if math.isfinite(point[1])]) for name, values in series]
     points = [point for _, values in series for point in values]
     if not points:
         return None
+    scale: Callable[[float], float] = math.log2 if doubling else float
     numbers = sorted({number for number, _ in points})
-    low, high = math.log2(numbers[0]), math.log2(numbers[-1])
+    low, high = scale(numbers[0]), scale(numbers[-1])
     x_domain = (low, high) if low < high else (low - 0.5, high + 0.5)
-    y_domain = widened(0.0, max([value for _, value in points] + ([level[1]] if level else [])))
-
-    def place(number: float, value: float) -> Point:
-        return share(math.log2(number), *x_domain), round(100 - share(value, *y_domain), 3)
-
+    values = [value for _, value in points] + ([level[1]] if level else [])
+    y_domain = widened(0.0 if doubling else min(values), max(values))
     lines, dots = [], []
-    for index, (name, values) in enumerate(series):
+    for index, (name, line) in enumerate(series):
         style = f"series-{index % SERIES}"
-        placed = [place(*point) for point in values]
-        lines.append(Line(name, style, [" ".join(f"{x * 10:.1f},{y * 10:.1f}" for x, y in placed)]))
+        placed = [(scale(number), value) for number, value in line]
+        lines.append(Line(name, style, _pieces(placed, x_domain, y_domain)))
         dots += [
-            Dot(x, y, f"{name}, {number:,.0f} {x_name}: {value:.4g}", style)
-            for (x, y), (number, value) in zip(placed, values, strict=True)
+            Dot(
+                share(x, *x_domain),
+                round(100 - share(value, *y_domain), 3),
+                f"{name}, {number:,.0f} {x_name}: {value:.4g}",
+                style,
+            )
+            for (x, value), (number, _) in zip(placed, line if len(line) <= MOST_DOTS else [], strict=False)
         ]
     if level:
         y = 1000 - share(level[1], *y_domain) * 10
         lines.append(Line(level[0], "before", [f"0.0,{y:.1f} 1000.0,{y:.1f}"]))
+    marks = numbers if doubling else ticks(*x_domain, least=1.0)
     largest = max(points, key=lambda point: point[1])
     return LineChart(
         title=title,
         unit=unit,
-        x_ticks=[Tick(share(math.log2(number), *x_domain), f"{number:,.0f}") for number in numbers],
+        x_ticks=[Tick(share(scale(number), *x_domain), f"{number:,.0f}") for number in marks],
         y_ticks=axis([(tick, round(100 - share(tick, *y_domain), 3)) for tick in ticks(*y_domain)]),
         lines=lines,
         dots=dots,
@@ -229,6 +236,6 @@ def series_chart(
         summary=f"{title} for {', '.join(name for name, _ in series)} over {numbers[0]:,.0f} to {numbers[-1]:,.0f} "
         f"{x_name}; at most {largest[1]:.4g} {unit}.",
         x_name=x_name,
-        doubling=True,
+        doubling=doubling,
         legend=True,
     )

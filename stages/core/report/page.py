@@ -19,7 +19,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from stages.core.common.paths import CURVE, PLAN, SAMPLES, SHARDING, generated, metrics
@@ -114,10 +114,16 @@ def source_hash(text: str) -> str:
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
-def _template() -> Template:
-    """Return the page's template; every text that it is given is escaped."""
+def fill(template: str, **values: Any) -> str:
+    """Return a page of this folder as text: one file, in which nothing but its own style and script may run or load.
+
+    Args:
+        template: its file, which extends `base.html`.
+        values: what it shows. Every text among them is escaped.
+    """
+    folder = Path(__file__).parent
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader(folder),
         autoescape=True,
         undefined=StrictUndefined,
         finalize=clean,
@@ -132,18 +138,20 @@ def _template() -> Template:
         "dimensions": dimensions,
         "web_address": web_address,
     }
-    return environment.get_template("template.html")
+    own = {"style": (folder / "style.css").read_text("utf-8"), "script": (folder / "script.js").read_text("utf-8")}
+    return environment.get_template(template).render(
+        hashes={name: source_hash(text) for name, text in own.items()},
+        **{name: Markup(text) for name, text in own.items()},
+        **values,
+    )
 
 
 def render(inputs: Inputs, params: Params) -> str:
-    """Return the page as text."""
-    template = _template()
-    # The style and the script are blocks of the template, so that what is hashed is what is in the page.
-    hashes = {name: source_hash("".join(template.blocks[name](template.new_context()))) for name in ("style", "script")}
+    """Return the report as text."""
     sharding = inputs.sharding.get("tuned") or inputs.sharding["baseline"]
     charts, curve_notes = curve_charts(inputs.curve) if inputs.curve is not None else ([], [])
-    return template.render(
-        hashes=hashes,
+    return fill(
+        "template.html",
         inputs=inputs,
         manifest=inputs.manifest,
         missing=inputs.missing,
