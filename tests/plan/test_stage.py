@@ -139,6 +139,9 @@ def test_the_best_candidate_is_the_fastest_and_of_equals_the_one_that_sends_leas
     rows += [Estimate(name="does not fit", mesh=[1, 8], layout="auto", fits=False)]
     best_first = [each.name for each in sorted(rows, key=_worth, reverse=True)]
     assert best_first == ["quiet", "talks", "slow", "does not fit"]
+    speeds = zip(rows[:3], (3e4, 1e4, 2e4), strict=True)
+    estimated = [row.model_copy(update={"tokens_per_second": speed}) for row, speed in speeds]
+    assert [each.name for each in sorted(estimated, key=_worth, reverse=True)] == ["slow", "quiet", "talks"]
 
 
 @pytest.mark.parametrize("per_sequence", [0.01, 0.3, 0.9, 1.0, 3.0, 13.0, 20.0])
