@@ -33,7 +33,7 @@ def main(run: Run, profile: Path | None) -> None:
     from stages.core.generate import prompting
     from stages.core.load import adapter, variants
     from stages.core.presets.formats import format_of
-    from stages.core.preview.run_check import run_of, warn_before_running
+    from stages.core.preview.run_check import run_of, tell_beside_plan, warn_before_running
     from stages.core.records.finetune import Sample, write_curve
     from stages.core.sharding import table
     from stages.core.tokenize.store import read_sequences
@@ -47,7 +47,8 @@ def main(run: Run, profile: Path | None) -> None:
     model = trainer.load_trainable(preset, config, settings, start_from)
     inputs.declare(run.paths, "finetune", "start_from", start_from)
     sequences = {split: read_sequences(run.paths, split) for split in ("train", "validation")}
-    warn_before_running(run.paths.root, run_of(config, settings, sequences["train"]["token_ids"].shape[1]))
+    this_run = run_of(config, settings, sequences["train"]["token_ids"].shape[1])
+    warn_before_running(run.paths.root, this_run)
     prompting.warn_of_another_format(tokenizer, sequences["train"], chat_template=chat_template)
     store = trainer.checkpoints(run.paths, config, model.platform, settings, start_from)
     result = trainer.fit(
@@ -79,6 +80,7 @@ def main(run: Run, profile: Path | None) -> None:
     write_curve(run.paths.write(CURVE), result.history.rows)
     Sample.write_lines(run.paths.write(SAMPLES), result.history.samples)
     run.write_metrics("finetune", result.metrics())
+    tell_beside_plan(run.paths.root, this_run, result.metrics())
     if store:
         store.clear()
 

@@ -16,7 +16,7 @@ from stages.core.config.edit import rewrite
 from stages.core.config.profiles import PROFILES, apply
 from stages.core.config.reader import check_params, parse, plain
 from stages.core.fetch import catalog
-from stages.core.plan import compilation, search, shapes, targets, topology
+from stages.core.plan import compilation, gpus, search, shapes, targets, topology
 from stages.core.sharding.layout import check_replication
 from stages.core.sharding.mesh import MeshShape
 from stages.core.sharding.named_layouts import make_layout
@@ -325,6 +325,8 @@ def test_the_step_fits_where_the_plan_of_the_profile_puts_it(devices, name: str)
     in `plan.search`."""
     params = params_of(name)
     own = (params.mesh.shape, params.load.dtype, params.tokenize.length, params.finetune, params.layout.name)
+    if any(target.topology.partition(":")[0] in gpus.GPUS for target in params.plan.targets):
+        pytest.importorskip("jax_plugins.xla_cuda12", reason="needs XLA's compiler for GPUs, requirements-gpu-plan.txt")
     for target in params.plan.targets:
         _, request = targets.compile_request_of(params, target)
         step, where = request.step, topology.describe(target.topology)

@@ -141,6 +141,7 @@ def test_a_run_in_two_processes_counts_two_compilations():
         positions_per_step=64,
         matrix_product_rate=50.0,
         devices=4,
+        device_kind="TPU v5 lite",
         optimizer=None,
     )
     metrics = result.metrics()

@@ -21,6 +21,9 @@ def test_a_step_is_compiled_for_a_tpu_that_is_not_there(presets, path):
     assert found.memory_bytes == 16 * 2**30
     assert 0 < found.bound.seconds == max(dataclasses.asdict(found.bound).values())
     assert sum(each.count for each in found.collectives.values()) > 0
+    # Of this little nearly all is waiting for the network, but each part of the model takes some time.
+    assert all(seconds > 0 for name, seconds in found.step_time if name != "other"), found.step_time
+    assert found.estimated_seconds >= found.bound.seconds
 
 
 @has_libtpu

@@ -8,8 +8,12 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from jax.sharding import SingleDeviceSharding
 
-from stages.core.plan import program_costs, topology
+from stages.core.plan import hlo, program_costs, topology
 from tests.support.plans import has_libtpu
+
+
+def costs(text: str) -> program_costs.ProgramCosts:
+    return program_costs.costs(hlo.parse(text))
 
 
 def test_products_in_a_loop_count_as_often_as_it_runs(devices):
@@ -17,7 +21,7 @@ def test_products_in_a_loop_count_as_often_as_it_runs(devices):
         return jax.lax.fori_loop(0, 5, lambda _, x: x @ b, a)
 
     compiled = jax.jit(five).lower(np.ones((8, 16), "f4"), np.ones((16, 16), "f4")).compile()
-    assert program_costs.costs(compiled.as_text()).matrix_flops == 5 * 2 * 8 * 16 * 16
+    assert costs(compiled.as_text()).matrix_flops == 5 * 2 * 8 * 16 * 16
 
 
 def test_collectives_are_counted_with_what_goes_over_the_wire(devices):
@@ -28,7 +32,7 @@ def test_collectives_are_counted_with_what_goes_over_the_wire(devices):
         return total, jax.lax.all_gather(x * total, "model")
 
     step = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=P("model"), out_specs=(P(), P("model"))))
-    found = program_costs.costs(step.lower(np.ones((8, 64), "f4")).compile().as_text()).collectives
+    found = costs(step.lower(np.ones((8, 64), "f4")).compile().as_text()).collectives
     assert found["all-reduce"] == program_costs.Collective(1, 256, 2 * 256 * 7 // 8)
     assert found["all-gather"] == program_costs.Collective(1, 8 * 256, 7 * 256)
 
@@ -51,7 +55,7 @@ ENTRY %main (p: f32[64]) -> f32[64] {{
 }}
 """
     members = GROUPS[groups]
-    assert program_costs.costs(text).collectives["all-reduce"].wire_bytes == 2 * (256 * (members - 1) // members)
+    assert costs(text).collectives["all-reduce"].wire_bytes == 2 * (256 * (members - 1) // members)
 
 
 def test_a_collective_that_runs_through_several_fusions_counts_once():
@@ -69,7 +73,7 @@ def test_a_collective_that_runs_through_several_fusions_counts_once():
     text = (
         f"HloModule m\n{fusions}ENTRY %main (p: f32[64]) -> f32[64] {{\n  %p = f32[64]{{0}} parameter(0)\n{calls}}}\n"
     )
-    assert program_costs.costs(text).collectives["all-gather"].count == 2
+    assert costs(text).collectives["all-gather"].count == 2
 
 
 TRAFFIC = {
@@ -123,7 +127,7 @@ ENTRY %main (p: f32[64,32]) -> f32[8,32] {{
   ROOT {line}
 }}
 """
-    assert program_costs.costs(text).memory_bytes == expected
+    assert costs(text).memory_bytes == expected
 
 
 @has_libtpu
@@ -134,7 +138,7 @@ def test_a_batch_of_products_that_the_tpu_compiler_writes_as_a_convolution_count
         for shape in ((4, 64, 256), (4, 256, 128))
     ]
     compiled = jax.jit(lambda a, b: a @ b).lower(*shapes).compile()
-    assert program_costs.costs(compiled.as_text()).matrix_flops == 4 * 2 * 64 * 256 * 128
+    assert costs(compiled.as_text()).matrix_flops == 4 * 2 * 64 * 256 * 128
 
 
 @has_libtpu
@@ -148,8 +152,8 @@ def test_a_float32_product_takes_a_tpu_six_passes(devices, dtypes, passes):
     def product(a, b):
         return jax.lax.dot_general(a, b, (((1,), (0,)), ((), ())), preferred_element_type="float32")
 
-    costs = program_costs.costs(jax.jit(product).lower(*shapes).compile().as_text())
-    assert (costs.matrix_flops, costs.pass_flops) == (2 * 256**3, passes * 2 * 256**3)
+    found = costs(jax.jit(product).lower(*shapes).compile().as_text())
+    assert (found.matrix_flops, found.pass_flops) == (2 * 256**3, passes * 2 * 256**3)
 
 
 BUFFERS = """HloModule m
@@ -164,7 +168,32 @@ ENTRY %main (p: f32[64]) -> f32[64] {
 
 
 def test_the_largest_buffers_of_a_program_are_told_once_with_their_place():
-    assert program_costs.largest_buffers(BUFFERS, 5) == [
+    assert program_costs.largest_buffers(hlo.parse(BUFFERS), 5) == [
         {"bytes": 128, "shape": "32 bits x 8 x 4", "operator": "step/add"},
         {"bytes": 64, "shape": "16 bits x 32", "operator": "step/neg"},
     ]
+
+
+def test_a_product_of_a_gpus_library_counts_as_one():
+    text = """HloModule m
+ENTRY %main (p: f32[64,32]) -> f32[64,16] {
+  %p = bf16[64,32]{1,0} parameter(0)
+  %q = bf16[32,16]{1,0} parameter(1)
+  %c = (f32[64,16]{1,0}, s8[4096]{0}) custom-call(%p, %q), custom_call_target="__cublas$lt$matmul", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}
+  ROOT %r = f32[64,16]{1,0} get-tuple-element(%c), index=0
+}
+"""  # noqa: E501
+    assert costs(text).matrix_flops == 2 * 64 * 32 * 16
+
+
+def test_what_fits_in_a_gpus_cache_is_no_traffic():
+    text = """HloModule m
+ENTRY %main (p: f32[64,32]) -> f32[64,32] {
+  %p = f32[64,32]{1,0} parameter(0)
+  %a = f32[64,32]{1,0} negate(%p)
+  ROOT %b = f32[64,32]{1,0} exponential(%a)
+}
+"""
+    size = 64 * 32 * 4
+    assert program_costs.costs(hlo.parse(text)).memory_bytes == 4 * size
+    assert program_costs.costs(hlo.parse(text, cache_bytes=size)).memory_bytes == size, "arguments come from memory"

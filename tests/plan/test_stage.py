@@ -18,7 +18,7 @@ from stages.core.config.reader import read_params
 from stages.core.config.schema import PlanTarget
 from stages.core.fetch import catalog
 from stages.core.files import write_json
-from stages.core.plan import compilation, presets_table, search, targets, topology
+from stages.core.plan import compilation, presets_table, published, search, targets, topology
 from stages.core.plan.chips import CHIPS
 from stages.core.plan.search import _worth
 from stages.core.preview import run_check
@@ -48,6 +48,52 @@ def test_a_target_may_name_layers_of_its_own_for_the_adapter(devices):
     keys = [targets.run_key("gemma3_270m", step) for step in (own, other)]
     assert [key.lora_targets for key in keys] == [params.finetune.targets, ["query", "value"]]
     assert not keys[0].matches(keys[1]), "a plan with other layers is no plan of this run"
+
+
+RULES = [{"pattern": "token_embedding/embeddings", "spec": ["model", None]}]
+
+
+def test_a_target_may_have_rules_of_its_own(devices):
+    params = read_params(ROOT / "params.yaml")
+    wanted = PlanTarget(topology="cpu:8", layout="rules", rules=RULES)
+    name, asked = targets.compile_request_of(params, wanted)
+    assert [(rule.pattern, rule.spec) for rule in asked.step.layout.rules] == [(RULES[0]["pattern"], ("model", None))]
+    key = targets.run_key(name, asked.step)
+    assert key.rules == [("token_embedding/embeddings", ["model", None])]
+    other = PlanTarget(topology="cpu:8", layout="rules", rules=[{**RULES[0], "spec": [None, "model"]}])
+    assert not key.matches(targets.run_key(name, targets.compile_request_of(params, other)[1].step))
+
+
+@pytest.mark.parametrize("wanted", [{"layout": "rules"}, {"layout": "auto", "rules": RULES}, {"rules": RULES}])
+def test_rules_go_with_the_layout_of_that_name(wanted):
+    with pytest.raises(ValueError, match="rules must be given with layout: rules"):
+        PlanTarget(topology="cpu:8", **wanted)
+
+
+def test_a_price_of_a_chip_that_no_topology_has_is_told(devices):
+    params = read_params(ROOT / "params.yaml", ("plan.price_per_chip_hour={v5e: 1.2, v5litepod: 1.3}",))
+    with pytest.raises(ParamsError, match=r"price_per_chip_hour must name chips .*v5e.*Received: v5litepod"):
+        targets.prices(params.plan)
+
+
+def test_no_published_step_is_faster_than_its_lower_bound():
+    """The table in the guide, as the command wrote it."""
+    text = (ROOT / "docs/planning.md").read_text()
+    lines = text.partition(published.BEGIN)[2].partition(published.END)[0].strip().splitlines()[2:]
+    assert [line.split("](")[1].split(")")[0] for line in lines] == [each.source for each in published.PUBLISHED]
+    for line, step in zip(lines, published.PUBLISHED, strict=True):
+        cells = [cell.split() or ["0"] for cell in line.split("|")[3:6]]
+        bound, expected, measured = (float(cell[0].replace(",", "")) for cell in cells)
+        assert measured == pytest.approx(step.seconds * 1e3)
+        assert 0 < bound < measured
+        if step.target["topology"].startswith("v"):
+            assert bound <= expected
+
+
+def test_the_table_of_published_steps_needs_its_marks(tmp_path):
+    (tmp_path / "a.md").write_text(presets_table.BEGIN)
+    with pytest.raises(ParamsError, match="--published needs a file with the marks"):
+        published.write_table(plan_settings(), tmp_path / "a.md")
 
 
 def test_the_stage_writes_metrics_search_and_scaling_the_same_each_time(presets, tmp_path):
@@ -93,6 +139,9 @@ def test_the_best_candidate_is_the_fastest_and_of_equals_the_one_that_sends_leas
     rows += [Estimate(name="does not fit", mesh=[1, 8], layout="auto", fits=False)]
     best_first = [each.name for each in sorted(rows, key=_worth, reverse=True)]
     assert best_first == ["quiet", "talks", "slow", "does not fit"]
+    speeds = zip(rows[:3], (3e4, 1e4, 2e4), strict=True)
+    estimated = [row.model_copy(update={"tokens_per_second": speed}) for row, speed in speeds]
+    assert [each.name for each in sorted(estimated, key=_worth, reverse=True)] == ["slow", "quiet", "talks"]
 
 
 @pytest.mark.parametrize("per_sequence", [0.01, 0.3, 0.9, 1.0, 3.0, 13.0, 20.0])
@@ -131,9 +180,10 @@ def test_the_table_of_presets_takes_the_first_topology_that_holds_the_step(tmp_p
     assert (lines[0], lines[1], lines[-2], lines[-1]) == ("before", presets_table.BEGIN, presets_table.END, "after")
     cells = [cell.strip() for cell in lines[4].split("|")[1:-1]]
     assert cells[0] == "gemma3_270m"
-    assert cells[1] == cells[4] == "v5e:2x4"
-    assert all(re.fullmatch(r"\d+\.\d\d GiB", cells[place]) for place in (2, 5))
-    assert all(re.fullmatch(r"\d+ ms \((compute|memory|network)\)", cells[place]) for place in (3, 6))
+    assert cells[1] == cells[5] == "v5e:2x4"
+    assert all(re.fullmatch(r"\d+\.\d\d GiB", cells[place]) for place in (2, 6))
+    assert all(re.fullmatch(r"\d+ ms \((compute|memory|network)\)", cells[place]) for place in (3, 7))
+    assert all(re.fullmatch(r"\d+ ms", cells[place]) for place in (4, 8))
     again = readme.read_text()
     presets_table.write_table(params, readme)
     assert readme.read_text() == again

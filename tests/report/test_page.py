@@ -9,7 +9,9 @@ from jax.sharding import PartitionSpec
 
 from stages.core.common.paths import REPORT
 from stages.core.records.generate import Generation
+from stages.core.records.plan import RunKey
 from stages.core.report import figures
+from stages.core.report.plan_section import Training
 from tests.support.pages import MINUS, Reader, edit, rendered, run_stage
 from tests.support.report_outputs import plan, sharding, write_generations, write_json, write_outputs, write_samples
 from tests.support.repository import ROOT
@@ -123,7 +125,7 @@ def test_without_fallbacks_the_page_says_so(root):
 
 def test_the_plan_tells_what_fits_what_does_not_and_by_how_much(root):
     text = Reader(rendered(root)).text
-    assert "fits (the tutorial measured 163 ms per step) yes" in text
+    assert "fits yes" in text
     sizes = "4.00 GiB 6.00 MiB 11.0 MiB 512 MiB 113 all-gather, 4 reduce-scatter 1.00 GiB"
     assert f"31.2 % 5.00 GiB 16.0 GiB 29.5 ms (memory) {sizes}" in text and "lower bound" in text
     assert "too large no" in text and "156.2 % 25.0 GiB 16.0 GiB" in text
@@ -143,9 +145,38 @@ def test_the_plan_of_this_run_stands_beside_what_the_run_measured(root):
     assert f"This run, planned and measured: {held} {grown}" in text and text.count("State per device") == 1
 
 
+def test_time_is_planned_and_measured_too(root):
+    """On simulated devices at least what all their products take at the rate that the run measured."""
+    here = plan()["targets"]["here"] | {"flops_per_step": 10**9}
+    edit(root, "data/sharding/plan.json", targets={"here": here})
+    edit(root, "data/metrics/finetune.json", flops_per_second_of_matrix_product=10**11, step_seconds_median=0.1)
+    assert "Time per step: at least 80.0 ms planned, 100 ms measured (\u221220.0 %)." in Reader(rendered(root)).text
+
+
+def test_a_plan_for_other_chips_than_the_run_had_is_not_beside_it(root):
+    here = plan()["targets"]["here"]
+    edit(root, "data/sharding/plan.json", targets={"here": {**here, "device_kind": "another"}})
+    edit(root, "data/metrics/finetune.json", device_kind="cpu")
+    assert "planned and measured" not in Reader(rendered(root)).text
+
+
+def test_the_plan_tells_how_long_a_step_takes_by_what_and_what_the_training_costs(root):
+    text = Reader(rendered(root, "finetune.steps=9000")).text
+    parts = "25.0 ms 5.00 ms 0.00 ms 0.00 ms 0.00 ms 0.00 ms 10.0 ms"
+    # 9,000 steps of 40 ms on four chips at 2.00 an hour.
+    assert f"fits 29.5 ms (memory) 40.0 ms 50.0 % {parts} 9,000 6 min 0 s 0.80" in text
+
+
+def test_without_a_number_of_steps_a_target_takes_as_many_as_pass_the_same_positions():
+    target = RunKey(batch_size=4, length=128)
+    assert Training(positions=100 * 256, batches_per_step=1, steps=None).steps_of(target) == 50
+    assert Training(positions=100 * 256, batches_per_step=2, steps=None).steps_of(target) == 25
+    assert Training(positions=None, batches_per_step=1, steps=None).steps_of(target) is None
+
+
 def test_the_search_marks_the_best_and_says_which_figures_are_compiled(root):
     text = Reader(rendered(root)).text
-    assert "(1, 8) auto best 8 compiled 10.0 GiB 80.0 ms (compute) 51,200" in text
+    assert "(1, 8) auto best 8 compiled 10.0 GiB 80.0 ms (compute) \u2013 \u2264 51,200" in text
     assert "(2, 4) auto 4 extrapolated 6.00 GiB" in text
     assert "(8, 1) auto \u2013 no" in text
     assert "v5p:256 256 32 \u00d7 8 256 yes" in text

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from stages.core.config.reader import read_params
+from stages.core.plan.chips import CHIPS
 from stages.core.plan.compilation import CompileRequest, StepCost
 from stages.core.plan.step_program import StepRequest
 from stages.core.plan.targets import Settings
+from stages.core.plan.topology import Topology
 from stages.core.sharding.mesh import MeshShape
 from stages.core.sharding.named_layouts import make_layout
 from tests.support.repository import ROOT
@@ -18,6 +22,22 @@ from tests.support.tiny_models import AUTO, open_tiny
 from tests.support.tiny_runs import settings
 
 has_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not made for this system")
+
+
+has_gpu_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("jax_plugins") is None or importlib.util.find_spec("jax_plugins.xla_cuda12") is None,
+    reason="XLA's compiler for GPUs is not installed (requirements-gpu-plan.txt)",
+)
+
+
+def described(name: str, count: int) -> Topology:
+    """A topology of chips as the table has them, described by nothing but its name."""
+    kind = name.partition(":")[0]
+    return Topology(name, (SimpleNamespace(device_kind=kind),) * count, count // chips_in(name), CHIPS[kind])
+
+
+def chips_in(name: str) -> int:
+    return math.prod(int(size) for size in name.partition(":")[2].split("x"))
 
 
 def request(
@@ -33,6 +53,8 @@ def cost(**known) -> StepCost:
     """A made-up result of a compilation."""
     none = {
         "devices": 8,
+        "device_kind": "cpu",
+        "chips": 8,
         "parameters": 1,
         "trainable_parameters": 1,
         "memory_bytes": None,

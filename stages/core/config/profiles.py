@@ -151,7 +151,7 @@ PROFILES: dict[str, Profile] = {
         "finetune.learning_rate=1.0e-3",
         # A dozen steps with the default data.
         "finetune.warmup_steps=0",
-        'plan.targets=[{topology: "cpu:1"}]',
+        'plan.targets=[{topology: "t4:1"}, {topology: "l4:1"}]',
     ),
     "gpus-8": _profile(
         "Gemma 7B, eight GPUs of 16 GB or more, mixed bfloat16",
@@ -166,7 +166,7 @@ PROFILES: dict[str, Profile] = {
         "finetune.learning_rate=1.0e-4",
         # A dozen steps with the default data.
         "finetune.warmup_steps=0",
-        'plan.targets=[{topology: "cpu:8"}]',
+        'plan.targets=[{topology: "a100-40:8"}, {topology: "h100:8"}]',
     ),
     "full-parameter": _profile(
         "every weight of Gemma 3 270M instead of LoRA: four times the memory, a lower learning rate",

@@ -254,7 +254,7 @@ class Export(Section):
 
 
 MeshList = Annotated[list[Positive], Field(min_length=2, max_length=2)]
-TopologyName = Annotated[str, Field(pattern=r"^[a-z0-9]+:[0-9x]+$")]
+TopologyName = Annotated[str, Field(pattern=r"^[a-z0-9-]+:[0-9x]+$")]
 
 
 class PlanStep(Section):
@@ -273,9 +273,16 @@ class PlanTarget(PlanStep):
 
     topology: TopologyName
     mesh: MeshList | None = None
-    layout: Literal["auto", "tutorial"] | None = None
+    layout: Literal["auto", "tutorial", "rules"] | None = None
+    rules: Annotated[list[Rule], Field(min_length=1)] | None = None
     batch_size: BatchSize | None = None
     step: Literal["ours", "tutorial"] | None = None
+
+    @model_validator(mode="after")
+    def _rules_go_with_their_name(self) -> PlanTarget:
+        if (self.layout == "rules") != (self.rules is not None):
+            raise ValueError("rules must be given with layout: rules and be left out otherwise")
+        return self
 
 
 class PlanSearch(PlanStep):
@@ -297,11 +304,12 @@ class PlanScaling(PlanStep):
 
 
 class Plan(Section):
-    """What the TPU compiler is asked."""
+    """What the compilers of TPUs and GPUs are asked."""
 
     targets: list[PlanTarget]
     search: PlanSearch | None
     scaling: PlanScaling | None
+    price_per_chip_hour: dict[str, Annotated[float, Field(gt=0, le=1e6)]] | None
 
 
 class Params(Section):

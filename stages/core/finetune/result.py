@@ -33,6 +33,7 @@ class Result:
     positions_per_step: int
     matrix_product_rate: float
     devices: int
+    device_kind: str
     optimizer: keras.optimizers.Optimizer
 
     def metrics(self) -> FinetuneMetrics:
@@ -64,6 +65,7 @@ class Result:
             flops_per_step=self.flops_per_step,
             flops_per_second_of_matrix_product=round(self.matrix_product_rate),
             flops_share_of_peak=round(self.flops_per_step / median / (self.matrix_product_rate * self.devices), 4),
+            device_kind=self.device_kind,
         )
 
 
@@ -94,6 +96,7 @@ def result_of(model: LoadedModel, causal: CausalModel, history: History, epoch: 
         matrix_product_rate=flops.matrix_product_rate(),
         # Simulated devices share the same cores.
         devices=1 if model.platform == "cpu" else model.mesh_shape.devices,
+        device_kind=jax.local_devices()[0].device_kind,
         optimizer=causal.optimizer,
     )
 

@@ -1,7 +1,7 @@
 """What a training step needs on devices that are not there, by compiling it ahead of time.
 
-From a request (preset, topology, mesh, layout, settings) to memory, collectives and a lower bound of the step time. A
-program that does not fit is a result too. Results are cached under a key of everything they depend on.
+From a request (preset, topology, mesh, layout, settings) to memory, collectives, and a lower bound and an estimate of
+the step time. A program that does not fit is a result too. Results are cached under a key of everything they depend on.
 Reads and writes: `<cache folder>/plans/<key>`, JSON after its digest.
 """
 
@@ -25,11 +25,12 @@ from stages.core.common.errors import StageError
 from stages.core.common.paths import cache_folder
 from stages.core.config.schema import without
 from stages.core.files import optional, read_kept, write_kept
-from stages.core.plan import program_costs
+from stages.core.plan import hlo, program_costs
 from stages.core.plan.roofline import Bound, lower_bound
 from stages.core.plan.step_program import StepRequest, lower
+from stages.core.plan.step_time import step_time
 from stages.core.plan.topology import Topology, describe, program_cache_off
-from stages.core.records.plan import Buffer, Collective
+from stages.core.records.plan import Buffer, Collective, StepTime
 from stages.core.records.record import Record
 from stages.core.records.sharding import WeightRow
 from stages.core.sharding import table
@@ -37,7 +38,7 @@ from stages.core.sharding import table
 logger = logging.getLogger(__name__)
 
 # Packages that a compiled program depends on, in addition to its request and code.
-PACKAGES = ("jax", "jaxlib", "libtpu", "keras", "keras-hub")
+PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12", "keras", "keras-hub")
 LARGEST = 5  # buffers listed per program
 UNITS = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "": 1}
 
@@ -74,17 +75,22 @@ class StepCost(Record):
     """What a compiled step needs per device, in bytes, flops and seconds.
 
     Attributes:
+        device_kind: what JAX calls a device.
+        chips: that the mesh uses.
         memory_bytes: what a device has; None for CPU devices.
         by_kind: bytes of the arguments: weight, lora, optimizer, batch.
         weights: the table of `sharding.rows`.
         needed_bytes: arguments, temporaries, results and code; where it does not fit, what the compiler asked for.
         available_bytes: what the compiler had, where it does not fit.
-        pass_flops, hbm_traffic_bytes, interconnect_bytes: see `program_costs.ProgramCosts`.
+        pass_flops, float32_flops, hbm_traffic_bytes, interconnect_bytes: see `program_costs.ProgramCosts`.
         largest: where it does not fit and the compiler lists no buffers, those of two blocks.
         bound: lower bound of the step time; None for CPU devices.
+        step_time: estimate of it, by what it is spent on; None where the compiler tells none.
     """
 
     devices: int
+    device_kind: str
+    chips: int
     parameters: int
     trainable_parameters: int
     memory_bytes: int | None
@@ -101,11 +107,18 @@ class StepCost(Record):
     available_bytes: int | None = None
     flops: int | None = None
     pass_flops: int | None = None
+    float32_flops: int | None = None
     hbm_traffic_bytes: int | None = None
     interconnect_bytes: int | None = None
     collectives: dict[str, Collective] = Field(default_factory=dict)
     largest: list[Buffer] = Field(default_factory=list)
     bound: Bound | None = None
+    step_time: StepTime | None = None
+
+    @property
+    def estimated_seconds(self) -> float | None:
+        """The estimated step time, None where there is no estimate; a bound is one for it too."""
+        return None if self.step_time is None or self.bound is None else max(self.step_time.seconds, self.bound.seconds)
 
 
 def key_of(request: CompileRequest) -> str:
@@ -173,6 +186,8 @@ def _compile(request: CompileRequest) -> StepCost:
         kinds[placement.weight.kind] = kinds.get(placement.weight.kind, 0) + placement.bytes_per_device
     known: dict[str, Any] = {
         "devices": step.mesh.devices,
+        "device_kind": topology.device_kind,
+        "chips": -(-step.mesh.devices // topology.devices_per_chip),
         "parameters": program.parameters,
         "trainable_parameters": program.trainable_parameters,
         "memory_bytes": topology.memory_bytes,
@@ -196,8 +211,15 @@ def _compile(request: CompileRequest) -> StepCost:
 def _compiled_cost(compiled: Any, topology: Topology, known: dict[str, Any]) -> StepCost:
     """Return what a compiled program needs and does, together with what is already known of it."""
     memory = compiled.memory_analysis()
-    text = compiled.as_text()
-    costs = program_costs.costs(text)
+    program = hlo.parse(compiled.as_text(), topology.chip.cache_bytes if topology.chip else 0)
+    costs = program_costs.costs(program)
+    work = {
+        "flops": costs.matrix_flops,
+        "pass_flops": costs.pass_flops,
+        "float32_flops": costs.float32_flops,
+        "hbm_traffic_bytes": costs.memory_bytes,
+        "interconnect_bytes": costs.wire_bytes,
+    }
     needed = (
         memory.argument_size_in_bytes
         + memory.temp_size_in_bytes
@@ -214,13 +236,11 @@ def _compiled_cost(compiled: Any, topology: Topology, known: dict[str, Any]) -> 
         aliased_bytes=memory.alias_size_in_bytes,
         code_bytes=memory.generated_code_size_in_bytes,
         needed_bytes=needed,
-        flops=costs.matrix_flops,
-        pass_flops=costs.pass_flops,
-        hbm_traffic_bytes=costs.memory_bytes,
-        interconnect_bytes=costs.wire_bytes,
+        **work,
         collectives={kind: dataclasses.asdict(cost) for kind, cost in costs.collectives.items()},
-        largest=program_costs.largest_buffers(text, LARGEST),
-        bound=lower_bound(topology, costs.pass_flops, costs.memory_bytes, costs.wire_bytes),
+        largest=program_costs.largest_buffers(program, LARGEST),
+        bound=lower_bound(topology, work),
+        step_time=step_time(program, topology),
     )
 
 

@@ -2,7 +2,12 @@
 
 The text is XLA's HLO after all passes, one instruction a line:
     %name = f32[2,3]{1,0:T(8,128)S(1)} opcode(%operand, ...), attribute=..., ...
-where S(1) and above name memories on the chip itself (operands kept there are not traffic).
+where S(1) and above name memories on the chip itself (operands kept there are not traffic). Tables before the first
+computation say which line of Python an instruction comes from:
+    FileNames         1 "/.../decoder.py"
+    FunctionNames     1 "_attention"
+    FileLocations     1 {file_name_id=1 function_name_id=1 line=...}
+    StackFrames       1 {file_location_id=1 parent_frame_id=1}        (one more than the number of its caller)
 """
 
 from __future__ import annotations
@@ -10,10 +15,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 BITS = {"pred": 8, "s4": 4, "u4": 4, "token": 0, "opaque": 0, "bf16": 16}
 
+_ENTRY = re.compile(r"(\d+) (?:\"(.*)\"|\{(.*)\})$")
 _ARRAY = re.compile(r"([a-z]+[0-9]*[a-z0-9]*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.\-]+) = (.*)")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{")
@@ -63,27 +69,77 @@ class Computation:
     root: str = ""
 
 
-def parse(text: str) -> tuple[dict[str, Computation], str]:
-    """Return the computations of a program by name, and the name of the one that it begins with."""
+@dataclass(frozen=True)
+class Program:
+    """Computations by name, the name of the one that it begins with, and its stack frames.
+
+    `frames`: by its number, a frame's Python file and function, and the number of the frame that called it.
+    """
+
+    computations: dict[str, Computation]
+    entry: str
+    frames: dict[int, tuple[str, str, int]] = field(default_factory=dict)
+
+    def frames_of(self, instruction: Instruction) -> Iterator[tuple[str, str]]:
+        """Yield the (file, function) that an instruction comes from, then those that called it."""
+        found = re.search(r"stack_frame_id=(\d+)", instruction.attributes)
+        number = int(found[1]) if found else 0
+        while number in self.frames:
+            file, function, number = self.frames[number]
+            yield file, function
+
+
+def parse(text: str, cache_bytes: int = 0) -> Program:
+    """Read a program.
+
+    Args:
+        text: `compiled.as_text()`.
+        cache_bytes: results up to this size are taken to be read from a cache, not from the device's main memory.
+    """
     computations: dict[str, Computation] = {}
-    entry, current = "", None
+    tables: dict[str, dict[int, str]] = {}
+    entry, current, heading = "", None, ""
     for line in text.splitlines():
         if current is None:
             if found := _COMPUTATION.match(line):
                 current = computations[found[2]] = Computation(found[2])
                 entry = found[2] if found[1] else entry
+            elif found := _ENTRY.match(line):
+                tables.setdefault(heading, {})[int(found[1])] = found[2] or found[3] or ""
+            else:
+                heading = line.strip() or heading
         elif line.startswith("}"):
             current = None
         elif found := _INSTRUCTION.match(line):
-            instruction = _instruction(found[1], found[2])
+            instruction = _instruction(found[1], found[2], cache_bytes)
             if instruction:
                 current.instructions[instruction.name] = instruction
                 if line.lstrip().startswith("ROOT "):
                     current.root = instruction.name
-    return computations, entry
+    return Program(computations, entry, _frames(tables))
 
 
-def _instruction(name: str, rest: str) -> Instruction | None:
+def _frames(tables: dict[str, dict[int, str]]) -> dict[int, tuple[str, str, int]]:
+    """Return the stack frames of a program's tables, as `Program` has them."""
+
+    def numbers(row: str) -> dict[str, int]:
+        return {key: int(value) for key, value in re.findall(r"(\w+)=(\d+)", row)}
+
+    places = {key: numbers(row) for key, row in tables.get("FileLocations", {}).items()}
+    files, functions = tables.get("FileNames", {}), tables.get("FunctionNames", {})
+    frames = {}
+    for key, row in tables.get("StackFrames", {}).items():
+        frame = numbers(row)
+        place = places.get(frame.get("file_location_id", 0), {})
+        frames[key] = (
+            files.get(place.get("file_name_id", 0), ""),
+            functions.get(place.get("function_name_id", 0), ""),
+            frame.get("parent_frame_id", 1) - 1,
+        )
+    return frames
+
+
+def _instruction(name: str, rest: str, cache_bytes: int) -> Instruction | None:
     """Parse `type opcode(operands), attributes`."""
     end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.find(" ")
     kind, rest = rest[:end], rest[end:].lstrip()
@@ -93,7 +149,10 @@ def _instruction(name: str, rest: str) -> Instruction | None:
     closing = _closing(rest, opening)
     inside = rest[opening + 1 : closing]
     operands = tuple(part.split()[-1].lstrip("%") for part in _split(inside) if part.strip())
-    return Instruction(name, rest[:opening], _arrays(kind), operands, rest[closing + 1 :])
+    arrays, opcode = _arrays(kind), rest[:opening]
+    if cache_bytes and opcode != "parameter":
+        arrays = tuple(replace(each, in_memory=each.in_memory and each.bytes > cache_bytes) for each in arrays)
+    return Instruction(name, opcode, arrays, operands, rest[closing + 1 :])
 
 
 def _closing(text: str, opening: int) -> int:
@@ -130,9 +189,10 @@ def _arrays(kind: str) -> tuple[Array, ...]:
     return tuple(found)
 
 
-def reached(computations: dict[str, Computation], entry: str) -> Iterator[tuple[Computation, int, bool]]:
+def reached(program: Program) -> Iterator[tuple[Computation, int, bool]]:
     """Yield each computation that runs, how often, and whether it is part of a fusion."""
-    waiting = [(entry, 1, False)]
+    computations = program.computations
+    waiting = [(program.entry, 1, False)]
     while waiting:
         name, times, fused = waiting.pop()
         computation = computations.get(name)
@@ -141,7 +201,7 @@ def reached(computations: dict[str, Computation], entry: str) -> Iterator[tuple[
         yield computation, times, fused
         for instruction in computation.instructions.values():
             if instruction.opcode == "while":
-                rounds = times * _trip_count(instruction, computations)
+                rounds = times * trip_count(instruction, computations)
                 waiting += [(body, rounds, fused) for body in instruction.called("body")]
             elif instruction.opcode == "fusion":
                 waiting += [(each, times, True) for each in instruction.called("calls")]
@@ -153,7 +213,7 @@ def reached(computations: dict[str, Computation], entry: str) -> Iterator[tuple[
                 waiting += [(each, times, fused) for each in instruction.called("branch_computations")[:1]]
 
 
-def _trip_count(instruction: Instruction, computations: dict[str, Computation]) -> int:
+def trip_count(instruction: Instruction, computations: dict[str, Computation]) -> int:
     """Return how often a loop runs: XLA's known trip count, else the constant in its condition, else 1."""
     if found := re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', instruction.attributes):
         return int(found[1])

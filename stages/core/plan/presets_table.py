@@ -9,11 +9,10 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from stages.core.common.errors import ParamsError
 from stages.core.config.schema import Dtype, PlanStep
 from stages.core.fetch import catalog
-from stages.core.files import write_text
 from stages.core.plan.compilation import CompileRequest
+from stages.core.plan.marked import write_between
 from stages.core.plan.search import argument_bytes, estimate_step
 from stages.core.plan.table import size
 from stages.core.plan.targets import Settings, step_of
@@ -41,20 +40,15 @@ def write_table(params: Settings, file: Path) -> None:
     Raises:
         ParamsError: there is no such file, or the marks are not in it.
     """
-    text = file.read_text(encoding="utf-8") if file.is_file() else ""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ParamsError(f"--presets needs a file with the marks {BEGIN} and {END}. Received: --presets={file}")
-    write_text(file, f"{before}{begin}\n{table(params)}\n{end}{after}")
+    write_between(file, BEGIN, END, lambda: table(params), "--presets")
 
 
 def table(params: Settings) -> str:
     """Return the table as Markdown, a line per preset."""
-    columns = ("topology", "memory per device", "step time >=")
+    columns = ("topology", "memory per device", "step time >=", "estimate")
     lines = [
         f"| preset | LoRA r={RANK}: {' | '.join(columns)} | full: {' | '.join(columns)} |",
-        "|---|---|---|---|---|---|---|",
+        "|---" * (1 + 2 * len(columns)) + "|",
     ]
     for name in catalog.GEMMAS:
         cells = [cell for rank in DTYPES for cell in _cells(smallest(params, name, rank))]
@@ -80,8 +74,9 @@ def smallest(params: Settings, name: str, rank: int) -> Estimate | None:
     return None
 
 
-def _cells(estimate: Estimate | None) -> tuple[str, str, str]:
+def _cells(estimate: Estimate | None) -> tuple[str, str, str, str]:
     if estimate is None:
-        return "none of these", "", ""
+        return "none of these", "", "", ""
     bound = f"{(estimate.step_seconds_lower_bound or 0) * 1e3:.0f} ms ({estimate.bound_by})"
-    return estimate.topology, size(estimate.needed_bytes), bound
+    expected = f"{(estimate.estimated_step_seconds or 0) * 1e3:.0f} ms"
+    return estimate.topology, size(estimate.needed_bytes), bound, expected

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from stages.core.plan.hlo import Computation, Instruction, array_of, parse, reached
+from stages.core.plan.hlo import Computation, Instruction, Program, array_of, reached
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 # Instructions without memory traffic: they name, bundle or control others.
@@ -37,6 +37,10 @@ FREE = frozenset(
 )
 
 
+# A matrix product of a GPU's library (cuBLAS), with the dimensions of the first operand that it sums over.
+_LIBRARY = re.compile(r'custom_call_target="__cublas.*?"lhs_contracting_dimensions":\[([^\]]*)\]')
+
+
 @dataclass(frozen=True)
 class Collective:
     """Collectives of one kind, as often as they run.
@@ -55,10 +59,12 @@ class ProgramCosts:
     """Costs of one run of the program on one device.
 
     `pass_flops`: the matrix flops, each as often as a TPU's bfloat16 units do it for the precision that is asked for.
+    `float32_flops`: those of them that are asked for in float32, which a GPU does outside of its matrix units.
     """
 
     matrix_flops: int
     pass_flops: int
+    float32_flops: int
     memory_bytes: int
     collectives: dict[str, Collective]
 
@@ -68,46 +74,45 @@ class ProgramCosts:
         return sum(each.wire_bytes for each in self.collectives.values())
 
 
-def costs(text: str) -> ProgramCosts:
-    """Return what a compiled program does.
-
-    Args:
-        text: `compiled.as_text()` of a program for one device of many (SPMD).
-    """
-    computations, entry = parse(text)
-    flops = pass_flops = traffic = 0
+def costs(program: Program) -> ProgramCosts:
+    """Return what a compiled program, for one device of many (SPMD), does."""
+    computations = program.computations
+    flops = pass_flops = float32_flops = traffic = 0
     kinds: dict[str, list[int]] = {}
     chains: set[str] = set()
-    for computation, times, fused in reached(computations, entry):
+    for computation, times, fused in reached(program):
         for instruction in computation.instructions.values():
-            product = times * _matrix_flops(instruction, computation)
-            flops += product
-            pass_flops += product * _passes(instruction, computation)
+            if product := times * _matrix_flops(instruction, computation):
+                passes = _passes(instruction, computation)
+                flops += product
+                pass_flops += product * passes
+                float32_flops += product if passes > 1 else 0
             kind = instruction.opcode.removesuffix("-start")
             if kind in COLLECTIVES and _begins(instruction, chains):
-                size, wire = _collective_bytes(instruction, computation, kind)
+                size, wire = collective_bytes(instruction, computation, kind)
                 if wire:
                     sums = kinds.setdefault(kind, [0, 0, 0])
                     for place, value in enumerate((1, size, wire)):
                         sums[place] += times * value
             if not fused:
                 traffic += times * _traffic(instruction, computation, computations)
-    return ProgramCosts(flops, pass_flops, traffic, {kind: Collective(*kinds[kind]) for kind in sorted(kinds)})
+    return ProgramCosts(
+        flops, pass_flops, float32_flops, traffic, {kind: Collective(*kinds[kind]) for kind in sorted(kinds)}
+    )
 
 
-def largest_buffers(text: str, count: int) -> list[dict[str, Any]]:
+def largest_buffers(program: Program, count: int) -> list[dict[str, Any]]:
     """Return the largest arrays that a compiled program makes in the device's main memory, each kind once.
 
     Args:
-        text: as for `costs`.
+        program: as for `costs`.
         count: maximum number.
 
     Returns:
         `bytes`, `shape` and `operator` (where in the model it is made), the largest first.
     """
-    computations, entry = parse(text)
     found: dict[tuple[str, str], int] = {}
-    for instruction in computations[entry].instructions.values():
+    for instruction in program.computations[program.entry].instructions.values():
         if instruction.opcode in FREE or instruction.opcode.endswith(("-done", "-start")):
             continue
         operator = re.search(r'op_name="([^"]*)"', instruction.attributes)
@@ -131,12 +136,16 @@ def _begins(instruction: Instruction, chains: set[str]) -> bool:
 
 def _matrix_flops(instruction: Instruction, computation: Computation) -> int:
     """Return the flops of a matrix product (2 for a multiplication and an addition), 0 for anything else."""
-    if instruction.opcode not in ("dot", "convolution"):
+    library = instruction.opcode == "custom-call" and _LIBRARY.search(instruction.attributes)
+    if instruction.opcode not in ("dot", "convolution") and not library:
         return 0
     left, right = (array_of(name, computation) for name in instruction.operands[:2])
     out = instruction.arrays[0]
     if left is None or right is None:
         return 0
+    if library:
+        dimensions = [int(each) for each in re.findall(r"\d+", library[1])]
+        return 2 * out.elements * math.prod(left.dimensions[each] for each in dimensions)
     if instruction.opcode == "dot":
         found = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
         dimensions = [int(each) for each in found[1].split(",") if each] if found else []
@@ -195,9 +204,9 @@ def _valid_positions(size: int, kernel: int, out: int, window: dict[str, tuple[i
     return count
 
 
-def _collective_bytes(instruction: Instruction, computation: Computation, kind: str) -> tuple[int, int]:
+def collective_bytes(instruction: Instruction, computation: Computation, kind: str) -> tuple[int, int]:
     """Return the bytes that a device hands in or gets (the larger), and those it must send."""
-    members = _group_size(instruction)
+    members = group_size(instruction)
     given = sum(
         array.bytes
         for name in instruction.operands
@@ -213,7 +222,7 @@ def _collective_bytes(instruction: Instruction, computation: Computation, kind: 
     return given, 2 * share if kind == "all-reduce" else share
 
 
-def _group_size(instruction: Instruction) -> int:
+def group_size(instruction: Instruction) -> int:
     """Return how many devices take part together.
 
     `[2,4]<=[8]` is two groups of four, `{{0,1},{2,3}}` two of two, and `mesh['a'=2,'b'=4] {'b'}` two of four; there

@@ -19,7 +19,7 @@ from stages.core.plan.roofline import Bound, lower_bound
 from stages.core.plan.shapes import resolve_shapes
 from stages.core.plan.targets import Settings, architecture_of, step_of
 from stages.core.plan.topology import Topology, describe
-from stages.core.records.plan import Estimate, Scaling, Search
+from stages.core.records.plan import Estimate, Scaling, Search, StepTime
 from stages.core.sharding.mesh import MeshShape
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,8 @@ LARGEST_BATCH = 512
 LAYOUTS = ["auto"]
 MODEL_AXIS = 8
 BATCH_PER_ROW = 8
-EXTRAPOLATED = ("temporary_bytes", "code_bytes", "flops", "pass_flops", "hbm_traffic_bytes", "interconnect_bytes")
+WORK = ("flops", "pass_flops", "float32_flops", "hbm_traffic_bytes", "interconnect_bytes")
+EXTRAPOLATED = ("temporary_bytes", "code_bytes", *WORK)
 
 
 def search(params: Settings, settings: PlanSearch) -> Search:
@@ -112,9 +113,8 @@ def _candidates(params: Settings, settings: PlanSearch, topology: Topology) -> t
 
 
 def _worth(row: Estimate) -> tuple[float, float]:
-    """Most tokens per second at the bound; among equals (compute is the limit), least sent per sequence."""
-    tokens = row.tokens_per_second_upper_bound or 0.0
-    return float(f"{tokens:.3g}"), -(row.interconnect_bytes or 0) / (row.batch_size or 1)
+    """Most tokens per second; among equals (as where compute is the limit and there is but a bound), least sent."""
+    return float(f"{row.speed:.3g}"), -(row.interconnect_bytes or 0) / (row.batch_size or 1)
 
 
 def _batches(step: int, largest: int) -> list[int]:
@@ -190,32 +190,41 @@ def estimate_step(request: CompileRequest, topology: Topology, held: int) -> Est
     if not (few.fits and more.fits):
         return estimate
 
-    def at_full_depth(few: float, more: float) -> int:
-        return round(few + (more - few) * (step.architecture.config["num_layers"] - FEW) / (MORE - FEW))
+    def at_full_depth(few: float, more: float) -> float:
+        return few + (more - few) * (step.architecture.config["num_layers"] - FEW) / (MORE - FEW)
 
-    whole = {key: at_full_depth(getattr(few, key), getattr(more, key)) for key in EXTRAPOLATED}
+    whole = {key: round(at_full_depth(getattr(few, key), getattr(more, key))) for key in EXTRAPOLATED}
+    time = None
+    if few.step_time and more.step_time:
+        # A part of a nearly empty slope may come out below zero.
+        parts = {key: max(0.0, at_full_depth(value, getattr(more.step_time, key))) for key, value in few.step_time}
+        time = StepTime(**parts)
     counts = [{kind: found.count for kind, found in cost.collectives.items()} for cost in (few, more)]
     kinds = sorted({*counts[0], *counts[1]})
     needed = held + more.by_kind["batch"] + whole["temporary_bytes"] + whole["code_bytes"]
-    bound = lower_bound(topology, whole["pass_flops"], whole["hbm_traffic_bytes"], whole["interconnect_bytes"])
+    bound = lower_bound(topology, whole)
     return estimate.model_copy(
         update={
             **whole,
             "fits": topology.memory_bytes is None or needed <= topology.memory_bytes,
             "needed_bytes": needed,
-            "collectives": {kind: at_full_depth(*(count.get(kind, 0) for count in counts)) for kind in kinds},
-            **_speed(request, bound),
+            "collectives": {kind: round(at_full_depth(*(count.get(kind, 0) for count in counts))) for kind in kinds},
+            **_speed(request, bound, time),
         }
     )
 
 
-def _speed(request: CompileRequest, bound: Bound | None) -> dict[str, Any]:
+def _speed(request: CompileRequest, bound: Bound | None, time: StepTime | None) -> dict[str, Any]:
     settings = request.step.settings
     tokens = settings.batch_size * settings.gradient_accumulation * request.step.length
+    expected = max(time.seconds, bound.seconds) if time and bound else None
     return {
         "step_seconds_lower_bound": bound and bound.seconds,
         "bound_by": bound and bound.bound_by,
         "tokens_per_second_upper_bound": bound and tokens / bound.seconds,
+        "step_time": time,
+        "estimated_step_seconds": expected,
+        "tokens_per_second": expected and tokens / expected,
     }
 
 
@@ -227,7 +236,7 @@ def _confirm(row: Estimate, request: CompileRequest) -> tuple[list[Estimate], Es
     """
     extrapolated = {
         key: getattr(row, key)
-        for key in ("needed_bytes", "temporary_bytes", "step_seconds_lower_bound")
+        for key in ("needed_bytes", "temporary_bytes", "step_seconds_lower_bound", "estimated_step_seconds")
         if getattr(row, key) is not None
     }
     tried: list[Estimate] = []
@@ -245,10 +254,11 @@ def _confirm(row: Estimate, request: CompileRequest) -> tuple[list[Estimate], Es
                 needed_bytes=cost.needed_bytes,
                 **{key: getattr(cost, key) for key in ("argument_bytes", *EXTRAPOLATED)},
                 collectives={kind: collective.count for kind, collective in cost.collectives.items()},
-                **_speed(asked, cost.bound),
+                **_speed(asked, cost.bound, cost.step_time),
             )
         )
         if cost.fits:
             compared = {"extrapolated": extrapolated} if batch == row.largest_batch else {}
             return tried, tried[-1].model_copy(update={"largest_batch": batch, **compared})
-    return tried, row.model_copy(update={"fits": False, "largest_batch": 0, "tokens_per_second_upper_bound": None})
+    unknown = dict.fromkeys(("tokens_per_second", "tokens_per_second_upper_bound"))
+    return tried, row.model_copy(update={"fits": False, "largest_batch": 0, **unknown})

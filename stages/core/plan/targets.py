@@ -5,36 +5,27 @@ What an entry leaves out comes from the other sections, so an entry with only a 
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from stages.core.common.errors import ParamsError
 from stages.core.common.paths import cache_folder, own_path
-from stages.core.config.schema import Fetch, Finetune, Layout, Load, Mesh, Plan, PlanStep, PlanTarget, Tokenize
+from stages.core.config.schema import Fetch, Finetune, Layout, Load, Mesh, Plan, PlanStep, PlanTarget, Rule, Tokenize
 from stages.core.fetch import catalog, huggingface
 from stages.core.fetch.catalog import REGISTRY, name_of
 from stages.core.fetch.local import folder_format
+from stages.core.plan.chips import CHIPS
 from stages.core.plan.compilation import CompileRequest, StepCost
 from stages.core.plan.step_program import StepRequest
 from stages.core.plan.topology import cpu_devices
 from stages.core.presets.architecture import Architecture
 from stages.core.presets.formats import format_of
-from stages.core.records.plan import RunKey, Target
+from stages.core.records.plan import RunKey, Target, rules_of
 from stages.core.sharding.mesh import MeshShape
 from stages.core.sharding.named_layouts import make_layout
-
-# What the tutorial reports for its own run (gemma_7b_en on a TPU v3-8, mesh (1, 8), batch 2 x 128 tokens, rank 4 on
-# query and value):
-# https://ai.google.dev/gemma/docs/core/distributed_tuning, "163ms/step".
-MEASURED_TOPOLOGY, MEASURED_SECONDS = "v3:2x2", 0.163
-MEASURED = RunKey(
-    preset="gemma_7b_en",
-    mesh=[1, 8],
-    batch_size=2,
-    length=128,
-    rank=4,
-    lora_targets=["query", "value"],
-    step="ours",
-)
 
 
 @dataclass(frozen=True)
@@ -79,11 +70,12 @@ def step_of(
     mesh: MeshShape,
     *,
     layout: str | None,
+    rules: list[Rule] | None = None,
     batch_size: int | None = None,
     path: str | None = None,
 ) -> StepRequest:
     """Return a step, with the other sections' settings for whatever is None."""
-    named = params.layout if layout is None else params.layout.model_copy(update={"name": layout, "rules": None})
+    named = params.layout if layout is None else params.layout.model_copy(update={"name": layout, "rules": rules})
     changes = {
         "rank": step.rank,
         "targets": step.lora_targets,
@@ -107,9 +99,31 @@ def compile_request_of(params: Settings, target: PlanTarget) -> tuple[str, Compi
     name, architecture = architecture_of(params, target)
     mesh = MeshShape(tuple(target.mesh or params.mesh.shape))
     step = step_of(
-        params, target, architecture, mesh, layout=target.layout, batch_size=target.batch_size, path=target.step
+        params,
+        target,
+        architecture,
+        mesh,
+        layout=target.layout,
+        rules=target.rules,
+        batch_size=target.batch_size,
+        path=target.step,
     )
     return name, CompileRequest(step, target.topology)
+
+
+def prices(plan: Plan) -> Mapping[str, float]:
+    """Return what an hour of each chip costs.
+
+    Raises:
+        ParamsError: a chip that no topology is of.
+    """
+    found = plan.price_per_chip_hour or {}
+    for chip in found:
+        if chip not in CHIPS:
+            raise ParamsError(
+                f"plan.price_per_chip_hour must name chips of topologies: {', '.join(CHIPS)}. Received: {chip}"
+            )
+    return found
 
 
 def simulated_devices(params: Settings) -> int:
@@ -127,6 +141,7 @@ def run_key(name: str, step: StepRequest) -> RunKey:
         preset=name,
         mesh=list(step.mesh.shape),
         layout=step.layout.name,
+        rules=rules_of(step.layout),
         dtype=step.dtype,
         length=step.length,
         step=step.path,
@@ -147,19 +162,23 @@ def label(target: Target) -> str:
     ]
     parts += ["rematerialize"] if target.rematerialize else []
     parts += ["tutorial's step"] if target.step == "tutorial" else []
+    if target.rules:
+        # Two sets of rules have the same name; what is behind it tells them apart.
+        parts[3] += f" {hashlib.sha256(json.dumps(target.rules).encode()).hexdigest()[:6]}"
     return ", ".join(parts)
 
 
-def target_of(name: str, request: CompileRequest, cost: StepCost) -> Target:
-    """Return the record of a target: what was asked, and what the compiler says."""
+def target_of(name: str, request: CompileRequest, cost: StepCost, price: float | None = None) -> Target:
+    """Return the record of a target: what was asked, what the compiler says, and what an hour of its chips costs."""
     step = request.step
     key = run_key(name, step)
-    measured = MEASURED_SECONDS if request.topology == MEASURED_TOPOLOGY and MEASURED.matches(key) else None
-    bound = cost.bound
+    bound, expected = cost.bound, cost.estimated_seconds
     return Target(
         **key.model_dump(),
         topology=request.topology,
+        device_kind=cost.device_kind,
         devices=cost.devices,
+        chips=cost.chips,
         parameters=cost.parameters,
         trainable_parameters=cost.trainable_parameters,
         fits=cost.fits,
@@ -181,7 +200,10 @@ def target_of(name: str, request: CompileRequest, cost: StepCost) -> Target:
         compute_seconds=bound.compute if bound else None,
         memory_seconds=bound.memory if bound else None,
         network_seconds=bound.network if bound else None,
-        measured_step_seconds=measured,
+        estimated_step_seconds=expected,
+        step_time=cost.step_time,
+        share_of_peak=bound.compute / expected if bound and expected else None,
+        price_per_chip_hour=price,
         compile_seconds=cost.compile_seconds,
         largest=cost.largest,
         fallbacks=list(step.layout.fallbacks),

@@ -1,6 +1,6 @@
-"""Device topologies for ahead-of-time compilation: TPUs described by libtpu, and simulated CPU devices.
+"""Device topologies for ahead-of-time compilation: TPUs described by libtpu, GPUs, and simulated CPU devices.
 
-Purpose: the only module that uses JAX's topology descriptions and libtpu's environment. It opens no TPU.
+Purpose: the one place that knows a topology by its name, and libtpu's environment. It opens no TPU and no GPU.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
 
 from stages.core.common.errors import StageError
+from stages.core.plan import gpus
 from stages.core.plan.chips import CHIPS, Chip
 
 # Suggestions for a topology that does not exist: a host, and a few slices.
@@ -28,6 +29,7 @@ EXAMPLES = {
     "v5e": ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
     "v5p": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8"),
     "v6e": ("2x2", "2x4", "4x4", "8x8", "16x16"),
+    "tpu7x": ("2x2x1", "2x2x2", "4x4x4"),
 }
 # What libtpu reads when it is first used: not to ask the metadata server of a machine that has none, to take itself
 # for one host, and to log nowhere. The accelerator's type is overridden by each topology's name.
@@ -61,6 +63,34 @@ class Topology:
         """A device's memory in bytes, or None for CPU devices."""
         return None if self.chip is None else self.chip.memory_bytes // self.devices_per_chip
 
+    @property
+    def device_kind(self) -> str:
+        """What JAX calls a device of this kind, there and where it is real."""
+        return str(self.devices[0].device_kind)
+
+    def ring_rate(self, members: int) -> float:
+        """Return the bytes per second that a device can send to its neighbours in a group, one way.
+
+        A dimension of a slice gives every chip at least one link to a neighbour, and two where it is closed to a ring:
+        the chips in the corners, which the others wait for, have no more. A group smaller than the slice is taken for a
+        ring, two links; the devices of a chip share them.
+
+        Sources: https://cloud.google.com/tpu/docs/v5p and /v4 (4x4x4 and larger slices are a full torus), /v5e, /v6e
+        (a pod of 16x16 is one). A GPU reaches the others through all its links.
+        """
+        if self.chip is None:
+            raise ValueError("CPU devices have no links.")
+        if not self.chip.ring:
+            return self.chip.link_rate
+        sizes = [int(size) for size in self.name.partition(":")[2].split("x")]
+        closed = all(size >= self.chip.ring for size in sizes) if len(sizes) == 3 else None
+        links = 0
+        for size in sizes:
+            links += 0 if size == 1 else 2 if size >= self.chip.ring and closed is not False else 1
+        if members < len(self.devices):
+            links = min(links, 2)
+        return self.chip.link_rate / self.chip.links * max(links, 1) / self.devices_per_chip
+
 
 def cpu_devices(name: str) -> int | None:
     """Return the number of devices of a `cpu:8`, or None for another kind of topology."""
@@ -72,17 +102,19 @@ def describe(name: str) -> Topology:
     """Return the devices of a topology; `devices.configure` must have been called, for as many as a `cpu:N` needs.
 
     Args:
-        name: `v3:2x2`, `v5e:2x4`, `v5p:2x2x1`, ... or `cpu:8`.
+        name: `v3:2x2`, `v5e:2x4`, `v5p:2x2x1`, ..., `h100:8` or `cpu:8`.
 
     Raises:
-        StageError: no such topology, or libtpu is not installed; the message names what there is.
+        StageError: no such topology, or its compiler is not installed; the message names what there is.
     """
     count = cpu_devices(name)
     if count is not None:
         return Topology(name, tuple(jax.devices("cpu")[:count]), 1, None)
     kind = name.partition(":")[0]
     if kind not in CHIPS:
-        raise StageError(f"A topology must be one that the TPU compiler knows. Received: topology={name}. {_known()}")
+        raise StageError(f"A topology must be one that a compiler knows. Received: topology={name}. {_known()}")
+    if kind in gpus.GPUS:
+        return Topology(name, gpus.describe(name), 1, CHIPS[kind])
     if importlib.util.find_spec("libtpu") is None:
         raise StageError(
             f"The TPU compiler is in the package libtpu, which is not installed (it exists for Linux only). Received: "
@@ -119,4 +151,5 @@ def program_cache_off() -> Iterator[None]:
 
 def _known() -> str:
     names = [f"{kind}:{shape}" for kind, shapes in EXAMPLES.items() for shape in shapes]
+    names += [f"{kind}:8" for kind in gpus.GPUS]
     return f"There are for example {', '.join(names)}, and cpu:N."

@@ -1,4 +1,4 @@
-"""Before a run on real devices: what the plan found for it.
+"""Before a run on real devices: what the plan found for it; and after any run, how far off the plan was.
 
 A run that will not fit is reported before the accelerator's time is spent, not when it runs out of memory. It changes
 nothing but messages, so no stage depends on the plan.
@@ -15,8 +15,10 @@ import jax
 from stages.core.common.paths import PLAN
 from stages.core.common.sizes import gibibytes
 from stages.core.config.schema import Finetune
+from stages.core.records.finetune import FinetuneMetrics
 from stages.core.records.model_config import ModelConfig
-from stages.core.records.plan import PlanFile, RunKey
+from stages.core.records.plan import PlanFile, RunKey, rules_of
+from stages.core.records.planned import beside, targets_of
 
 logger = logging.getLogger(__name__)
 
@@ -29,11 +31,8 @@ def warn_if_planned_not_to_fit(root: Path, run: RunKey, device_bytes: int | None
         run: what is known of the run, from `run_of`.
         device_bytes: memory of one device as the backend reports it; None where it does not.
     """
-    try:
-        targets = PlanFile.model_validate_json((root / PLAN).read_bytes()).targets
-    except (OSError, ValueError):
-        return
-    for label, target in targets.items():
+    plan = _read(root)
+    for label, target in plan.targets.items() if plan else ():
         if not run.matches(target):
             continue
         needed = target.needed_bytes_per_device
@@ -55,6 +54,36 @@ def warn_before_running(root: Path, run: RunKey) -> None:
         warn_if_planned_not_to_fit(root, run, limit)
 
 
+def tell_beside_plan(root: Path, run: RunKey, measured: FinetuneMetrics) -> None:
+    """Log what was planned of a run next to what it measured, where the plan has it on the devices that it ran on.
+
+    Args:
+        root: the repository's folder.
+        run: what is known of the run, from `run_of`.
+        measured: its metrics.
+    """
+    plan = _read(root)
+    platform = jax.local_devices()[0].platform
+    for target in targets_of(plan, run, platform, measured) if plan else ():
+        for each in beside(target, measured):
+            planned, found = (
+                f"{value * 1e3:,.1f} ms" if each.seconds else gibibytes(value)
+                for value in (each.planned, each.measured)
+            )
+            least = "at least " if each.at_least else ""
+            logger.info(
+                f"{each.what}: {least}{planned} planned, {found} measured ({each.planned / each.measured:.2f})."
+            )
+
+
+def _read(root: Path) -> PlanFile | None:
+    """Return the plan, None where there is none that can be read."""
+    try:
+        return PlanFile.model_validate_json((root / PLAN).read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
 def run_of(config: ModelConfig, settings: Finetune | None = None, length: int | None = None) -> RunKey:
     """Return what is known of a run: the loaded model, and how it is trained.
 
@@ -67,6 +96,7 @@ def run_of(config: ModelConfig, settings: Finetune | None = None, length: int | 
         preset=config.preset,
         mesh=list(config.mesh.shape),
         layout=config.layout.name,
+        rules=rules_of(config.layout),
         dtype=config.dtype,
         step="ours",
         length=length,

@@ -50,7 +50,7 @@ class FinetuneMetrics(FileRecord):
     backend reports it. `flops_share_of_peak` is the model flops per second of a usual step over what the devices'
     float32 matrix products reach together, measured after the training. `state_bytes_per_device` is what the first
     device holds of weights, optimizer and metrics; `step_growth_bytes` how far the process's memory grew within one
-    step: on simulated devices, the temporaries of all of them.
+    step: on simulated devices, the temporaries of all of them. `device_kind` is what JAX calls the devices.
     """
 
     total_parameters: int
@@ -75,6 +75,7 @@ class FinetuneMetrics(FileRecord):
     flops_per_step: int
     flops_per_second_of_matrix_product: int
     flops_share_of_peak: float
+    device_kind: OrAbsent[str] = None
 
 
 def write_curve(path: Path, steps: Iterable[Step]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import Field
 
-from stages.core.records.layout import Fallback
+from stages.core.records.layout import Fallback, NamedLayout
 from stages.core.records.record import FileRecord, Record
 
 
@@ -19,6 +19,7 @@ class RunKey(Record):
     preset: str | None = None
     mesh: list[int] | None = None
     layout: str | None = None
+    rules: list[tuple[str, list[Any]]] | None = None
     dtype: str | None = None
     batch_size: int | None = None
     length: int | None = None
@@ -31,6 +32,19 @@ class RunKey(Record):
         """Return whether all that is known of this step is the same of the other."""
         return all(getattr(self, key) in (None, getattr(other, key)) for key in RunKey.model_fields)
 
+    def positions(self) -> int:
+        """Return how many positions of a sequence a batch has; 0 where that is not known."""
+        return (self.batch_size or 0) * (self.length or 0)
+
+
+def rules_of(layout: NamedLayout) -> list[tuple[str, list[Any]]] | None:
+    """Return the rules of a layout that its name does not tell, as `RunKey` has them; None for a named one."""
+    if layout.name != "rules":
+        return None
+    return [
+        (rule.pattern, [list(axes) if isinstance(axes, tuple) else axes for axes in rule.spec]) for rule in layout.rules
+    ]
+
 
 class Collective(Record):
     """Collectives of one kind in a compiled step: how many, their operands' bytes, and the bytes a device sends."""
@@ -38,6 +52,33 @@ class Collective(Record):
     count: int
     bytes: int
     wire_bytes: int = 0
+
+
+class StepTime(Record):
+    """Seconds of a step on one device, by what they are spent on; see `stages.core.plan.step_time`.
+
+    Attributes:
+        products: matrix products of the blocks' projections, with what the compiler fused into them.
+        attention: logits, softmax, their products with keys and values, rotary embeddings.
+        head: the product with the embedding table, and the loss.
+        norms: RMS norms.
+        copies: what only moves data: copies, transposes, slices.
+        other: everything else on the core, such as activation functions and the optimizer.
+        network: waiting for collectives that nothing on the core hides.
+    """
+
+    products: float = 0.0
+    attention: float = 0.0
+    head: float = 0.0
+    norms: float = 0.0
+    copies: float = 0.0
+    other: float = 0.0
+    network: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """The whole step."""
+        return sum(self.model_dump().values())
 
 
 class Buffer(Record):
@@ -49,10 +90,20 @@ class Buffer(Record):
 
 
 class Target(RunKey):
-    """A compiled training step on a topology."""
+    """A compiled training step on a topology.
+
+    Attributes:
+        device_kind: what JAX calls a device of the topology, there and where it is real.
+        chips: of the topology that the mesh uses; a chip of some TPUs is two devices.
+        estimated_step_seconds: see `StepTime`; no less than the lower bound. None where the compiler does not say.
+        share_of_peak: of that time, what the matrix products take at the chip's peak rate.
+        price_per_chip_hour: of the settings, in their currency.
+    """
 
     topology: str
+    device_kind: str = ""
     devices: int
+    chips: int = 0
     parameters: int = 0
     trainable_parameters: int = 0
     fits: bool
@@ -76,7 +127,10 @@ class Target(RunKey):
     compute_seconds: float | None = None
     memory_seconds: float | None = None
     network_seconds: float | None = None
-    measured_step_seconds: float | None = None
+    estimated_step_seconds: float | None = None
+    step_time: StepTime | None = None
+    share_of_peak: float | None = None
+    price_per_chip_hour: float | None = None
     compile_seconds: float | None = None
     largest: list[Buffer] = Field(default_factory=list)
     fallbacks: list[Fallback] = Field(default_factory=list)
@@ -108,8 +162,16 @@ class Estimate(Record):
     collectives: dict[str, int] = Field(default_factory=dict)
     step_seconds_lower_bound: float | None = None
     bound_by: str | None = None
+    estimated_step_seconds: float | None = None
+    step_time: StepTime | None = None
     tokens_per_second_upper_bound: float | None = None
+    tokens_per_second: float | None = None
     extrapolated: dict[str, float] | None = None
+
+    @property
+    def speed(self) -> float:
+        """Tokens per second by the estimate, else by the lower bound of the step time; 0.0 where neither is known."""
+        return self.tokens_per_second or self.tokens_per_second_upper_bound or 0.0
 
 
 class Search(Record):

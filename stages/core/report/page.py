@@ -38,7 +38,7 @@ from stages.core.report.figures import (
 )
 from stages.core.report.inputs import VARIANTS, Inputs
 from stages.core.report.mesh_picture import mesh_picture
-from stages.core.report.plan_section import plan_view
+from stages.core.report.plan_section import Training, plan_view
 from stages.core.report.text import binary, percent, quantity
 
 PACKAGES = ("keras", "keras-hub", "jax", "jaxlib")
@@ -71,6 +71,14 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def training(inputs: Inputs, params: Params) -> Training:
+    """Return how much the run trains on, as far as it is known."""
+    settings = params.finetune
+    sequences = inputs.tokenize.train.sequences if inputs.tokenize else None
+    positions = None if sequences is None else sequences * params.tokenize.length * settings.epochs
+    return Training(positions, settings.gradient_accumulation, settings.steps)
 
 
 def numbers(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -164,7 +172,13 @@ def render(inputs: Inputs, params: Params) -> str:
         memory=memory(inputs.sharding),
         fallbacks=fallbacks(inputs.sharding),
         plan=inputs.plan
-        and plan_view(inputs.plan, run_as_planned(sharding, params), sharding.mesh.device_kind, inputs.finetune),
+        and plan_view(
+            inputs.plan,
+            run_as_planned(sharding, params),
+            sharding.mesh.device_kind,
+            inputs.finetune,
+            training(inputs, params),
+        ),
         numbers={name: numbers(record.content()) for name, record in inputs.metrics.items() if record},
         metrics_files=[metrics(name) for name in inputs.metrics],
         settings=settings(params),

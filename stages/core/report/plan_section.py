@@ -1,6 +1,6 @@
 """The report's section on the plan: rows with units and charts of targets, search and scaling.
 
-All times are lower bounds and are called so; every figure of the search says whether it was compiled whole or
+A time is called a lower bound or an estimate; every figure of the search says whether it was compiled whole or
 extrapolated from programs of two and four blocks.
 """
 
@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from stages.core.common.sizes import GIB
 from stages.core.records.finetune import FinetuneMetrics
-from stages.core.records.plan import Estimate, PlanFile, RunKey, Scaling, Search, Target
+from stages.core.records.plan import Estimate, PlanFile, RunKey, Scaling, Search, StepTime, Target
+from stages.core.records.planned import Beside, beside, targets_of
 from stages.core.report.axes import Point
 from stages.core.report.line_charts import LineChart, series_chart
 from stages.core.report.text import NBSP, NONE, binary, duration, percent, signed
@@ -23,7 +25,27 @@ PARTS = ("weight", "lora", "optimizer", "temporary")
 WIDEST = 130.0
 
 
-def plan_view(plan: PlanFile, run: RunKey, platform: str, measured: FinetuneMetrics | None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Training:
+    """How much is trained: positions of all epochs (None: not known yet), batches per step, and steps if they are set.
+
+    A target with another batch or length takes as many steps as pass the same positions.
+    """
+
+    positions: int | None
+    batches_per_step: int
+    steps: int | None
+
+    def steps_of(self, target: RunKey) -> int | None:
+        """Return how many steps the training takes with a target's batches."""
+        if self.steps or not self.positions or not target.positions():
+            return self.steps
+        return max(1, math.ceil(self.positions / (target.positions() * self.batches_per_step)))
+
+
+def plan_view(
+    plan: PlanFile, run: RunKey, platform: str, measured: FinetuneMetrics | None, training: Training
+) -> dict[str, Any]:
     """Return what the template shows of a plan.
 
     Args:
@@ -31,15 +53,14 @@ def plan_view(plan: PlanFile, run: RunKey, platform: str, measured: FinetuneMetr
         run: how the model was trained.
         platform: of the devices it was trained on; `cpu` for simulated ones.
         measured: what `finetune` measured; None where it did not.
+        training: how much is trained.
     """
     return {
         "targets": [_target(label, target) for label, target in plan.targets.items()],
-        "measured": [
-            sentence
-            for target in plan.targets.values()
-            if measured and target.topology.startswith("cpu:") == (platform == "cpu") and run.matches(target)
-            for sentence in _beside_measured(target, measured)
-        ],
+        "times": [_time(label, target, training) for label, target in plan.targets.items() if target.step_time],
+        "parts": list(StepTime.model_fields),
+        "priced": any(target.price_per_chip_hour for target in plan.targets.values()),
+        "measured": [_compared(each) for each in _beside(plan, run, platform, measured)],
         "search": plan.search and _search(plan.search),
         "scaling": plan.scaling and _scaling(plan.scaling),
     }
@@ -60,7 +81,6 @@ def _target(label: str, target: Target) -> dict[str, Any]:
         "collectives": [f"{each.count:,} {kind}" for kind, each in target.collectives.items()],
         "wire": NONE if target.interconnect_bytes_per_step is None else binary(target.interconnect_bytes_per_step),
         "bound": _bound(target.step_seconds_lower_bound, target.bound_by),
-        "measured": target.measured_step_seconds and duration(target.measured_step_seconds),
         "largest": [
             f"{binary(each.bytes)} {each.shape} {each.operator}".strip() for each in target.largest if not target.fits
         ],
@@ -79,30 +99,51 @@ def _bar(sizes: Mapping[str, int | None], needed: int | None, memory: int) -> li
     return pieces
 
 
-def _beside_measured(target: Target, measured: FinetuneMetrics) -> list[str]:
-    """Return the planned figures of this run next to the measured ones."""
-    found = []
-    if target.argument_bytes_per_device:
-        planned = target.argument_bytes_per_device - target.batch_bytes_per_device
-        found.append(f"State per device: {_compared(planned, measured.state_bytes_per_device)}.")
-    if target.topology.startswith("cpu:") and target.temporary_bytes_per_device:
-        if grown := measured.step_growth_bytes:
-            planned = target.devices * target.temporary_bytes_per_device
-            found.append(f"Temporaries of all {target.devices} simulated devices: {_compared(planned, grown)}.")
-    elif target.needed_bytes_per_device and (peak := measured.peak_device_bytes):
-        found.append(
-            f"Memory needed per device ({target.topology}): {_compared(target.needed_bytes_per_device, peak)}."
-        )
-    return found
+def _beside(plan: PlanFile, run: RunKey, platform: str, measured: FinetuneMetrics | None) -> list[Beside]:
+    """Return the figures of this run that its plan tells too."""
+    if measured is None:
+        return []
+    return [each for target in targets_of(plan, run, platform, measured) for each in beside(target, measured)]
 
 
-def _compared(planned: int, measured: int) -> str:
-    off = "to the byte" if planned == measured else f"{signed(100 * (planned / measured - 1), 1)} %"
-    return f"{binary(planned)} planned, {binary(measured)} measured ({off})"
+def _time(label: str, target: Target, training: Training) -> dict[str, Any]:
+    """Return how long a target's step takes, by what, and what the whole training takes."""
+    seconds, steps = target.estimated_step_seconds or 0.0, training.steps_of(target)
+    whole = None if steps is None else steps * seconds
+    price = target.price_per_chip_hour
+    return {
+        "label": label,
+        "bound": _bound(target.step_seconds_lower_bound, target.bound_by),
+        "estimate": duration(seconds),
+        "share": NONE if target.share_of_peak is None else percent(target.share_of_peak),
+        "parts": [duration(value) for _, value in target.step_time or ()],
+        "steps": NONE if steps is None else f"{steps:,}",
+        "whole": NONE if whole is None else duration(whole),
+        "price": NONE if whole is None or not price else f"{whole / 3600 * target.chips * price:,.2f}",
+    }
+
+
+def _compared(each: Beside) -> str:
+    """Return a figure planned and measured, in a sentence."""
+    told = duration if each.seconds else binary
+    off = "to the byte" if each.planned == each.measured else f"{signed(100 * (each.planned / each.measured - 1), 1)} %"
+    least = "at least " if each.at_least else ""
+    return f"{each.what}: {least}{told(each.planned)} planned, {told(each.measured)} measured ({off})."
 
 
 def _bound(seconds: float | None, limit: str | None) -> str:
     return NONE if seconds is None else f"{duration(seconds)} ({limit})"
+
+
+def _estimate(each: Estimate) -> str:
+    return NONE if each.estimated_step_seconds is None else duration(each.estimated_step_seconds)
+
+
+def _tokens(each: Estimate) -> str:
+    """Return tokens per second; where there is but a bound of the time, no more than these."""
+    if not each.speed:
+        return NONE
+    return f"{each.speed:,.0f}" if each.tokens_per_second else f"\N{LESS-THAN OR EQUAL TO}{NBSP}{each.speed:,.0f}"
 
 
 def _search(search: Search) -> dict[str, Any]:
@@ -120,7 +161,8 @@ def _search(search: Search) -> dict[str, Any]:
                 else each.reason or "does not fit",
                 "needed": NONE if each.needed_bytes is None else binary(each.needed_bytes),
                 "bound": _bound(each.step_seconds_lower_bound, each.bound_by),
-                "tokens": f"{each.tokens_per_second_upper_bound:,.0f}" if each.tokens_per_second_upper_bound else NONE,
+                "estimate": _estimate(each),
+                "tokens": _tokens(each),
             }
             for each in search.candidates
         ],
@@ -151,7 +193,8 @@ def _scaling(scaling: Scaling) -> dict[str, Any]:
                 "collectives": [f"{count:,} {kind}" for kind, count in each.collectives.items()],
                 "wire": NONE if each.interconnect_bytes is None else binary(each.interconnect_bytes),
                 "bound": _bound(each.step_seconds_lower_bound, each.bound_by),
-                "tokens": f"{each.tokens_per_second_upper_bound:,.0f}" if each.tokens_per_second_upper_bound else NONE,
+                "estimate": _estimate(each),
+                "tokens": _tokens(each),
             }
             for each in scaling.rows
         ],
@@ -170,6 +213,13 @@ def _charts(x_name: str, points: Sequence[Estimate], by: Any, x: Any, level: tup
                 found.setdefault(by(each), {})[x(each)] = value(each)
         return [(name, sorted(values.items())) for name, values in found.items()]
 
+    estimated = all(each.estimated_step_seconds for each in points if each.step_seconds_lower_bound)
+    kind = "estimate" if estimated else "lower bound"
+
+    def milliseconds(each: Estimate) -> float | None:
+        seconds = each.estimated_step_seconds if estimated else each.step_seconds_lower_bound
+        return seconds and seconds * 1e3
+
     charts: list[LineChart | None] = [
         series_chart(
             "Memory needed per device",
@@ -180,15 +230,15 @@ def _charts(x_name: str, points: Sequence[Estimate], by: Any, x: Any, level: tup
         ),
         series_chart(
             "Step time",
-            "ms, lower bound",
+            f"ms, {kind}",
             x_name,
-            lines(lambda each: each.step_seconds_lower_bound and each.step_seconds_lower_bound * 1e3),
+            lines(milliseconds),
         ),
         series_chart(
             "Tokens per second",
-            "thousands, upper bound",
+            "thousands, estimate" if estimated else "thousands, upper bound",
             x_name,
-            lines(lambda each: each.tokens_per_second_upper_bound and each.tokens_per_second_upper_bound / 1e3),
+            lines(lambda each: each.speed and each.speed / 1e3),
         ),
         series_chart(
             "Sent to other devices",
