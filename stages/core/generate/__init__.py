@@ -1,1 +1,3 @@
-"""Prompts, and sampling from a model. Imports `model`, `tokenize` and `presets`."""
+"""Prompts, and sampling from a model.
+Imports `load`, `model`, `tokenize`, `presets`, `config` and `common`.
+"""

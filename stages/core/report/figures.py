@@ -206,7 +206,8 @@ def pairs(generations: dict[str, list[Generation]]) -> list[dict[str, Any]]:
             # A prompt may be given twice: the second one here belongs with the second one there.
             place = (generation.prompt, seen[generation.prompt])
             seen[generation.prompt] += 1
-            row = rows.setdefault(place, {"prompt": generation.prompt, "baseline": None, "tuned": None})
+            empty = {"prompt": generation.prompt, "sample": generation.sample, "baseline": None, "tuned": None}
+            row = rows.setdefault(place, empty)
             row[variant] = generation.text
     return list(rows.values())
 
