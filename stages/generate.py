@@ -28,13 +28,13 @@ def main(run: Run, variant: str | None, prompt: tuple[str, ...], chat: bool) -> 
     if not (variant or prompt or chat):
         raise click.UsageError("Missing option '--variant'. It may be left out with --prompt or --chat.")
     from stages.core.common import paths
-    from stages.core.generate import prompting
+    from stages.core.generate import diversity, prompting
     from stages.core.generate.chat import converse
     from stages.core.generate.sides import open_sides
     from stages.core.generate.texts import InOrder
     from stages.core.load import variants
     from stages.core.presets.formats import format_of
-    from stages.core.records.generate import GenerateMetrics, Generation
+    from stages.core.records.generate import Generation
 
     def write(text: str) -> None:
         click.echo(text, nl=False)
@@ -57,6 +57,8 @@ def main(run: Run, variant: str | None, prompt: tuple[str, ...], chat: bool) -> 
         return
     headings = [text + "\n" * settings.chat_template for text in texts for _ in range(samples)]
     for side in sides:
+        if len(sides) > 1:
+            write(f"[{side.variant}]\n")
         logger.info(
             f"Generating up to {settings.max_tokens} tokens for each of {len(headings)} texts with {side.variant} ..."
         )
@@ -73,11 +75,7 @@ def main(run: Run, variant: str | None, prompt: tuple[str, ...], chat: bool) -> 
             for (text, number), each in zip(numbered, found, strict=True)
         ],
     )
-    count = sum(len(row) for row in tokens)
-    run.write_metrics(
-        f"generate-{sides[0].variant}",
-        GenerateMetrics(prompts=len(prompts), tokens=count, tokens_per_second=round(count / seconds, 2)),
-    )
+    run.write_metrics(f"generate-{sides[0].variant}", diversity.metrics(len(prompts), tokens, seconds))
 
 
 if __name__ == "__main__":

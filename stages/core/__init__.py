@@ -7,8 +7,8 @@ Each line needs only lines below it, so there are no cycles.
     plan      -> finetune load model tokenize sharding fetch presets config records common files
     cache     -> finetune
     finetune  -> generate load model tokenize sharding presets config records common files
-    generate  -> load model tokenize presets config common
-    evaluate  -> tokenize sharding records common files
+    generate  -> load model tokenize presets config records common
+    evaluate  -> tokenize sharding presets records common files
     model     -> sharding presets common
     load      -> sharding presets records common files
     prepare   -> fetch presets config records common files

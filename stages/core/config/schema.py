@@ -234,8 +234,9 @@ class Generate(Section):
 
 
 class Evaluate(Section):
-    """How the held-out loss is measured."""
+    """How the held-out loss is measured, and what else."""
 
+    tasks: Annotated[list[Literal["sentiment"]], Field(min_length=1)] | None
     max_length: Annotated[int, Field(ge=8, le=131072)]
     batch_tokens: Annotated[int, Field(ge=1, le=2**24)]
 

@@ -1,3 +1,3 @@
-"""Prompts, and sampling from a model.
-Imports `load`, `model`, `tokenize`, `presets`, `config` and `common`.
+"""Prompts, sampling from a model, and what is written at the terminal.
+Imports `load`, `model`, `tokenize`, `presets`, `config`, `records` and `common`.
 """

@@ -14,8 +14,15 @@ class Generation(LineRecord):
 
 
 class GenerateMetrics(FileRecord):
-    """Continuing the prompts: how many, and the new tokens of all samples."""
+    """Continuing the prompts: how many, and the new tokens of all samples.
+
+    Of sequences of tokens: `distinct_n_fraction`, those of n that differ, of all; `repeated_4_fraction`, those of four
+    that their text had before. Absent where no text is that long.
+    """
 
     prompts: int
     tokens: int
     tokens_per_second: float
+    distinct_1_fraction: OrAbsent[float] = None
+    distinct_2_fraction: OrAbsent[float] = None
+    repeated_4_fraction: OrAbsent[float] = None
