@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import pytest
 
-from stages.core.model import decoder, tied_table
+from stages.core.model import decoder, kv_cache, tied_table
 from stages.core.model.causal_lm import make_model
 from tests.support.repository import FAMILIES
 from tests.support.tiny_models import AUTO, keras_hub_reads, load_tiny, sequences
@@ -110,7 +110,10 @@ def test_one_token_at_a_time_with_a_cache_gives_the_same_hidden_states(presets, 
     @jax.jit
     def step(values, ids, place, caches):
         with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))):
-            return decoder.read_token(model.backbone, embedded(ids), place, padding, caches, constrain=causal.constrain)
+            hidden, news = decoder.read_token(
+                model.backbone, embedded(ids), place, padding, caches, constrain=causal.constrain
+            )
+            return hidden, [kv_cache.added(cache, *new, place) for cache, new in zip(caches, news, strict=True)]
 
     values = [variable.value for variable in variables]
     rows = [
@@ -119,7 +122,7 @@ def test_one_token_at_a_time_with_a_cache_gives_the_same_hidden_states(presets, 
     rows = np.stack(rows)
     hidden, caches = begin(values, rows[:, :width])
     windows = [layer.attention.use_sliding_window_attention for layer in model.backbone.transformer_layers]
-    assert [cache[0].shape[1] for cache in caches] == [8 if window else LENGTH for window in windows]
+    assert [cache[0].shape[2] for cache in caches] == [8 if window else LENGTH for window in windows]
     for place in range(width, LENGTH + 1):
         expected = np.stack([whole[row, place - 1 - pad] for row, pad in enumerate(padding)])
         np.testing.assert_allclose(np.asarray(hidden), expected, **TOLERANCE)

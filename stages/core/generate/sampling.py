@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from stages.core.generate.choosing import Choice, Drawing, choose
-from stages.core.model import decoder, tied_table
+from stages.core.model import decoder, kv_cache, tied_table
 from stages.core.model.causal_lm import CausalModel
 
 # Tokens between two looks at what there is: a part of a second on a CPU, so that text appears as it is written.
@@ -251,7 +251,7 @@ def _go_on(
         def body(carry: Any) -> Any:
             done, state, output = carry
             embedded = model.constrain(tied_table.embed(table, state.token[:, None], model.head_plan), "hidden")
-            hidden, caches = decoder.read_token(
+            hidden, news = decoder.read_token(
                 model.backbone,
                 embedded,
                 state.place,
@@ -263,6 +263,11 @@ def _go_on(
             seen = state.seen | (jnp.arange(state.seen.shape[1]) == state.token[:, None])
             token = _next(model, rows, table, hidden, seen, state.made, state.token != stop)
             output = jax.lax.dynamic_update_slice(output, token[:, None], (0, done))
+            # No token is below 0, which the compiler does not know: by this it sees that the caches are read before
+            # they are written, and changes them in place.
+            place = state.place + jnp.minimum(jnp.min(token), 0)
+            pairs = zip(state.caches, news, strict=True)
+            caches = tuple(kv_cache.added(cache, *new, place) for cache, new in pairs)
             return done + 1, State(state.place + 1, state.made + 1, token, seen, caches), output
 
         output = jnp.full((live.shape[0], CHUNK), stop, jnp.int32)
@@ -303,5 +308,6 @@ def _laid_out(model: CausalModel, state: State) -> State:
         place=hold(state.place),
         made=hold(state.made),
         token=hold(state.token, "batch"),
+        caches=tuple(tuple(model.constrain(each, "cache") for each in cache) for cache in state.caches),
         seen=hold(state.seen, "batch", vocabulary),
     )

@@ -40,7 +40,7 @@ class Side:
         self, prompts: Sequence[Sequence[int]], seed: int, *, samples: int = 1, show: Show | None = None
     ) -> tuple[list[str], list[list[int]]]:
         """Return the text of each row, and its tokens; arguments and rows are those of `Sampler`."""
-        texts = Texts(self.tokenizer, len(prompts) * samples, self.settings.stop_strings, show)
+        texts = Texts(self.tokenizer, len(prompts) * samples, self.settings.stop_strings or (), show)
         tokens = self.sampler(prompts, seed, samples=samples, listen=texts, values=self.values)
         return texts.texts, tokens
 

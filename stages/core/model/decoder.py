@@ -17,15 +17,16 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
+from stages.core.model import kv_cache
+from stages.core.model.kv_cache import Cache
 from stages.core.model.lora import Dropout
 from stages.core.model.products import product
 from stages.core.model.rotary import Rotary
 from stages.core.model.tensor_parallel import Projections
 from stages.core.presets.architecture import FAMILIES
 
-Cache = tuple[jax.Array, jax.Array]
-# Takes a block's new keys and values and returns those to attend to.
-Remember = Callable[[jax.Array, jax.Array], Cache]
+# Takes a block's queries, keys and values (batch, length, heads, head) and returns what each query attends to.
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 # Constrains an activation's sharding by its role (see causal_lm.activation_layout).
 Constrain = Callable[[jax.Array, str], jax.Array]
 # One device: nothing is split.
@@ -95,7 +96,7 @@ def hidden_states(
         def block(x: jax.Array, layer: Any = layer) -> jax.Array:
             window = _window(layer, positions, positions)
             allowed = mask if window is None else mask & window
-            return _block(run, layer, x, allowed)
+            return _block(run, layer, x, _among_themselves(layer, allowed))
 
         x = jax.checkpoint(block)(x) if rematerialize else block(x)
     return _norm(backbone.layer_norm, x)
@@ -121,9 +122,8 @@ def read_prompts(
         constrain: sets the sharding of activations.
 
     Returns:
-        (batch, hidden), and a cache a block: (batch, places, key/value heads, head) in the compute dtype, with as many
-        places as the capacity, or as the sliding window where that is smaller. Token t of a row, counted from the first
-        of its padding, is at place t modulo their number.
+        (batch, hidden), and a cache a block, in the compute dtype, with as many places as the capacity, or as the
+        sliding window where that is smaller. A row's padding counts among its tokens.
     """
     width = token_embeddings.shape[1]
     # The same row for the whole batch: the compiler folds the sliding windows once.
@@ -136,12 +136,16 @@ def read_prompts(
     for layer in backbone.transformer_layers:
         window = _window(layer, places, places)
 
-        def remember(key: jax.Array, value: jax.Array, layer: Any = layer) -> Cache:
-            size = _cache_size(layer, capacity)
-            caches.append((constrain(_latest(key, size), "key"), constrain(_latest(value, size), "key")))
-            return key, value
+        mix = _among_themselves(layer, mask if window is None else mask & window)
 
-        x = _block(run, layer, x, mask if window is None else mask & window, remember)
+        def attend(
+            query: jax.Array, key: jax.Array, value: jax.Array, layer: Any = layer, mix: Attend = mix
+        ) -> jax.Array:
+            size = _cache_size(layer, capacity)
+            caches.append((kv_cache.latest(key, size), kv_cache.latest(value, size)))
+            return mix(query, key, value)
+
+        x = _block(run, layer, x, attend)
     return _norm(backbone.layer_norm, x[:, -1]), tuple(caches)
 
 
@@ -154,8 +158,8 @@ def read_token(
     *,
     constrain: Constrain = unconstrained,
     projections: Projections = SINGLE,
-) -> tuple[jax.Array, tuple[Cache, ...]]:
-    """Return the hidden states of one new token a row, and the caches with it in.
+) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array]]]:
+    """Return the hidden states of one new token a row, and its key and value in each block, to be added to the cache.
 
     Args:
         backbone: a GemmaBackbone or Gemma3Backbone.
@@ -166,38 +170,33 @@ def read_token(
         constrain: sets the sharding of activations.
 
     Returns:
-        (batch, hidden), and the caches.
+        (batch, hidden), and a pair of (batch, 1, key/value heads, head) a block.
     """
     run = _Pass(backbone, constrain, projections, _rotary(backbone, (place - padding)[:, None]), None)
     x = _scale(backbone, token_embeddings)
-    updated: list[Cache] = []
+    found: list[tuple[jax.Array, jax.Array]] = []
     for layer, cache in zip(backbone.transformer_layers, caches, strict=True):
-        size = cache[0].shape[1]
-        # The token at each place of the cache, once the new one is in; a sliding window has no place for older ones.
-        held = place - (place - jnp.arange(size, dtype=jnp.int32)) % size
+        mask = kv_cache.before(cache[0].shape[2], place, padding)
 
-        def remember(key: jax.Array, value: jax.Array, cache: Cache = cache, size: int = size) -> Cache:
-            at = (0, place % size, 0, 0)
-            keys, values = (jax.lax.dynamic_update_slice(*each, at) for each in zip(cache, (key, value), strict=True))
-            updated.append((constrain(keys, "key"), constrain(values, "key")))
-            return updated[-1]
+        def attend(
+            query: jax.Array,
+            key: jax.Array,
+            value: jax.Array,
+            layer: Any = layer,
+            cache: Cache = cache,
+            mask: jax.Array = mask,
+        ) -> jax.Array:
+            found.append((key, value))
+            return kv_cache.attend(query, key, value, cache, mask, layer.attention.logit_soft_cap)
 
-        x = _block(run, layer, x, (held >= padding[:, None])[:, None, :], remember)
-    return _norm(backbone.layer_norm, x[:, 0]), tuple(updated)
+        x = _block(run, layer, x, attend)
+    return _norm(backbone.layer_norm, x[:, 0]), found
 
 
 def _cache_size(layer: Any, capacity: int) -> int:
     """Return how many tokens of a row a block's cache has places for."""
     attention = layer.attention
     return min(capacity, attention.sliding_window_size) if attention.use_sliding_window_attention else capacity
-
-
-def _latest(x: jax.Array, size: int) -> jax.Array:
-    """Return keys or values (batch, width, heads, head) in a cache of `size` places: token t at t modulo `size`."""
-    width = x.shape[1]
-    if width <= size:
-        return jnp.pad(x, ((0, 0), (0, size - width), (0, 0), (0, 0)))
-    return jnp.roll(x[:, width - size :], width % size, axis=1)
 
 
 def _scale(backbone: keras.Model, token_embeddings: jax.Array) -> jax.Array:
@@ -228,10 +227,20 @@ def _window(layer: Any, queries: jax.Array, keys: jax.Array) -> jax.Array | None
     return queries[:, :, None] - keys[:, None, :] < attention.sliding_window_size
 
 
-def _block(run: _Pass, layer: Any, x: jax.Array, mask: jax.Array, remember: Remember | None = None) -> jax.Array:
+def _among_themselves(layer: Any, mask: jax.Array) -> Attend:
+    """Return attention of the queries of a pass to its own keys, as the mask (batch, queries, keys) allows."""
+
+    def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        # Logits and their softmax grow with the square of the length, and are soon computed again: they are not kept.
+        return jax.checkpoint(_mix, static_argnums=4)(query, key, value, mask, layer.attention.logit_soft_cap)
+
+    return attend
+
+
+def _block(run: _Pass, layer: Any, x: jax.Array, attend: Attend) -> jax.Array:
     """One decoder block: attention and feed-forward, each with its norms and residual."""
     h = _norm(layer.pre_attention_norm, x)
-    h = _attention(run, layer.attention, h, mask, remember)
+    h = _attention(run, layer.attention, h, attend)
     if layer.use_post_attention_norm:
         h = _norm(layer.post_attention_norm, h)
     x = x + h
@@ -245,7 +254,7 @@ def _block(run: _Pass, layer: Any, x: jax.Array, mask: jax.Array, remember: Reme
     return x + h
 
 
-def _attention(run: _Pass, attention: Any, x: jax.Array, mask: jax.Array, remember: Remember | None) -> jax.Array:
+def _attention(run: _Pass, attention: Any, x: jax.Array, attend: Attend) -> jax.Array:
     """Grouped-query attention: (batch, length, hidden) to the same."""
     layers = [attention.query_dense, attention.key_dense, attention.value_dense]
     query, key, value = run.projections.columns(layers, x, run.dropout)
@@ -256,16 +265,12 @@ def _attention(run: _Pass, attention: Any, x: jax.Array, mask: jax.Array, rememb
     # Constrain again after RoPE so that the backward pass reuses the gathered keys; XLA would gather them again.
     query = run.constrain(run.rotary(attention.rope_layer, query), "query")
     key = run.constrain(run.rotary(attention.rope_layer, key), "key")
-    if remember is not None:
-        key, value = remember(key, value)
     # keras-hub 0.32 builds every block with query_head_dim_normalize=True, whatever the backbone's argument says: the
     # 27B models would be scaled by 1/sqrt(128) instead of 1/sqrt(144) (Gemma 2) and 1/sqrt(168) (Gemma 3).
     per_head = (
         run.backbone.head_dim if run.backbone.query_head_dim_normalize else run.backbone.hidden_dim // query.shape[2]
     )
-    query = query * jnp.asarray(per_head**-0.5, query.dtype)
-    # Logits and their softmax grow with the square of the length, and are soon computed again: they are not kept.
-    mixed = jax.checkpoint(_mix, static_argnums=4)(query, key, value, mask, attention.logit_soft_cap)
+    mixed = attend(query * jnp.asarray(per_head**-0.5, query.dtype), key, value)
     mixed = run.constrain(run.constrain(mixed, "query"), "mixed")
     return run.constrain(run.projections.rows(attention.output_dense, mixed, run.dropout), "hidden")
 

@@ -54,18 +54,34 @@ def apply(
     divided: bool = False,
 ) -> jax.Array:
     """Do what `project` does with the layer's arrays, or a device's parts of them, given."""
-    y = base(layer, x, arrays)
+    y = base(layer, x, arrays, divided=divided)
     if "lora_kernel_a" not in arrays:
         return y
     into = x if dropout is None else dropout(x, layer.path)
     return y + widen(layer, narrowed(layer, into, arrays["lora_kernel_a"]), arrays, divided=divided)
 
 
-def base(layer: Any, x: jax.Array, arrays: dict[str, jax.Array]) -> jax.Array:
-    """Return x W, in the compute dtype."""
+def base(layer: Any, x: jax.Array, arrays: dict[str, jax.Array], *, divided: bool = False) -> jax.Array:
+    """Return x W, in the compute dtype; `divided` as for `widen`."""
     kernel = arrays["kernel"]
+    if x.shape[1] == 1 and kernel.ndim == 3 and not divided:
+        return _of_one_token(layer, x, kernel.astype(x.dtype))
     # A frozen kernel has no gradient, for which x would be kept.
     return product(layer.equation, x, kernel if kernel_of(layer).trainable else kernel.astype(x.dtype))
+
+
+def _of_one_token(layer: Any, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Return x W for one token a row, without a gradient of W, as products that take W as it lies.
+
+    From the equation as it stands XLA on the CPU copies W with its dimensions in another order, for every token.
+    """
+    rows = x.reshape(x.shape[0], -1)
+    if x.ndim == 4:
+        return (rows @ kernel.reshape(-1, kernel.shape[-1]))[:, None]
+    if kernel.shape[0] == 1:
+        return (rows @ kernel[0])[:, None, None]
+    alike = jnp.broadcast_to(rows, (kernel.shape[0], *rows.shape))
+    return jnp.swapaxes(jax.lax.dot_general(alike, kernel, (((2,), (1,)), ((0,), (0,)))), 0, 1)[:, None]
 
 
 def narrowed(layer: Any, x: jax.Array, a: jax.Array) -> jax.Array:

@@ -62,7 +62,8 @@ def logits(hidden: jax.Array, table: jax.Array, vocabulary: int, plan: HeadPlan)
     Returns:
         float32 (tokens, vocabulary).
     """
-    z = jnp.einsum("nd,vd->nv", hidden, table, preferred_element_type=jnp.float32)
+    # The table first: as the second operand XLA on the CPU would pack all of it anew.
+    z = jnp.einsum("vd,nd->vn", table, hidden, preferred_element_type=jnp.float32).T
     if plan.mesh is not None:
         split = NamedSharding(plan.mesh, P(plan.batch_axis, plan.vocabulary_axis))
         z = jax.lax.with_sharding_constraint(z, split)[:, :vocabulary]
