@@ -10,7 +10,7 @@ Command: `python -m tests.benchmarks.bench_generate --against HEAD~1`
 from __future__ import annotations
 
 import dataclasses
-import inspect
+import functools
 import json
 import os
 import shutil
@@ -62,17 +62,17 @@ def decoding(shape: tuple[int, int], root: Path) -> tuple[Callable[[], float], i
     size = sum(variable.value.nbytes for variable in model.backbone.variables if "lora" not in variable.path)
     tokenizer = format_of(preset.manifest.format).load_tokenizer(preset.folder)
     prompts = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in PROMPTS[:BATCH]]
+    # No text of theirs holds `<pad>`. Before, the settings were the sampler's own, and two more had no default.
     if hasattr(lora, "merge"):
         lora.merge(model.backbone)
-    # No text of theirs holds `<pad>`; the commits before took two settings more, one by one.
-    stops = {"stop_ids": (tokenizer.pad,)}
-    old = {"temperature": 0.0, "top_k": None}
-    takes = inspect.signature(SamplerSettings).parameters
-    sampler = Sampler(causal, SamplerSettings(COUNT, **stops, **{key: old[key] for key in old if key in takes}))
+        continued = functools.partial(Sampler(causal), prompts, SamplerSettings(COUNT, (tokenizer.pad,)))
+    else:
+        settings = SamplerSettings(COUNT, temperature=0.0, top_k=None, stop_ids=(tokenizer.pad,))
+        continued = functools.partial(Sampler(causal, settings), prompts, 0)
 
     def turn() -> float:
         began = time.perf_counter()
-        found = sampler(prompts, 0)
+        found = continued()
         seconds = time.perf_counter() - began
         if [len(ids) for ids in found] != [COUNT] * BATCH:
             raise RuntimeError(f"every text must have {COUNT} tokens")

@@ -85,22 +85,17 @@ class State(NamedTuple):
 class Sampler:
     """Continues prompts with a model; the programs are compiled once for each width of prompts and number of rows."""
 
-    def __init__(self, model: CausalModel, settings: SamplerSettings) -> None:
-        """Compile nothing yet.
-
-        Args:
-            model: the model; each call takes the weights that it has then.
-            settings: how to continue.
-        """
+    def __init__(self, model: CausalModel) -> None:
+        """Compile nothing yet; each call takes the weights that the model has then."""
         self._model = model
-        self._settings = settings
         self.begin = jax.jit(functools.partial(_begin, model), static_argnames="capacity")
         self.go_on = jax.jit(functools.partial(_go_on, model), donate_argnames="state")
 
     def __call__(
         self,
         prompts: Sequence[Sequence[int]],
-        seed: int,
+        settings: SamplerSettings,
+        seed: int = 0,
         *,
         samples: int = 1,
         listen: Listener | None = None,
@@ -110,6 +105,7 @@ class Sampler:
 
         Args:
             prompts: token ids with BOS first, of any lengths.
+            settings: how to continue.
             seed: of the sampling; sample j of prompt i has the stream (seed, i, j).
             samples: continuations of each prompt.
             listen: told of new tokens as they come, and asked whether a row ends there.
@@ -128,7 +124,7 @@ class Sampler:
             def told(row: int, new: list[int], ended: bool, start: int = start) -> bool:
                 return listen is not None and listen(start + row, new, ended)
 
-            found += self._continued(held, numbered[start : start + most], seed, told)
+            found += self._continued(held, numbered[start : start + most], settings, seed, told)
         return found
 
     @property
@@ -140,13 +136,14 @@ class Sampler:
         self,
         values: list[jax.Array],
         numbered: Sequence[tuple[Sequence[int], tuple[int, int]]],
+        settings: SamplerSettings,
         seed: int,
         listen: Listener,
     ) -> list[list[int]]:
         """Continue rows together; arguments as for `__call__`."""
-        count, most = len(numbered), self._settings.max_tokens
-        stop = self._settings.stop_ids[0]
-        ids, rows, seen = self._arrays(numbered, seed)
+        count, most = len(numbered), settings.max_tokens
+        stop = settings.stop_ids[0]
+        ids, rows, seen = self._arrays(numbered, settings, seed)
         # Rows beyond the prompts fill the batch up and count as finished.
         live = np.arange(len(ids)) < count
         capacity = ids.shape[1] + bucket(most)
@@ -169,10 +166,10 @@ class Sampler:
             tokens = np.asarray(tokens)[:, :wanted]
 
     def _arrays(
-        self, numbered: Sequence[tuple[Sequence[int], tuple[int, int]]], seed: int
+        self, numbered: Sequence[tuple[Sequence[int], tuple[int, int]]], settings: SamplerSettings, seed: int
     ) -> tuple[np.ndarray, Rows, np.ndarray]:
         """Return the prompts int32 (rows, width), each at the end of its row, the `Rows`, and `State.seen`."""
-        settings, table = self._settings, self._model.table
+        table = self._model.table
         size = -(-bucket(len(numbered), 1) // self._batch_devices) * self._batch_devices
         width = bucket(max(len(prompt) for prompt, _ in numbered))
         ids = np.zeros((size, width), np.int32)

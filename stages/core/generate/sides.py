@@ -34,14 +34,15 @@ class Side:
     tokenizer: Tokenizer
     sampler: Sampler
     values: list[jax.Array]
-    settings: Generate
+    settings: SamplerSettings
+    stop_strings: tuple[str, ...]
 
     def continued(
         self, prompts: Sequence[Sequence[int]], seed: int, *, samples: int = 1, show: Show | None = None
     ) -> tuple[list[str], list[list[int]]]:
         """Return the text of each row, and its tokens; arguments and rows are those of `Sampler`."""
-        texts = Texts(self.tokenizer, len(prompts) * samples, self.settings.stop_strings or (), show)
-        tokens = self.sampler(prompts, seed, samples=samples, listen=texts, values=self.values)
+        texts = Texts(self.tokenizer, len(prompts) * samples, self.stop_strings, show)
+        tokens = self.sampler(prompts, self.settings, seed, samples=samples, listen=texts, values=self.values)
         return texts.texts, tokens
 
 
@@ -62,6 +63,7 @@ def open_sides(
         StageError: as `load_variant`.
     """
     drawing = Drawing(settings.temperature, settings.top_k, settings.top_p, settings.min_p, settings.repetition_penalty)
+    stop_strings = tuple(settings.stop_strings or ())
     sampling = SamplerSettings(settings.max_tokens, stops, drawing, tokenizer.vocabulary_size)
 
     def load(name: str) -> CausalModel:
@@ -77,11 +79,11 @@ def open_sides(
         held = {"baseline": values(causal)}
         lora.merge(causal.backbone, keep_base=True)
         held["tuned"] = values(causal)
-        sampler = Sampler(causal, sampling)
-        return [Side(name, tokenizer, sampler, held[name], settings) for name in names]
+        sampler = Sampler(causal)
+        return [Side(name, tokenizer, sampler, held[name], sampling, stop_strings) for name in names]
     sides = []
     for name in names:
         causal = load(name)
         lora.merge(causal.backbone)
-        sides.append(Side(name, tokenizer, Sampler(causal, sampling), values(causal), settings))
+        sides.append(Side(name, tokenizer, Sampler(causal), values(causal), sampling, stop_strings))
     return sides

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import keras
 
-from stages.core.model.products import product
+from stages.core.model.products import few_rows, product
 from stages.core.sharding.keras_internals import kernel_of, layers_within, set_value
 
 # Drops out part of what goes into the adapter of the layer with a path.
@@ -64,7 +64,7 @@ def apply(
 def base(layer: Any, x: jax.Array, arrays: dict[str, jax.Array], *, divided: bool = False) -> jax.Array:
     """Return x W, in the compute dtype; `divided` as for `widen`."""
     kernel = arrays["kernel"]
-    if x.shape[1] == 1 and kernel.ndim == 3 and not divided:
+    if x.shape[1] == 1 and not divided:
         return _of_one_token(layer, x, kernel.astype(x.dtype))
     # A frozen kernel has no gradient, for which x would be kept.
     return product(layer.equation, x, kernel if kernel_of(layer).trainable else kernel.astype(x.dtype))
@@ -76,10 +76,10 @@ def _of_one_token(layer: Any, x: jax.Array, kernel: jax.Array) -> jax.Array:
     From the equation as it stands XLA on the CPU copies W with its dimensions in another order, for every token.
     """
     rows = x.reshape(x.shape[0], -1)
-    if x.ndim == 4:
-        return (rows @ kernel.reshape(-1, kernel.shape[-1]))[:, None]
+    if kernel.ndim == 2 or x.ndim == 4:
+        return few_rows(rows, kernel.reshape(-1, kernel.shape[-1]))[:, None]
     if kernel.shape[0] == 1:
-        return (rows @ kernel[0])[:, None, None]
+        return few_rows(rows, kernel[0])[:, None, None]
     alike = jnp.broadcast_to(rows, (kernel.shape[0], *rows.shape))
     return jnp.swapaxes(jax.lax.dot_general(alike, kernel, (((2,), (1,)), ((0,), (0,)))), 0, 1)[:, None]
 
