@@ -1,8 +1,8 @@
 """Matrix products in bfloat16 whose gradients are summed in float32, and products of few rows.
 
 Purpose of the first: the gradient of a weight is a sum over all tokens of a step: over those of a device, over the
-devices of the batch axis, over the batches of a group. Derived from `einsum(x, w.astype(bfloat16))` each part of that sum is rounded
-to bfloat16, 8 bits, before it is added: a part below 1/256 of the sum is lost.
+devices of the batch axis, over the batches of a group. Derived from `einsum(x, w.astype(bfloat16))` each part of that
+sum is rounded to bfloat16, 8 bits, before it is added: a part below 1/256 of the sum is lost.
 """
 
 from __future__ import annotations
