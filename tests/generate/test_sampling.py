@@ -144,7 +144,7 @@ def test_a_row_of_the_table_without_a_piece_is_never_chosen(sampler, shape, temp
     assert bound != free
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (2, 2), (1, 4)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (2, 2)], ids=str)
 def test_other_prompts_and_settings_compile_nothing(sampler, caplog, shape):
     run = sampler("gemma2", shape)
     run(PROMPTS, settings())
