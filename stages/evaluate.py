@@ -3,13 +3,15 @@
 Every review is read from its own BOS to its end. All three are over the tokens that are predicted, which `targets`
 counts: of reviews all, of pairs the responses'.
 
-Reads: `models/<variant>/`, the preset, `data/tokens/held_out.npz`; params `evaluate`.
+Reads: `models/<variant>/`, the preset, `data/tokens/held_out.npz`, with a task `data/imdb/validation.parquet`; params
+`evaluate`.
 Writes: `data/evaluations/<variant>.csv` (each review's loss), `data/metrics/evaluate-<variant>.json`.
 Command: `python -m stages.evaluate --variant tuned`
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 
 from stages.core.cli import Run, click, logger, stage
@@ -20,11 +22,12 @@ from stages.core.cli import Run, click, logger, stage
 def main(run: Run, variant: str) -> None:
     """Measure a variant of the model on whole held-out reviews."""
     logger.info(f"Loading {variant} to measure it ...")
-    from stages.core.common.paths import HELD_OUT, evaluation
-    from stages.core.evaluate import review_losses
+    from stages.core.common.paths import HELD_OUT, REVIEWS, evaluation
+    from stages.core.evaluate import review_losses, sentiment
     from stages.core.evaluate.measure import measure
     from stages.core.load import variants
     from stages.core.model.causal_lm import make_model
+    from stages.core.presets.formats import format_of
     from stages.core.tokenize.held_out import read_held_out
 
     settings = run.params.evaluate
@@ -32,14 +35,20 @@ def main(run: Run, variant: str) -> None:
     model = variants.load_variant(run.paths, variant, preset)
     causal = make_model(model.backbone, model.jax_mesh, model.placements)
     causal.compile(optimizer=None, loss=None, jit_compile=True)
-    losses = measure(
+    measured = functools.partial(
+        measure,
         lambda batches: causal.token_losses(batches, verbose=int(sys.stdout.isatty())),
-        read_held_out(run.paths.read(HELD_OUT)),
-        model.mesh_shape,
+        mesh=model.mesh_shape,
         max_length=settings.max_length,
         batch_tokens=settings.batch_tokens,
     )
+    losses = measured(read_held_out(run.paths.read(HELD_OUT)))
     values = review_losses.metrics(variant, losses)
+    if "sentiment" in (settings.tasks or ()):
+        tokenizer = format_of(preset.manifest.format).load_tokenizer(preset.folder)
+        texts, labels = sentiment.labelled(run.paths.read(REVIEWS["validation"]))
+        asked = measured(sentiment.sequences(tokenizer, texts, settings.max_length))
+        values = values.model_copy(update={"sentiment": sentiment.scored(asked, labels)})
     review_losses.write_losses(run.paths.write(evaluation(variant)), losses)
     run.write_metrics(f"evaluate-{variant}", values)
     logger.info(

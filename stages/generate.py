@@ -1,8 +1,9 @@
 """Continue the prompts with a variant of the model: before tuning (baseline) or after (tuned).
 
 Reads: `models/<variant>/`, the preset; params `generate`.
-Writes: `data/generated/<variant>.jsonl`, `data/metrics/generate-<variant>.json`.
-Command: `python -m stages.generate --variant tuned`
+Writes: `data/generated/<variant>.jsonl`, `data/metrics/generate-<variant>.json`; nothing with --prompt or --chat.
+Command: `python -m stages.generate --variant tuned`; to try something, with one variant or both,
+`python -m stages.generate --prompt "This movie was"` or `python -m stages.generate --chat`
 """
 
 from __future__ import annotations
@@ -11,43 +12,70 @@ import time
 
 from stages.core.cli import Run, click, logger, stage
 
+VARIANTS = ["baseline", "tuned"]
+
 
 @stage
-@click.option("--variant", type=click.Choice(["baseline", "tuned"]), required=True, help="The model to prompt.")
-def main(run: Run, variant: str) -> None:
+@click.option(
+    "--variant", type=click.Choice(VARIANTS), help="The model to prompt; with --prompt and --chat, else both."
+)
+@click.option("--prompt", multiple=True, metavar="TEXT", help="Continue this and write nothing; may be repeated.")
+@click.option("--chat", is_flag=True, help="Converse in the chat template, and write nothing.")
+def main(run: Run, variant: str | None, prompt: tuple[str, ...], chat: bool) -> None:
     """Continue the prompts with a variant of the model."""
+    if prompt and chat:
+        raise click.UsageError("--prompt and --chat do not go together.")
+    if not (variant or prompt or chat):
+        raise click.UsageError("Missing option '--variant'. It may be left out with --prompt or --chat.")
     from stages.core.common import paths
-    from stages.core.generate import prompting, sampling
+    from stages.core.generate import diversity, prompting
+    from stages.core.generate.chat import converse
+    from stages.core.generate.sides import open_sides
+    from stages.core.generate.texts import InOrder
     from stages.core.load import variants
-    from stages.core.model.causal_lm import make_model
     from stages.core.presets.formats import format_of
-    from stages.core.records.generate import GenerateMetrics, Generation
+    from stages.core.records.generate import Generation
+
+    def write(text: str) -> None:
+        click.echo(text, nl=False)
+
+    def ask() -> str | None:
+        try:
+            return click.prompt("you", default="", show_default=False, prompt_suffix=": ")
+        except click.Abort:
+            return None
 
     settings = run.params.generate
+    texts, samples = list(prompt or settings.prompts), settings.samples
     preset = variants.open_preset(run.paths)
     tokenizer = format_of(preset.manifest.format).load_tokenizer(preset.folder)
-    model = variants.load_variant(run.paths, variant, preset)
-    causal = make_model(model.backbone, model.jax_mesh, model.placements)
-    prompts, stops = prompting.encode(tokenizer, settings.prompts, chat_template=settings.chat_template)
-    pieces = tokenizer.vocabulary_size
-    sampler = sampling.SamplerSettings(settings.max_tokens, settings.temperature, settings.top_k, stops, pieces)
-    logger.info(f"Generating up to {settings.max_tokens} tokens for each of {len(prompts)} prompts with {variant} ...")
-    began = time.perf_counter()
-    continued = sampling.generate(causal, prompts, sampler, settings.seed)
-    seconds = time.perf_counter() - began
-
-    found = [
-        Generation(prompt=prompt, text=tokenizer.decode(tokens))
-        for prompt, tokens in zip(settings.prompts, continued, strict=True)
-    ]
-    for each in found:
-        click.echo(f"{each.prompt}{each.text}\n")
-    Generation.write_lines(run.paths.write(paths.generated(variant)), found)
-    count = sum(len(tokens) for tokens in continued)
-    run.write_metrics(
-        f"generate-{variant}",
-        GenerateMetrics(prompts=len(prompts), tokens=count, tokens_per_second=round(count / seconds, 2)),
+    prompts, stops = prompting.encode(tokenizer, texts, chat_template=chat or settings.chat_template)
+    sides = open_sides(run.paths, preset, tokenizer, [variant] if variant else VARIANTS, settings, stops)
+    if chat:
+        logger.info("An empty line begins a new conversation; Ctrl-D ends.")
+        converse(sides, ask, write, settings.max_tokens, settings.seed)
+        return
+    headings = [text + "\n" * settings.chat_template for text in texts for _ in range(samples)]
+    for side in sides:
+        if len(sides) > 1:
+            write(f"[{side.variant}]\n")
+        logger.info(
+            f"Generating up to {settings.max_tokens} tokens for each of {len(headings)} texts with {side.variant} ..."
+        )
+        began = time.perf_counter()
+        found, tokens = side.continued(prompts, settings.seed, samples=samples, show=InOrder(headings, write))
+        seconds = time.perf_counter() - began
+    if prompt:
+        return
+    numbered = [(text, number if samples > 1 else None) for text in texts for number in range(samples)]
+    Generation.write_lines(
+        run.paths.write(paths.generated(sides[0].variant)),
+        [
+            Generation(prompt=text, sample=number, text=each)
+            for (text, number), each in zip(numbered, found, strict=True)
+        ],
     )
+    run.write_metrics(f"generate-{sides[0].variant}", diversity.metrics(len(prompts), tokens, seconds))
 
 
 if __name__ == "__main__":

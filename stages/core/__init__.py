@@ -9,8 +9,8 @@ Each line needs only lines below it, so there are no cycles.
     cache     -> finetune
     finetune  -> adapters generate load model tokenize sharding presets config records common files
     adapters  -> load presets records common files
-    generate  -> model tokenize presets
-    evaluate  -> tokenize sharding records common files
+    generate  -> load model tokenize presets config records common
+    evaluate  -> tokenize sharding presets records common files
     model     -> sharding presets common
     load      -> sharding presets records common files
     prepare   -> fetch presets config records common files

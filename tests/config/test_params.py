@@ -73,6 +73,11 @@ CASES = {
     "mesh.shape=[2,2,2]": "mesh.shape",
     "layout.name=rules": "layout.rules must be given with name: rules",
     "generate.prompts=[]": "generate.prompts",
+    "generate.top_p=0.0": "generate.top_p must be greater than 0",
+    "generate.min_p=1.5": "generate.min_p must be less than or equal to 1",
+    "generate.repetition_penalty=0": "generate.repetition_penalty must be greater than or equal to 0.1",
+    "generate.samples=0": "generate.samples must be greater than or equal to 1",
+    "generate.stop_strings=['']": "generate.stop_strings.0",
     "generate.temperature=-0.1": "generate.temperature must be greater than or equal to 0",
     "tokenize.length=4": "tokenize.length must be greater than or equal to 8",
 }

@@ -85,13 +85,13 @@ def test_samples_are_taken_on_the_way_and_change_nothing(presets, plain):
 def test_sampling_again_compiles_nothing_and_sees_the_new_weights(presets):
     model = load_tiny(presets["gemma3"], (1, 2), rank=2)
     causal = make_model(model.backbone, model.jax_mesh, model.placements)
-    sampler = Sampler(causal, SamplerSettings(8, 0.0, None, stop_ids=(1,)))
-    first = sampler([[2, 100, 101]], 0)
-    assert sampler([[2, 100, 101]], 0) == first
+    sampler, settings = Sampler(causal), SamplerSettings(8, stop_ids=(1,))
+    first = sampler([[2, 100, 101]], settings)
+    assert sampler([[2, 100, 101]], settings) == first
     kernel = next(variable for variable in model.backbone.weights if variable.path.endswith("ffw_linear/kernel"))
     kernel.assign(-kernel.value)
-    assert sampler([[2, 100, 101]], 0) != first
-    assert sampler._run._cache_size() == 1
+    assert sampler([[2, 100, 101]], settings) != first
+    assert sampler.begin._cache_size() == sampler.go_on._cache_size() == 1
 
 
 def test_a_step_is_compiled_once_however_often_the_run_is_looked_at(presets, caplog):

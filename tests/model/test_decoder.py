@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import pytest
 
-from stages.core.model import decoder, tied_table
+from stages.core.model import decoder, kv_cache, tied_table
 from stages.core.model.causal_lm import make_model
 from tests.support.repository import FAMILIES
 from tests.support.tiny_models import AUTO, keras_hub_reads, load_tiny, sequences
@@ -86,26 +86,48 @@ def test_the_test_of_packing_can_fail(presets):
 
 
 @pytest.mark.parametrize(("family", "shape"), list(itertools.product(FAMILIES, [(1, 1), (2, 4)])))
-def test_one_token_at_a_time_with_a_cache_gives_the_same_hidden_states(presets, family, shape):
+@pytest.mark.parametrize("width", [5, 13], ids=["shorter than the window", "longer"])
+def test_one_token_at_a_time_with_a_cache_gives_the_same_hidden_states(presets, family, shape, width):
+    """Rows of which one is padded; windows of 8, which no cache is longer than."""
     model = load_tiny(presets[family], shape)
     causal = make_model(model.backbone, model.jax_mesh, model.placements)
     batch = sequences(2, LENGTH)
     batch["segment_ids"] = np.ones_like(batch["segment_ids"])
-    whole = forward(model, batch)
+    whole, ids = forward(model, batch), batch["token_ids"]
     variables = model.backbone.variables
+    padding = np.array([0, 3], np.int32)
+
+    def embedded(ids):
+        return tied_table.embed(model.backbone.token_embedding._embeddings.value, ids, causal.head_plan)
 
     @jax.jit
-    def step(values, ids, positions, caches):
+    def begin(values, ids):
         with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))):
-            embedded = tied_table.embed(model.backbone.token_embedding._embeddings.value, ids, causal.head_plan)
-            return decoder.hidden_states_cached(model.backbone, embedded, positions, caches, constrain=causal.constrain)
+            return decoder.read_prompts(
+                model.backbone, embedded(ids), width - padding, LENGTH, constrain=causal.constrain
+            )
+
+    @jax.jit
+    def step(values, ids, place, caches):
+        with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))):
+            hidden, news = decoder.read_token(
+                model.backbone, embedded(ids), place, padding, caches, constrain=causal.constrain
+            )
+            return hidden, [kv_cache.added(cache, *new, place) for cache, new in zip(caches, news, strict=True)]
 
     values = [variable.value for variable in variables]
-    caches = decoder.empty_caches(model.backbone, 2, LENGTH)
-    for start, end in [(0, 10), *((position, position + 1) for position in range(10, LENGTH))]:
-        positions = np.broadcast_to(np.arange(start, end, dtype=np.int32), (2, end - start))
-        hidden, caches = step(values, batch["token_ids"][:, start:end], positions, caches)
-        np.testing.assert_allclose(np.asarray(hidden), whole[:, start:end], **TOLERANCE)
+    rows = [
+        np.concatenate([np.zeros(pad, np.int32), row[: LENGTH - pad]]) for pad, row in zip(padding, ids, strict=True)
+    ]
+    rows = np.stack(rows)
+    hidden, caches = begin(values, rows[:, :width])
+    windows = [layer.attention.use_sliding_window_attention for layer in model.backbone.transformer_layers]
+    assert [cache[0].shape[2] for cache in caches] == [8 if window else LENGTH for window in windows]
+    for place in range(width, LENGTH + 1):
+        expected = np.stack([whole[row, place - 1 - pad] for row, pad in enumerate(padding)])
+        np.testing.assert_allclose(np.asarray(hidden), expected, **TOLERANCE)
+        if place < LENGTH:
+            hidden, caches = step(values, rows[:, place : place + 1], np.int32(place), caches)
 
 
 def test_queries_of_the_27b_models_are_scaled_by_their_own_rule(presets, devices):

@@ -62,6 +62,10 @@ def test_a_wrong_setting_ends_with_exit_code_2_before_anything_heavy(stage: str)
 def test_a_wrong_option_ends_with_exit_code_2():
     assert run("-m", "stages.load", "--meshes").returncode == 2
     assert run("-m", "stages.generate", "--variant", "neither").returncode == 2
+    for options, told in (([], "--variant"), (["--chat", "--prompt", "So"], "--chat")):
+        result = run("-m", "stages.generate", *options)
+        assert result.returncode == 2
+        assert told in result.stderr.splitlines()[-1]
 
 
 def test_a_missing_input_names_the_stage_that_makes_it_and_ends_with_exit_code_1(tmp_path: Path):

@@ -68,7 +68,8 @@ def test_lists_and_sections_are_among_the_values_that_are_set():
     found = {key: value for key, value in SETTABLE if value != "7"}
     assert found == {
         **dict.fromkeys(("prepare.train_file", "prepare.validation_file", "mesh.shape", "layout.rules"), "[a,b]"),
-        **dict.fromkeys(("finetune.targets", "generate.prompts", "export.formats", "plan.targets"), "[a,b]"),
+        **dict.fromkeys(("finetune.targets", "generate.prompts", "generate.stop_strings", "evaluate.tasks"), "[a,b]"),
+        **dict.fromkeys(("export.formats", "plan.targets"), "[a,b]"),
         **dict.fromkeys(("plan.search", "plan.scaling"), "{a: 1}"),
     }
 

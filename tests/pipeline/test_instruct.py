@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from stages.core.presets.tokenizer import Tokenizer
 from stages.core.tokenize.chat import ChatTemplate
@@ -45,6 +46,10 @@ SETTINGS = [
 STAGES = ("fetch", "prepare", "tokenize", "load", "finetune", "generate", "evaluate")
 
 
+def settings_on(root: Path) -> list[str]:
+    return [*SETTINGS, f"fetch.path={root / 'preset'}"]
+
+
 @pytest.fixture(scope="module")
 def project(presets: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The pipeline's outputs, every stage run as its command runs it."""
@@ -54,7 +59,8 @@ def project(presets: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
     kinds = ["comedy", "drama", "picture", "film", "story"]
     rows = [{"question": f"What of the {kind} about {s}?", "answer": RESPONSE} for kind in kinds for s in subjects]
     (root / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = [*SETTINGS, f"fetch.path={presets['gemma3']}"]
+    (root / "preset").symlink_to(presets["gemma3"])
+    settings = settings_on(root)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         for stage in STAGES:
@@ -73,6 +79,21 @@ def test_the_tuned_model_answers_an_unseen_prompt_and_ends_its_turn(project: Pat
     # The prompt is kept as it was written; the text ends where <end_of_turn> came, well before the last token allowed.
     assert json.loads(line) == {"prompt": "What of the film about two brothers?", "text": RESPONSE}
     assert metrics(project, "generate-tuned")["tokens"] < 24
+
+
+def test_both_variants_answer_in_a_chat_and_each_goes_on_with_its_own_answers(project: Path, monkeypatch):
+    monkeypatch.chdir(project)
+    arguments = [part for each in settings_on(project) for part in ("--set", each)]
+    question = "What of the film about two brothers?"
+    main = importlib.import_module("stages.generate").main
+    result = CliRunner().invoke(main, [*arguments, "--chat"], input=f"{question}\n{question}\n\n{question}\n")
+    assert result.exit_code == 0, result.output
+    answers = [line for line in result.stdout.splitlines() if line.startswith("tuned: ")]
+    assert len(answers) == 3
+    # The second is the answer to two questions in one conversation, the third begins anew.
+    assert answers[0] == answers[2] == f"tuned: {RESPONSE}"
+    assert result.stdout.count("baseline: ") == 3
+    assert result.stdout.count("A new conversation.") == 1
 
 
 def test_samples_while_training_are_asked_for_in_turns_too(project: Path):

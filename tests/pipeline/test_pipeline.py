@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from stages.core.generate.texts import visible
 from stages.core.records.summary import Summary
 from tests.support.copies import IDENTITY, change, copy_repository, dvc, ran
 from tests.support.sentinels import HF_TOKEN, KAGGLE_TOKEN, leaks
@@ -137,6 +138,18 @@ def test_a_trial_with_out_root_leaves_the_pipeline_alone(repository: Path):
     subprocess.run([*command, "--set", "generate.max_tokens=2"], cwd=repository, check=True, capture_output=True)
     assert (repository / "scratch/x/data/generated/tuned.jsonl").exists()
     assert json.loads((repository / "scratch/x/data/metrics/generate-tuned.json").read_text())["tokens"] <= 6
+    assert dvc(repository, "status").stdout == before
+
+
+def test_prompts_are_tried_with_both_variants_and_nothing_is_written(repository: Path):
+    before = dvc(repository, "status").stdout
+    kept = {variant: (repository / f"data/generated/{variant}.jsonl").read_text() for variant in ("baseline", "tuned")}
+    command = [sys.executable, "-m", "stages.generate", "--prompt", "This movie was", "--prompt", "So"]
+    shown = subprocess.run(command, cwd=repository, check=True, capture_output=True, text=True).stdout
+    for variant, lines in kept.items():
+        text = next(line["text"] for line in map(json.loads, lines.splitlines()) if line["prompt"] == "This movie was")
+        assert f"[{variant}]\nThis movie was{visible(text)}\n\nSo" in shown
+        assert (repository / f"data/generated/{variant}.jsonl").read_text() == lines
     assert dvc(repository, "status").stdout == before
 
 

@@ -164,6 +164,10 @@ def test_the_curve_and_the_samples_are_written_to_the_same_bytes_and_read_again(
     assert Sample.read_lines(paths, "samples.jsonl") == samples
     Generation.write_lines(tmp_path / "tuned.jsonl", [Generation(prompt="a ", text="b")])
     assert (tmp_path / "tuned.jsonl").read_bytes() == b'{"prompt": "a ", "text": "b"}\n'
+    second = Generation(prompt="a ", sample=1, text="b")
+    Generation.write_lines(tmp_path / "tuned.jsonl", [second])
+    assert (tmp_path / "tuned.jsonl").read_bytes() == b'{"prompt": "a ", "sample": 1, "text": "b"}\n'
+    assert Generation.read_lines(paths, "tuned.jsonl") == [second]
 
 
 @pytest.mark.parametrize(

@@ -219,6 +219,18 @@ def test_a_prompt_given_twice_keeps_its_continuations_apart():
     assert [(row["baseline"], row["tuned"]) for row in rows] == [("b1", "t1"), ("b2", "t2"), (None, "t3")]
 
 
+def test_several_samples_of_a_prompt_are_shown_with_their_numbers(root):
+    for variant in ("baseline", "tuned"):
+        lines = [{"prompt": "This was", "sample": number, "text": f"{variant} {number}"} for number in (0, 1)]
+        path = root / f"data/generated/{variant}.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    changed = ("generate.samples=2", "generate.temperature=0.7", "generate.top_p=0.9", "generate.min_p=0.05")
+    text = " ".join(Reader(rendered(root, *changed, "generate.repetition_penalty=1.1")).text.split())
+    assert "top-p 0.9, min-p 0.05, seed 0, repetition penalty 1.1" in text
+    places = [text.index(each) for each in ("sample 1", "baseline 0", "tuned 0", "sample 2", "baseline 1", "tuned 1")]
+    assert places == sorted(places)
+
+
 def test_an_empty_continuation_is_said_to_be_one(root):
     write_generations(root, "tuned", [("This movie was", "")])
     text = Reader(rendered(root)).text

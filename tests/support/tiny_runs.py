@@ -55,4 +55,4 @@ def distance(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
 def sampled(model, prompts):
     """The likeliest continuations by the model's own head and cache."""
     causal = make_model(model.backbone, model.jax_mesh, model.placements)
-    return sampling.generate(causal, prompts, sampling.SamplerSettings(3, 0.0, None, (511,)), 0)
+    return sampling.Sampler(causal)(prompts, sampling.SamplerSettings(3, (511,)))

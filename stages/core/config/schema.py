@@ -222,6 +222,11 @@ class Generate(Section):
     max_tokens: Annotated[int, Field(ge=1, le=8192)]
     temperature: Annotated[float, Field(ge=0, le=10)]
     top_k: Positive | None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None
+    repetition_penalty: Annotated[float, Field(ge=0.1, le=10)]
+    samples: Annotated[int, Field(ge=1, le=1024)]
+    stop_strings: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | None
     seed: Seed
 
     @model_validator(mode="after")
@@ -232,8 +237,9 @@ class Generate(Section):
 
 
 class Evaluate(Section):
-    """How the held-out loss is measured."""
+    """How the held-out loss is measured, and what else."""
 
+    tasks: Annotated[list[Literal["sentiment"]], Field(min_length=1)] | None
     max_length: Annotated[int, Field(ge=8, le=131072)]
     batch_tokens: Annotated[int, Field(ge=1, le=2**24)]
 

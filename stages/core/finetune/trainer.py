@@ -286,8 +286,9 @@ def _change_check(causal: CausalModel, settings: Finetune, steps: int) -> Callab
 def _sampler(causal: CausalModel, tokenizer: Tokenizer, settings: Finetune, chat_template: bool) -> Callable[[], str]:
     """Return a function that continues the sample prompt, compiled once."""
     prompts, stops = prompting.encode(tokenizer, [settings.sample_prompt], chat_template=chat_template)
-    sampler = Sampler(causal, SamplerSettings(settings.sample_tokens, 0.0, None, stops, tokenizer.vocabulary_size))
-    return lambda: tokenizer.decode(sampler(prompts, 0)[0])
+    sampler = Sampler(causal)
+    greedy = SamplerSettings(settings.sample_tokens, stops, pieces=tokenizer.vocabulary_size)
+    return lambda: tokenizer.decode(sampler(prompts, greedy)[0])
 
 
 def trained_arrays(model: LoadedModel) -> dict[str, np.ndarray]:

@@ -1,1 +1,3 @@
-"""Prompts, and sampling from a model. Imports `model`, `tokenize` and `presets`."""
+"""Prompts, sampling from a model, and what is written at the terminal.
+Imports `load`, `model`, `tokenize`, `presets`, `config`, `records` and `common`.
+"""

@@ -1,149 +1,310 @@
-"""Continuing prompts: one pass over the prompts, then a token at a time with a key/value cache, in one compiled loop.
+"""Continuing prompts: one pass over them, then a token at a time with a key/value cache, in two compiled programs.
 
-Purpose: the tutorial's `generate`, for a model whose weights are split over a mesh, and with a random stream for each
-prompt, so that changing one prompt leaves the others' text alone.
+Purpose: the tutorial's `generate`, for a model whose weights are split over a mesh. Prompts, new tokens and rows are
+padded to powers of two, so that a handful of programs serves all, and settings of how to choose are no part of them.
+Each sample has its own random stream: changing one prompt, or their number, leaves the others' text alone.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import keras
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from stages.core.model import decoder, tied_table
+from stages.core.generate.choosing import Choice, Drawing, choose
+from stages.core.model import decoder, kv_cache, tied_table
 from stages.core.model.causal_lm import CausalModel
+
+# Tokens between two looks at what there is: a part of a second on a CPU, so that text appears as it is written.
+CHUNK = 8
+# The shortest width of prompts and of what follows them; the number of rows has none.
+SHORTEST = 16
+# Rows that are continued together: a pass reads all weights once for all of them.
+MOST_ROWS = 16
+# Ids that end a text: `<eos>` and `<end_of_turn>`. One number of them is one program.
+MOST_STOPS = 2
+GREEDY = Drawing()
+
+# Called with a row's number, its new tokens, and whether they are its last; returns whether the row is to end here.
+Listener = Callable[[int, list[int], bool], bool]
 
 
 @dataclass(frozen=True)
 class SamplerSettings:
-    """How the next token is chosen; hashable, since the loop is compiled for it.
+    """How prompts are continued.
 
-    `temperature` 0.0 is greedy; `top_k` None samples from all. Each of `stop_ids` ends a text. `pieces` is
-    the size of the vocabulary: rows of the table beyond it have no text and are never chosen.
+    Attributes:
+        max_tokens: new tokens of a row at most.
+        stop_ids: each ends a text; at most `MOST_STOPS`.
+        drawing: how the next token is chosen.
+        pieces: size of the vocabulary; rows of the table beyond it have no text and are never chosen. None: all have.
     """
 
     max_tokens: int
-    temperature: float
-    top_k: int | None
     stop_ids: tuple[int, ...]
+    drawing: Drawing = GREEDY
     pieces: int | None = None
 
 
+class Rows(NamedTuple):
+    """What does not change while rows are continued.
+
+    `padding` int32 (rows,), before each prompt; `streams` uint32 (rows, 3), seed, prompt and sample; `stops` int32
+    (`MOST_STOPS`,).
+    """
+
+    padding: Any
+    streams: Any
+    stops: Any
+    choice: Choice
+
+
+class State(NamedTuple):
+    """What does: the newest token of each row, which is not in the caches yet, and how many there were before it.
+
+    `place` and `made` int32 (): tokens of a row before the newest, with the padding, and new ones with the newest;
+    `token` int32 (rows,), the first stop where a row has ended; `seen` bool (rows, vocabulary), the tokens a row has.
+    """
+
+    place: Any
+    made: Any
+    token: Any
+    seen: Any
+    caches: Any
+
+
 class Sampler:
-    """Continues prompts with a model, compiled once for prompts of the same shape however often it is called."""
+    """Continues prompts with a model; the programs are compiled once for each width of prompts and number of rows."""
 
-    def __init__(self, model: CausalModel, settings: SamplerSettings) -> None:
-        """Compile nothing yet.
-
-        Args:
-            model: the model; each call takes the weights that it has then.
-            settings: how to choose.
-        """
+    def __init__(self, model: CausalModel) -> None:
+        """Compile nothing yet; each call takes the weights that the model has then."""
         self._model = model
-        self._settings = settings
-        self._run = jax.jit(functools.partial(_generate, model, settings))
+        self.begin = jax.jit(functools.partial(_begin, model), static_argnames="capacity")
+        self.go_on = jax.jit(functools.partial(_go_on, model), donate_argnames="state")
 
-    def __call__(self, prompts: Sequence[Sequence[int]], seed: int) -> list[list[int]]:
+    def __call__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        settings: SamplerSettings,
+        seed: int = 0,
+        *,
+        samples: int = 1,
+        listen: Listener | None = None,
+        values: Sequence[jax.Array] | None = None,
+    ) -> list[list[int]]:
         """Continue token sequences.
 
         Args:
             prompts: token ids with BOS first, of any lengths.
-            seed: of the sampling; prompt i has the stream (seed, i).
+            settings: how to continue.
+            seed: of the sampling; sample j of prompt i has the stream (seed, i, j).
+            samples: continuations of each prompt.
+            listen: told of new tokens as they come, and asked whether a row ends there.
+            values: weights other than the model's own, one for each of the backbone's variables.
 
         Returns:
-            The new token ids of each prompt, up to and without the first stop token.
+            The new token ids of each row, up to and without the first stop token. Row i x samples + j is sample j of
+            prompt i.
         """
-        plan = self._model.head_plan
-        batch_devices = plan.mesh.shape["batch"] if plan.mesh is not None else 1
-        rows = -(-len(prompts) // batch_devices) * batch_devices
-        longest = max(len(prompt) for prompt in prompts)
-        ids = np.zeros((rows, longest), np.int32)
-        lengths = np.ones((rows,), np.int32)
-        for row, prompt in enumerate(prompts):
-            ids[row, : len(prompt)] = prompt
-            lengths[row] = len(prompt)
-        keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(jnp.arange(rows))
-        # Rows beyond the prompts are padding of the batch axis and count as finished.
-        live = np.arange(rows) < len(prompts)
-        values = [variable.value for variable in self._model.backbone.variables]
-        tokens = np.asarray(self._run(values, ids, lengths, live, keys))
-        results = []
-        stop = self._settings.stop_ids[0]
-        for row in range(len(prompts)):
-            new = tokens[row].tolist()
-            results.append(new[: new.index(stop)] if stop in new else new)
-        return results
+        held = list(values or [variable.value for variable in self._model.backbone.variables])
+        numbered = [(prompt, (i, j)) for i, prompt in enumerate(prompts) for j in range(samples)]
+        most = max(MOST_ROWS, self._batch_devices)
+        found: list[list[int]] = []
+        for start in range(0, len(numbered), most):
+
+            def told(row: int, new: list[int], ended: bool, start: int = start) -> bool:
+                return listen is not None and listen(start + row, new, ended)
+
+            found += self._continued(held, numbered[start : start + most], settings, seed, told)
+        return found
+
+    @property
+    def _batch_devices(self) -> int:
+        mesh = self._model.head_plan.mesh
+        return mesh.shape["batch"] if mesh is not None else 1
+
+    def _continued(
+        self,
+        values: list[jax.Array],
+        numbered: Sequence[tuple[Sequence[int], tuple[int, int]]],
+        settings: SamplerSettings,
+        seed: int,
+        listen: Listener,
+    ) -> list[list[int]]:
+        """Continue rows together; arguments as for `__call__`."""
+        count, most = len(numbered), settings.max_tokens
+        stop = settings.stop_ids[0]
+        ids, rows, seen = self._arrays(numbered, settings, seed)
+        # Rows beyond the prompts fill the batch up and count as finished.
+        live = np.arange(len(ids)) < count
+        capacity = ids.shape[1] + bucket(most)
+        state = self.begin(values, rows, ids, seen, live, capacity=capacity)
+        tokens = np.asarray(state.token)[:, None]
+        found: list[list[int]] = [[] for _ in numbered]
+        made = 0
+        while True:
+            made += tokens.shape[1]
+            for row in np.flatnonzero(live):
+                new = tokens[row].tolist()
+                ended = stop in new or made >= most
+                new = new[: new.index(stop)] if stop in new else new
+                found[row] += new
+                live[row] = not (listen(int(row), new, ended) or ended)
+            if not live.any():
+                return found
+            wanted = min(CHUNK, most - made)
+            state, tokens = self.go_on(values, rows, state, live, np.int32(wanted))
+            tokens = np.asarray(tokens)[:, :wanted]
+
+    def _arrays(
+        self, numbered: Sequence[tuple[Sequence[int], tuple[int, int]]], settings: SamplerSettings, seed: int
+    ) -> tuple[np.ndarray, Rows, np.ndarray]:
+        """Return the prompts int32 (rows, width), each at the end of its row, the `Rows`, and `State.seen`."""
+        table = self._model.table
+        size = -(-bucket(len(numbered), 1) // self._batch_devices) * self._batch_devices
+        width = bucket(max(len(prompt) for prompt, _ in numbered))
+        ids = np.zeros((size, width), np.int32)
+        padding = np.full((size,), width - 1, np.int32)
+        streams = np.zeros((size, 3), np.uint32)
+        seen = np.zeros((size, table.shape[0]), bool)
+        for row, (prompt, number) in enumerate(numbered):
+            padding[row] = width - len(prompt)
+            ids[row, padding[row] :] = prompt
+            streams[row] = (seed, *number)
+            seen[row, list(prompt)] = True
+        if len(settings.stop_ids) > MOST_STOPS:
+            raise RuntimeError(f"at most {MOST_STOPS} stop ids, not {settings.stop_ids}")
+        # The first one fills the places that are left.
+        stops = np.array((settings.stop_ids + settings.stop_ids[:1] * MOST_STOPS)[:MOST_STOPS], np.int32)
+        choice = settings.drawing.as_choice(table.shape[0], settings.pieces)
+        return ids, Rows(padding, streams, stops, choice), seen
 
 
-def generate(
-    model: CausalModel, prompts: Sequence[Sequence[int]], settings: SamplerSettings, seed: int
-) -> list[list[int]]:
-    """Continue token sequences once: `Sampler(model, settings)(prompts, seed)`."""
-    return Sampler(model, settings)(prompts, seed)
+def bucket(count: int, least: int = SHORTEST) -> int:
+    """Return the power of two, at least `least` (one too), that a number of tokens or rows is padded to.
+
+    Example:
+        >>> bucket(17), bucket(3, 1)
+        (32, 4)
+    """
+    return max(least, 1 << (count - 1).bit_length())
 
 
-def _generate(
-    model: CausalModel,
-    settings: SamplerSettings,
-    values: list[jax.Array],
-    ids: jax.Array,
-    lengths: jax.Array,
-    live: jax.Array,
-    keys: jax.Array,
-) -> jax.Array:
-    """Return int32 (rows, max_tokens): the new tokens, then stop tokens, the first for all."""
-    backbone, plan, constrain = model.backbone, model.head_plan, model.constrain
-    rows, longest = ids.shape
-    stop = settings.stop_ids[0]
+@contextmanager
+def _weights(model: CausalModel, values: list[jax.Array]) -> Iterator[jax.Array]:
+    """Within the block the model has these weights; gives the table as the head takes it."""
+    backbone = model.backbone
     with keras.StatelessScope(state_mapping=list(zip(backbone.variables, values, strict=True))):
         table = model.table.value.astype(backbone.token_embedding.compute_dtype)
-        vocabulary, table = table.shape[0], tied_table.padded(table, plan)
+        yield tied_table.padded(table, model.head_plan)
 
-        def advance(caches: Any, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, Any]:
-            embedded = constrain(tied_table.embed(table, tokens, plan), "hidden")
-            return decoder.hidden_states_cached(
-                backbone, embedded, positions, caches, constrain=constrain, projections=model.projections
+
+def _begin(
+    model: CausalModel,
+    values: list[jax.Array],
+    rows: Rows,
+    ids: jax.Array,
+    seen: jax.Array,
+    live: jax.Array,
+    *,
+    capacity: int,
+) -> State:
+    """Read the prompts and return the state with each row's first new token."""
+    width = ids.shape[1]
+    with _weights(model, values) as table:
+        hidden, caches = decoder.read_prompts(
+            model.backbone,
+            model.constrain(tied_table.embed(table, ids, model.head_plan), "hidden"),
+            width - rows.padding,
+            capacity,
+            constrain=model.constrain,
+            projections=model.projections,
+        )
+        token = _next(model, rows, table, hidden, seen, jnp.int32(0), live)
+        return _laid_out(model, State(jnp.int32(width), jnp.int32(1), token, seen, caches))
+
+
+def _go_on(
+    model: CausalModel, values: list[jax.Array], rows: Rows, state: State, live: jax.Array, count: jax.Array
+) -> tuple[State, jax.Array]:
+    """Return the state `count` tokens on, or where all live rows have ended, and the new tokens (rows, `CHUNK`)."""
+    stop = rows.stops[0]
+    state = state._replace(token=jnp.where(live, state.token, stop))
+    with _weights(model, values) as table:
+
+        def unfinished(carry: Any) -> jax.Array:
+            done, state, _ = carry
+            return (done < count) & jnp.any(state.token != stop)
+
+        def body(carry: Any) -> Any:
+            done, state, output = carry
+            embedded = model.constrain(tied_table.embed(table, state.token[:, None], model.head_plan), "hidden")
+            hidden, news = decoder.read_token(
+                model.backbone,
+                embedded,
+                state.place,
+                rows.padding,
+                state.caches,
+                constrain=model.constrain,
+                projections=model.projections,
             )
+            seen = state.seen | (jnp.arange(state.seen.shape[1]) == state.token[:, None])
+            token = _next(model, rows, table, hidden, seen, state.made, state.token != stop)
+            output = jax.lax.dynamic_update_slice(output, token[:, None], (0, done))
+            # No token is below 0, which the compiler does not know: by this it sees that the caches are read before
+            # they are written, and changes them in place.
+            place = state.place + jnp.minimum(jnp.min(token), 0)
+            pairs = zip(state.caches, news, strict=True)
+            caches = tuple(kv_cache.added(cache, *new, place) for cache, new in pairs)
+            return done + 1, State(state.place + 1, state.made + 1, token, seen, caches), output
 
-        def choose(hidden: jax.Array, step: jax.Array) -> jax.Array:
-            """Pick a token for each row from its hidden state (rows, hidden); whatever stops becomes the first stop."""
-            token = pick(hidden, step)
-            return jnp.where(jnp.isin(token, jnp.array(settings.stop_ids)), stop, token)
+        output = jnp.full((live.shape[0], CHUNK), stop, jnp.int32)
+        _, state, output = jax.lax.while_loop(unfinished, body, (jnp.int32(0), state, output))
+        return _laid_out(model, state), output
 
-        def pick(hidden: jax.Array, step: jax.Array) -> jax.Array:
-            z = tied_table.logits(hidden, table, vocabulary, plan)
-            if settings.pieces is not None and settings.pieces < z.shape[-1]:
-                z = jnp.where(jnp.arange(z.shape[-1]) < settings.pieces, z, -jnp.inf)
-            if settings.temperature == 0.0:
-                return jnp.argmax(z, axis=-1).astype(jnp.int32)
-            if settings.top_k is not None and settings.top_k < z.shape[-1]:
-                least = jax.lax.top_k(z, settings.top_k)[0][:, -1:]
-                z = jnp.where(z >= least, z, -jnp.inf)
-            step_keys = jax.vmap(lambda key: jax.random.fold_in(key, step))(keys)
-            return jax.vmap(jax.random.categorical)(step_keys, z / settings.temperature).astype(jnp.int32)
 
-        caches = decoder.empty_caches(backbone, rows, longest + settings.max_tokens)
-        positions = jnp.broadcast_to(jnp.arange(longest, dtype=jnp.int32), (rows, longest))
-        hidden, caches = advance(caches, ids, positions)
-        last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-        first = jnp.where(live, choose(last, jnp.int32(0)), stop)
-        output = jnp.full((rows, settings.max_tokens), stop, jnp.int32).at[:, 0].set(first)
+def _next(
+    model: CausalModel,
+    rows: Rows,
+    table: jax.Array,
+    hidden: jax.Array,
+    seen: jax.Array,
+    made: jax.Array,
+    live: jax.Array,
+) -> jax.Array:
+    """Return the next token of each row, int32 (rows,); whatever stops becomes the first stop, as in ended rows."""
+    z = tied_table.logits(hidden, table, seen.shape[1], model.head_plan)
 
-        def unfinished(state: Any) -> jax.Array:
-            step, token, _, _ = state
-            return (step < settings.max_tokens) & jnp.any(token != stop)
+    def key(stream: jax.Array) -> jax.Array:
+        return functools.reduce(jax.random.fold_in, (stream[1], stream[2], made), jax.random.key(stream[0]))
 
-        def body(state: Any) -> Any:
-            step, token, caches, output = state
-            # A shorter prompt's padding is in the cache beyond its own position; new tokens overwrite it in turn.
-            hidden, caches = advance(caches, token[:, None], (lengths + step - 1)[:, None])
-            following = jnp.where(token == stop, stop, choose(hidden[:, 0], step))
-            return step + 1, following, caches, output.at[:, step].set(following)
+    token = choose(z, seen, jax.vmap(key)(rows.streams), rows.choice)
+    return jnp.where(live & ~jnp.isin(token, rows.stops), token, rows.stops[0])
 
-        return jax.lax.while_loop(unfinished, body, (jnp.int32(1), first, caches, output))[3]
+
+def _laid_out(model: CausalModel, state: State) -> State:
+    """Return the state split over the mesh in the one way that both programs take it: another would be compiled for."""
+    mesh = model.head_plan.mesh
+    if mesh is None:
+        return state
+
+    def hold(array: jax.Array, *spec: str | None) -> jax.Array:
+        return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, P(*spec)))
+
+    vocabulary = None if state.seen.shape[1] % mesh.shape["model"] else "model"
+    return state._replace(
+        place=hold(state.place),
+        made=hold(state.made),
+        token=hold(state.token, "batch"),
+        caches=tuple(tuple(model.constrain(each, "cache") for each in cache) for cache in state.caches),
+        seen=hold(state.seen, "batch", vocabulary),
+    )

@@ -273,6 +273,8 @@ def activation_layout(mesh: jax.sharding.Mesh, placements: Sequence[Placement]) 
         "hidden": ("model", None),
         "query": ("model" if query[0] is None else None, query[0], None),
         "key": (None, key[0], None),
+        # Heads before tokens, of which there are as many as the axis divides.
+        "cache": (key[0], None, None),
         "mixed": (None, output[0], output[1]),
     }
 

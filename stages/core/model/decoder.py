@@ -1,29 +1,32 @@
 """Gemma's forward pass over keras-hub's own layers and weights.
 
 Purpose: keras-hub's backbones take no attention mask, so reviews packed into one sequence would see each other; they
-form the full kernel W + AB for LoRA; and the sampler needs a cache with a position a row. This module calls the same
-layers in the same order with the three added. It is the only place that knows keras-hub's attribute names inside a
-block, and `tests/model/test_decoder.py` holds it to the backbones' own output for every family.
+form the full kernel W + AB for LoRA; and a block with a sliding window keeps every token in its cache. This module
+calls the same layers in the same order with the three added. It is the only place that knows keras-hub's attribute
+names inside a block, and `tests/model/test_decoder.py` holds it to the backbones' own output for every family.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import keras
 import numpy as np
 
+from stages.core.model import kv_cache
+from stages.core.model.kv_cache import Cache
 from stages.core.model.lora import Dropout
 from stages.core.model.products import product
 from stages.core.model.rotary import Rotary
 from stages.core.model.tensor_parallel import Projections
 from stages.core.presets.architecture import FAMILIES
 
-Cache = tuple[jax.Array, jax.Array]
+# Takes a block's queries, keys and values (batch, length, heads, head) and returns what each query attends to.
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 # Constrains an activation's sharding by its role (see causal_lm.activation_layout).
 Constrain = Callable[[jax.Array, str], jax.Array]
 # One device: nothing is split.
@@ -96,7 +99,7 @@ def hidden_states(
         def block(x: jax.Array, layer: Any = layer) -> jax.Array:
             window = _window(layer, positions, positions)
             allowed = mask if window is None else mask & window
-            return _block(run, layer, x, positions, allowed, None)[0]
+            return _block(run, layer, x, _among_themselves(layer, allowed))
 
         if before_block:
             before_block(layer)
@@ -104,46 +107,101 @@ def hidden_states(
     return _norm(backbone.layer_norm, x)
 
 
-def hidden_states_cached(
+def read_prompts(
     backbone: keras.Model,
     token_embeddings: jax.Array,
-    positions: jax.Array,
-    caches: tuple[Cache, ...],
+    lengths: jax.Array,
+    capacity: int,
     *,
     constrain: Constrain = unconstrained,
     projections: Projections = SINGLE,
 ) -> tuple[jax.Array, tuple[Cache, ...]]:
-    """Return the hidden states of new tokens, and the caches with them in.
+    """Return the hidden state of each prompt's last token, and the caches to continue from.
 
     Args:
         backbone: a GemmaBackbone or Gemma3Backbone.
-        token_embeddings: (batch, new, hidden), not yet scaled.
-        positions: int32 (batch, new), the position of each new token in its row; a row attends to all cache entries up
-            to its own position, so what a row has beyond that (padding of a shorter prompt) is never seen.
-        caches: keys and values (batch, capacity, key/value heads, head) a block.
+        token_embeddings: (batch, width, hidden), not yet scaled; each prompt is at the end of its row, after padding,
+            so that all rows have their next token at one place.
+        lengths: int32 (batch,), the tokens of each prompt, 1 to `width`.
+        capacity: tokens that a row can have, padding included.
         constrain: sets the sharding of activations.
+
+    Returns:
+        (batch, hidden), and a cache a block, in the compute dtype, with as many places as the capacity, or as the
+        sliding window where that is smaller. A row's padding counts among its tokens.
     """
-    keys_at = jnp.broadcast_to(
-        jnp.arange(caches[0][0].shape[1], dtype=jnp.int32), (positions.shape[0], caches[0][0].shape[1])
-    )
-    causal = keys_at[:, None, :] <= positions[:, :, None]
-    run = _Pass(backbone, constrain, projections, _rotary(backbone, positions), None)
+    width = token_embeddings.shape[1]
+    # The same row for the whole batch: the compiler folds the sliding windows once.
+    places = np.arange(width, dtype=np.int32)[None, :]
+    padding = (width - lengths)[:, None]
+    mask = causal_mask((places >= padding).astype(jnp.int32))
+    run = _Pass(backbone, constrain, projections, _rotary(backbone, places - padding), None)
     x = _scale(backbone, token_embeddings)
-    updated = []
+    caches: list[Cache] = []
+    for layer in backbone.transformer_layers:
+        window = _window(layer, places, places)
+
+        mix = _among_themselves(layer, mask if window is None else mask & window)
+
+        def attend(
+            query: jax.Array, key: jax.Array, value: jax.Array, layer: Any = layer, mix: Attend = mix
+        ) -> jax.Array:
+            size = _cache_size(layer, capacity)
+            caches.append((kv_cache.latest(key, size), kv_cache.latest(value, size)))
+            return mix(query, key, value)
+
+        x = _block(run, layer, x, attend)
+    return _norm(backbone.layer_norm, x[:, -1]), tuple(caches)
+
+
+def read_token(
+    backbone: keras.Model,
+    token_embeddings: jax.Array,
+    place: jax.Array,
+    padding: jax.Array,
+    caches: tuple[Cache, ...],
+    *,
+    constrain: Constrain = unconstrained,
+    projections: Projections = SINGLE,
+) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array]]]:
+    """Return the hidden states of one new token a row, and its key and value in each block, to be added to the cache.
+
+    Args:
+        backbone: a GemmaBackbone or Gemma3Backbone.
+        token_embeddings: (batch, 1, hidden), not yet scaled.
+        place: int32 (), how many tokens each row has before this one, padding included.
+        padding: int32 (batch,), how many of them are padding.
+        caches: as `read_prompts` returns them.
+        constrain: sets the sharding of activations.
+
+    Returns:
+        (batch, hidden), and a pair of (batch, 1, key/value heads, head) a block.
+    """
+    run = _Pass(backbone, constrain, projections, _rotary(backbone, (place - padding)[:, None]), None)
+    x = _scale(backbone, token_embeddings)
+    found: list[tuple[jax.Array, jax.Array]] = []
     for layer, cache in zip(backbone.transformer_layers, caches, strict=True):
-        window = _window(layer, positions, keys_at)
-        allowed = causal if window is None else causal & window
-        x, new_cache = _block(run, layer, x, positions, allowed, cache)
-        # A block that is given a cache returns one.
-        updated.append(cast("Cache", new_cache))
-    return _norm(backbone.layer_norm, x), tuple(updated)
+        mask = kv_cache.before(cache[0].shape[2], place, padding)
+
+        def attend(
+            query: jax.Array,
+            key: jax.Array,
+            value: jax.Array,
+            layer: Any = layer,
+            cache: Cache = cache,
+            mask: jax.Array = mask,
+        ) -> jax.Array:
+            found.append((key, value))
+            return kv_cache.attend(query, key, value, cache, mask, layer.attention.logit_soft_cap)
+
+        x = _block(run, layer, x, attend)
+    return _norm(backbone.layer_norm, x[:, 0]), found
 
 
-def empty_caches(backbone: keras.Model, batch: int, capacity: int) -> tuple[Cache, ...]:
-    """Return zeroed caches for `batch` rows of `capacity` tokens, in the compute dtype."""
-    shape = (batch, capacity, backbone.num_key_value_heads, backbone.head_dim)
-    dtype = backbone.token_embedding.compute_dtype
-    return tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in backbone.transformer_layers)
+def _cache_size(layer: Any, capacity: int) -> int:
+    """Return how many tokens of a row a block's cache has places for."""
+    attention = layer.attention
+    return min(capacity, attention.sliding_window_size) if attention.use_sliding_window_attention else capacity
 
 
 def _scale(backbone: keras.Model, token_embeddings: jax.Array) -> jax.Array:
@@ -174,12 +232,20 @@ def _window(layer: Any, queries: jax.Array, keys: jax.Array) -> jax.Array | None
     return queries[:, :, None] - keys[:, None, :] < attention.sliding_window_size
 
 
-def _block(
-    run: _Pass, layer: Any, x: jax.Array, positions: jax.Array, mask: jax.Array, cache: Cache | None
-) -> tuple[jax.Array, Cache | None]:
+def _among_themselves(layer: Any, mask: jax.Array) -> Attend:
+    """Return attention of the queries of a pass to its own keys, as the mask (batch, queries, keys) allows."""
+
+    def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        # Logits and their softmax grow with the square of the length, and are soon computed again: they are not kept.
+        return jax.checkpoint(_mix, static_argnums=4)(query, key, value, mask, layer.attention.logit_soft_cap)
+
+    return attend
+
+
+def _block(run: _Pass, layer: Any, x: jax.Array, attend: Attend) -> jax.Array:
     """One decoder block: attention and feed-forward, each with its norms and residual."""
     h = _norm(layer.pre_attention_norm, x)
-    h, cache = _attention(run, layer.attention, h, positions, mask, cache)
+    h = _attention(run, layer.attention, h, attend)
     if layer.use_post_attention_norm:
         h = _norm(layer.post_attention_norm, h)
     x = x + h
@@ -190,12 +256,10 @@ def _block(
     )
     if layer.use_post_ffw_norm:
         h = _norm(layer.post_ffw_norm, h)
-    return x + h, cache
+    return x + h
 
 
-def _attention(
-    run: _Pass, attention: Any, x: jax.Array, positions: jax.Array, mask: jax.Array, cache: Cache | None
-) -> tuple[jax.Array, Cache | None]:
+def _attention(run: _Pass, attention: Any, x: jax.Array, attend: Attend) -> jax.Array:
     """Grouped-query attention: (batch, length, hidden) to the same."""
     layers = [attention.query_dense, attention.key_dense, attention.value_dense]
     query, key, value = run.projections.columns(layers, x, run.dropout)
@@ -206,21 +270,14 @@ def _attention(
     # Constrain again after RoPE so that the backward pass reuses the gathered keys; XLA would gather them again.
     query = run.constrain(run.rotary(attention.rope_layer, query), "query")
     key = run.constrain(run.rotary(attention.rope_layer, key), "key")
-    if cache is not None:
-        rows = jnp.arange(x.shape[0])[:, None]
-        key = cache[0].at[rows, positions].set(key)
-        value = cache[1].at[rows, positions].set(value)
-        cache = (key, value)
     # keras-hub 0.32 builds every block with query_head_dim_normalize=True, whatever the backbone's argument says: the
     # 27B models would be scaled by 1/sqrt(128) instead of 1/sqrt(144) (Gemma 2) and 1/sqrt(168) (Gemma 3).
     per_head = (
         run.backbone.head_dim if run.backbone.query_head_dim_normalize else run.backbone.hidden_dim // query.shape[2]
     )
-    query = query * jnp.asarray(per_head**-0.5, query.dtype)
-    # Logits and their softmax grow with the square of the length, and are soon computed again: they are not kept.
-    mixed = jax.checkpoint(_mix, static_argnums=4)(query, key, value, mask, attention.logit_soft_cap)
+    mixed = attend(query * jnp.asarray(per_head**-0.5, query.dtype), key, value)
     mixed = run.constrain(run.constrain(mixed, "query"), "mixed")
-    return run.constrain(run.projections.rows(attention.output_dense, mixed, run.dropout), "hidden"), cache
+    return run.constrain(run.projections.rows(attention.output_dense, mixed, run.dropout), "hidden")
 
 
 def _mix(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, soft_cap: float | None) -> jax.Array:

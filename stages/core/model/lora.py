@@ -2,19 +2,21 @@
 
 Purpose: Keras' own `EinsumDense` forms W + AB in full, forward and backward, for every layer and step; x A B costs
 rank / output of that. Source of the method: https://arxiv.org/abs/2106.09685. The kernels are those of
-`load/lora_kernels.py`.
+`load/lora_kernels.py`. A model that is only read from now on, a token at a time, does without even that: `merge`.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import keras
 
-from stages.core.model.products import product
-from stages.core.sharding.keras_internals import kernel_of
+from stages.core.model.products import few_rows, product
+from stages.core.sharding.keras_internals import kernel_of, layers_within, set_value
 
 # Drops out part of what goes into the adapter of the layer with a path.
 Dropout = Callable[["jax.Array", str], "jax.Array"]
@@ -52,18 +54,34 @@ def apply(
     divided: bool = False,
 ) -> jax.Array:
     """Do what `project` does with the layer's arrays, or a device's parts of them, given."""
-    y = base(layer, x, arrays)
+    y = base(layer, x, arrays, divided=divided)
     if "lora_kernel_a" not in arrays:
         return y
     into = x if dropout is None else dropout(x, layer.path)
     return y + widen(layer, narrowed(layer, into, arrays["lora_kernel_a"]), arrays, divided=divided)
 
 
-def base(layer: Any, x: jax.Array, arrays: dict[str, jax.Array]) -> jax.Array:
-    """Return x W, in the compute dtype."""
+def base(layer: Any, x: jax.Array, arrays: dict[str, jax.Array], *, divided: bool = False) -> jax.Array:
+    """Return x W, in the compute dtype; `divided` as for `widen`."""
     kernel = arrays["kernel"]
+    if x.shape[1] == 1 and not divided:
+        return _of_one_token(layer, x, kernel.astype(x.dtype))
     # A frozen kernel has no gradient, for which x would be kept.
     return product(layer.equation, x, kernel if kernel_of(layer).trainable else kernel.astype(x.dtype))
+
+
+def _of_one_token(layer: Any, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Return x W for one token a row, without a gradient of W, as products that take W as it lies.
+
+    From the equation as it stands XLA on the CPU copies W with its dimensions in another order, for every token.
+    """
+    rows = x.reshape(x.shape[0], -1)
+    if kernel.ndim == 2 or x.ndim == 4:
+        return few_rows(rows, kernel.reshape(-1, kernel.shape[-1]))[:, None]
+    if kernel.shape[0] == 1:
+        return few_rows(rows, kernel[0])[:, None, None]
+    alike = jnp.broadcast_to(rows, (kernel.shape[0], *rows.shape))
+    return jnp.swapaxes(jax.lax.dot_general(alike, kernel, (((2,), (1,)), ((0,), (0,)))), 0, 1)[:, None]
 
 
 def narrowed(layer: Any, x: jax.Array, a: jax.Array) -> jax.Array:
@@ -85,6 +103,44 @@ def widen(layer: Any, narrow: jax.Array, arrays: dict[str, jax.Array], *, divide
         return product(f"{low},r{axes[-1]}->{layer.equation.split('->')[1]}", narrow, b)
     wide = product("nr,rh->nh", narrow.reshape(-1, narrow.shape[-1]), b)
     return wide.reshape(*narrow.shape[:-1], b.shape[-1])
+
+
+def merge(backbone: keras.Model, *, keep_base: bool = False) -> None:
+    """Add each adapter to its layer's kernel, on the devices and split as the kernel is, and switch the adapters off.
+
+    From then on a projection costs what the base's does. The sum is computed in float32 and rounded to the kernel's
+    dtype, as Keras' own `kernel` is.
+
+    Args:
+        backbone: loaded; without an adapter it stays as it is.
+        keep_base: whether the base's kernels are still needed by someone who holds them; else their memory is reused.
+    """
+    layers = [layer for layer in layers_within(backbone) if getattr(layer, "lora_enabled", False)]
+    if not layers:
+        return
+    groups = [arrays_of(layer) for layer in layers]
+    kernels = [each.pop("kernel") for each in groups]
+    scales = tuple(layer.lora_alpha / layer.lora_rank for layer in layers)
+    # One program for all layers: it is compiled, and kept, once.
+    run = jax.jit(
+        functools.partial(_merged, scales),
+        donate_argnums=() if keep_base else (0,),
+        out_shardings=[kernel.sharding for kernel in kernels],
+    )
+    for layer, kernel in zip(layers, run(kernels, groups), strict=True):
+        set_value(kernel_of(layer), kernel)
+        layer.lora_enabled = False
+
+
+def _merged(scales: tuple[float, ...], kernels: list[jax.Array], groups: list[dict[str, jax.Array]]) -> list[jax.Array]:
+    """Return W + scale A B of each layer."""
+
+    def merged(scale: float, kernel: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+        change = jnp.matmul(a, b, preferred_element_type=jnp.float32)
+        return (kernel.astype(jnp.float32) + scale * change).astype(kernel.dtype)
+
+    pairs = [(each["lora_kernel_a"], each["lora_kernel_b"]) for each in groups]
+    return [merged(scale, kernel, *pair) for scale, kernel, pair in zip(scales, kernels, pairs, strict=True)]
 
 
 def _equation(layer: Any) -> tuple[str, str, str]:

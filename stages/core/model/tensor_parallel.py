@@ -42,7 +42,8 @@ class Projections:
     def columns(self, layers: Sequence[Any], x: jax.Array, dropout: Dropout | None = None) -> list[jax.Array]:
         """Apply several layers to the same hidden states (batch, length, hidden), split over time or whole.
 
-        The outputs are whole over time and split as the kernels' output dimensions are.
+        The outputs are whole over time and split as the kernels' output dimensions are; but of whole hidden states
+        (a sampler's tokens), heads that are split inside come whole.
         """
         found = [self._layer_specs(layer) for layer in layers]
         specs = [each for each in found if each is not None and not self._splits_input(each)]
@@ -54,9 +55,13 @@ class Projections:
             ]
         split_time = self._splits_time(x)
 
+        # Attention needs whole heads, which are exchanged over time where that can be split.
+        gather = not split_time and all(len(each["kernel"]) == 3 and each["kernel"][-1] == "model" for each in specs)
+
         def local(x: jax.Array, groups: list[dict[str, jax.Array]]) -> list[jax.Array]:
             if not split_time:
-                return [apply(layer, x, arrays) for layer, arrays in zip(layers, groups, strict=True)]
+                parts = [apply(layer, x, arrays) for layer, arrays in zip(layers, groups, strict=True)]
+                return _whole_heads(parts) if gather else parts
             narrow = _narrow_everywhere(layers, x, groups, specs)
             x = jax.lax.all_gather(x, "model", axis=1, tiled=True)
             return [
@@ -64,7 +69,7 @@ class Projections:
                 for layer, arrays in zip(layers, groups, strict=True)
             ]
 
-        outputs = [P("batch", None, *self._output(layer)) for layer in layers]
+        outputs = [P("batch", None, *(() if gather else self._output(layer))) for layer in layers]
         return jax.shard_map(
             local,
             mesh=self._mesh,
@@ -141,6 +146,16 @@ class Projections:
 
     def _array_specs(self, layers: Sequence[Any], specs: Sequence[dict[str, tuple[Any, ...]]]) -> list[dict[str, P]]:
         return [{name: P(*each[name]) for name in arrays_of(layer)} for layer, each in zip(layers, specs, strict=True)]
+
+
+def _whole_heads(parts: Sequence[jax.Array]) -> list[jax.Array]:
+    """Return queries, keys and values (batch, length, heads, head) from the parts of each head that devices have.
+
+    One operation for the three: for single tokens its latency is all that it costs.
+    """
+    ends = list(itertools.accumulate(part.shape[2] for part in parts))
+    joined = jax.lax.all_gather(jnp.concatenate(parts, 2), "model", axis=3, tiled=True, to="invarying")
+    return jnp.split(joined, ends[:-1], axis=2)
 
 
 def _narrow_everywhere(

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from stages.core.model.products import few_rows_transposed
+
 # Rows of the table in one matrix product: large enough for full speed on a CPU core's share, small enough that a
 # block's logits (tokens x 4096) stay in the cache hierarchy. Measured by tests/benchmarks.
 BLOCK_ROWS = 4096
@@ -62,7 +64,7 @@ def logits(hidden: jax.Array, table: jax.Array, vocabulary: int, plan: HeadPlan)
     Returns:
         float32 (tokens, vocabulary).
     """
-    z = jnp.einsum("nd,vd->nv", hidden, table, preferred_element_type=jnp.float32)
+    z = few_rows_transposed(hidden, table)
     if plan.mesh is not None:
         split = NamedSharding(plan.mesh, P(plan.batch_axis, plan.vocabulary_axis))
         z = jax.lax.with_sharding_constraint(z, split)[:, :vocabulary]

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from stages.core.records.record import FileRecord
+from stages.core.records.record import FileRecord, OrAbsent, Record
+
+
+class Sentiment(Record):
+    """The task sentiment: of `reviews` with a label the fraction that was answered rightly, with its 95 % interval."""
+
+    reviews: int
+    accuracy: float
+    accuracy_low: float
+    accuracy_high: float
+    answered_positive_fraction: float
 
 
 class EvaluateMetrics(FileRecord):
@@ -10,7 +20,7 @@ class EvaluateMetrics(FileRecord):
 
     `loss` with its standard error over reviews (None for a single review), perplexity (exp of the loss),
     `token_accuracy` (targets that were the likeliest token, of all); `reviews` are those with a target, `reviews_cut`
-    and `targets_cut` what is beyond `evaluate.max_length`.
+    and `targets_cut` what is beyond `evaluate.max_length`. `sentiment` is there if it is in `evaluate.tasks`.
     """
 
     loss: float
@@ -21,6 +31,7 @@ class EvaluateMetrics(FileRecord):
     reviews: int
     reviews_cut: int
     targets_cut: int
+    sentiment: OrAbsent[Sentiment] = None
 
 
 class CompareMetrics(FileRecord):

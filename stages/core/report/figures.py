@@ -160,6 +160,14 @@ def facts(inputs: Inputs) -> list[tuple[str, str, str]]:
     add("Loading", load, "seconds")
     for variant in VARIANTS:
         add(f"Generation, {variant}", inputs.generate.get(variant), "tokens_per_second")
+    for key, label in (("distinct_2_fraction", "Distinct pairs of tokens"), ("repeated_4_fraction", "Repeated fours")):
+        for variant in VARIANTS:
+            if (measured := inputs.generate.get(variant)) and getattr(measured, key) is not None:
+                add(f"{label}, {variant}", measured, key, "of the generated texts")
+    for variant in VARIANTS:
+        if (result := inputs.evaluate.get(variant)) and (task := result.sentiment):
+            interval = f"95{NBSP}% interval {percent(task.accuracy_low)} to {percent(task.accuracy_high)}"
+            found.append((f"Sentiment, {variant}", percent(task.accuracy), f"{interval}, {task.reviews:,} reviews"))
     return found
 
 
@@ -206,7 +214,8 @@ def pairs(generations: dict[str, list[Generation]]) -> list[dict[str, Any]]:
             # A prompt may be given twice: the second one here belongs with the second one there.
             place = (generation.prompt, seen[generation.prompt])
             seen[generation.prompt] += 1
-            row = rows.setdefault(place, {"prompt": generation.prompt, "baseline": None, "tuned": None})
+            empty = {"prompt": generation.prompt, "sample": generation.sample, "baseline": None, "tuned": None}
+            row = rows.setdefault(place, empty)
             row[variant] = generation.text
     return list(rows.values())
 

@@ -1,0 +1,89 @@
+"""Variants of a model, ready to continue prompts: loaded, their adapters merged, with one sampler where they can share.
+
+Purpose: `generate` opens one variant or both in the same way. A tuned variant with an adapter has the baseline's
+weights within it, so that both together cost one loading and one set of programs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+
+from stages.core.common.paths import Paths
+from stages.core.config.schema import Generate
+from stages.core.generate.choosing import Drawing
+from stages.core.generate.sampling import Sampler, SamplerSettings
+from stages.core.generate.texts import Show, Texts
+from stages.core.load import variants
+from stages.core.load.variants import Preset
+from stages.core.model import lora
+from stages.core.model.causal_lm import CausalModel, make_model
+from stages.core.presets.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Side:
+    """A variant that continues prompts.
+
+    `values` are its weights, one for each variable of the sampler's backbone.
+    """
+
+    variant: str
+    tokenizer: Tokenizer
+    sampler: Sampler
+    values: list[jax.Array]
+    settings: SamplerSettings
+    stop_strings: tuple[str, ...]
+
+    def continued(
+        self, prompts: Sequence[Sequence[int]], seed: int, *, samples: int = 1, show: Show | None = None
+    ) -> tuple[list[str], list[list[int]]]:
+        """Return the text of each row, and its tokens; arguments and rows are those of `Sampler`."""
+        texts = Texts(self.tokenizer, len(prompts) * samples, self.stop_strings, show)
+        tokens = self.sampler(prompts, self.settings, seed, samples=samples, listen=texts, values=self.values)
+        return texts.texts, tokens
+
+
+def open_sides(
+    paths: Paths, preset: Preset, tokenizer: Tokenizer, names: Sequence[str], settings: Generate, stops: tuple[int, ...]
+) -> list[Side]:
+    """Load variants and make them ready.
+
+    Args:
+        paths: where things lie.
+        preset: from `open_preset`.
+        tokenizer: of the preset.
+        names: of the variants.
+        settings: how to continue.
+        stops: ids that end a text.
+
+    Raises:
+        StageError: as `load_variant`.
+    """
+    drawing = Drawing(settings.temperature, settings.top_k, settings.top_p, settings.min_p, settings.repetition_penalty)
+    stop_strings = tuple(settings.stop_strings or ())
+    sampling = SamplerSettings(settings.max_tokens, stops, drawing, tokenizer.vocabulary_size)
+
+    def load(name: str) -> CausalModel:
+        model = variants.load_variant(paths, name, preset)
+        return make_model(model.backbone, model.jax_mesh, model.placements)
+
+    def values(causal: CausalModel) -> list[jax.Array]:
+        return [variable.value for variable in causal.backbone.variables]
+
+    tuned = variants.read_config(paths, "tuned").tuned if len(names) > 1 else None
+    if tuned and tuned.lora.rank:
+        causal = load("tuned")
+        held = {"baseline": values(causal)}
+        lora.merge(causal.backbone, keep_base=True)
+        held["tuned"] = values(causal)
+        sampler = Sampler(causal)
+        return [Side(name, tokenizer, sampler, held[name], sampling, stop_strings) for name in names]
+    sides = []
+    for name in names:
+        causal = load(name)
+        lora.merge(causal.backbone)
+        sides.append(Side(name, tokenizer, Sampler(causal), values(causal), sampling, stop_strings))
+    return sides
