@@ -1,7 +1,8 @@
 """Fine-tune with LoRA, or every weight with rank 0, by Keras' `fit` on the sharded model.
 
-Reads: `models/baseline/model.json` and the preset, `data/tokens/*.npz`; params `finetune` and `generate.chat_template`
-(for samples). A stopped run resumes from its newest checkpoint, in the cache folder.
+Reads: `models/baseline/model.json` and the preset, `data/tokens/*.npz`, the folder of `finetune.start_from`; params
+`finetune` and `generate.chat_template` (for samples). A stopped run resumes from its newest checkpoint, in the cache
+folder.
 Writes: `models/tuned/`, `data/sharding/tuned.json`, `data/plots/finetune.csv`, `data/plots/samples.jsonl`,
 `data/metrics/finetune.json`.
 Command: `python -m stages.finetune`
@@ -24,6 +25,8 @@ from stages.core.cli import Run, click, logger, stage
 def main(run: Run, profile: Path | None) -> None:
     """Fine-tune the sharded model."""
     logger.info("Loading the model to fine-tune ...")
+    from stages.core.adapters import start
+    from stages.core.common import inputs
     from stages.core.common.paths import CURVE, SAMPLES, SHARDING
     from stages.core.finetune import trainer
     from stages.core.finetune.optimizer import optimizer_placements
@@ -40,12 +43,14 @@ def main(run: Run, profile: Path | None) -> None:
     preset = variants.open_preset(run.paths)
     tokenizer = format_of(preset.manifest.format).load_tokenizer(preset.folder)
     config = variants.read_config(run.paths, "baseline")
-    model = trainer.load_trainable(preset, config, settings)
+    start_from = start.start_folder(run.paths, settings.start_from)
+    model = trainer.load_trainable(preset, config, settings, start_from)
+    inputs.declare(run.paths, "finetune", "start_from", start_from)
     sequences = {split: read_sequences(run.paths, split) for split in ("train", "validation")}
     this_run = run_of(config, settings, sequences["train"]["token_ids"].shape[1])
     warn_before_running(run.paths.root, this_run)
     prompting.warn_of_another_format(tokenizer, sequences["train"], chat_template=chat_template)
-    store = trainer.checkpoints(run.paths, config, model.platform, settings)
+    store = trainer.checkpoints(run.paths, config, model.platform, settings, start_from)
     result = trainer.fit(
         model,
         sequences,

@@ -5,8 +5,10 @@ Each line needs only lines below it, so there are no cycles.
 
     preview   -> plan sharding fetch presets config cli records common
     plan      -> finetune load model tokenize sharding fetch presets config records common files
+    export    -> fetch load model tokenize sharding presets config records common files
     cache     -> finetune
-    finetune  -> generate load model tokenize sharding presets config records common files
+    finetune  -> adapters generate load model tokenize sharding presets config records common files
+    adapters  -> load presets records common files
     generate  -> model tokenize presets
     evaluate  -> tokenize sharding records common files
     model     -> sharding presets common

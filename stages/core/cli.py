@@ -76,7 +76,7 @@ def stage(function: Callable[..., None]) -> click.Command:
         with mistakes_in_lines(verbose):
             root = Path.cwd()
             params = read_params(root / "params.yaml", overrides)
-            writes = not (options.get("check") or options.get("dry_run"))
+            writes = not (options.get("check") or options.get("dry_run") or options.get("verify"))
             if writes and overrides and out_root is None and not os.environ.get("DVC_STAGE"):
                 click.echo(
                     "Note: --set without --out-root writes into the pipeline's own outputs; dvc repro will redo them.",

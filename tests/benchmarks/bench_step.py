@@ -85,7 +85,8 @@ def keras_side(batch: int) -> Callable[[int], list[float]]:
     """The tutorial's path: keras-hub's causal model, `enable_lora`, `compile`, `fit`."""
     os.environ["KERAS_BACKEND"] = "jax"
     from stages.core.common.paths import cache_folder
-    from stages.core.presets.gguf import GgufWeights, read_architecture
+    from stages.core.presets.gguf import GgufWeights
+    from stages.core.presets.gguf_architecture import read_architecture
     from stages.core.sharding.devices import configure
 
     configure("simulated", 1)

@@ -41,7 +41,7 @@ def test_an_experiment_changes_the_line_of_its_setting_and_freezing_a_stage_noth
 
     pipeline = (repository / "dvc.yaml").read_text()
     # DVC freezes no stage of a matrix.
-    stages = ["fetch", "prepare", "tokenize", "load", "finetune", "compare", "plan", "report"]
+    stages = ["fetch", "prepare", "tokenize", "load", "finetune", "compare", "export", "plan", "report"]
     dvc(repository, "freeze", *stages)
     assert (repository / "dvc.yaml").read_text().count("frozen: true") == len(stages)
     dvc(repository, "unfreeze", *stages)
@@ -68,7 +68,7 @@ def test_lists_and_sections_are_among_the_values_that_are_set():
     found = {key: value for key, value in SETTABLE if value != "7"}
     assert found == {
         **dict.fromkeys(("prepare.train_file", "prepare.validation_file", "mesh.shape", "layout.rules"), "[a,b]"),
-        **dict.fromkeys(("finetune.targets", "generate.prompts", "plan.targets"), "[a,b]"),
+        **dict.fromkeys(("finetune.targets", "generate.prompts", "export.formats", "plan.targets"), "[a,b]"),
         **dict.fromkeys(("plan.search", "plan.scaling"), "{a: 1}"),
     }
 

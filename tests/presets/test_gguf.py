@@ -14,7 +14,8 @@ import sentencepiece
 
 from stages.core.common.errors import StageError
 from stages.core.presets.formats import format_of
-from stages.core.presets.gguf import GgufWeights, read_architecture
+from stages.core.presets.gguf import GgufWeights
+from stages.core.presets.gguf_architecture import read_architecture
 from stages.core.presets.gguf_tokenizer import tokenizer_proto
 from tests.support import tiny_presets
 from tests.support.gguf_file import numpy_of, write_gguf

@@ -22,6 +22,8 @@ SHARDING = {"baseline": "data/sharding/base.json", "tuned": "data/sharding/tuned
 PLAN = "data/sharding/plan.json"
 CURVE = "data/plots/finetune.csv"
 SAMPLES = "data/plots/samples.jsonl"
+# A folder for each format.
+EXPORT = "models/export"
 REPORT = "data/report/index.html"
 COMPARISON = "data/report/comparison.html"
 SUMMARY = "data/run.json"
@@ -140,6 +142,8 @@ MAKERS = {
     "data/metrics/evaluate-baseline": "evaluate --variant baseline",
     "data/metrics/evaluate-tuned": "evaluate --variant tuned",
     "data/metrics/compare": "compare",
+    "models/export": "export",
+    "data/metrics/export": "export",
     "data/sharding/plan": "plan",
     "data/report": "report",
     "data/run.json": "report",

@@ -74,6 +74,7 @@ PROFILES: dict[str, Profile] = {
         "layout.name=auto",
         "layout.rules=null",
         "load.dtype=float32",
+        "finetune.start_from=null",
         "finetune.rank=8",
         "finetune.alpha=null",
         "finetune.targets=[attention/.*, ffw_.*]",
@@ -93,6 +94,7 @@ PROFILES: dict[str, Profile] = {
         "finetune.rematerialize=false",
         "generate.chat_template=false",
         "generate.temperature=0.0",
+        "export.formats=[peft]",
         "plan.targets="
         '[{preset: gemma_7b_en, topology: "v3:2x2", mesh: [1, 8], layout: auto, dtype: float32, batch_size: 2, '
         'length: 128, rank: 4, lora_targets: [query, value]}, {topology: "v5e:2x4"}, {topology: "cpu:8"}]',
@@ -172,6 +174,7 @@ PROFILES: dict[str, Profile] = {
         "finetune.learning_rate=2.0e-5",
         "finetune.schedule=cosine",
         "finetune.clip_norm=1.0",
+        "export.formats=[huggingface]",
         'plan.targets=[{topology: "v5e:2x4"}]',
     ),
     "instruct": _profile(

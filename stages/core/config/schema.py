@@ -151,6 +151,7 @@ class Finetune(Section):
     The bounds of real numbers are those beyond which float32 overflows or rounds to nothing, or no run can learn.
     """
 
+    start_from: Annotated[Annotated[str, Field(min_length=1)] | None, RUN]
     rank: Annotated[int, Field(ge=0, le=512)]
     alpha: Annotated[float, Field(gt=0, le=1e4)] | None
     targets: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
@@ -191,6 +192,8 @@ class Finetune(Section):
                 raise ValueError(f"{name} must be at least 1.0e-12")
         if self.rank == 0 and self.lora_dropout:
             raise ValueError("lora_dropout must be 0.0 with rank: 0, which has no adapter")
+        if self.rank == 0 and self.start_from is not None:
+            raise ValueError("start_from must be null with rank: 0, which trains every weight")
         if self.rank == 0 and self.alpha is not None:
             raise ValueError("alpha must be null with rank: 0, which has no adapter")
         return self
@@ -233,6 +236,21 @@ class Evaluate(Section):
 
     max_length: Annotated[int, Field(ge=8, le=131072)]
     batch_tokens: Annotated[int, Field(ge=1, le=2**24)]
+
+
+class Export(Section):
+    """The forms in which the tuned model is written for others."""
+
+    formats: Annotated[list[Literal["peft", "huggingface", "keras", "gguf"]], Field(min_length=1)]
+    base: Literal["text", "vision"]
+    dtype: Literal["float32", "bfloat16"]
+    gguf_type: Literal["F32", "F16", "BF16", "Q8_0"]
+
+    @model_validator(mode="after")
+    def _each_format_once(self) -> Export:
+        if len(set(self.formats)) != len(self.formats):
+            raise ValueError("formats must name each format once")
+        return self
 
 
 MeshList = Annotated[list[Positive], Field(min_length=2, max_length=2)]
@@ -306,6 +324,7 @@ class Params(Section):
     finetune: Finetune
     generate: Generate
     evaluate: Evaluate
+    export: Export
     plan: Plan
 
     @model_validator(mode="after")

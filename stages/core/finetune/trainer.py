@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from stages.core.adapters import start
 from stages.core.common.errors import ParamsError, StageError
 from stages.core.common.paths import TOKENS, Paths
 from stages.core.config.schema import IN_FULL, NOT_IN_FULL, Finetune, without
@@ -35,22 +36,31 @@ from stages.core.tokenize.batches import Batches
 logger = logging.getLogger(__name__)
 
 
-def load_trainable(preset: Preset, config: ModelConfig, settings: Finetune) -> LoadedModel:
+def load_trainable(
+    preset: Preset, config: ModelConfig, settings: Finetune, start_from: Path | None = None
+) -> LoadedModel:
     """Load the baseline with LoRA kernels at their initial values, or with every weight trainable for rank 0.
 
+    Args:
+        preset: from `open_preset`.
+        config: the baseline's `model.json`.
+        settings: the training settings.
+        start_from: the folder of an adapter whose values are the initial ones; None for new ones.
+
     Raises:
-        StageError: the baseline was made from another preset, or in a dtype too coarse for full fine-tuning.
+        StageError: the baseline was made from another preset, or in a dtype too coarse for full fine-tuning, or the
+            adapter does not fit it.
     """
     if config.base != preset.fingerprint:
         raise StageError("models/baseline was made from another preset than models/preset names. Run `dvc repro`.")
     if settings.rank == 0 and config.dtype == NOT_IN_FULL:
         raise StageError(f"load.dtype {IN_FULL}. Received: models/baseline in {NOT_IN_FULL}, finetune.rank=0.")
     model = declare_model(config, preset.architecture, settings.lora)
-    first = {
-        weight.path: lora_kernels.first_value(weight.path, weight.shape, settings.seed)
-        for weight in weight_loading.weights_of(model.backbone)
-        if weight.kind == "lora"
-    }
+    shapes = {each.path: each.shape for each in weight_loading.weights_of(model.backbone) if each.kind == "lora"}
+    if start_from is None:
+        first = {path: lora_kernels.first_value(path, shape, settings.seed) for path, shape in shapes.items()}
+    else:
+        first = start.starting_kernels(start_from, preset, settings.lora, shapes)
     fill_model(model, preset, first)
     return model
 
@@ -77,17 +87,19 @@ def checkpoints(
     config: ModelConfig,
     platform: str,
     settings: Finetune,
+    start_from: Path | None = None,
 ) -> Store | None:
     """Return this run's checkpoints, or None if it is to have none.
 
-    The run is identified by all that its weights depend on: settings, tokens, base, dtype, mesh, layout, platform, code
-    and packages.
+    The run is identified by all that its weights depend on: settings, tokens, base, the adapter it starts from, dtype,
+    mesh, layout, platform, code and packages.
 
     Args:
         paths: of the tokens.
         config: the baseline's `model.json`.
         platform: of the devices: cpu, tpu or gpu.
         settings: the training settings.
+        start_from: the folder of the adapter that the run goes on from.
     """
     if settings.checkpoint_every is None:
         return None
@@ -97,6 +109,7 @@ def checkpoints(
             "tokens": {split: sha256(paths.read(file)) for split, file in TOKENS.items()},
             **{key: config.content()[key] for key in ("base", "dtype", "mesh", "layout")},
             "platform": platform,
+            "start": None if start_from is None else start.digest(start_from),
         }
     )
     store = Store(fingerprint.fingerprint_of(parts), settings.checkpoint_keep)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from stages.core.common.progress import bytes_bar
 from stages.core.load import adapter, lora_kernels, weight_loading
 from stages.core.load.backbone import build_backbone
 from stages.core.presets.architecture import Architecture
-from stages.core.presets.formats import format_of
+from stages.core.presets.formats import WeightSource, format_of
 from stages.core.presets.manifest import read_manifest, verified_folder
 from stages.core.records.layout import LoraConfig, MeshShape, NamedLayout
 from stages.core.records.manifest import Manifest
@@ -142,16 +143,29 @@ def declare_model(config: ModelConfig, architecture: Architecture, lora: LoraCon
     return LoadedModel(backbone, dataclasses.replace(config.mesh, device_kind=platform), mesh, placements)
 
 
-def fill_model(model: LoadedModel, preset: Preset, trained: dict[str, Any]) -> None:
-    """Give every declared weight its value: from `trained` where it is there, else from the preset's files."""
+def fill_model(
+    model: LoadedModel,
+    preset: Preset,
+    trained: dict[str, Any],
+    adapted: Callable[[WeightSource], WeightSource] = lambda files: files,
+) -> None:
+    """Give every declared weight its value: from `trained` where it is there, else from the preset's files.
+
+    Args:
+        model: declared.
+        preset: from `open_preset`.
+        trained: arrays by path.
+        adapted: returns what the files' weights are read through, such as an adapter that is added to them.
+    """
     memory = weight_loading.ArraySource(trained)
     total = sum(placement.weight.bytes for placement in model.placements)
     with (
         format_of(preset.manifest.format).open_weights(preset.folder, preset.architecture) as files,
         bytes_bar("Loading weights", total) as show,
     ):
+        source = adapted(files)
         weight_loading.fill(
-            model.backbone, model.placements, model.mesh, lambda path: memory if path in trained else files, show
+            model.backbone, model.placements, model.mesh, lambda path: memory if path in trained else source, show
         )
 
 

@@ -69,6 +69,7 @@ def hidden_states(
     projections: Projections = SINGLE,
     dropout: Dropout | None = None,
     rematerialize: bool = False,
+    before_block: Callable[[Any], None] | None = None,
 ) -> jax.Array:
     """Return the final normalised hidden states.
 
@@ -80,6 +81,8 @@ def hidden_states(
         constrain: sets the sharding of activations.
         dropout: applied to what goes into an adapter.
         rematerialize: recompute each block in the backward pass instead of keeping its activations.
+        before_block: called with each block's layer before it runs, outside of a compiled function: it can give the
+            layer its weights, so that those of one block are in memory.
 
     Returns:
         (batch, length, hidden) in the compute dtype.
@@ -95,6 +98,8 @@ def hidden_states(
             allowed = mask if window is None else mask & window
             return _block(run, layer, x, positions, allowed, None)[0]
 
+        if before_block:
+            before_block(layer)
         x = jax.checkpoint(block)(x) if rematerialize else block(x)
     return _norm(backbone.layer_norm, x)
 

@@ -14,7 +14,16 @@ from typing import Protocol
 import numpy as np
 
 from stages.core.common.errors import StageError, shown
-from stages.core.presets import gguf, gguf_tokenizer, hf_config, hf_tokenizer, keras_config, keras_h5, safetensors
+from stages.core.presets import (
+    gguf,
+    gguf_architecture,
+    gguf_tokenizer,
+    hf_config,
+    hf_tokenizer,
+    keras_config,
+    keras_h5,
+    safetensors,
+)
 from stages.core.presets.architecture import Architecture
 from stages.core.presets.tokenizer import Tokenizer
 
@@ -56,7 +65,7 @@ def format_of(name: str) -> PresetFormat:
     """
     formats = {
         "gguf": PresetFormat(
-            gguf.read_architecture,
+            gguf_architecture.read_architecture,
             gguf.open_weights,
             gguf.check_weights,
             gguf_tokenizer.load_tokenizer,

@@ -1,7 +1,8 @@
-"""Reading Gemma 3 from a GGUF file as keras-hub names and shapes it: architecture and weights.
+"""Reading the weights of a Gemma from a GGUF file as keras-hub names and shapes them.
 
-Purpose: the embedded model is a quantized GGUF; the pipeline knows only keras-hub's `Gemma3Backbone`. Weights are
-dequantized one at a time, so that loading needs the memory of one of them, not of the model.
+Purpose: the embedded model is a quantized GGUF, and so is what `export` writes for llama.cpp; the pipeline knows only
+keras-hub's backbones. Weights are dequantized one at a time, so that loading needs the memory of one of them, not of
+the model.
 Reads: the one .gguf file of a folder.
 """
 
@@ -12,91 +13,21 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import gguf
 import numpy as np
 
 from stages.core.common.errors import StageError, shown
 from stages.core.presets.architecture import Architecture
-from stages.core.presets.gguf_file import field_of, only_file, open_file
-from stages.core.presets.untrusted import brief
+from stages.core.presets.gguf_architecture import TABLE, architecture_of
+from stages.core.presets.gguf_file import only_file, open_file
 from stages.core.presets.weight_table import weight_table
 
 CHUNK_ELEMENTS = 1 << 19
 """Values dequantized at a time by a thread: their temporaries (some 8 MB) still fit in a core's cache."""
 
-GLOBAL_ROPE_WAVELENGTH = 1.0e6
-"""keras-hub's Gemma3Backbone has it as a constant for its global layers (and 1.0e4 for the local ones)."""
-
-TABLE, HEAD = "token_embd.weight", "output.weight"
-
-
-def read_architecture(folder: Path) -> Architecture:
-    """Return the architecture of the .gguf file of a folder.
-
-    Raises:
-        StageError: there is not one such file, it is not a Gemma 3 GGUF, lacks a hyper-parameter, or has one that
-            keras-hub cannot express.
-    """
-    path = only_file(folder)
-    return _architecture(open_file(path), path)
-
-
-def _architecture(reader: gguf.GGUFReader, path: Path) -> Architecture:
-    """Return the architecture of an open file (`path` for messages)."""
-
-    def need(key: str) -> Any:
-        value = field_of(reader, f"gemma3.{key}")
-        if value is None:
-            raise StageError(f"The GGUF file must state gemma3.{key}, and does not. Received: path={path}")
-        return value
-
-    wavelength = need("rope.freq_base")
-    if wavelength != GLOBAL_ROPE_WAVELENGTH:
-        raise StageError(
-            f"keras-hub's Gemma 3 has a fixed global RoPE wavelength of {GLOBAL_ROPE_WAVELENGTH:g}. "
-            f"Received: gemma3.rope.freq_base={brief(wavelength)} in {path}"
-        )
-    if need("attention.key_length") != need("attention.value_length"):
-        raise StageError(f"Keys and values must have the same head size. Received: path={path}")
-    names = {tensor.name: tensor for tensor in reader.tensors}
-    if TABLE not in names or len(names[TABLE].shape) != 2:
-        raise StageError(f"The GGUF file must hold {TABLE}, and does not. Received: path={path}")
-    epsilon = need("attention.layer_norm_rms_epsilon")
-    if not isinstance(epsilon, float) or not 0 < epsilon < 1:
-        raise StageError(f"The GGUF file must state a small epsilon. Received: {brief(epsilon)} in {path}")
-    config = {
-        # Of the tensor, not of the token list: some files pad one and not the other.
-        "vocabulary_size": int(names[TABLE].shape[1]),
-        "image_size": 896,
-        "num_layers": need("block_count"),
-        "num_query_heads": need("attention.head_count"),
-        "num_key_value_heads": need("attention.head_count_kv"),
-        "hidden_dim": need("embedding_length"),
-        "intermediate_dim": need("feed_forward_length"),
-        "head_dim": need("attention.key_length"),
-        "query_head_dim_normalize": True,
-        "use_query_key_norm": "blk.0.attn_q_norm.weight" in names,
-        "use_post_ffw_norm": "blk.0.post_ffw_norm.weight" in names,
-        "use_post_attention_norm": "blk.0.post_attention_norm.weight" in names,
-        "attention_logit_soft_cap": field_of(reader, "gemma3.attn_logit_softcapping"),
-        "final_logit_soft_cap": field_of(reader, "gemma3.final_logit_softcapping"),
-        "use_sliding_window_attention": True,
-        "sliding_window_size": need("attention.sliding_window"),
-        "local_rope_scaling_factor": 1.0,
-        "global_rope_scaling_factor": field_of(reader, "gemma3.rope.scaling.factor", 1.0),
-        "vision_encoder": None,
-        # Stored as float32: 9.999999974752427e-07 was written as 1e-06.
-        "layer_norm_epsilon": float(str(np.float32(epsilon))),
-        "dropout": 0,
-    }
-    for key in ("num_layers", "num_query_heads", "num_key_value_heads", "hidden_dim", "intermediate_dim", "head_dim"):
-        value = config[key]
-        # Every block has tensors, so there are fewer blocks.
-        if not isinstance(value, int) or not 1 <= value <= (len(names) if key == "num_layers" else 1 << 22):
-            raise StageError(f"The GGUF file must state sizes of a Gemma 3. Received: {key}={brief(value)} in {path}")
-    return Architecture("Gemma3Backbone", config)
+HEAD = "output.weight"
 
 
 def needed_files(folder: Path) -> list[str]:
@@ -127,10 +58,10 @@ class _Weight(NamedTuple):
 
 
 class GgufWeights:
-    """The weights of a Gemma 3 GGUF file under keras-hub's weight paths and in its shapes, read one at a time.
+    """The weights of a Gemma's GGUF file under keras-hub's weight paths and in its shapes, read one at a time.
 
     Raises:
-        StageError: the file is not a complete Gemma 3 GGUF.
+        StageError: the file is not a complete GGUF of a Gemma.
     """
 
     def __init__(self, path: Path) -> None:
@@ -138,7 +69,7 @@ class GgufWeights:
         reader = open_file(path)
         tensors = {tensor.name: tensor for tensor in reader.tensors}
         self._weights: dict[str, _Weight] = {}
-        for weight_path, stored in weight_table(_architecture(reader, path)).items():
+        for weight_path, stored in weight_table(architecture_of(reader, path)).items():
             name, shape, kind = stored.gguf, stored.shape, stored.kind
             if name not in tensors:
                 raise StageError(f"The GGUF file must hold {name} (for {weight_path}). Received: path={path}")
@@ -162,7 +93,7 @@ class GgufWeights:
             )
         if tensors:
             raise StageError(
-                "The GGUF file holds a tensor that a text Gemma 3 does not have. "
+                "The GGUF file holds a tensor that a text Gemma does not have. "
                 f"Received: {shown(min(tensors))} in {path}"
             )
 

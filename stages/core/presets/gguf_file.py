@@ -1,6 +1,7 @@
 """A GGUF file opened with care: its header and metadata, of which the package that reads them believes everything.
 
-Reads: one .gguf file (`general.architecture` must be gemma3). The format: the GGUF specification of the ggml project.
+Reads: one .gguf file (`general.architecture` gemma, gemma2 or gemma3). The format: the GGUF specification of the ggml
+project.
 """
 
 from __future__ import annotations
@@ -22,19 +23,34 @@ LARGEST_COUNT = 1 << 16
 # Further keys that a file may have, and the only values under which keras-hub computes the same.
 FIXED: dict[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
-    "rope.freq_base_swa": (1.0e4,),
-    "rope.scaling.type": ("linear", "none"),
-    "attention.sliding_window_pattern": (6,),
     "pooling_type": (0,),
     "expert_count": (0,),
 }
 READ = {
-    *("rope.freq_base", "block_count", "embedding_length", "feed_forward_length", "rope.scaling.factor"),
-    *("attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length"),
-    *("attention.sliding_window", "attention.layer_norm_rms_epsilon"),
-    *("attn_logit_softcapping", "final_logit_softcapping"),
+    *("block_count", "embedding_length", "feed_forward_length", "attention.head_count", "attention.head_count_kv"),
+    *("attention.key_length", "attention.value_length", "attention.layer_norm_rms_epsilon"),
 }
 HARMLESS = {"context_length", "vocab_size", "rope.scaling.finetuned", "rope.scaling.original_context_length"}
+PLAIN_ROPE: dict[str, tuple[Any, ...]] = {
+    "rope.freq_base": (1.0e4,),
+    "rope.scaling.type": ("none",),
+    "rope.scaling.factor": (1.0,),
+}
+WINDOWED = {"attention.sliding_window", "attn_logit_softcapping", "final_logit_softcapping"}
+# By `general.architecture`: what its files may state besides, and what is read of it.
+ARCHITECTURES: dict[str, tuple[dict[str, tuple[Any, ...]], set[str]]] = {
+    "gemma": (FIXED | PLAIN_ROPE, READ),
+    "gemma2": (FIXED | PLAIN_ROPE | {"attention.sliding_window_pattern": (2,)}, READ | WINDOWED),
+    "gemma3": (
+        FIXED
+        | {
+            "rope.freq_base_swa": (1.0e4,),
+            "rope.scaling.type": ("linear", "none"),
+            "attention.sliding_window_pattern": (6,),
+        },
+        READ | WINDOWED | {"rope.freq_base", "rope.scaling.factor"},
+    ),
+}
 
 
 class _Reader(gguf.GGUFReader):
@@ -116,7 +132,7 @@ def only_file(folder: Path) -> Path:
 
 
 def open_file(path: Path) -> gguf.GGUFReader:
-    """Open a GGUF file of a Gemma 3 model.
+    """Open a GGUF file of a Gemma.
 
     Raises:
         StageError: it cannot be read, or holds another architecture, or says something that changes the computation.
@@ -130,20 +146,22 @@ def open_file(path: Path) -> gguf.GGUFReader:
             "Delete it and run `python -m stages.fetch`."
         ) from error
     architecture = field_of(reader, "general.architecture")
-    if architecture != "gemma3":
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise StageError(
-            "The GGUF file must hold a Gemma 3 text model. "
+            f"The GGUF file must hold a text Gemma ({', '.join(ARCHITECTURES)}). "
             f"Received: general.architecture={brief(architecture)} in {path}"
         )
-    for key in (key.removeprefix("gemma3.") for key in reader.fields if key.startswith("gemma3.")):
-        value = field_of(reader, f"gemma3.{key}")
+    fixed, read = ARCHITECTURES[architecture]
+    prefix = f"{architecture}."
+    for key in (key.removeprefix(prefix) for key in reader.fields if key.startswith(prefix)):
+        value = field_of(reader, f"{prefix}{key}")
         if key == "rope.dimension_count":
-            allowed: tuple[Any, ...] = (field_of(reader, "gemma3.attention.key_length"),)
+            allowed: tuple[Any, ...] = (field_of(reader, f"{prefix}attention.key_length"),)
         else:
-            allowed = FIXED.get(key, (value,) if key in READ | HARMLESS else ())
+            allowed = fixed.get(key, (value,) if key in read | HARMLESS else ())
         if value not in allowed:
             raise StageError(
-                f"keras-hub's Gemma 3 cannot have gemma3.{shown(key)}={brief(value)}, or this project does not "
+                f"keras-hub's Gemma cannot have {prefix}{shown(key)}={brief(value)}, or this project does not "
                 f"know the key. Received: path={path}"
             )
     return reader

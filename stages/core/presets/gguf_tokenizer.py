@@ -28,7 +28,7 @@ def tokenizer_proto(path: Path) -> bytes:
     """Return the file's tokenizer as a SentencePiece model: BPE with byte fallback, no normalizing, no dummy prefix.
 
     Raises:
-        StageError: the file is not a Gemma 3 GGUF, or its tokenizer is of another kind.
+        StageError: the file is not the GGUF of a Gemma, or its tokenizer is of another kind.
     """
     reader = open_file(path)
     kind = field_of(reader, "tokenizer.ggml.model")

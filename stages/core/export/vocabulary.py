@@ -1,0 +1,171 @@
+"""The vocabulary in the two files that others read: a SentencePiece model, and `tokenizer.json`.
+
+Purpose: transformers 5 reads `tokenizer.json` alone, llama.cpp and keras-hub the SentencePiece model; a preset has one
+of them, or the tokens within a GGUF file.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from sentencepiece import sentencepiece_model_pb2
+
+from stages.core.common.errors import StageError
+from stages.core.load.variants import Preset
+from stages.core.presets import gguf_file, gguf_tokenizer
+from stages.core.presets.hf_tokenizer import IMAGE
+from stages.core.presets.tokenizer import HUGGING_FACE_VOCABULARY, JSON_VOCABULARY, KERAS_VOCABULARY
+from stages.core.presets.untrusted import read_object
+from stages.core.tokenize.control_tokens import NAMES
+
+Piece = sentencepiece_model_pb2.ModelProto.SentencePiece
+SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>")
+BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
+
+
+def sentencepiece_model(preset: Preset) -> Any:
+    """Return a preset's vocabulary as a SentencePiece `ModelProto` with the types of Gemma's own `tokenizer.model`.
+
+    There all but padding, end, beginning and unknown are user-defined, which SentencePiece finds in a text; GGUF files
+    call the control tokens among them `control`.
+
+    Raises:
+        StageError: the preset has no vocabulary, or not one of a Gemma.
+    """
+    model = sentencepiece_model_pb2.ModelProto()
+    held = {file.name for file in preset.manifest.files}
+    if preset.manifest.format == "gguf":
+        model.ParseFromString(gguf_tokenizer.tokenizer_proto(gguf_file.only_file(preset.folder)))
+    elif preset.manifest.format == "keras":
+        model.ParseFromString((preset.folder / KERAS_VOCABULARY).read_bytes())
+    elif JSON_VOCABULARY in held:
+        model = model_of_json(read_object(preset.folder / JSON_VOCABULARY))
+    else:
+        model.ParseFromString((preset.folder / HUGGING_FACE_VOCABULARY).read_bytes())
+    for piece in model.pieces:
+        if piece.type == Piece.CONTROL and piece.piece not in SPECIAL:
+            piece.type = Piece.USER_DEFINED
+    return model
+
+
+def model_of_json(content: dict[str, Any]) -> Any:
+    """Return the vocabulary of a `tokenizer.json` as a SentencePiece model.
+
+    A piece's score is the place of the first merge that makes it, so that SentencePiece joins in the same order.
+
+    Raises:
+        StageError: an id has no token.
+    """
+    words = {number: word for word, number in content["model"]["vocab"].items()}
+    added = {each["id"]: each["content"] for each in content.get("added_tokens") or [] if each["content"] != IMAGE}
+    words |= added
+    places: dict[str, int] = {}
+    for place, merge in enumerate(content["model"]["merges"]):
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        places.setdefault(left + right, place)
+    model = sentencepiece_model_pb2.ModelProto()
+    for number in range(max(words) + 1):
+        if number not in words:
+            raise StageError(f"A vocabulary must have a token for each id. Received: none for {number} of {max(words)}")
+        word = words[number]
+        kind = Piece.BYTE if BYTE.fullmatch(word) else Piece.USER_DEFINED if number in added else Piece.NORMAL
+        if word in SPECIAL:
+            kind = Piece.UNKNOWN if word == "<unk>" else Piece.CONTROL
+        score = 0.0 if kind != Piece.NORMAL else -float(places.get(word, len(places)))
+        model.pieces.add(piece=word, score=score, type=kind)
+    ids = {piece.piece: number for number, piece in enumerate(model.pieces)}
+    trainer = model.trainer_spec
+    trainer.model_type = sentencepiece_model_pb2.TrainerSpec.BPE
+    trainer.vocab_size, trainer.byte_fallback = len(model.pieces), True
+    trainer.pad_id, trainer.eos_id, trainer.bos_id, trainer.unk_id = (ids.get(piece, -1) for piece in SPECIAL)
+    trainer.pad_piece, trainer.eos_piece, trainer.bos_piece, trainer.unk_piece = SPECIAL
+    normalizer = model.normalizer_spec
+    normalizer.name, normalizer.add_dummy_prefix = "identity", False
+    normalizer.remove_extra_whitespaces, normalizer.escape_whitespaces = False, True
+    return model
+
+
+def added_tokens(model: Any) -> list[dict[str, Any]]:
+    """Return the tokens that are found in a text before it is split, as `tokenizer.json` lists them."""
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return [
+        {"id": number, "content": piece.piece, **plain, "special": NAMES.fullmatch(piece.piece) is not None}
+        for number, piece in enumerate(model.pieces)
+        if piece.type in (Piece.CONTROL, Piece.USER_DEFINED, Piece.UNKNOWN)
+    ]
+
+
+def merges(model: Any) -> list[list[str]]:
+    """Return the pairs that byte-pair encoding joins, the first one first.
+
+    SentencePiece takes user-defined pieces out of a text before it joins anything. Of those only runs of spaces are no
+    added tokens to the other library, which sees them after spaces have been replaced: their pairs come first, the
+    longest left part first, so that a run grows from its left end.
+    """
+    ids = {piece.piece: number for number, piece in enumerate(model.pieces)}
+    found = []
+    for word, number in ids.items():
+        piece = model.pieces[number]
+        if piece.type not in (Piece.NORMAL, Piece.USER_DEFINED) or len(word) < 2:
+            continue
+        run = piece.type == Piece.USER_DEFINED
+        if run and word.strip(SPACE):
+            continue
+        score = float("inf") if run else piece.score
+        for cut in range(1, len(word)):
+            left, right = word[:cut], word[cut:]
+            if left in ids and right in ids:
+                found.append((-score, -cut, cut - len(word), left, right))
+    return [[left, right] for *_, left, right in sorted(found)]
+
+
+def tokenizer_json(model: Any) -> dict[str, Any]:
+    """Return the content of a `tokenizer.json`, as transformers' converter makes it of Gemma's SentencePiece model."""
+    bos = "<bos>"
+    number = next(number for number, piece in enumerate(model.pieces) if piece.piece == bos)
+    begin, text = {"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    begin_2, text_2 = {"SpecialToken": {"id": bos, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}
+    decoders = [{"type": "Replace", "pattern": {"String": SPACE}, "content": " "}]
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added_tokens(model),
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
+        "pre_tokenizer": {
+            "type": "Split",
+            "pattern": {"String": " "},
+            "behavior": "MergedWithPrevious",
+            "invert": False,
+        },
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [begin, text],
+            "pair": [begin, text, begin_2, text_2],
+            "special_tokens": {bos: {"id": bos, "ids": [number], "tokens": [bos]}},
+        },
+        "decoder": {"type": "Sequence", "decoders": [*decoders, {"type": "ByteFallback"}, {"type": "Fuse"}]},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": "<unk>",
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "ignore_merges": False,
+            "vocab": {piece.piece: number for number, piece in enumerate(model.pieces)},
+            "merges": merges(model),
+        },
+    }
+
+
+def json_of_preset(preset: Preset, model: Any) -> dict[str, Any]:
+    """Return a preset's own `tokenizer.json` where it has one, without a length to cut to, else one of its model."""
+    path: Path = preset.folder / JSON_VOCABULARY
+    if preset.manifest.format == "safetensors" and any(file.name == path.name for file in preset.manifest.files):
+        return {**read_object(path), "truncation": None, "padding": None}
+    return tokenizer_json(model)

@@ -1,0 +1,107 @@
+"""What export writes as GGUF, in llama.cpp itself: logits, adapters and token ids.
+
+llama.cpp rounds where this project does not (its table of GELU is of half-precision numbers): its float32 logits differ
+by some 5e-4 of their range, whatever wrote the file. The tolerance is 1e-3 of the range.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from stages.core.export.adapter import common_rank, lora_modules, peft_tensors
+from stages.core.export.gguf_adapter import write_gguf_adapter
+from stages.core.export.llama_cpp import opened
+from stages.core.export.tuned import TrainedWeights
+from stages.core.presets.formats import format_of
+from stages.core.tokenize.control_tokens import ControlTokens
+from tests.export.test_gguf import SPELLED, TEXTS, written
+from tests.support import tiny_presets
+from tests.support.repository import FAMILIES
+from tests.support.tiny_models import load_tiny
+from tests.support.tuned_models import EVERY_KIND, logits, tuned
+
+TOLERANCE = 1e-3
+# Five windows of 8 tokens.
+IDS = [2, *np.random.default_rng(0).integers(4, 512, 40).tolist()]
+
+
+pytest.importorskip("xllamacpp", reason="needs llama.cpp (requirements-readers.txt)")
+
+
+@pytest.fixture(scope="module")
+def exported(devices, tmp_path_factory):
+    """Of each family: the tuned model, its logits and the base's by the pipeline, and a folder."""
+    made = {}
+    for family in FAMILIES:
+        folder = tmp_path_factory.mktemp(family)
+        preset = tiny_presets.write_tiny_preset(folder / "preset", family, **EVERY_KIND[family])
+        loaded, model = tuned(preset, folder)
+        base = logits(load_tiny(preset, (1, 1)), IDS)
+        made[family] = model, logits(loaded, IDS), base, folder
+    return made
+
+
+def far_apart(one: np.ndarray, other: np.ndarray) -> float:
+    """The largest difference as a part of the range of the first."""
+    return float(np.abs(one - other).max() / np.ptp(one))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_merged_model_has_the_tuned_model_s_logits_past_the_sliding_window(exported, family):
+    model, expected, base, folder = exported[family]
+    with opened(written(model, folder / "f32")) as llama:
+        found = llama.logits(IDS)
+    assert far_apart(expected, base) > 100 * TOLERANCE
+    assert far_apart(expected, found) <= TOLERANCE
+    assert (found.argmax(-1) == expected.argmax(-1)).all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_adapter_on_the_base_s_file_equals_the_merged_model(exported, family):
+    model, expected, base, folder = exported[family]
+    untuned = dataclasses.replace(model, trained=TrainedWeights(None))
+    modules = lora_modules(model)
+    write_gguf_adapter(
+        folder / "lora.gguf", model.preset.architecture, peft_tensors(model, modules), common_rank(modules), name="tiny"
+    )
+    with opened(written(untuned, folder / "base")) as llama:
+        assert far_apart(base, llama.logits(IDS)) <= TOLERANCE
+        found = llama.logits(IDS, folder / "lora.gguf")
+    assert far_apart(expected, found) <= TOLERANCE
+    assert (found.argmax(-1) == expected.argmax(-1)).all()
+
+
+def test_gemma_2_with_an_adapter_on_query_and_value_in_several_blocks(devices, tmp_path):
+    preset = tiny_presets.write_tiny_preset(tmp_path / "preset", "gemma2", num_layers=4, seed=3)
+    loaded, model = tuned(preset, tmp_path, ("query", "value"))
+    expected = logits(loaded, IDS)
+    with opened(written(model, tmp_path / "out")) as llama:
+        found = llama.logits(IDS)
+    assert far_apart(expected, found) <= TOLERANCE
+    assert (found.argmax(-1) == expected.argmax(-1)).all()
+
+
+@pytest.mark.parametrize(("kind", "tolerance"), [("F16", 2e-3), ("BF16", 2e-2), ("Q8_0", 5e-2)])
+def test_smaller_types_differ_by_their_rounding(exported, kind, tolerance):
+    model, expected, _, folder = exported["gemma3"]
+    with opened(written(model, folder / kind, kind)) as llama:
+        assert TOLERANCE / 10 < far_apart(expected, llama.logits(IDS)) <= tolerance
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3"])
+def test_token_ids_are_ours_and_no_text_spells_a_control_token(exported, family):
+    model, _, _, folder = exported[family]
+    ours = format_of("keras").load_tokenizer(model.preset.folder)
+    path = written(model, folder / "tokens", chat_template="{{ bos_token }}")
+    with opened(path, vocabulary_only=True) as llama:
+        assert [llama.encode(text) for text in TEXTS] == [ours.encode(text) for text in TEXTS]
+        assert llama.encode("Hi", add_special=True) == [ours.bos, *ours.encode("Hi")]
+        assert llama.encode(SPELLED, parse_special=True) == ControlTokens(ours).as_tokens([SPELLED])[0]
+        ends = ours.piece_id("<end_of_turn>")
+        assert llama.special() == {"bos": 2, "eos": 1, "eot": ends, "pad": 0}
+        assert llama.ends_generation(ends)
+        assert llama.chat_template() == "{{ bos_token }}"
+        assert not [number for number in llama.encode(SPELLED) if llama.is_control(number)]
