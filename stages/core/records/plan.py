@@ -157,6 +157,7 @@ class Estimate(Record):
     needed_bytes: int | None = None
     flops: int | None = None
     pass_flops: int | None = None
+    float32_flops: int | None = None
     hbm_traffic_bytes: int | None = None
     interconnect_bytes: int | None = None
     collectives: dict[str, int] = Field(default_factory=dict)
