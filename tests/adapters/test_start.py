@@ -65,7 +65,8 @@ def test_with_another_alpha_the_model_is_the_same(before, whose):
 @pytest.mark.parametrize("whose", [1, 2])
 def test_another_rank_or_other_targets_are_refused_with_the_difference(before, whose):
     model, folder = before[0], before[whose]
-    with pytest.raises(StageError, match=r"finetune\.start_from, 3\. Received: finetune\.rank=4|\nSet finetune\.rank to"):
+    said = r"finetune\.start_from, 3\. Received: finetune\.rank=4|\nSet finetune\.rank to"
+    with pytest.raises(StageError, match=said):
         start(model, folder, rank=4)
     with pytest.raises(StageError, match="lacks decoder_block_0/attention/key, decoder_block_1/attention/key"):
         start(model, folder, targets=[*TARGETS, "key"])
