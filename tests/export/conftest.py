@@ -39,7 +39,7 @@ class Case:
     def job(self, *formats: str, chat: bool = False, **changes: str):
         """What is exported, with these settings."""
         settings = {"base": "text", "dtype": "float32", "gguf_type": "F32", **changes}
-        return make_job(self.tuned, Export(formats=list(formats), **settings), chat)
+        return make_job(self.tuned, Export(formats=list(formats) or ["peft"], **settings), chat)
 
 
 def in_full(model: Tuned, folder) -> Tuned:

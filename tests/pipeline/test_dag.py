@@ -66,6 +66,13 @@ def test_the_params_sections_are_those_that_the_script_reads(stage: str):
     )
 
 
+def test_every_listed_setting_exists():
+    params = read_params(ROOT / "params.yaml").model_dump()
+    for stage in STAGES.values():
+        for section, _, key in (name.partition(".") for name in stage.get("params", [])):
+            assert not key or key in params[section], f"{section}.{key}"
+
+
 @pytest.mark.parametrize(("stage", "unused"), [("finetune", ["display"]), ("plan", ["display", "run"])])
 def test_of_finetunes_settings_those_that_change_no_result_are_left_out(stage: str, unused: list[str]):
     listed = {name for name in STAGES[stage]["params"] if name.startswith("finetune")}

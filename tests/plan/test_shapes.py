@@ -155,7 +155,7 @@ def test_a_dry_run_tells_the_fallbacks_with_their_reasons(clone):
 
 
 def test_a_dry_run_stops_where_the_load_would(clone):
-    stopped = dry_run("--preset", "gemma3_1b", "--set", "layout.name=tutorial", cwd=clone)
+    stopped = dry_run("--preset", "gemma3_1b", "--set", "layout.name=tutorial", "--set", "mesh.shape=[1, 8]", cwd=clone)
     assert stopped.returncode == 1
     assert "of size 4 must be divisible by the 8 devices" in stopped.stderr
     rules = '--set=layout.rules=[{"pattern": ".*/ffw_linear/kernel", "spec": [model, null]}]'
