@@ -31,6 +31,7 @@ STAGES = [
     ("evaluate", "--variant", "baseline"),
     ("evaluate", "--variant", "tuned"),
     ("compare",),
+    ("export",),
     ("report",),
 ]
 

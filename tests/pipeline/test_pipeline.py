@@ -30,10 +30,11 @@ ALL = {
     "evaluate@baseline",
     "evaluate@tuned",
     "compare",
+    "export",
     "plan",
     "report",
 }
-TUNED = {"finetune", "generate@tuned", "evaluate@tuned", "compare", "report"}
+TUNED = {"finetune", "generate@tuned", "evaluate@tuned", "compare", "export", "report"}
 # A plan fills what its entries leave out from the sections that shape a step.
 PLANNED = {"plan"}
 

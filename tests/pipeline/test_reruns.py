@@ -20,12 +20,12 @@ ALL = {
     for name, stage in STAGES.items()
     for variant in stage.get("matrix", {"variant": [""]})["variant"]
 }
-TUNED = {"finetune", "generate@tuned", "evaluate@tuned", "compare", "report"}
+TUNED = {"finetune", "generate@tuned", "evaluate@tuned", "compare", "export", "report"}
 CHANGES = {
     "a prompt and the chat format": (
         "generate",
         {"prompts": ["Best comedy movies in the 90s "], "chat_template": True},
-        {"generate@baseline", "generate@tuned", "report"},
+        {"generate@baseline", "generate@tuned", "export", "report"},
     ),
     "the learning rate": ("finetune", {"learning_rate": 0.002}, TUNED),
     "what is printed while training": (
@@ -38,11 +38,11 @@ CHANGES = {
     "the longest review measured": (
         "evaluate",
         {"max_length": 24},
-        {"evaluate@baseline", "evaluate@tuned", "compare", "report"},
+        {"evaluate@baseline", "evaluate@tuned", "compare", "export", "report"},
     ),
     "the validation size": ("prepare", {"validation": 5}, ALL - {"fetch", "load", "generate@baseline", "plan"}),
     "the end of a review": ("tokenize", {"eos": "never"}, ALL - {"fetch", "prepare", "load", "generate@baseline"}),
-    "the mesh": ("mesh", {"shape": [2, 4]}, ALL - {"fetch", "prepare", "tokenize"}),
+    "the mesh": ("mesh", {"shape": [1, 8]}, ALL - {"fetch", "prepare", "tokenize"}),
     "the layout": ("layout", {"max_replicated_fraction": 0.5}, ALL - {"fetch", "prepare", "tokenize"}),
     "what is planned": ("plan", {"targets": []}, {"plan", "report"}),
 }
