@@ -58,6 +58,16 @@ ENTRY %main (p: f32[64]) -> f32[64] {{
     assert costs(text).collectives["all-reduce"].wire_bytes == 2 * (256 * (members - 1) // members)
 
 
+def test_a_permutation_names_pairs_and_sends_what_it_is_given():
+    text = """HloModule m
+ENTRY %main (p: f32[64]) -> f32[64] {
+  %p = f32[64]{0} parameter(0)
+  ROOT %r = f32[64]{0} collective-permute(%p), channel_id=1, source_target_pairs={{0,1},{1,2},{2,3}}
+}
+"""
+    assert costs(text).collectives["collective-permute"] == program_costs.Collective(1, 256, 256)
+
+
 def test_a_collective_that_runs_through_several_fusions_counts_once():
     gather = "all-gather(%x), replica_groups={{0,1}}, dimensions={0}, frontend_attributes={chain_id="
     fusions = "".join(

@@ -206,14 +206,15 @@ def _valid_positions(size: int, kernel: int, out: int, window: dict[str, tuple[i
 
 def collective_bytes(instruction: Instruction, computation: Computation, kind: str) -> tuple[int, int]:
     """Return the bytes that a device hands in or gets (the larger), and those it must send."""
-    members = group_size(instruction)
     given = sum(
         array.bytes
         for name in instruction.operands
         for array in (computation.instructions[name].arrays if name in computation.instructions else ())[:1]
     )
     if kind == "collective-permute":
+        # It names pairs of devices, no groups.
         return given, given
+    members = group_size(instruction)
     if members < 2:
         return 0, 0
     if kind == "all-gather":
