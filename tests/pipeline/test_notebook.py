@@ -10,7 +10,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from tests.support.copies import change, copy_repository
+from tests.support.copies import copy_repository
 from tests.support.repository import ROOT
 from tests.support.tiny_presets import tiny_reviews
 
@@ -25,7 +25,6 @@ def executed(presets: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     folder = copy_repository(tmp_path_factory.mktemp("repository"))
     (folder / "reviews.txt").write_text("\n".join(review.replace("\n", " ") for review in tiny_reviews(12)) + "\n")
     (folder / ".venv").symlink_to(sys.prefix)
-    change(folder, "plan", targets=[])
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     small = [
         "fetch.source=path",
@@ -37,6 +36,7 @@ def executed(presets: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
         "finetune.steps=2",
         "finetune.sample_every=1",
         "generate.max_tokens=4",
+        "plan.targets=[]",
     ]
     (parameters,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
     parameters.source += f"\nSETTINGS = {small!r}\n"
