@@ -130,8 +130,8 @@ runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
 def test_a_stage_that_could_not_write_an_output_ends_in_two_lines_before_it_works(relative, command, tmp_path):
     name, *options = command.split()
     # A file where the output's folder would be (`models` and `data` themselves hold those of other stages).
-    folder = tmp_path / Path(*Path(relative).parts[:2])
-    folder.parent.mkdir()
+    folder = tmp_path / (Path(relative).parent if Path(relative).suffix else Path(*Path(relative).parts[:2]))
+    folder.parent.mkdir(exist_ok=True)
     folder.write_text("a file")
     command = [sys.executable, "-c", SHADOW, f"stages.{name}", *options, "--out-root", str(tmp_path)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -169,7 +169,8 @@ def check_outputs(out_root: Path, stage: str) -> None:
         OSError: `filename` is the folder, or the nearest one above it that is there.
     """
     places = [out_root / relative for relative, maker in MAKERS.items() if maker == stage]
-    for folder in {next(path for path in (place, *place.parents) if path.is_dir()) for place in places}:
+    folders = [place.parent if place.suffix else place for place in places]
+    for folder in {next(path for path in (folder, *folder.parents) if path.exists()) for folder in folders}:
         try:
             tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:

@@ -115,11 +115,11 @@ def _by_llama_cpp(folder: Path, compared: Reference) -> np.ndarray:
 
 
 def _pretrained(folder: Path) -> Any:
-    """Return the model of a Hugging Face folder, in float32."""
+    """Return the model of a Hugging Face folder, in float32; transformers sets it to evaluation itself."""
     import torch
     import transformers
 
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 def _torch_logits(model: Any, compared: Reference) -> np.ndarray:
