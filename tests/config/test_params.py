@@ -244,7 +244,10 @@ def test_numbers_without_a_point_are_numbers_too(tmp_path: Path):
 def test_the_schema_has_no_defaults_so_that_dvc_sees_every_value():
     written = YAML(typ="safe").load(DEFAULT.read_text())
     for name, field in Params.model_fields.items():
+        assert field.is_required(), name
         section = field.annotation
+        if name == "variants":
+            continue
         assert all(inner.is_required() for inner in section.model_fields.values()), name
         assert set(written[name]) == set(section.model_fields), name
 

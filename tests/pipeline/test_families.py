@@ -90,7 +90,7 @@ def test_a_family_goes_through_every_stage_in_each_form(family, presets, tmp_pat
     run("prepare")
     for stage in STAGES:
         run(*stage)
-    baseline, tuned = measured(tmp_path, "evaluate-baseline"), measured(tmp_path, "evaluate-tuned")
+    baseline, tuned = measured(tmp_path, "evaluate/baseline"), measured(tmp_path, "evaluate/tuned")
     assert math.isfinite(tuned["loss"])
     assert tuned["loss"] < baseline["loss"]
     compared = measured(tmp_path, "compare")
@@ -102,4 +102,4 @@ def test_a_family_goes_through_every_stage_in_each_form(family, presets, tmp_pat
     run("fetch")
     run("load")
     run("evaluate", "--variant", "baseline")
-    assert measured(tmp_path, "evaluate-baseline") == baseline
+    assert measured(tmp_path, "evaluate/baseline") == baseline

@@ -11,15 +11,11 @@ import pytest
 
 from tests.support import stand_in
 from tests.support.copies import IDENTITY, change, copy_repository, dvc, ran
-from tests.support.repository import ROOT, STAGES
+from tests.support.repository import ROOT, STAGES, variants_of
 
 pytestmark = pytest.mark.xdist_group("reruns")
 
-ALL = {
-    f"{name}@{variant}" if variant else name
-    for name, stage in STAGES.items()
-    for variant in stage.get("matrix", {"variant": [""]})["variant"]
-}
+ALL = {f"{name}@{variant}" if variant else name for name in STAGES for variant in variants_of(name)}
 TUNED = {"finetune", "generate@tuned", "evaluate@tuned", "compare", "export", "report"}
 CHANGES = {
     "a prompt and the chat format": (

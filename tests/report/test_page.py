@@ -52,7 +52,7 @@ def test_the_settings_are_shown_as_they_were_set(root):
 
 
 def test_a_tuning_that_made_things_worse_is_called_worse(root):
-    edit(root, "data/metrics/evaluate-tuned.json", loss=4.1, perplexity=60.3, token_accuracy=0.3418)
+    edit(root, "data/metrics/evaluate/tuned.json", loss=4.1, perplexity=60.3, token_accuracy=0.3418)
     edit(root, "data/metrics/compare.json", loss_difference=0.6521, token_accuracy_difference=-0.01)
     text = Reader(rendered(root)).text
     assert "rose from 31.43 to 60.30 (+91.8 %)." in text
@@ -83,12 +83,12 @@ def test_a_difference_without_its_standard_error_is_not_judged(root):
 
 
 def test_reviews_that_are_longer_than_the_maximum_are_told(root):
-    edit(root, "data/metrics/evaluate-tuned.json", reviews_cut=3)
+    edit(root, "data/metrics/evaluate/tuned.json", reviews_cut=3)
     assert "from its own beginning; 3 that are longer than 8,192 tokens up to there." in Reader(rendered(root)).text
 
 
 def test_measures_over_different_numbers_of_tokens_are_said_not_to_compare(root):
-    edit(root, "data/metrics/evaluate-tuned.json", targets=99)
+    edit(root, "data/metrics/evaluate/tuned.json", targets=99)
     assert (
         "different numbers of tokens (baseline: 13,642, tuned: 99), so they cannot be compared"
         in Reader(rendered(root)).text
