@@ -17,6 +17,7 @@ pytestmark = pytest.mark.xdist_group("reruns")
 
 ALL = {f"{name}@{variant}" if variant else name for name in STAGES for variant in variants_of(name)}
 TUNED = {"finetune", "generate@tuned", "evaluate@tuned", "compare", "export", "report"}
+ADAPTER = {"generate@again", "evaluate@again"}
 CHANGES = {
     "a prompt and the chat format": (
         "generate",
@@ -41,6 +42,8 @@ CHANGES = {
     "the mesh": ("mesh", {"shape": [1, 8]}, ALL - {"fetch", "prepare", "tokenize"}),
     "the layout": ("layout", {"max_replicated_fraction": 0.5}, ALL - {"fetch", "prepare", "tokenize"}),
     "what is planned": ("plan", {"targets": []}, {"plan", "report"}),
+    "an adapter beside": ("variants", {"again": "models/tuned"}, ADAPTER | {"compare", "report"}),
+    "the learning rate with it": ("finetune", {"learning_rate": 0.003}, TUNED | ADAPTER),
 }
 
 
