@@ -39,7 +39,6 @@ def main(run: Run, variant: str) -> None:
     settings = run.params.evaluate
     harness = tasks.open_harness(settings.tasks or [])
     preset = variants.open_preset(run.paths)
-    tokenizer = format_of(preset.manifest.format).load_tokenizer(preset.folder)
     model = open_variant(run.paths, variant, run.params.variants, preset)
     causal = make_model(model.backbone, model.jax_mesh, model.placements)
     causal.compile(optimizer=None, loss=None, jit_compile=True)
@@ -52,13 +51,15 @@ def main(run: Run, variant: str) -> None:
     )
     losses = measured(read_held_out(run.paths.read(HELD_OUT)))
     values = review_losses.metrics(variant, losses)
-    if "sentiment" in (settings.tasks or ()):
-        texts, labels = sentiment.labelled(run.paths.read(REVIEWS["validation"]))
-        asked = measured(sentiment.sequences(tokenizer, texts, settings.max_length))
-        values = values.model_copy(update={"sentiment": sentiment.scored(asked, labels)})
-    if harness:
-        scores = harness(causal, tokenizer, measured, settings.max_length, settings.task_limit)
-        values = values.model_copy(update={"lm_eval": scores})
+    if settings.tasks:
+        tokenizer = format_of(preset.manifest.format).load_tokenizer(preset.folder)
+        if "sentiment" in settings.tasks:
+            texts, labels = sentiment.labelled(run.paths.read(REVIEWS["validation"]))
+            asked = measured(sentiment.sequences(tokenizer, texts, settings.max_length))
+            values = values.model_copy(update={"sentiment": sentiment.scored(asked, labels)})
+        if harness:
+            scores = harness(causal, tokenizer, measured, settings.max_length, settings.task_limit)
+            values = values.model_copy(update={"lm_eval": scores})
     review_losses.write_losses(run.paths.write(evaluation(variant)), losses)
     run.write_metrics(f"evaluate/{variant}", values)
     logger.info(
