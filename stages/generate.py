@@ -30,7 +30,8 @@ def main(run: Run, variant: str | None, prompt: tuple[str, ...], chat: bool) -> 
         raise click.UsageError("--prompt and --chat do not go together.")
     if not (variant or prompt or chat):
         raise click.UsageError("Missing option '--variant'. It may be left out with --prompt or --chat.")
-    logger.info(f"Loading {variant or ' and '.join(VARIANTS)} ...")
+    names = [variant] if variant else BOTH
+    logger.info(f"Loading {' and '.join(names)} ...")
     from stages.core.common import paths
     from stages.core.generate import diversity, prompting
     from stages.core.generate.chat import converse
@@ -54,8 +55,8 @@ def main(run: Run, variant: str | None, prompt: tuple[str, ...], chat: bool) -> 
     preset = variants.open_preset(run.paths)
     tokenizer = format_of(preset.manifest.format).load_tokenizer(preset.folder)
     prompts, stops = prompting.encode(tokenizer, texts, chat_template=chat or settings.chat_template)
-    names = [variant] if variant else BOTH
-    sides = open_sides(run.paths, preset, tokenizer, names, run.params.variants, settings, stops)
+    trying = bool(prompt) or chat
+    sides = open_sides(run.paths, preset, tokenizer, names, run.params.variants, settings, stops, trying=trying)
     if chat:
         logger.info("An empty line begins a new conversation; Ctrl-D ends.")
         converse(sides, ask, write, settings.max_tokens, settings.seed)

@@ -22,7 +22,9 @@ from stages.core.records.layout import LoraConfig
 OWN = adapter.FILE[True]
 
 
-def open_variant(paths: Paths, name: str, adapters: Mapping[str, str], preset: Preset) -> LoadedModel:
+def open_variant(
+    paths: Paths, name: str, adapters: Mapping[str, str], preset: Preset, *, trying: bool = False
+) -> LoadedModel:
     """Put a variant on the devices.
 
     Args:
@@ -30,14 +32,16 @@ def open_variant(paths: Paths, name: str, adapters: Mapping[str, str], preset: P
         name: baseline, tuned, or a key of `adapters`.
         adapters: folders by name, as the setting `variants` has them.
         preset: from `open_preset`.
+        trying: as for `load_variant`.
 
     Raises:
         ParamsError: the folder holds no adapter.
         StageError: as for `load_variant` and `load_adapted`.
     """
     if name not in adapters:
-        return variants.load_variant(paths, name, preset)
-    return load_adapted(paths, adapter_folder(paths, f"variants.{name}", adapters[name]), preset)
+        return variants.load_variant(paths, name, preset, trying=trying)
+    folder = adapter_folder(paths, f"variants.{name}", adapters[name])
+    return load_adapted(paths, folder, preset, trying=trying)
 
 
 def adapter_folder(paths: Paths, setting: str, value: str) -> Path:
@@ -55,7 +59,7 @@ def adapter_folder(paths: Paths, setting: str, value: str) -> Path:
     return folder
 
 
-def load_adapted(paths: Paths, folder: Path, preset: Preset) -> LoadedModel:
+def load_adapted(paths: Paths, folder: Path, preset: Preset, *, trying: bool = False) -> LoadedModel:
     """Put the base with an adapter on the devices, as the baseline's mesh and layout say.
 
     An adapter of this project's is held beside the weights, as in `tuned`. One in PEFT's form is added to them while
@@ -65,12 +69,14 @@ def load_adapted(paths: Paths, folder: Path, preset: Preset) -> LoadedModel:
         paths: where things lie.
         folder: from `adapter_folder`.
         preset: from `open_preset`.
+        trying: as for `load_variant`.
 
     Raises:
         StageError: the baseline was made from another preset; the adapter is of another base, or does not fit it. The
             message has the difference.
     """
     config = variants.read_config(paths, "baseline")
+    config = variants.for_trying(config) if trying else config
     if config.base != preset.fingerprint:
         raise StageError(
             f"models/baseline was made from another preset: {config.preset} ({config.base[:12]}). "

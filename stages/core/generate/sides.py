@@ -55,6 +55,8 @@ def open_sides(
     adapters: Mapping[str, str],
     settings: Generate,
     stops: tuple[int, ...],
+    *,
+    trying: bool = False,
 ) -> list[Side]:
     """Load variants and make them ready.
 
@@ -66,6 +68,7 @@ def open_sides(
         adapters: folders of those beyond baseline and tuned, by name.
         settings: how to continue.
         stops: ids that end a text.
+        trying: nothing is kept: as for `load_variant`.
 
     Raises:
         StageError: as `open_variant`.
@@ -75,7 +78,7 @@ def open_sides(
     sampling = SamplerSettings(settings.max_tokens, stops, drawing, tokenizer.vocabulary_size)
 
     def load(name: str) -> CausalModel:
-        model = open_variant(paths, name, adapters, preset)
+        model = open_variant(paths, name, adapters, preset, trying=trying)
         return make_model(model.backbone, model.jax_mesh, model.placements)
 
     def values(causal: CausalModel) -> list[jax.Array]:
