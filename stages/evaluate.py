@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable
 
 from stages.core.cli import Run, click, logger, stage
 
@@ -28,27 +29,39 @@ def main(run: Run, variant: str) -> None:
     from stages.core.load import variants
     from stages.core.model.causal_lm import make_model
     from stages.core.presets.formats import format_of
-    from stages.core.tokenize.held_out import read_held_out
+    from stages.core.tokenize.held_out import HeldOut, read_held_out
 
-    settings = run.params.evaluate
+    settings, tasks = run.params.evaluate, run.params.evaluate.tasks or ()
     preset = variants.open_preset(run.paths)
-    model = variants.load_variant(run.paths, variant, preset)
-    causal = make_model(model.backbone, model.jax_mesh, model.placements)
-    causal.compile(optimizer=None, loss=None, jit_compile=True)
-    measured = functools.partial(
-        measure,
-        lambda batches: causal.token_losses(batches, verbose=int(sys.stdout.isatty())),
-        mesh=model.mesh_shape,
-        max_length=settings.max_length,
-        batch_tokens=settings.batch_tokens,
-    )
-    losses = measured(read_held_out(run.paths.read(HELD_OUT)))
+
+    def loaded(*, quantized: bool = True) -> Callable[[HeldOut], review_losses.ReviewLosses]:
+        model = variants.load_variant(run.paths, variant, preset, quantized=quantized)
+        causal = make_model(model.backbone, model.jax_mesh, model.placements)
+        causal.compile(optimizer=None, loss=None, jit_compile=True)
+        return functools.partial(
+            measure,
+            lambda batches: causal.token_losses(batches, verbose=int(sys.stdout.isatty())),
+            mesh=model.mesh_shape,
+            max_length=settings.max_length,
+            batch_tokens=settings.batch_tokens,
+        )
+
+    measured = loaded()
+    held_out = read_held_out(run.paths.read(HELD_OUT))
+    losses = measured(held_out)
     values = review_losses.metrics(variant, losses)
-    if "sentiment" in (settings.tasks or ()):
+    if "sentiment" in tasks:
         tokenizer = format_of(preset.manifest.format).load_tokenizer(preset.folder)
         texts, labels = sentiment.labelled(run.paths.read(REVIEWS["validation"]))
         asked = measured(sentiment.sequences(tokenizer, texts, settings.max_length))
         values = values.model_copy(update={"sentiment": sentiment.scored(asked, labels)})
+    if "float_base" in tasks and variant == "baseline":
+        logger.info("Loading the baseline as it is before it is quantized ...")
+        # The devices need not hold both.
+        del measured
+        found = review_losses.quantized(loaded(quantized=False)(held_out), losses)
+        values = values.model_copy(update={"float_base": found})
+        logger.info(f"Loss, quantized - not quantized: {found.loss_difference:+.5f} nats per token")
     review_losses.write_losses(run.paths.write(evaluation(variant)), losses)
     run.write_metrics(f"evaluate-{variant}", values)
     logger.info(

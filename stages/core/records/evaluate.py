@@ -15,12 +15,21 @@ class Sentiment(Record):
     answered_positive_fraction: float
 
 
+class FloatBase(Record):
+    """The task float_base: the base before it was quantized. The difference is paired by review, quantized minus not."""
+
+    loss: float
+    loss_difference: float
+    loss_difference_standard_error: float | None
+
+
 class EvaluateMetrics(FileRecord):
     """A variant on whole held-out reviews.
 
     `loss` with its standard error over reviews (None for a single review), perplexity (exp of the loss),
     `token_accuracy` (targets that were the likeliest token, of all); `reviews` are those with a target, `reviews_cut`
-    and `targets_cut` what is beyond `evaluate.max_length`. `sentiment` is there if it is in `evaluate.tasks`.
+    and `targets_cut` what is beyond `evaluate.max_length`. `sentiment` and `float_base` are there if they are in
+    `evaluate.tasks`, the second for the baseline.
     """
 
     loss: float
@@ -32,6 +41,7 @@ class EvaluateMetrics(FileRecord):
     reviews_cut: int
     targets_cut: int
     sentiment: OrAbsent[Sentiment] = None
+    float_base: OrAbsent[FloatBase] = None
 
 
 class CompareMetrics(FileRecord):

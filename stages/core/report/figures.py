@@ -168,6 +168,10 @@ def facts(inputs: Inputs) -> list[tuple[str, str, str]]:
         if (result := inputs.evaluate.get(variant)) and (task := result.sentiment):
             interval = f"95{NBSP}% interval {percent(task.accuracy_low)} to {percent(task.accuracy_high)}"
             found.append((f"Sentiment, {variant}", percent(task.accuracy), f"{interval}, {task.reviews:,} reviews"))
+    if (base := inputs.evaluate.get("baseline")) and (before := base.float_base):
+        error = before.loss_difference_standard_error
+        change = f"{signed(before.loss_difference, 4)}" + ("" if error is None else f" \N{PLUS-MINUS SIGN} {error:.4f}")
+        found.append(("Baseline's loss, quantizing", change, f"from {before.loss:.4f} nats per token in floats"))
     return found
 
 
