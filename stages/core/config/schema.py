@@ -341,7 +341,7 @@ class Params(Section):
         if self.finetune.rank == 0 and self.load.dtype not in IN_FULL_DTYPES:
             raise ValueError(f"load.dtype {IN_FULL} (finetune.rank: 0)")
         if "float_base" in (self.evaluate.tasks or ()) and not self.load.dtype.startswith(QUANTIZED):
-            raise ValueError("evaluate.tasks may have float_base only with a load.dtype of int8")
+            raise ValueError("evaluate.tasks may name float_base only where load.dtype is one of int8")
         steps: dict[str, PlanStep | None] = {f"targets.{i}": target for i, target in enumerate(self.plan.targets)}
         for name, step in {**steps, "search": self.plan.search, "scaling": self.plan.scaling}.items():
             if step is None:

@@ -16,7 +16,7 @@ class Sentiment(Record):
 
 
 class FloatBase(Record):
-    """The task float_base: the base before it was quantized. The difference is paired by review, quantized minus not."""
+    """The task float_base: the base before it was quantized. The difference, quantized minus not, is paired."""
 
     loss: float
     loss_difference: float
