@@ -7,7 +7,7 @@ never gathered. Where the axis does not divide the rows, rows of zeros are added
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +62,7 @@ class Codes(NamedTuple):
         return (self.codes.astype(jnp.float32) * self.scale).astype(dtype)
 
 
-Table = jax.Array | Codes
+Table: TypeAlias = jax.Array | Codes
 
 
 def table_of(backbone: keras.Model) -> Table:
