@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable
 
 from stages.core.cli import Run, click, logger, stage
 
@@ -32,34 +33,47 @@ def main(run: Run, variant: str) -> None:
     from stages.core.evaluate import review_losses, sentiment, tasks
     from stages.core.evaluate.measure import measure
     from stages.core.load import variants
-    from stages.core.model.causal_lm import make_model
+    from stages.core.load.variants import LoadedModel
+    from stages.core.model.causal_lm import CausalModel, make_model
     from stages.core.presets.formats import format_of
-    from stages.core.tokenize.held_out import read_held_out
+    from stages.core.tokenize.held_out import HeldOut, read_held_out
 
-    settings = run.params.evaluate
-    harness = tasks.open_harness(settings.tasks or [])
+    settings, wanted = run.params.evaluate, run.params.evaluate.tasks or []
+    harness = tasks.open_harness(wanted)
     preset = variants.open_preset(run.paths)
-    model = open_variant(run.paths, variant, run.params.variants, preset)
-    causal = make_model(model.backbone, model.jax_mesh, model.placements)
-    causal.compile(optimizer=None, loss=None, jit_compile=True)
-    measured = functools.partial(
-        measure,
-        lambda batches: causal.token_losses(batches, verbose=int(sys.stdout.isatty())),
-        mesh=model.mesh_shape,
-        max_length=settings.max_length,
-        batch_tokens=settings.batch_tokens,
-    )
-    losses = measured(read_held_out(run.paths.read(HELD_OUT)))
+
+    def prepared(model: LoadedModel) -> tuple[CausalModel, Callable[[HeldOut], review_losses.ReviewLosses]]:
+        causal = make_model(model.backbone, model.jax_mesh, model.placements)
+        causal.compile(optimizer=None, loss=None, jit_compile=True)
+        return causal, functools.partial(
+            measure,
+            lambda batches: causal.token_losses(batches, verbose=int(sys.stdout.isatty())),
+            mesh=model.mesh_shape,
+            max_length=settings.max_length,
+            batch_tokens=settings.batch_tokens,
+        )
+
+    causal, measured = prepared(open_variant(run.paths, variant, run.params.variants, preset))
+    held_out = read_held_out(run.paths.read(HELD_OUT))
+    losses = measured(held_out)
     values = review_losses.metrics(variant, losses)
-    if settings.tasks:
+    if wanted:
         tokenizer = format_of(preset.manifest.format).load_tokenizer(preset.folder)
-        if "sentiment" in settings.tasks:
+        if "sentiment" in wanted:
             texts, labels = sentiment.labelled(run.paths.read(REVIEWS["validation"]))
             asked = measured(sentiment.sequences(tokenizer, texts, settings.max_length))
             values = values.model_copy(update={"sentiment": sentiment.scored(asked, labels)})
         if harness:
             scores = harness(causal, tokenizer, measured, settings.max_length, settings.task_limit)
             values = values.model_copy(update={"lm_eval": scores})
+        if "float_base" in wanted and variant == "baseline":
+            logger.info("Loading the baseline as it is before it is quantized ...")
+            # The devices need not hold both.
+            del causal, measured
+            _, measured = prepared(variants.load_variant(run.paths, variant, preset, quantized=False))
+            found = review_losses.quantized(measured(held_out), losses)
+            values = values.model_copy(update={"float_base": found})
+            logger.info(f"Loss, quantized - not quantized: {found.loss_difference:+.5f} nats per token")
     review_losses.write_losses(run.paths.write(evaluation(variant)), losses)
     run.write_metrics(f"evaluate/{variant}", values)
     logger.info(

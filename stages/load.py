@@ -64,6 +64,8 @@ def main(run: Run, dry_run: bool, public: str | None) -> None:
     )
 
     click.echo(table.block_table(model.placements))
+    if sizes := table.quantized_sizes(model.placements):
+        logger.info(sizes)
     for fallback in layout.fallbacks:
         logger.info(f"Layout: {fallback}")
     config.write(run.paths.write("models/baseline/model.json"))

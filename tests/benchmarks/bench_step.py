@@ -26,7 +26,7 @@ STEPS_A_TURN = 2
 # Model flops of a token: 2 for each weight a product touches, forward, and 2 more for the gradient in its input (the
 # weights are frozen); 100,270,080 weights in the blocks' kernels and 262,144 x 640 in the head. Attention is left out.
 FLOPS_A_TOKEN = 4 * (100_270_080 + 262_144 * 640)
-SIDES = ("ours (1, 1)", "ours (1, 8)", "keras fit", "peft", "matrix product")
+SIDES = ("ours (1, 1)", "ours (1, 8)", "ours (1, 1) int8", "keras fit", "peft", "matrix product")
 
 
 def peak_bytes() -> int:
@@ -46,8 +46,8 @@ def batches(batch: int) -> list[dict]:
     return [{"token_ids": each[:, :-1], "target_ids": each[:, 1:]} for each in ids]
 
 
-def our_side(shape: tuple[int, int], batch: int) -> Callable[[int], list[float]]:
-    """The step of `stages.finetune`."""
+def our_side(shape: tuple[int, int], batch: int, dtype: str = "float32") -> Callable[[int], list[float]]:
+    """The step of `stages.finetune` with a `load.dtype`."""
     from stages.core.common.paths import Paths
     from stages.core.config.reader import read_params
     from stages.core.finetune import trainer
@@ -58,7 +58,7 @@ def our_side(shape: tuple[int, int], batch: int) -> Callable[[int], list[float]]
     params = read_params(Path("params.yaml"))
     preset = variants.open_preset(Paths(Path.cwd(), Path.cwd()))
     mesh = MeshShape(shape, device_kind="simulated")
-    config = variants.model_config(preset, "float32", mesh, make_layout(params.layout, preset.architecture, mesh))
+    config = variants.model_config(preset, dtype, mesh, make_layout(params.layout, preset.architecture, mesh))
     changes = {"rank": RANK, "targets": ["query", "value"], "learning_rate": RATE}
     settings = params.finetune.model_copy(update=changes)
     model = trainer.load_trainable(preset, config, settings)
@@ -206,6 +206,7 @@ def serve(side: str, batch: int) -> None:
     turn = {
         "ours (1, 1)": lambda: our_side((1, 1), batch),
         "ours (1, 8)": lambda: our_side((1, 8), batch),
+        "ours (1, 1) int8": lambda: our_side((1, 1), batch, "int8_float32"),
         "keras fit": lambda: keras_side(batch),
         "peft": lambda: peft_side(batch),
         "matrix product": product_side,
@@ -279,7 +280,7 @@ def report(medians: dict[str, float], peaks: dict[str, int], batch: int) -> None
     click.echo(f"batch {batch} x {LENGTH} tokens, rank {RANK}, float32; medians")
     for side, each in medians.items():
         line = (
-            f"{side:<14} {each:7.3f} s a step {batch * LENGTH / each:8.1f} tokens/s {flops / each / 1e9:7.1f} GFLOP/s"
+            f"{side:<16} {each:7.3f} s a step {batch * LENGTH / each:8.1f} tokens/s {flops / each / 1e9:7.1f} GFLOP/s"
         )
         if rate:
             line += f" = {flops / each / rate:5.1%} of the matrix product"

@@ -116,14 +116,37 @@ def test_columns_of_pairs_go_with_files_and_are_two(overrides: tuple[str, ...], 
         read_params(DEFAULT, tuple(f"prepare.{override}" for override in overrides))
 
 
-def test_every_weight_in_bfloat16_is_refused_with_the_dtype_that_learns():
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "int8_table_float32"])
+def test_every_weight_in_bfloat16_or_int8_is_refused_with_the_dtype_that_learns(dtype: str):
     with pytest.raises(ParamsError) as raised:
-        read_params(DEFAULT, ("load.dtype=bfloat16", "finetune.rank=0"))
+        read_params(DEFAULT, (f"load.dtype={dtype}", "finetune.rank=0"))
     assert str(raised.value).startswith("--set: load.dtype must be mixed_bfloat16 (float32 weights, ")
-    assert str(raised.value).endswith(". Received: load.dtype='bfloat16', finetune.rank=0")
+    assert str(raised.value).endswith(f". Received: load.dtype='{dtype}', finetune.rank=0")
     assert "\n" not in str(raised.value)
     read_params(DEFAULT, ("load.dtype=mixed_bfloat16", "finetune.rank=0"))
-    read_params(DEFAULT, ("load.dtype=bfloat16",))
+    read_params(DEFAULT, (f"load.dtype={dtype}",))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "hint"),
+    [
+        (
+            ("plan.targets=[{topology: 'cpu:8', step: tutorial, dtype: int8}]",),
+            r"plan\.targets\.0 must be one",
+        ),
+        (("plan.targets=[{topology: 'cpu:8', step: tutorial}]", "load.dtype=int8"), r"Keras' own with step: tutorial"),
+        (("evaluate.tasks=[float_base]",), r"float_base only where load\.dtype is"),
+    ],
+)
+def test_what_int8_cannot_be_used_for_is_told(overrides: tuple[str, ...], hint: str):
+    with pytest.raises(ParamsError, match=hint) as raised:
+        read_params(DEFAULT, overrides)
+    assert "\n" not in str(raised.value)
+    assert "Received: " in str(raised.value)
+
+
+def test_the_loss_before_quantizing_is_asked_for_where_the_base_is_quantized():
+    read_params(DEFAULT, ("evaluate.tasks=[float_base]", "load.dtype=int8_float32"))
 
 
 @pytest.mark.parametrize("option", ["alpha=8.0", "lora_dropout=0.1"])

@@ -63,7 +63,8 @@ def load_adapted(paths: Paths, folder: Path, preset: Preset, *, trying: bool = F
     """Put the base with an adapter on the devices, as the baseline's mesh and layout say.
 
     An adapter of this project's is held beside the weights, as in `tuned`. One in PEFT's form is added to them while
-    they are read, which is exact in float32; with `load.dtype: bfloat16` the sums are rounded to that.
+    they are read, which is exact in float32; with `load.dtype: bfloat16` the sums are rounded to that, with one of int8
+    they are what is quantized.
 
     Args:
         paths: where things lie.

@@ -17,10 +17,13 @@ Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 # No run counts further; beyond, integers of JAX and numpy overflow.
 Positive = Annotated[int, Field(ge=1, le=10**9)]
 BatchSize = Annotated[int, Field(ge=1, le=65536)]
-Dtype = Literal["float32", "bfloat16", "mixed_bfloat16"]
+Dtype = Literal["float32", "bfloat16", "mixed_bfloat16", "int8", "int8_table", "int8_float32", "int8_table_float32"]
 # AdamW works in the dtype of what it trains. Bfloat16 has 8 bits: 0.999 is 1.0 there, so that every step is exactly 0.
-NOT_IN_FULL = "bfloat16"
+# Int8 codes have no gradient.
+IN_FULL_DTYPES = ("float32", "mixed_bfloat16")
 IN_FULL = "must be mixed_bfloat16 (float32 weights, bfloat16 arithmetic) or float32 where every weight is trained"
+QUANTIZED = "int8"
+"""What the name of each dtype of a frozen, quantized base begins with."""
 # What a setting has no influence on. DISPLAY: any result of the run (what is printed, how often a checkpoint is kept);
 # dvc.yaml does not list it. RUN: the compiled train step (how long the run is, the size of a step); `plan` does not
 # depend on it.
@@ -241,7 +244,10 @@ class Generate(Section):
 class Evaluate(Section):
     """How the held-out loss is measured, and what else."""
 
-    tasks: Annotated[list[Annotated[str, Field(pattern="^(sentiment|lm_eval:.+)$")]], Field(min_length=1)] | None
+    tasks: (
+        Annotated[list[Annotated[str, Field(pattern="^(sentiment|float_base|lm_eval:.+)$")]], Field(min_length=1)]
+        | None
+    )
     task_limit: Positive | None
     max_length: Annotated[int, Field(ge=8, le=131072)]
     batch_tokens: Annotated[int, Field(ge=1, le=2**24)]
@@ -343,16 +349,21 @@ class Params(Section):
         return (*PIPELINES_OWN, *self.variants)
 
     @model_validator(mode="after")
-    def _what_is_trained_in_full_can_learn(self) -> Params:
-        if self.finetune.rank == 0 and self.load.dtype == NOT_IN_FULL:
+    def _dtypes_fit_their_use(self) -> Params:
+        if self.finetune.rank == 0 and self.load.dtype not in IN_FULL_DTYPES:
             raise ValueError(f"load.dtype {IN_FULL} (finetune.rank: 0)")
+        if "float_base" in (self.evaluate.tasks or ()) and not self.load.dtype.startswith(QUANTIZED):
+            raise ValueError("evaluate.tasks may name float_base only where load.dtype is one of int8")
         steps: dict[str, PlanStep | None] = {f"targets.{i}": target for i, target in enumerate(self.plan.targets)}
         for name, step in {**steps, "search": self.plan.search, "scaling": self.plan.scaling}.items():
             if step is None:
                 continue
             rank = self.finetune.rank if step.rank is None else step.rank
-            if rank == 0 and (step.dtype or self.load.dtype) == NOT_IN_FULL:
+            dtype = step.dtype or self.load.dtype
+            if rank == 0 and dtype not in IN_FULL_DTYPES:
                 raise ValueError(f"dtype in plan.{name} {IN_FULL} (rank: 0)")
+            if isinstance(step, PlanTarget) and step.step == "tutorial" and dtype.startswith(QUANTIZED):
+                raise ValueError(f"dtype in plan.{name} must be one of Keras' own with step: tutorial, not {dtype}")
         return self
 
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from stages.core.common.errors import StageError, shown
 from stages.core.files import atomic_path
-from stages.core.records.evaluate import CompareMetrics, Difference, EvaluateMetrics
+from stages.core.records.evaluate import CompareMetrics, Difference, EvaluateMetrics, FloatBase
 
 COLUMNS = {"review": int, "sequence": str, "targets": int, "cut": int, "loss": float, "correct": int}
 # Beyond it exp(loss) is no float64: the model is no model of text any more.
@@ -171,6 +171,16 @@ def difference(baseline: ReviewLosses, other: ReviewLosses, name: str = "tuned")
         token_accuracy_difference_standard_error=_rounded(accuracy.standard_error),
         targets=int(other.targets.sum()),
         reviews=int(np.count_nonzero(other.targets)),
+    )
+
+
+def quantized(before: ReviewLosses, after: ReviewLosses) -> FloatBase:
+    """Return what quantizing the base has changed, from its losses before and after."""
+    changed = difference(before, after)
+    return FloatBase(
+        loss=round(ratio(before.loss, before.targets).value, 5),
+        loss_difference=changed.loss_difference,
+        loss_difference_standard_error=changed.loss_difference_standard_error,
     )
 
 

@@ -17,6 +17,7 @@ from stages.core.export.formats import Job
 from stages.core.export.names import public_name
 from stages.core.export.usage import LIBRARIES, usage
 from stages.core.files import write_text
+from stages.core.load.quantizing import FORMS
 from stages.core.presets.manifest import LICENSE
 from stages.core.records.evaluate import Difference, EvaluateMetrics
 from stages.core.records.generate import Generation
@@ -115,6 +116,13 @@ def _base(job: Job) -> str:
         f"Fingerprint of its files: `{job.tuned.config.base[:16]}`.",
         f"Terms: {shown(manifest.license.name)}, {shown(manifest.license.url)}. They hold for this model too.",
     ]
+    if job.tuned.config.dtype in FORMS:
+        lines.insert(
+            1,
+            "The adapter was trained, and the figures below were measured, on the base quantized to 8 bits "
+            f"(`load.dtype: {job.tuned.config.dtype}`). Where it is merged here, it is merged into the base as it was "
+            "before that.",
+        )
     if manifest.license == LICENSE:
         lines.append(
             "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms."
@@ -161,6 +169,8 @@ def _results(facts: Facts) -> str:
     ]
     text = "## Results\n\n" + "\n".join(rows)
     text += f"\n\nOver {after.targets:,} tokens of {after.reviews:,} texts."
+    if before.float_base:
+        text += f" Before the base was quantized its loss was {before.float_base.loss:.4f}."
     if facts.compare and facts.compare.loss_difference_standard_error is not None:
         change, error = facts.compare.loss_difference, facts.compare.loss_difference_standard_error
         text += f" The loss changed by {change:+.4f}, with a paired standard error of {error:.4f}."

@@ -86,7 +86,7 @@ def result_of(model: LoadedModel, causal: CausalModel, history: History, epoch: 
     """
     return Result(
         history,
-        total_parameters=sum(math.prod(variable.shape) for variable in model.backbone.variables),
+        total_parameters=sum(each.weight.parameters for each in model.placements),
         trainable_parameters=sum(math.prod(variable.shape) for variable in causal.trainable_variables),
         peak_host_bytes=host_memory.peak_host_bytes(),
         peak_device_bytes=_peak_device_bytes(),

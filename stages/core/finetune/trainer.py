@@ -14,7 +14,7 @@ import numpy as np
 from stages.core.adapters import start
 from stages.core.common.errors import ParamsError, StageError
 from stages.core.common.paths import TOKENS, Paths
-from stages.core.config.schema import IN_FULL, NOT_IN_FULL, Finetune, without
+from stages.core.config.schema import IN_FULL, IN_FULL_DTYPES, Finetune, without
 from stages.core.files import sha256
 from stages.core.finetune import fingerprint
 from stages.core.finetune.callback import FitSetup, TrainingCallback, bit_sums
@@ -55,8 +55,8 @@ def load_trainable(
     """
     if config.base != preset.fingerprint:
         raise StageError("models/baseline was made from another preset than models/preset names. Run `dvc repro`.")
-    if settings.rank == 0 and config.dtype == NOT_IN_FULL:
-        raise StageError(f"load.dtype {IN_FULL}. Received: models/baseline in {NOT_IN_FULL}, finetune.rank=0.")
+    if settings.rank == 0 and config.dtype not in IN_FULL_DTYPES:
+        raise StageError(f"load.dtype {IN_FULL}. Received: models/baseline in {config.dtype}, finetune.rank=0.")
     model = declare_model(config, preset.architecture, settings.lora)
     shapes = {each.path: each.shape for each in weight_loading.weights_of(model.backbone) if each.kind == "lora"}
     if start_from is None:

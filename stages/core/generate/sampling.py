@@ -200,12 +200,18 @@ def bucket(count: int, least: int = SHORTEST) -> int:
 
 
 @contextmanager
-def _weights(model: CausalModel, values: list[jax.Array]) -> Iterator[jax.Array]:
+def _weights(model: CausalModel, values: list[jax.Array]) -> Iterator[tied_table.Table]:
     """Within the block the model has these weights; gives the table as the head takes it."""
     backbone = model.backbone
     with keras.StatelessScope(state_mapping=list(zip(backbone.variables, values, strict=True))):
-        table = model.table.value.astype(backbone.token_embedding.compute_dtype)
+        table = tied_table.cast(tied_table.table_of(backbone), backbone.token_embedding.compute_dtype)
         yield tied_table.padded(table, model.head_plan)
+
+
+def _embedded(model: CausalModel, table: tied_table.Table, ids: jax.Array) -> jax.Array:
+    """Return the rows of the table, where the model has its hidden states."""
+    rows = tied_table.embed(table, ids, model.head_plan, model.backbone.token_embedding.compute_dtype)
+    return model.constrain(rows, "hidden")
 
 
 def _begin(
@@ -223,7 +229,7 @@ def _begin(
     with _weights(model, values) as table:
         hidden, caches = decoder.read_prompts(
             model.backbone,
-            model.constrain(tied_table.embed(table, ids, model.head_plan), "hidden"),
+            _embedded(model, table, ids),
             width - rows.padding,
             capacity,
             constrain=model.constrain,
@@ -247,10 +253,9 @@ def _go_on(
 
         def body(carry: Any) -> Any:
             done, state, output = carry
-            embedded = model.constrain(tied_table.embed(table, state.token[:, None], model.head_plan), "hidden")
             hidden, news = decoder.read_token(
                 model.backbone,
-                embedded,
+                _embedded(model, table, state.token[:, None]),
                 state.place,
                 rows.padding,
                 state.caches,
@@ -275,7 +280,7 @@ def _go_on(
 def _next(
     model: CausalModel,
     rows: Rows,
-    table: jax.Array,
+    table: tied_table.Table,
     hidden: jax.Array,
     seen: jax.Array,
     made: jax.Array,

@@ -87,7 +87,7 @@ def open_sides(
     tuned = variants.read_config(paths, "tuned").tuned if len(names) > 1 else None
     if tuned and tuned.lora.rank:
         causal = load("tuned")
-        held = {"baseline": values(causal)}
+        held = {"baseline": lora.values_of_base(causal.backbone)}
         lora.merge(causal.backbone, keep_base=True)
         held["tuned"] = values(causal)
         sampler = Sampler(causal)

@@ -7,6 +7,7 @@ from types import ModuleType
 
 import keras
 
+from stages.core.load import quantizing
 from stages.core.presets.architecture import Architecture
 from stages.core.sharding.keras_internals import declared_only
 
@@ -20,11 +21,14 @@ def build_backbone(architecture: Architecture, dtype: str) -> keras.Model:
 
     Args:
         architecture: class and arguments.
-        dtype: a Keras dtype policy name: `float32`, `bfloat16` or `mixed_bfloat16`.
+        dtype: a `load.dtype`: a Keras dtype policy, or one of `quantizing.FORMS`.
     """
     backbone_class = getattr(import_keras_hub().models, architecture.class_name)
     with declared_only():
-        return backbone_class(**architecture.config, dtype=dtype, name="backbone")
+        backbone = backbone_class(**architecture.config, dtype=quantizing.policy_of(dtype), name="backbone")
+    if dtype in quantizing.FORMS:
+        quantizing.declare(backbone, quantizing.FORMS[dtype])
+    return backbone
 
 
 def import_keras_hub() -> ModuleType:

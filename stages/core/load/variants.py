@@ -19,7 +19,7 @@ import keras
 from stages.core.common.errors import StageError
 from stages.core.common.paths import MANIFEST, Paths, variant_folder
 from stages.core.common.progress import bytes_bar
-from stages.core.load import adapter, lora_kernels, weight_loading
+from stages.core.load import adapter, lora_kernels, quantizing, weight_loading
 from stages.core.load.backbone import build_backbone
 from stages.core.presets.architecture import Architecture
 from stages.core.presets.formats import WeightSource, format_of
@@ -99,7 +99,9 @@ def read_config(paths: Paths, variant: str) -> ModelConfig:
     return ModelConfig.read(paths, f"{variant_folder(variant)}/model.json")
 
 
-def load_variant(paths: Paths, variant: str, preset: Preset, *, trying: bool = False) -> LoadedModel:
+def load_variant(
+    paths: Paths, variant: str, preset: Preset, *, trying: bool = False, quantized: bool = True
+) -> LoadedModel:
     """Put a variant's weights on the devices, straight from the files into their shards.
 
     Args:
@@ -107,6 +109,7 @@ def load_variant(paths: Paths, variant: str, preset: Preset, *, trying: bool = F
         variant: baseline or tuned.
         preset: from `open_preset`.
         trying: on one device where those of the mesh would be simulated, see `for_trying`.
+        quantized: False: the weights as they are before `load.dtype` makes int8 codes of them.
 
     Raises:
         StageError: the preset is another than the variant's, or a file of the variant is damaged.
@@ -117,6 +120,8 @@ def load_variant(paths: Paths, variant: str, preset: Preset, *, trying: bool = F
             f"models/{variant} was made from another preset: {config.preset} ({config.base[:12]}). "
             f"Received: {preset.manifest.preset} ({preset.fingerprint[:12]}). Run `dvc repro`."
         )
+    if not quantized:
+        config = config.model_copy(update={"dtype": quantizing.policy_of(config.dtype)})
     tuned, trained = config.tuned, {}
     if tuned:
         trained = adapter.load(paths.read(f"{variant_folder(variant)}/{tuned.file}"), config.base)

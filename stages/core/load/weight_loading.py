@@ -1,12 +1,14 @@
 """From weight files straight into shards: no random values first, no whole copy of the model on the host.
 
-Purpose: each device's slice is read (or dequantized) and put on that device, one weight at a time.
+Purpose: each device's slice is read (or dequantized), where `load.dtype` says so quantized, and put on that device, one
+weight at a time.
 Reads: the preset's files, and an adapter or full weights of a tuned variant.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 import keras
@@ -14,9 +16,12 @@ import ml_dtypes
 import numpy as np
 
 from stages.core.common.errors import StageError
+from stages.core.load import quantizing
 from stages.core.presets.formats import WeightSource
 from stages.core.sharding.keras_internals import place
 from stages.core.sharding.layout import Placement, Weight
+
+Index = tuple[slice, ...]
 
 
 def weights_of(backbone: keras.Model) -> list[Weight]:
@@ -54,8 +59,11 @@ def fill(
     """
     done = 0
     by_path = {placement.weight.path: placement for placement in placements}
+    scales = {of: each for each in backbone.weights if (of := by_path[each.path].weight.scale_of)}
     for variable in backbone.weights:
         placement = by_path[variable.path]
+        if placement.weight.scale_of:
+            continue
         origin = source(variable.path)
         shape = tuple(variable.shape)
         if origin.shape(variable.path) != shape:
@@ -64,27 +72,87 @@ def fill(
                 f"{shape}. Received: shape={origin.shape(variable.path)} in the file."
             )
         layout = keras.distribution.TensorLayout(placement.spec, mesh)
-        # Several devices hold the same slice when an axis does not split it: it is read once.
-        holders: dict[str, tuple[tuple[slice, ...], list[jax.Device]]] = {}
-        for device, index in layout.backend_layout.addressable_devices_indices_map(shape).items():
-            holders.setdefault(repr(index), (index, []))[1].append(device)
-        shards = []
-        for index, devices in holders.values():
-            values = np.asarray(origin.read(variable.path, index))
-            _refuse_codes(values, variable.path)
-            with np.errstate(over="ignore"):
-                values = np.ascontiguousarray(values.astype(variable.dtype, copy=False))
-            _refuse_non_finite(values, variable.path)
-            # Waited for, so that the host holds one slice at a time. An array that shared the host's memory would be
-            # copied by the first step that donates it, the whole model in one go: so it is copied now, slice by slice.
-            held = [jax.device_put(values, device, may_alias=False) for device in devices]
-            shards += jax.block_until_ready(held)
-            del values
-        value = jax.make_array_from_single_device_arrays(shape, layout.backend_layout, shards)
-        place(variable, value, layout)
+        if (scale := scales.get(variable.path)) is not None:
+            beside = keras.distribution.TensorLayout(by_path[scale.path].spec, mesh)
+            _fill_codes(variable, layout, scale, beside, origin)
+            done += by_path[scale.path].weight.bytes
+        else:
+            read = functools.partial(_read, origin, variable.path, variable.dtype)
+            parts = ((read(index), devices) for index, devices in _holders(layout, shape))
+            place(variable, _placed(parts, shape, layout), layout)
         if progress:
             done += placement.weight.bytes
             progress(done)
+
+
+def _fill_codes(
+    codes: keras.Variable,
+    codes_layout: keras.distribution.TensorLayout,
+    scale: keras.Variable,
+    scale_layout: keras.distribution.TensorLayout,
+    origin: WeightSource,
+) -> None:
+    """Quantize a weight while it is read, and give codes and scales their values: the same on every mesh.
+
+    Of a matrix whose channels are split over devices all slices are held on the host until its scales are known.
+    """
+    shape, scale_shape = tuple(codes.shape), tuple(scale.shape)
+    groups: dict[str, tuple[Index, list[tuple[Index, list[jax.Device]]]]] = {}
+    for index, devices in _holders(codes_layout, shape):
+        channels = tuple(slice(None) if size == 1 else cut for size, cut in zip(scale_shape, index, strict=True))
+        groups.setdefault(repr(channels), (channels, []))[1].append((index, devices))
+    scales = np.empty(scale_shape, np.float32)
+
+    def parts() -> Iterator[tuple[np.ndarray, list[jax.Device]]]:
+        for channels, holders in groups.values():
+            slices = [_read(origin, codes.path, "float32", index) for index, _ in holders]
+            most = functools.reduce(np.maximum, (quantizing.largest(values, scale_shape) for values in slices))
+            scales[channels] = quantizing.scales_of(most)
+            for _, devices in holders:
+                yield quantizing.codes(slices.pop(0), scales[channels]), devices
+
+    place(codes, _placed(parts(), shape, codes_layout), codes_layout)
+    held = ((np.ascontiguousarray(scales[index]), devices) for index, devices in _holders(scale_layout, scale_shape))
+    place(scale, _placed(held, scale_shape, scale_layout), scale_layout)
+
+
+def _holders(layout: keras.distribution.TensorLayout, shape: tuple[int, ...]) -> list[tuple[Index, list[jax.Device]]]:
+    """Return the slices of a weight, each with the devices that hold it: several when an axis does not split it."""
+    holders: dict[str, tuple[Index, list[jax.Device]]] = {}
+    for device, index in layout.backend_layout.addressable_devices_indices_map(shape).items():
+        holders.setdefault(repr(index), (index, []))[1].append(device)
+    return list(holders.values())
+
+
+def _read(origin: WeightSource, path: str, dtype: str, index: Index) -> np.ndarray:
+    """Return a slice of a weight, checked.
+
+    Raises:
+        StageError: it is not of floats, or holds a NaN or an infinity.
+    """
+    values = np.asarray(origin.read(path, index))
+    _refuse_codes(values, path)
+    with np.errstate(over="ignore"):
+        values = np.ascontiguousarray(values.astype(dtype, copy=False))
+    _refuse_non_finite(values, path)
+    return values
+
+
+def _placed(
+    parts: Iterable[tuple[np.ndarray, list[jax.Device]]],
+    shape: tuple[int, ...],
+    layout: keras.distribution.TensorLayout,
+) -> jax.Array:
+    """Return a weight of slices, each on its devices.
+
+    Each is waited for, so that the host holds one slice at a time. An array that shared the host's memory would be
+    copied by the first step that donates it, the whole model in one go: so it is copied now, slice by slice.
+    """
+    shards: list[jax.Array] = []
+    for values, devices in parts:
+        shards += jax.block_until_ready([jax.device_put(values, device, may_alias=False) for device in devices])
+        del values
+    return jax.make_array_from_single_device_arrays(shape, layout.backend_layout, shards)
 
 
 def _refuse_codes(values: np.ndarray, path: str) -> None:

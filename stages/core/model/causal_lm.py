@@ -73,7 +73,7 @@ class CausalModel(keras.Model):
     def call(self, inputs: Mapping[str, jax.Array], training: bool = False) -> dict[str, jax.Array]:
         """Return each token's loss in nats and whether its target was the most likely token."""
         embedding = self.backbone.token_embedding
-        table = self.table.value
+        table = tied_table.table_of(self.backbone)
         embedded = tied_table.embed(table, inputs["token_ids"], self.head_plan, embedding.compute_dtype)
         embedded = self.constrain(embedded, "hidden")
         hidden = decoder.hidden_states(

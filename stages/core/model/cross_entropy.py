@@ -24,18 +24,27 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from stages.core.model.tied_table import HeadPlan, cap, cap_slope, first_row, lookup, padded, splits_time, sum_parts
+from stages.core.model import tied_table
+from stages.core.model.tied_table import (
+    HeadPlan,
+    Table,
+    cap,
+    cap_slope,
+    first_row,
+    lookup,
+    padded,
+    splits_time,
+    sum_parts,
+)
 
 
-def token_losses(
-    hidden: jax.Array, table: jax.Array, target_ids: jax.Array, plan: HeadPlan
-) -> tuple[jax.Array, jax.Array]:
+def token_losses(hidden: jax.Array, table: Table, target_ids: jax.Array, plan: HeadPlan) -> tuple[jax.Array, jax.Array]:
     """Return the loss of each token, and whether the target was the most likely token.
 
     Args:
         hidden: (batch, length, hidden), the final normalised hidden states.
-        table: (vocabulary, hidden), the embedding table that is also the output head; products take it in the dtype of
-            the hidden states.
+        table: (vocabulary, hidden), the embedding table that is also the output head, as values or int8 codes;
+            products take it in the dtype of the hidden states.
         target_ids: int32 (batch, length).
         plan: soft cap, mesh and blocks.
 
@@ -48,18 +57,18 @@ def token_losses(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _token_losses(
-    hidden: jax.Array, table: jax.Array, target_ids: jax.Array, plan: HeadPlan
+    hidden: jax.Array, table: Table, target_ids: jax.Array, plan: HeadPlan
 ) -> tuple[jax.Array, jax.Array]:
     """Do so."""
-    rows = padded(table.astype(hidden.dtype), plan)
+    rows = padded(tied_table.cast(table, hidden.dtype), plan)
     loss, correct, _, _ = _forward(hidden, rows, target_ids, plan, table.shape[0], with_gradient=False)
     return loss, correct
 
 
 def _token_losses_forward(
-    hidden: jax.Array, table: jax.Array, target_ids: jax.Array, plan: HeadPlan
+    hidden: jax.Array, table: Table, target_ids: jax.Array, plan: HeadPlan
 ) -> tuple[tuple[jax.Array, jax.Array], Any]:
-    rows = padded(table.astype(hidden.dtype), plan)
+    rows = padded(tied_table.cast(table, hidden.dtype), plan)
     loss, correct, log_sum, unit = _forward(hidden, rows, target_ids, plan, table.shape[0], with_gradient=True)
     # A frozen table needs nothing but each token's own gradient for a loss of one.
     rest = (hidden, table, rows, target_ids, log_sum) if plan.table_is_trained else None
@@ -82,7 +91,7 @@ _token_losses.defvjp(_token_losses_forward, _token_losses_backward)
 
 
 def _forward(
-    hidden: jax.Array, table: jax.Array, target_ids: jax.Array, plan: HeadPlan, vocabulary: int, *, with_gradient: bool
+    hidden: jax.Array, table: Table, target_ids: jax.Array, plan: HeadPlan, vocabulary: int, *, with_gradient: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """Loss, hit, log-sum-exp (batch, length) and the gradient of each token's loss in its hidden state."""
     split_time = plan.mesh is not None and splits_time(target_ids.shape[1], plan)
@@ -94,7 +103,7 @@ def _forward(
         with_gradient=with_gradient,
     )
 
-    def local(hidden: jax.Array, table: jax.Array, target_ids: jax.Array) -> Any:
+    def local(hidden: jax.Array, table: Table, target_ids: jax.Array) -> Any:
         rows, length = target_ids.shape
         parts = plan.mesh.shape[plan.vocabulary_axis] if plan.mesh is not None and split_time else 1
         pieces = _pieces(rows, length, parts, plan.most_tokens)
@@ -129,7 +138,7 @@ def _forward(
 
 def _piece(
     hidden: jax.Array,
-    table: jax.Array,
+    table: Table,
     target_ids: jax.Array,
     *,
     plan: HeadPlan,
@@ -150,7 +159,7 @@ def _piece(
     words = None if vocabulary is None else vocabulary - offset
     maximum, total, best, mixed = _walk(h, table, plan, words, with_gradient)
     # The target's own logit comes from its row, which one device holds.
-    target_rows = lookup(table, targets)
+    target_rows = lookup(table, targets, h.dtype)
     target_logit = cap(jnp.sum(h.astype(jnp.float32) * target_rows.astype(jnp.float32), axis=-1), plan.soft_cap)
     if plan.mesh is not None:
         axis = plan.vocabulary_axis
@@ -185,7 +194,7 @@ def _pieces(rows: int, length: int, parts: int, most_tokens: int) -> int:
 
 
 def _walk(
-    h: jax.Array, table: jax.Array, plan: HeadPlan, words: jax.Array | None, with_gradient: bool
+    h: jax.Array, table: Table, plan: HeadPlan, words: jax.Array | None, with_gradient: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """Walk the device's rows: maximum, sum of exponentials, index of the maximum (tokens,), and the weighted rows.
 
@@ -221,21 +230,26 @@ def _walk(
         jnp.zeros((tokens,), jnp.int32),
         jnp.zeros((tokens, h.shape[1]), jnp.float32) if with_gradient else None,
     )
-    return _over_blocks(step, carry, table, plan.block_rows)
+    return _over_blocks(step, carry, table, plan.block_rows, h.dtype)
 
 
-def _over_blocks(step: Any, carry: Any, table: jax.Array, block_rows: int) -> Any:
-    """Run `step(carry, rows, start)` over the table's rows, block after block, the last one shorter if need be."""
+def _over_blocks(step: Any, carry: Any, table: Table, block_rows: int, dtype: Any) -> Any:
+    """Run `step(carry, rows, start)` over the table's rows, block after block, the last one shorter if need be.
+
+    Rows of codes come in `dtype`, others as they are.
+    """
     full = table.shape[0] // block_rows
 
     def body(index: jax.Array, carry: Any) -> Any:
         start = index * block_rows
-        return step(carry, jax.lax.dynamic_slice_in_dim(table, start, block_rows), start)
+        block = jax.tree.map(lambda each: jax.lax.dynamic_slice_in_dim(each, start, block_rows), table)
+        return step(carry, tied_table.values(block, dtype), start)
 
     if full:
         carry = jax.lax.fori_loop(0, full, body, carry)
     if table.shape[0] % block_rows:
-        carry = step(carry, table[full * block_rows :], full * block_rows)
+        rest = jax.tree.map(lambda each: each[full * block_rows :], table)
+        carry = step(carry, tied_table.values(rest, dtype), full * block_rows)
     return carry
 
 
@@ -258,7 +272,7 @@ def _table_gradient(
             block = jnp.einsum("nv,nd->vd", p.astype(h.dtype), h, preferred_element_type=jnp.float32)
             return jax.lax.dynamic_update_slice_in_dim(gradient, block, start, axis=0)
 
-        gradient = _over_blocks(step, jnp.zeros(table.shape, jnp.float32), table, plan.block_rows)
+        gradient = _over_blocks(step, jnp.zeros(table.shape, jnp.float32), table, plan.block_rows, h.dtype)
         return gradient if plan.mesh is None else jax.lax.psum(gradient, plan.batch_axis)
 
     if plan.mesh is not None:

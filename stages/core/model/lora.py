@@ -38,11 +38,18 @@ def project(layer: Any, x: jax.Array, dropout: Dropout | None = None, *, divided
 
 
 def arrays_of(layer: Any) -> dict[str, jax.Array]:
-    """Return the layer's kernel, and its LoRA kernels if it has them, each in the dtype it is kept in."""
+    """Return the layer's kernel, and scales and LoRA kernels if it has them, each in the dtype it is kept in."""
     arrays = {"kernel": kernel_of(layer)}
+    if in_codes(layer):
+        arrays["kernel_scale"] = layer.kernel_scale
     if layer.lora_enabled:
         arrays |= {"lora_kernel_a": layer.lora_kernel_a, "lora_kernel_b": layer.lora_kernel_b}
     return {name: variable.value for name, variable in arrays.items()}
+
+
+def in_codes(layer: Any) -> bool:
+    """Return whether the layer's kernel is of int8 codes, with scales beside it."""
+    return kernel_of(layer).dtype == "int8"
 
 
 def apply(
@@ -64,10 +71,24 @@ def apply(
 def base(layer: Any, x: jax.Array, arrays: dict[str, jax.Array], *, divided: bool = False) -> jax.Array:
     """Return x W, in the compute dtype; `divided` as for `widen`."""
     kernel = arrays["kernel"]
+    if "kernel_scale" in arrays:
+        # The backward pass converts the codes anew: it would keep all of them in the compute dtype, the whole model.
+        return jax.checkpoint(functools.partial(_base_of_codes, layer, divided))(x, kernel, arrays["kernel_scale"])
     if x.shape[1] == 1 and not divided:
         return _of_one_token(layer, x, kernel.astype(x.dtype))
     # A frozen kernel has no gradient, for which x would be kept.
     return product(layer.equation, x, kernel if kernel_of(layer).trainable else kernel.astype(x.dtype))
+
+
+def _base_of_codes(layer: Any, divided: bool, x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
+    """Return x W of a frozen kernel of codes: (x codes) scale, in the compute dtype, scaled in float32."""
+    kernel, one_token = codes.astype(x.dtype), x.shape[1] == 1 and not divided
+    y = _of_one_token(layer, x, kernel) if one_token else jnp.einsum(layer.equation, x, kernel)
+    # A scale for each output, which are the kernel's dimensions that are not summed over, in their order.
+    _, axes, _ = _equation(layer)
+    result = layer.equation.split("->")[1]
+    outputs = [size for axis, size in zip(axes, codes.shape, strict=True) if axis in result]
+    return (y.astype(jnp.float32) * scale.reshape(outputs)).astype(x.dtype)
 
 
 def _of_one_token(layer: Any, x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -109,13 +130,13 @@ def merge(backbone: keras.Model, *, keep_base: bool = False) -> None:
     """Add each adapter to its layer's kernel, on the devices and split as the kernel is, and switch the adapters off.
 
     From then on a projection costs what the base's does. The sum is computed in float32 and rounded to the kernel's
-    dtype, as Keras' own `kernel` is.
+    dtype, as Keras' own `kernel` is. Beside a kernel of codes, which would round the change away, an adapter stays.
 
     Args:
         backbone: loaded; without an adapter it stays as it is.
         keep_base: whether the base's kernels are still needed by someone who holds them; else their memory is reused.
     """
-    layers = [layer for layer in layers_within(backbone) if getattr(layer, "lora_enabled", False)]
+    layers = [layer for layer in _adapted(backbone) if not in_codes(layer)]
     if not layers:
         return
     groups = [arrays_of(layer) for layer in layers]
@@ -130,6 +151,25 @@ def merge(backbone: keras.Model, *, keep_base: bool = False) -> None:
     for layer, kernel in zip(layers, run(kernels, groups), strict=True):
         set_value(kernel_of(layer), kernel)
         layer.lora_enabled = False
+
+
+def values_of_base(backbone: keras.Model) -> list[jax.Array]:
+    """Return the values of all variables, before `merge`, with which the model is the base after it.
+
+    Where an adapter stays beside its kernel they have zeros for its B.
+    """
+    beside = {layer.lora_kernel_b.path for layer in _adapted(backbone) if in_codes(layer)}
+
+    def value(variable: keras.Variable) -> jax.Array:
+        held = variable.value
+        return jax.device_put(jnp.zeros(held.shape, held.dtype), held.sharding) if variable.path in beside else held
+
+    return [value(variable) for variable in backbone.variables]
+
+
+def _adapted(backbone: keras.Model) -> list[Any]:
+    """Return the layers with an adapter."""
+    return [layer for layer in layers_within(backbone) if getattr(layer, "lora_enabled", False)]
 
 
 def _merged(scales: tuple[float, ...], kernels: list[jax.Array], groups: list[dict[str, jax.Array]]) -> list[jax.Array]:

@@ -30,10 +30,13 @@ def few_rows(x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def few_rows_transposed(x: jax.Array, w: jax.Array) -> jax.Array:
-    """Return x times w transposed, float32, without a gradient: (rows, n) and (m, n) to (rows, m)."""
+    """Return x times w transposed, float32, without a gradient: (rows, n) and (m, n) to (rows, m).
+
+    Products are in the dtype of `x`; `w` may be of int8 codes.
+    """
 
     def multiplied(x: jax.Array, w: jax.Array) -> jax.Array:
-        return jnp.einsum("rn,mn->rm", x, w, preferred_element_type=jnp.float32)
+        return jnp.einsum("rn,mn->rm", x, w.astype(x.dtype), preferred_element_type=jnp.float32)
 
     def summed(x: jax.Array, w: jax.Array) -> jax.Array:
         return jnp.sum(w.astype(jnp.float32) * x.astype(jnp.float32)[:, None], axis=-1)

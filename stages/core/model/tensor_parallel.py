@@ -27,7 +27,7 @@ from stages.core.model.lora import Dropout, apply, arrays_of, base, narrowed, pr
 from stages.core.sharding.keras_internals import kernel_of
 from stages.core.sharding.layout import Placement, axes_of
 
-KERNELS = ("kernel", "lora_kernel_a", "lora_kernel_b")
+KERNELS = ("kernel", "kernel_scale", "lora_kernel_a", "lora_kernel_b")
 
 
 class Projections:

@@ -7,14 +7,16 @@ never gathered. Where the axis does not divide the rows, rows of zeros are added
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import keras
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from stages.core.model.products import few_rows_transposed
+from stages.core.sharding.keras_internals import embedding_table
 
 # Rows of the table in one matrix product: large enough for full speed on a CPU core's share, small enough that a
 # block's logits (tokens x 4096) stay in the cache hierarchy. Measured by tests/benchmarks.
@@ -41,18 +43,62 @@ class HeadPlan:
     most_tokens: int = MOST_TOKENS
 
 
-def padded(table: jax.Array, plan: HeadPlan) -> jax.Array:
+class Codes(NamedTuple):
+    """A table of int8 codes (vocabulary, hidden) with a float32 scale for each row (vocabulary, 1); frozen.
+
+    It takes a table's place everywhere; what is read of it is made of the codes then, some rows at a time.
+    """
+
+    codes: jax.Array
+    scale: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the table."""
+        return self.codes.shape
+
+    def rows(self, dtype: Any) -> jax.Array:
+        """Return the table's values."""
+        return (self.codes.astype(jnp.float32) * self.scale).astype(dtype)
+
+
+Table: TypeAlias = jax.Array | Codes
+
+
+def table_of(backbone: keras.Model) -> Table:
+    """Return the table of a backbone, in the dtype that it is kept in."""
+    table = embedding_table(backbone)
+    if table.dtype == "int8":
+        return Codes(table.value, backbone.token_embedding.embeddings_scale.value)
+    return table.value
+
+
+def cast(table: Table, dtype: Any) -> Table:
+    """Return the table in the compute dtype; codes stay, until they are read."""
+    return table if isinstance(table, Codes) else table.astype(dtype)
+
+
+def values(table: Table, dtype: Any) -> jax.Array:
+    """Return some rows in the compute dtype, which a table that is no codes has already."""
+    return table.rows(dtype) if isinstance(table, Codes) else table
+
+
+def padded(table: Table, plan: HeadPlan) -> Table:
     """Return the table (vocabulary, hidden) padded with rows of zeros until the axis size divides it."""
     missing = 0 if plan.mesh is None else -table.shape[0] % plan.mesh.shape[plan.vocabulary_axis]
     if not missing:
         return table
+
     # Held as the head splits it, so that no device makes the whole of what it takes a part of.
-    return jax.lax.with_sharding_constraint(
-        jnp.pad(table, ((0, missing), (0, 0))), NamedSharding(plan.mesh, P(plan.vocabulary_axis, None))
-    )
+    def pad(array: jax.Array) -> jax.Array:
+        return jax.lax.with_sharding_constraint(
+            jnp.pad(array, ((0, missing), (0, 0))), NamedSharding(plan.mesh, P(plan.vocabulary_axis, None))
+        )
+
+    return jax.tree.map(pad, table)
 
 
-def logits(hidden: jax.Array, table: jax.Array, vocabulary: int, plan: HeadPlan) -> jax.Array:
+def logits(hidden: jax.Array, table: Table, vocabulary: int, plan: HeadPlan) -> jax.Array:
     """Return the logits of a few tokens, soft cap and all.
 
     Args:
@@ -64,33 +110,39 @@ def logits(hidden: jax.Array, table: jax.Array, vocabulary: int, plan: HeadPlan)
     Returns:
         float32 (tokens, vocabulary).
     """
-    z = few_rows_transposed(hidden, table)
+    if isinstance(table, Codes):
+        z = few_rows_transposed(hidden, table.codes) * table.scale[:, 0]
+    else:
+        z = few_rows_transposed(hidden, table)
     if plan.mesh is not None:
         split = NamedSharding(plan.mesh, P(plan.batch_axis, plan.vocabulary_axis))
         z = jax.lax.with_sharding_constraint(z, split)[:, :vocabulary]
     return cap(z, plan.soft_cap)
 
 
-def embed(table: jax.Array, token_ids: jax.Array, plan: HeadPlan, dtype: Any = None) -> jax.Array:
+def embed(table: Table, token_ids: jax.Array, plan: HeadPlan, dtype: Any = None) -> jax.Array:
     """Look up rows of the table: (vocabulary, hidden), int32 (batch, length) to (batch, length, hidden).
 
     Each device looks up the rows it holds and the parts are summed; left to itself XLA may gather the whole table. On a
     mesh the result is split over time where the axis divides that, as hidden states between blocks are.
 
-    The result is in `dtype`, None: the table's. The gradient of a row is a sum over all tokens of that word, so a
-    trained table's is in the table's own dtype throughout.
+    The result is in `dtype`, None: the table's (codes have none). The gradient of a row is a sum over all tokens of
+    that word, so a trained table's is in the table's own dtype throughout.
     """
-    dtype = dtype or table.dtype
+    if dtype is None:
+        if isinstance(table, Codes):
+            raise RuntimeError("a table of codes has no compute dtype")
+        dtype = table.dtype
     if not plan.table_is_trained:
-        table = table.astype(dtype)
+        table = cast(table, dtype)
     if plan.mesh is None:
-        return jnp.take(table, token_ids, axis=0).astype(dtype)
+        return take(table, token_ids, dtype).astype(dtype)
     table = padded(table, plan)
     split_time = splits_time(token_ids.shape[1], plan)
 
-    def local(table: jax.Array, ids: jax.Array) -> jax.Array:
+    def local(table: Table, ids: jax.Array) -> jax.Array:
         # Of the parts all but one are zero: their sum is exact in any dtype.
-        rows = lookup(table, ids - first_row(table, plan)).astype(dtype)
+        rows = lookup(table, ids - first_row(table, plan), dtype).astype(dtype)
         return sum_parts(rows, split_time, plan)
 
     return jax.shard_map(
@@ -113,16 +165,21 @@ def sum_parts(parts: jax.Array, split_time: bool, plan: HeadPlan) -> jax.Array:
     return jax.lax.psum(parts, plan.vocabulary_axis)
 
 
-def first_row(table: jax.Array, plan: HeadPlan) -> jax.Array | int:
+def first_row(table: Table, plan: HeadPlan) -> jax.Array | int:
     """The number of the first row that this device holds."""
     return 0 if plan.mesh is None else jax.lax.axis_index(plan.vocabulary_axis) * table.shape[0]
 
 
-def lookup(table: jax.Array, rows: jax.Array) -> jax.Array:
-    """Rows of the local table; zeros for numbers outside of it."""
+def lookup(table: Table, rows: jax.Array, dtype: Any) -> jax.Array:
+    """Rows of the local table; zeros for numbers outside of it. Rows of codes in `dtype`, others as the table's."""
     inside = (rows >= 0) & (rows < table.shape[0])
-    found = jnp.take(table, jnp.clip(rows, 0, table.shape[0] - 1), axis=0)
-    return jnp.where(inside[..., None], found, jnp.zeros((), table.dtype))
+    found = take(table, jnp.clip(rows, 0, table.shape[0] - 1), dtype)
+    return jnp.where(inside[..., None], found, jnp.zeros((), found.dtype))
+
+
+def take(table: Table, rows: jax.Array, dtype: Any) -> jax.Array:
+    """Rows of a table; those of codes in `dtype`."""
+    return values(jax.tree.map(lambda each: jnp.take(each, rows, axis=0), table), dtype)
 
 
 def cap(z: jax.Array, soft_cap: float | None) -> jax.Array:

@@ -63,7 +63,7 @@ def resolve_shapes(
 
 def count_parameters(placements: Sequence[Placement]) -> int:
     """Return the number of the model's parameters, LoRA kernels included."""
-    return sum(math.prod(each.weight.shape) for each in placements if each.weight.kind != "optimizer")
+    return sum(each.weight.parameters for each in placements if each.weight.kind != "optimizer")
 
 
 def count_trainable(placements: Sequence[Placement]) -> int:

@@ -102,7 +102,7 @@ def lower(request: StepRequest, devices: Sequence[Any]) -> StepProgram:
     return StepProgram(
         lowered,
         [*placements, *slots.values()],
-        parameters=sum(int(np.prod(each.weight.shape)) for each in placements),
+        parameters=sum(each.weight.parameters for each in placements),
         trainable_parameters=sum(int(np.prod(each.shape)) for each in model.trainable_variables),
         data_bytes=sum(each.size * each.dtype.itemsize for each in jax.tree.leaves(data)) // share,
     )

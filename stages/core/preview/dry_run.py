@@ -18,7 +18,7 @@ from stages.core.records.layout import LoraConfig, MeshShape, NamedLayout
 from stages.core.sharding import devices
 from stages.core.sharding.layout import Placement, check_replication, replicated_fraction
 from stages.core.sharding.named_layouts import make_layout, replication_advice
-from stages.core.sharding.table import block_table
+from stages.core.sharding.table import block_table, quantized_sizes
 
 
 def dry_run(run: Run, preset: str | None) -> str:
@@ -76,5 +76,6 @@ def summary(placements: Sequence[Placement], mesh: MeshShape, layout: NamedLayou
         f"optimizer {held['optimizer']:,}).",
         f"Replicated fraction of the weights' bytes: {replicated_fraction(weights, mesh):.6f}.",
     ]
+    lines += [sizes] if (sizes := quantized_sizes(placements)) else []
     lines += [f"Fallback: {each}" for each in layout.fallbacks]
     return "\n".join(lines)

@@ -15,13 +15,22 @@ class Sentiment(Record):
     answered_positive_fraction: float
 
 
+class FloatBase(Record):
+    """The task float_base: the base before it was quantized. The difference, quantized minus not, is paired."""
+
+    loss: float
+    loss_difference: float
+    loss_difference_standard_error: float | None
+
+
 class EvaluateMetrics(FileRecord):
     """A variant on whole held-out reviews.
 
     `loss` with its standard error over reviews (None for a single review), perplexity (exp of the loss),
     `token_accuracy` (targets that were the likeliest token, of all); `reviews` are those with a target, `reviews_cut`
     and `targets_cut` what is beyond `evaluate.max_length`. `sentiment` is there if it is in `evaluate.tasks`; `lm_eval`
-    has for each task of the lm-evaluation-harness its scores, and their standard errors (`acc_stderr`).
+    has for each task of the lm-evaluation-harness its scores, and their standard errors (`acc_stderr`). `float_base` is
+    there if it is in `evaluate.tasks`, for the baseline.
     """
 
     loss: float
@@ -34,6 +43,7 @@ class EvaluateMetrics(FileRecord):
     targets_cut: int
     sentiment: OrAbsent[Sentiment] = None
     lm_eval: OrAbsent[dict[str, dict[str, float]]] = None
+    float_base: OrAbsent[FloatBase] = None
 
 
 class Difference(Record):

@@ -29,7 +29,7 @@ class ModelConfig(FileRecord):
         manifest: path of the preset's manifest, relative to the repository.
         preset: its name.
         base: its fingerprint; other weights than these are refused.
-        dtype: a Keras dtype policy name.
+        dtype: `load.dtype`.
         mesh: with the kind of devices as the settings have it.
         layout: the rules that every weight is placed by.
         tuned: None for the baseline.

@@ -172,6 +172,10 @@ def facts(inputs: Inputs) -> list[tuple[str, str, str]]:
     for variant in VARIANTS:
         scores = harness_scores(inputs.evaluate.get(variant))
         found += [(f"{label}, {variant}", score, "lm-evaluation-harness") for label, score in scores.items()]
+    if (base := inputs.evaluate.get("baseline")) and (before := base.float_base):
+        error = before.loss_difference_standard_error
+        change = f"{signed(before.loss_difference, 4)}" + ("" if error is None else f" \N{PLUS-MINUS SIGN} {error:.4f}")
+        found.append(("Baseline's loss, quantizing", change, f"from {before.loss:.4f} nats per token in floats"))
     return found
 
 

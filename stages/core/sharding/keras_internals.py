@@ -53,6 +53,23 @@ def embedding_table(backbone: keras.Model) -> keras.Variable:
     return backbone.token_embedding._embeddings
 
 
+def declare_codes(layer: Any, variable: keras.Variable, scale_shape: tuple[int, ...]) -> None:
+    """Make a declared weight one of int8 codes, and declare float32 scales beside it, by Keras' own names for them.
+
+    To be called within `declared_only`.
+
+    Args:
+        layer: that the weight belongs to.
+        variable: its kernel or table of embeddings.
+        scale_shape: of the scales.
+    """
+    variable._dtype, variable.trainable = "int8", False
+    name = f"{variable.name}_scale"
+    layer._tracker.unlock()
+    setattr(layer, name, layer.add_weight(name=name, shape=scale_shape, dtype="float32", trainable=False))
+    layer._tracker.lock()
+
+
 def layers_within(backbone: keras.Model) -> list[keras.layers.Layer]:
     """Return the layers of a model at every depth."""
     return list(backbone._flatten_layers(include_self=False))

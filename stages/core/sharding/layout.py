@@ -5,6 +5,7 @@ Purpose: what Keras does silently with a mistyped rule (nothing: the weight is r
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import re
@@ -17,7 +18,9 @@ from stages.core.records.layout import Axis, MeshShape, Rule, Spec
 
 logger = logging.getLogger(__name__)
 
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4}
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4, "int8": 1}
+# The scales of int8 codes: see load/quantizing.py.
+SCALE = re.compile(r"(.*/(?:kernel|embeddings))_scale")
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,17 @@ class Weight:
     def bytes(self) -> int:
         """Bytes of one whole copy."""
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+    @property
+    def scale_of(self) -> str | None:
+        """The path of the codes whose scales these are, None of any other weight."""
+        found = SCALE.fullmatch(self.path)
+        return found[1] if found else None
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers of the model it has: a scale belongs to the numbers that it scales."""
+        return 0 if self.scale_of else math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -70,8 +84,9 @@ def resolve(rules: Sequence[Rule], weights: Iterable[Weight], mesh: MeshShape) -
     """Place every weight, or stop with one message that names path, shape, rule and mesh.
 
     Args:
-        rules: each weight may match at most one; a weight that matches none is replicated.
-        weights: the model's weights with LoRA and optimizer slots.
+        rules: each weight may match at most one; a weight that matches none is replicated. Scales of int8 codes follow
+            their codes.
+        weights: the model's weights with LoRA and optimizer slots, codes before their scales.
         mesh: axis names and sizes.
 
     Raises:
@@ -88,10 +103,14 @@ def resolve(rules: Sequence[Rule], weights: Iterable[Weight], mesh: MeshShape) -
                 f"A layout pattern must be a regular expression: {error}. Received: pattern={rule.pattern!r}."
             ) from error
     used = [False] * len(rules)
-    placements = []
+    placements: list[Placement] = []
+    placed: dict[str, Placement] = {}
     paths = []
     has_adapter = False
     for weight in weights:
+        if weight.scale_of:
+            placements.append(_beside_codes(weight, placed[weight.scale_of], mesh))
+            continue
         paths.append(weight.path)
         has_adapter |= weight.kind == "lora"
         matches = [index for index, pattern in enumerate(compiled) if pattern.search(weight.path)]
@@ -103,6 +122,7 @@ def resolve(rules: Sequence[Rule], weights: Iterable[Weight], mesh: MeshShape) -
         if matches:
             used[matches[0]] = True
         placements.append(place(weight, rules[matches[0]] if matches else None, mesh))
+        placed[weight.path] = placements[-1]
     for rule, was_used in zip(rules, used, strict=True):
         # A rule for LoRA kernels matches nothing before there are any: the load stage shards the base alone.
         premature = "lora" in rule.pattern and not has_adapter
@@ -116,6 +136,14 @@ def resolve(rules: Sequence[Rule], weights: Iterable[Weight], mesh: MeshShape) -
                 f"mesh={mesh}. A path of this model: {example}"
             )
     return placements
+
+
+def _beside_codes(scale: Weight, codes: Placement, mesh: MeshShape) -> Placement:
+    """Place scales: split as their codes are, but not along a dimension of which all have one scale."""
+    if codes.rule is None:
+        return place(scale, None, mesh)
+    spec = tuple(None if size == 1 else axis for size, axis in zip(scale.shape, codes.rule.spec, strict=True))
+    return place(scale, dataclasses.replace(codes.rule, spec=spec), mesh)
 
 
 def check_adapters(rules: Sequence[Rule], weights: Iterable[Weight], mesh: MeshShape) -> None:

@@ -5,14 +5,13 @@ Purpose: from resolved placements to `data/sharding/*.json` and to the table tha
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from typing import Any
 
 from stages.core.records.layout import MeshShape, NamedLayout
 from stages.core.records.sharding import Sharding, WeightRow
-from stages.core.sharding.layout import Placement, format_spec, replicated_fraction
+from stages.core.sharding.layout import ITEM_BYTES, Placement, format_spec, replicated_fraction
 
 
 def report(
@@ -44,7 +43,7 @@ def report(
         mesh=mesh,
         layout=layout.name,
         dtype=dtype,
-        parameters=sum(math.prod(each.weight.shape) for each in model),
+        parameters=sum(each.weight.parameters for each in model),
         trainable_parameters=trainable_parameters,
         bytes=sum(each.weight.bytes for each in model),
         bytes_per_device=sum(each.bytes_per_device for each in placements),
@@ -81,6 +80,24 @@ def rows(placements: Sequence[Placement], mesh: MeshShape) -> list[WeightRow]:
         )
         for (pattern, shape, dtype, spec, rule), group in grouped.items()
     ]
+
+
+def quantized_sizes(placements: Sequence[Placement]) -> str | None:
+    """Return what int8 codes save, and what else there is, in a sentence; None where there are no codes."""
+    weights = [each.weight for each in placements if each.weight.kind == "weight"]
+    codes = [each for each in weights if each.dtype == "int8"]
+    if not codes:
+        return None
+    rest = [each for each in weights if each.dtype != "int8" and not each.scale_of]
+    dtype = rest[0].dtype
+    whole = sum(each.parameters for each in weights) * ITEM_BYTES[dtype]
+    kept = " and the token table" if any(each.path.endswith("/embeddings") for each in rest) else ""
+    return (
+        f"Weights in all: {sum(each.bytes for each in weights):,} bytes, {whole:,} if all were {dtype}. "
+        f"Int8 codes {sum(each.bytes for each in codes):,}, their scales "
+        f"{sum(each.bytes for each in weights if each.scale_of):,}, norms{kept} in {dtype} "
+        f"{sum(each.bytes for each in rest):,}."
+    )
 
 
 def block_table(placements: Sequence[Placement], block: str = "decoder_block_1") -> str:
