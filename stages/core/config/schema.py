@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from stages.core.records.layout import LoraConfig, MeshShape
+from stages.core.records.layout import LoraConfig, MeshShape, OverBatch
 
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 # No run counts further; beyond, integers of JAX and numpy overflow.
@@ -130,6 +130,7 @@ class Layout(Section):
 
     name: Literal["auto", "tutorial", "rules"]
     rules: Annotated[list[Rule], Field(min_length=1)] | None
+    shard_over_batch: OverBatch
     max_replicated_fraction: Annotated[float, Field(ge=0.0, le=1.0)]
 
     @model_validator(mode="after")
@@ -281,6 +282,7 @@ class PlanTarget(PlanStep):
     mesh: MeshList | None = None
     layout: Literal["auto", "tutorial", "rules"] | None = None
     rules: Annotated[list[Rule], Field(min_length=1)] | None = None
+    shard_over_batch: OverBatch | None = None
     batch_size: BatchSize | None = None
     step: Literal["ours", "tutorial"] | None = None
 
@@ -297,6 +299,7 @@ class PlanSearch(PlanStep):
     topology: TopologyName
     meshes: Annotated[list[MeshList], Field(min_length=1)] | None = None
     layouts: Annotated[list[Literal["auto", "tutorial"]], Field(min_length=1)] | None = None
+    shard_over_batch: Annotated[list[OverBatch], Field(min_length=1)] | None = None
     largest_batch: BatchSize | None = None
 
 
@@ -307,6 +310,7 @@ class PlanScaling(PlanStep):
     model_axis: Positive | None = None
     batch_per_row: BatchSize | None = None
     layout: Literal["auto", "tutorial"] | None = None
+    shard_over_batch: OverBatch | None = None
 
 
 class Plan(Section):

@@ -17,6 +17,7 @@ from stages.core.common.errors import StageError
 from stages.core.presets.formats import WeightSource
 from stages.core.sharding.keras_internals import place
 from stages.core.sharding.layout import Placement, Weight
+from stages.core.sharding.mesh import jax_mesh
 
 
 def weights_of(backbone: keras.Model) -> list[Weight]:
@@ -63,10 +64,11 @@ def fill(
                 f"A weight must have the shape that the preset's architecture gives it: {variable.path} "
                 f"{shape}. Received: shape={origin.shape(variable.path)} in the file."
             )
-        layout = keras.distribution.TensorLayout(placement.spec, mesh)
+        # Not Keras' TensorLayout, which knows no dimension over two axes.
+        sharding = jax.sharding.NamedSharding(jax_mesh(mesh), jax.sharding.PartitionSpec(*placement.spec))
         # Several devices hold the same slice when an axis does not split it: it is read once.
         holders: dict[str, tuple[tuple[slice, ...], list[jax.Device]]] = {}
-        for device, index in layout.backend_layout.addressable_devices_indices_map(shape).items():
+        for device, index in sharding.addressable_devices_indices_map(shape).items():
             holders.setdefault(repr(index), (index, []))[1].append(device)
         shards = []
         for index, devices in holders.values():
@@ -80,8 +82,8 @@ def fill(
             held = [jax.device_put(values, device, may_alias=False) for device in devices]
             shards += jax.block_until_ready(held)
             del values
-        value = jax.make_array_from_single_device_arrays(shape, layout.backend_layout, shards)
-        place(variable, value, layout)
+        value = jax.make_array_from_single_device_arrays(shape, sharding, shards)
+        place(variable, value, sharding)
         if progress:
             done += placement.weight.bytes
             progress(done)

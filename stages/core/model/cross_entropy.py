@@ -24,7 +24,17 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from stages.core.model.tied_table import HeadPlan, cap, cap_slope, first_row, lookup, padded, splits_time, sum_parts
+from stages.core.model.tied_table import (
+    HeadPlan,
+    cap,
+    cap_slope,
+    first_row,
+    lookup,
+    padded,
+    splits_time,
+    sum_parts,
+    whole,
+)
 
 
 def token_losses(
@@ -51,7 +61,8 @@ def _token_losses(
     hidden: jax.Array, table: jax.Array, target_ids: jax.Array, plan: HeadPlan
 ) -> tuple[jax.Array, jax.Array]:
     """Do so."""
-    rows = padded(table.astype(hidden.dtype), plan)
+    rows, hidden = whole(table, hidden, plan)
+    rows = padded(rows, plan)
     loss, correct, _, _ = _forward(hidden, rows, target_ids, plan, table.shape[0], with_gradient=False)
     return loss, correct
 
@@ -59,7 +70,8 @@ def _token_losses(
 def _token_losses_forward(
     hidden: jax.Array, table: jax.Array, target_ids: jax.Array, plan: HeadPlan
 ) -> tuple[tuple[jax.Array, jax.Array], Any]:
-    rows = padded(table.astype(hidden.dtype), plan)
+    rows, hidden = whole(table, hidden, plan)
+    rows = padded(rows, plan)
     loss, correct, log_sum, unit = _forward(hidden, rows, target_ids, plan, table.shape[0], with_gradient=True)
     # A frozen table needs nothing but each token's own gradient for a loss of one.
     rest = (hidden, table, rows, target_ids, log_sum) if plan.table_is_trained else None
@@ -259,6 +271,10 @@ def _table_gradient(
             return jax.lax.dynamic_update_slice_in_dim(gradient, block, start, axis=0)
 
         gradient = _over_blocks(step, jnp.zeros(table.shape, jnp.float32), table, plan.block_rows)
+        if plan.gathered_dimension is not None:
+            return jax.lax.psum_scatter(
+                gradient, plan.batch_axis, scatter_dimension=plan.gathered_dimension, tiled=True
+            )
         return gradient if plan.mesh is None else jax.lax.psum(gradient, plan.batch_axis)
 
     if plan.mesh is not None:
@@ -267,7 +283,7 @@ def _table_gradient(
             local,
             mesh=plan.mesh,
             in_specs=(P(plan.batch_axis, None, None), P(plan.vocabulary_axis, None), tokens, tokens, tokens),
-            out_specs=P(plan.vocabulary_axis, None),
+            out_specs=plan.kept,
             check_vma=False,
         )
     return local(hidden, table, target_ids, log_sum, weights)

@@ -43,6 +43,7 @@ def report(
         preset=preset,
         mesh=mesh,
         layout=layout.name,
+        shard_over_batch=layout.shard_over_batch,
         dtype=dtype,
         parameters=sum(math.prod(each.weight.shape) for each in model),
         trainable_parameters=trainable_parameters,
