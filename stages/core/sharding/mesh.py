@@ -21,6 +21,9 @@ from stages.core.records.layout import AXES, MeshShape
 
 logger = logging.getLogger(__name__)
 
+# The most devices of a TPU's host.
+TPU_HOST = 8
+
 
 def device_mesh(mesh: MeshShape) -> keras.distribution.DeviceMesh:
     """Return the Keras mesh over the first devices there are, as `arranged` lays them."""
@@ -31,8 +34,8 @@ def arranged(mesh: MeshShape, devices: Sequence[Any]) -> np.ndarray:
     """Return the first devices in the mesh's form, each row of the model axis within one group of `group_of` if it can.
 
     Between groups the network is slower than within, often ten times, so the batch axis, which sends once a step,
-    crosses it. Within a TPU slice of several hosts, axes of the mesh become axes of the torus. On one host the order is
-    JAX's.
+    crosses it. Within a TPU slice of more than a host, axes of the mesh become axes of the torus. On one host the order
+    is JAX's.
 
     Args:
         mesh: axis names and sizes.
@@ -59,7 +62,7 @@ def group_of(device: Any) -> int:
 def _within_group(devices: list[Any], axis: int) -> np.ndarray:
     """Return (rows, axis) of the devices of a group."""
     shape = (len(devices) // axis, axis)
-    if devices[0].platform == "tpu" and len({device.process_index for device in devices}) > 1:
+    if devices[0].platform == "tpu" and len(devices) > TPU_HOST:
         # Of a part of a slice, or one that no axis fits, JAX can tell no better order than its own.
         with contextlib.suppress(NotImplementedError, ValueError, AssertionError):
             return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
@@ -82,8 +85,8 @@ def warn_of_slow_network(mesh: jax.sharding.Mesh, bytes_per_token: float, tokens
     within = min(_sizes(mesh.devices.flat))
     logger.warning(
         f"the model axis of {mesh.shape[AXES[1]]} devices lies over {spans} {kind} and sends {sent} from each to "
-        f"the next. Set mesh.shape to [{mesh.size // within}, {within}], whose model axis stays within, if the model fits "
-        "(layout.shard_over_batch: weights splits it over the batch axis too)."
+        f"the next. Set mesh.shape to [{mesh.size // within}, {within}], whose model axis stays within, if the model "
+        "fits (layout.shard_over_batch: weights splits it over the batch axis too)."
     )
 
 
