@@ -39,6 +39,7 @@ def main(run: Run, dry_run: bool, public: str | None) -> None:
     from stages.core.records.load import LoadMetrics
     from stages.core.sharding import table
     from stages.core.sharding.layout import check_adapters, check_replication
+    from stages.core.sharding.mesh import warn_of_slow_network
     from stages.core.sharding.named_layouts import make_layout, replication_advice
 
     began = time.perf_counter()
@@ -50,6 +51,7 @@ def main(run: Run, dry_run: bool, public: str | None) -> None:
     model = variants.declare_model(config, preset.architecture, None)
     check_adapters(layout.rules, [placement.weight for placement in model.placements], mesh)
     warn_before_running(run.paths.root, run_of(config))
+    warn_of_slow_network(model.jax_mesh, model.model_axis_bytes)
     advice = replication_advice(params.layout, preset.architecture, model.placements, mesh)
     fraction = check_replication(model.placements, mesh, params.layout.max_replicated_fraction, advice)
     variants.fill_model(model, preset, {})

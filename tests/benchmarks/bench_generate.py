@@ -53,7 +53,7 @@ def decoding(shape: tuple[int, int], root: Path) -> tuple[Callable[[], float], i
     paths = Paths(root, root)
     preset = variants.open_preset(paths)
     mesh = MeshShape(shape, device_kind="simulated")
-    auto = Layout(name="auto", rules=None, max_replicated_fraction=1.0)
+    auto = Layout(name="auto", rules=None, shard_over_batch="none", max_replicated_fraction=1.0)
     config = variants.read_config(paths, "tuned")
     config = config.model_copy(update={"mesh": mesh, "layout": make_layout(auto, preset.architecture, mesh)})
     model = variants.declare_model(config, preset.architecture, config.tuned.lora)

@@ -134,6 +134,8 @@ def test_every_weight_in_bfloat16_or_int8_is_refused_with_the_dtype_that_learns(
             ("plan.targets=[{topology: 'cpu:8', step: tutorial, dtype: int8}]",),
             r"plan\.targets\.0 must be one",
         ),
+        (("layout.shard_over_batch=weights", "load.dtype=int8"), r"shard_over_batch: weights needs a dtype of floats"),
+        (("plan.targets=[{topology: 'cpu:8', dtype: int8, shard_over_batch: weights}]",), r"needs a dtype of floats"),
         (("plan.targets=[{topology: 'cpu:8', step: tutorial}]", "load.dtype=int8"), r"Keras' own with step: tutorial"),
         (("evaluate.tasks=[float_base]",), r"float_base only where load\.dtype is"),
     ],

@@ -53,7 +53,9 @@ def test_a_target_that_matches_nothing_is_told_with_the_layers_there_are(presets
 
 def test_rules_that_do_not_divide_an_adapter_stop_finetune_before_anything_is_allocated(presets, monkeypatch):
     rule = {"pattern": ".*/query/lora_kernel_b", "spec": ["model", None]}
-    layout = Layout.model_validate({"name": "rules", "rules": [rule], "max_replicated_fraction": 1.0})
+    layout = Layout.model_validate(
+        {"name": "rules", "rules": [rule], "shard_over_batch": "none", "max_replicated_fraction": 1.0}
+    )
     preset = open_tiny(presets["gemma3"])
     monkeypatch.setattr(trainer, "fill_model", pytest.fail)
     with pytest.raises(

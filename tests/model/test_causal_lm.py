@@ -123,6 +123,7 @@ CONTRARY = Layout.model_validate(
             {"pattern": r"decoder_block_\d+/ffw_gating(_2)?/kernel", "spec": ["model", "batch"]},
             {"pattern": r"decoder_block_\d+/ffw_linear/kernel", "spec": [None, "model"]},
         ],
+        "shard_over_batch": "none",
         "max_replicated_fraction": 1.0,
     }
 )
@@ -229,6 +230,7 @@ RANK_SPLIT = Layout.model_validate(
             {"pattern": r".*/(query|value)/lora_kernel_a", "spec": [None, None, "model"]},
             {"pattern": r".*/(query|value)/lora_kernel_b", "spec": [None, "model"]},
         ],
+        "shard_over_batch": "none",
         "max_replicated_fraction": 1.0,
     }
 )

@@ -55,7 +55,7 @@ def test_auto_splits_nearly_everything_of_every_gemma_on_every_mesh(devices: int
 @pytest.mark.parametrize("shape", [(1, 3), (1, 6), (1, 7), (1, 12), (2, 7)], ids=str)
 def test_a_mesh_that_replicates_the_table_is_refused_with_the_axes_that_split_it(devices: int, shape):
     mesh, named = MeshShape(shape), architecture("gemma3_270m")
-    settings = Layout(name="auto", rules=None, max_replicated_fraction=0.02)
+    settings = Layout(name="auto", rules=None, shard_over_batch="none", max_replicated_fraction=0.02)
     placements = resolve(auto(named, mesh).rules, declared_weights("gemma3_270m"), mesh)
     with pytest.raises(StageError, match="one that divides this model: ") as raised:
         check_replication(placements, mesh, 0.02, replication_advice(settings, named, placements, mesh))
@@ -101,6 +101,7 @@ def test_rules_of_ones_own_are_taken_as_written():
         {
             "name": "rules",
             "rules": [{"pattern": ".*embeddings", "spec": [["batch", "model"], None]}],
+            "shard_over_batch": "none",
             "max_replicated_fraction": 1.0,
         }
     )

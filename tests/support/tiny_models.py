@@ -18,7 +18,7 @@ from stages.core.records.layout import LoraConfig, MeshShape
 from stages.core.records.model_config import ModelConfig
 from stages.core.sharding.named_layouts import make_layout
 
-AUTO = Layout(name="auto", rules=None, max_replicated_fraction=1.0)
+AUTO = Layout(name="auto", rules=None, shard_over_batch="none", max_replicated_fraction=1.0)
 
 
 def open_tiny(folder: Path) -> Preset:

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from stages.core.config.reader import read_params
-from stages.core.config.schema import Finetune
+from stages.core.config.schema import Finetune, Layout
 from stages.core.finetune import trainer
 from stages.core.finetune.result import Result
 from stages.core.generate import sampling
 from stages.core.model.causal_lm import make_model
 from tests.support.repository import ROOT
-from tests.support.tiny_models import load_tiny, sequences
+from tests.support.tiny_models import AUTO, load_tiny, sequences
 
 
 def settings(**changes: Any) -> Finetune:
@@ -39,10 +39,11 @@ def train(
     *,
     shape: tuple[int, int] = (1, 1),
     dtype: str = "float32",
+    layout: Layout = AUTO,
     **more: Any,
 ) -> tuple[Result, dict[str, np.ndarray]]:
     """Train a tiny preset and return what happened and the trained weights."""
-    model = load_tiny(preset, shape, rank=wanted.rank, targets=tuple(wanted.targets), dtype=dtype)
+    model = load_tiny(preset, shape, rank=wanted.rank, targets=tuple(wanted.targets), dtype=dtype, layout=layout)
     result = trainer.fit(model, given or data(), wanted, **more)
     return result, trainer.trained_arrays(model)
 

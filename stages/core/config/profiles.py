@@ -73,6 +73,7 @@ PROFILES: dict[str, Profile] = {
         "mesh.devices=auto",
         "layout.name=auto",
         "layout.rules=null",
+        "layout.shard_over_batch=none",
         "load.dtype=float32",
         "finetune.start_from=null",
         "finetune.rank=8",

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from stages.core.config.variants import PIPELINES_OWN, Variants
-from stages.core.records.layout import LoraConfig, MeshShape
+from stages.core.records.layout import LoraConfig, MeshShape, OverBatch
 
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 # No run counts further; beyond, integers of JAX and numpy overflow.
@@ -22,6 +22,7 @@ Dtype = Literal["float32", "bfloat16", "mixed_bfloat16", "int8", "int8_table", "
 # Int8 codes have no gradient.
 IN_FULL_DTYPES = ("float32", "mixed_bfloat16")
 IN_FULL = "must be mixed_bfloat16 (float32 weights, bfloat16 arithmetic) or float32 where every weight is trained"
+IN_FLOATS = "needs a dtype of floats"
 QUANTIZED = "int8"
 """What the name of each dtype of a frozen, quantized base begins with."""
 # What a setting has no influence on. DISPLAY: any result of the run (what is printed, how often a checkpoint is kept);
@@ -134,6 +135,7 @@ class Layout(Section):
 
     name: Literal["auto", "tutorial", "rules"]
     rules: Annotated[list[Rule], Field(min_length=1)] | None
+    shard_over_batch: OverBatch
     max_replicated_fraction: Annotated[float, Field(ge=0.0, le=1.0)]
 
     @model_validator(mode="after")
@@ -290,6 +292,7 @@ class PlanTarget(PlanStep):
     mesh: MeshList | None = None
     layout: Literal["auto", "tutorial", "rules"] | None = None
     rules: Annotated[list[Rule], Field(min_length=1)] | None = None
+    shard_over_batch: OverBatch | None = None
     batch_size: BatchSize | None = None
     step: Literal["ours", "tutorial"] | None = None
 
@@ -306,6 +309,7 @@ class PlanSearch(PlanStep):
     topology: TopologyName
     meshes: Annotated[list[MeshList], Field(min_length=1)] | None = None
     layouts: Annotated[list[Literal["auto", "tutorial"]], Field(min_length=1)] | None = None
+    shard_over_batch: Annotated[list[OverBatch], Field(min_length=1)] | None = None
     largest_batch: BatchSize | None = None
 
 
@@ -316,6 +320,7 @@ class PlanScaling(PlanStep):
     model_axis: Positive | None = None
     batch_per_row: BatchSize | None = None
     layout: Literal["auto", "tutorial"] | None = None
+    shard_over_batch: OverBatch | None = None
 
 
 class Plan(Section):
@@ -354,6 +359,8 @@ class Params(Section):
             raise ValueError(f"load.dtype {IN_FULL} (finetune.rank: 0)")
         if "float_base" in (self.evaluate.tasks or ()) and not self.load.dtype.startswith(QUANTIZED):
             raise ValueError("evaluate.tasks may name float_base only where load.dtype is one of int8")
+        if self.load.dtype.startswith(QUANTIZED) and self.layout.shard_over_batch == "weights":
+            raise ValueError(f"layout.shard_over_batch: weights {IN_FLOATS}, not {self.load.dtype}")
         steps: dict[str, PlanStep | None] = {f"targets.{i}": target for i, target in enumerate(self.plan.targets)}
         for name, step in {**steps, "search": self.plan.search, "scaling": self.plan.scaling}.items():
             if step is None:
@@ -362,6 +369,9 @@ class Params(Section):
             dtype = step.dtype or self.load.dtype
             if rank == 0 and dtype not in IN_FULL_DTYPES:
                 raise ValueError(f"dtype in plan.{name} {IN_FULL} (rank: 0)")
+            over_batch = step.shard_over_batch or self.layout.shard_over_batch
+            if dtype.startswith(QUANTIZED) and "weights" in over_batch:
+                raise ValueError(f"shard_over_batch: weights in plan.{name} {IN_FLOATS}, not {dtype}")
             if isinstance(step, PlanTarget) and step.step == "tutorial" and dtype.startswith(QUANTIZED):
                 raise ValueError(f"dtype in plan.{name} must be one of Keras' own with step: tutorial, not {dtype}")
         return self

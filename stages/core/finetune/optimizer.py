@@ -8,10 +8,13 @@ from typing import Any
 
 import keras
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from stages.core.config.schema import Finetune
 from stages.core.load.variants import LoadedModel
-from stages.core.sharding.layout import Placement, Weight, place
+from stages.core.records.layout import NamedLayout
+from stages.core.sharding.keras_internals import slots_split_as
+from stages.core.sharding.layout import Placement, Weight, lay_out_slot
 from stages.core.sharding.mesh import MeshShape
 
 
@@ -86,8 +89,25 @@ def make_optimizer(settings: Finetune, steps: int) -> keras.optimizers.Optimizer
     return optimizer
 
 
+def build_slots(optimizer: keras.optimizers.Optimizer, model: LoadedModel, trained: Sequence[keras.Variable]) -> None:
+    """Make the optimizer's slots, each where the layout puts it; none is ever whole on a device that has a part.
+
+    Args:
+        optimizer: not built yet.
+        model: loaded.
+        trained: its variables that are trained.
+    """
+    shardings = {}
+    if model.layout.shard_over_batch == "optimizer":
+        for each in model.placements:
+            spec = lay_out_slot(model.layout, each.weight, each, model.mesh_shape).spec
+            shardings[each.weight.path] = NamedSharding(model.jax_mesh, PartitionSpec(*spec))
+    with slots_split_as(shardings, trained):
+        optimizer.build(trained)
+
+
 def slot_placements(
-    optimizer: keras.optimizers.Optimizer, placements: Sequence[Placement], mesh: MeshShape
+    optimizer: keras.optimizers.Optimizer, placements: Sequence[Placement], mesh: MeshShape, layout: NamedLayout
 ) -> dict[int, Placement]:
     """Return the sharding of the optimizer's slots by their number among its variables, each with its weight.
 
@@ -95,6 +115,7 @@ def slot_placements(
         optimizer: built; its variables need no values.
         placements: of the model's weights.
         mesh: axis names and sizes.
+        layout: that placed them.
     """
     owners = {each.weight.path.replace("/", "_"): each for each in placements}
     found = {}
@@ -103,7 +124,7 @@ def slot_placements(
         if owner is not None:
             path = f"{owners[owner].weight.path}/{variable.name[len(owner) + 1 :]}"
             slot = Weight(path, tuple(variable.shape), str(variable.dtype), "optimizer")
-            found[number] = place(slot, owners[owner].rule, mesh)
+            found[number] = lay_out_slot(layout, slot, owners[owner], mesh)
     return found
 
 
@@ -113,7 +134,7 @@ def optimizer_placements(model: LoadedModel, optimizer: keras.optimizers.Optimiz
     Raises:
         RuntimeError: internal error: actual and planned sharding differ.
     """
-    found = slot_placements(optimizer, model.placements, model.mesh_shape)
+    found = slot_placements(optimizer, model.placements, model.mesh_shape, model.layout)
     for number, placement in found.items():
         variable = optimizer.variables[number]
         held = variable.value.sharding.shard_shape(tuple(variable.shape))

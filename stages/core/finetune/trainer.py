@@ -21,7 +21,7 @@ from stages.core.finetune.callback import FitSetup, TrainingCallback, bit_sums
 from stages.core.finetune.checkpoint import Checkpoint, Store
 from stages.core.finetune.history import History
 from stages.core.finetune.late_logs import LateLogs
-from stages.core.finetune.optimizer import Schedule, make_optimizer
+from stages.core.finetune.optimizer import Schedule, build_slots, make_optimizer
 from stages.core.finetune.result import Result, result_of
 from stages.core.finetune.signals import Interruption
 from stages.core.generate import prompting
@@ -218,7 +218,7 @@ def _compile(causal: CausalModel, model: LoadedModel, settings: Finetune, steps:
     """Compile the model with an optimizer whose state is on the mesh."""
     optimizer = make_optimizer(settings, steps)
     causal.compile(optimizer=optimizer, loss=None, jit_compile=True)
-    optimizer.build(causal.trainable_variables)
+    build_slots(optimizer, model, causal.trainable_variables)
     pin_to_mesh(causal, model.jax_mesh)
 
 

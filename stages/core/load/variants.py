@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import keras
 
 from stages.core.common.errors import StageError
@@ -29,7 +30,7 @@ from stages.core.records.manifest import Manifest
 from stages.core.records.model_config import ModelConfig
 from stages.core.sharding import devices
 from stages.core.sharding import mesh as meshes
-from stages.core.sharding.layout import Placement, resolve
+from stages.core.sharding.layout import Placement, lay_out
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,23 @@ class LoadedModel:
     mesh_shape: MeshShape
     mesh: keras.distribution.DeviceMesh
     placements: list[Placement]
+    layout: NamedLayout
 
     @property
     def platform(self) -> str:
         """The platform of the devices: cpu, tpu or gpu."""
         return self.mesh_shape.device_kind
+
+    @property
+    def model_axis_bytes(self) -> float:
+        """Bytes that a device sends along the model axis in a training step for each token of its row of the mesh.
+
+        A block gathers the hidden states twice and sums parts of them twice, and so do their gradients; embedding and
+        head do each once. A ring sends all but a device's own part (https://arxiv.org/abs/2205.05198, section 4.2.2).
+        """
+        axis = self.mesh_shape.sizes["model"]
+        state = self.backbone.hidden_dim * jnp.dtype(self.backbone.dtype_policy.compute_dtype).itemsize
+        return (8 * self.backbone.num_layers + 4) * state * (axis - 1) / axis
 
     @property
     def jax_mesh(self) -> jax.sharding.Mesh:
@@ -153,11 +166,13 @@ def declare_model(config: ModelConfig, architecture: Architecture, lora: LoraCon
     backbone = build_backbone(architecture, config.dtype)
     if lora:
         lora_kernels.declare(backbone, lora)
-    rules = config.layout.rules
-    placements = resolve(rules, weight_loading.weights_of(backbone), config.mesh)
+    placements = lay_out(config.layout, weight_loading.weights_of(backbone), config.mesh)
     mesh = meshes.device_mesh(config.mesh)
-    keras.distribution.set_distribution(meshes.distribution(mesh, {rule.anchored: rule.spec for rule in rules}))
-    return LoadedModel(backbone, dataclasses.replace(config.mesh, device_kind=platform), mesh, placements)
+    rules = {rule.anchored: rule.spec for rule in config.layout.rules}
+    keras.distribution.set_distribution(meshes.distribution(mesh, rules))
+    return LoadedModel(
+        backbone, dataclasses.replace(config.mesh, device_kind=platform), mesh, placements, config.layout
+    )
 
 
 def fill_model(

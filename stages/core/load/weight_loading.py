@@ -14,12 +14,14 @@ import jax
 import keras
 import ml_dtypes
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from stages.core.common.errors import StageError
 from stages.core.load import quantizing
 from stages.core.presets.formats import WeightSource
 from stages.core.sharding.keras_internals import place
 from stages.core.sharding.layout import Placement, Weight
+from stages.core.sharding.mesh import jax_mesh
 
 Index = tuple[slice, ...]
 
@@ -57,7 +59,7 @@ def fill(
         StageError: a weight in the file has another shape than the architecture says, is not of floats, or holds a
             NaN or an infinity.
     """
-    done = 0
+    done, devices = 0, jax_mesh(mesh)
     by_path = {placement.weight.path: placement for placement in placements}
     scales = {of: each for each in backbone.weights if (of := by_path[each.path].weight.scale_of)}
     for variable in backbone.weights:
@@ -71,15 +73,15 @@ def fill(
                 f"A weight must have the shape that the preset's architecture gives it: {variable.path} "
                 f"{shape}. Received: shape={origin.shape(variable.path)} in the file."
             )
-        layout = keras.distribution.TensorLayout(placement.spec, mesh)
+        sharding = NamedSharding(devices, PartitionSpec(*placement.spec))
         if (scale := scales.get(variable.path)) is not None:
-            beside = keras.distribution.TensorLayout(by_path[scale.path].spec, mesh)
-            _fill_codes(variable, layout, scale, beside, origin)
+            beside = NamedSharding(devices, PartitionSpec(*by_path[scale.path].spec))
+            _fill_codes(variable, sharding, scale, beside, origin)
             done += by_path[scale.path].weight.bytes
         else:
             read = functools.partial(_read, origin, variable.path, variable.dtype)
-            parts = ((read(index), devices) for index, devices in _holders(layout, shape))
-            place(variable, _placed(parts, shape, layout), layout)
+            parts = ((read(index), held_by) for index, held_by in _holders(sharding, shape))
+            place(variable, _placed(parts, shape, sharding), sharding)
         if progress:
             done += placement.weight.bytes
             progress(done)
@@ -87,9 +89,9 @@ def fill(
 
 def _fill_codes(
     codes: keras.Variable,
-    codes_layout: keras.distribution.TensorLayout,
+    codes_sharding: NamedSharding,
     scale: keras.Variable,
-    scale_layout: keras.distribution.TensorLayout,
+    scale_sharding: NamedSharding,
     origin: WeightSource,
 ) -> None:
     """Quantize a weight while it is read, and give codes and scales their values: the same on every mesh.
@@ -98,7 +100,7 @@ def _fill_codes(
     """
     shape, scale_shape = tuple(codes.shape), tuple(scale.shape)
     groups: dict[str, tuple[Index, list[tuple[Index, list[jax.Device]]]]] = {}
-    for index, devices in _holders(codes_layout, shape):
+    for index, devices in _holders(codes_sharding, shape):
         channels = tuple(slice(None) if size == 1 else cut for size, cut in zip(scale_shape, index, strict=True))
         groups.setdefault(repr(channels), (channels, []))[1].append((index, devices))
     scales = np.empty(scale_shape, np.float32)
@@ -111,15 +113,15 @@ def _fill_codes(
             for _, devices in holders:
                 yield quantizing.codes(slices.pop(0), scales[channels]), devices
 
-    place(codes, _placed(parts(), shape, codes_layout), codes_layout)
-    held = ((np.ascontiguousarray(scales[index]), devices) for index, devices in _holders(scale_layout, scale_shape))
-    place(scale, _placed(held, scale_shape, scale_layout), scale_layout)
+    place(codes, _placed(parts(), shape, codes_sharding), codes_sharding)
+    held = ((np.ascontiguousarray(scales[index]), devices) for index, devices in _holders(scale_sharding, scale_shape))
+    place(scale, _placed(held, scale_shape, scale_sharding), scale_sharding)
 
 
-def _holders(layout: keras.distribution.TensorLayout, shape: tuple[int, ...]) -> list[tuple[Index, list[jax.Device]]]:
+def _holders(sharding: NamedSharding, shape: tuple[int, ...]) -> list[tuple[Index, list[jax.Device]]]:
     """Return the slices of a weight, each with the devices that hold it: several when an axis does not split it."""
     holders: dict[str, tuple[Index, list[jax.Device]]] = {}
-    for device, index in layout.backend_layout.addressable_devices_indices_map(shape).items():
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
         holders.setdefault(repr(index), (index, []))[1].append(device)
     return list(holders.values())
 
@@ -141,7 +143,7 @@ def _read(origin: WeightSource, path: str, dtype: str, index: Index) -> np.ndarr
 def _placed(
     parts: Iterable[tuple[np.ndarray, list[jax.Device]]],
     shape: tuple[int, ...],
-    layout: keras.distribution.TensorLayout,
+    sharding: NamedSharding,
 ) -> jax.Array:
     """Return a weight of slices, each on its devices.
 
@@ -152,7 +154,7 @@ def _placed(
     for values, devices in parts:
         shards += jax.block_until_ready([jax.device_put(values, device, may_alias=False) for device in devices])
         del values
-    return jax.make_array_from_single_device_arrays(shape, layout.backend_layout, shards)
+    return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
 
 def _refuse_codes(values: np.ndarray, path: str) -> None:

@@ -240,12 +240,16 @@ def make_model(
         dropout: share of what goes into an adapter that is dropped in training (0.0 to below 1.0).
         seed: of the dropout.
     """
+    path = embedding_table(backbone).path
+    table = next(each for each in placements if each.weight.path == path)
     plan = tied_table.HeadPlan(
         soft_cap=backbone.token_embedding.logit_soft_cap,
         mesh=mesh,
         table_is_trained=backbone.token_embedding.trainable,
+        # Another table than one whose rows the model axis splits is brought into that form by XLA.
+        gathered_dimension=table.over_batch if table.used[0] == "model" or mesh.shape["model"] == 1 else None,
     )
-    projections = Projections(mesh, placements)
+    projections = Projections(mesh, placements, keep_gathered=rematerialize)
     constrain = activation_layout(mesh, placements)
     return CausalModel(backbone, plan, constrain, projections, rematerialize, dropout, seed)
 
@@ -263,7 +267,7 @@ def activation_layout(mesh: jax.sharding.Mesh, placements: Sequence[Placement]) 
     Time is split only where the axis divides it: not for the single tokens of a sampler.
     """
     specs = {
-        re.sub(r".*decoder_block_\d+/", "", placement.weight.path): placement.spec
+        re.sub(r".*decoder_block_\d+/", "", placement.weight.path): placement.used
         for placement in placements
         if placement.weight.path.endswith("/kernel")
     }

@@ -35,6 +35,7 @@ from stages.core.model.tied_table import (
     padded,
     splits_time,
     sum_parts,
+    whole,
 )
 
 
@@ -60,7 +61,8 @@ def _token_losses(
     hidden: jax.Array, table: Table, target_ids: jax.Array, plan: HeadPlan
 ) -> tuple[jax.Array, jax.Array]:
     """Do so."""
-    rows = padded(tied_table.cast(table, hidden.dtype), plan)
+    rows, hidden = whole(table, hidden, plan)
+    rows = padded(rows, plan)
     loss, correct, _, _ = _forward(hidden, rows, target_ids, plan, table.shape[0], with_gradient=False)
     return loss, correct
 
@@ -68,7 +70,8 @@ def _token_losses(
 def _token_losses_forward(
     hidden: jax.Array, table: Table, target_ids: jax.Array, plan: HeadPlan
 ) -> tuple[tuple[jax.Array, jax.Array], Any]:
-    rows = padded(tied_table.cast(table, hidden.dtype), plan)
+    rows, hidden = whole(table, hidden, plan)
+    rows = padded(rows, plan)
     loss, correct, log_sum, unit = _forward(hidden, rows, target_ids, plan, table.shape[0], with_gradient=True)
     # A frozen table needs nothing but each token's own gradient for a loss of one.
     rest = (hidden, table, rows, target_ids, log_sum) if plan.table_is_trained else None
@@ -273,6 +276,10 @@ def _table_gradient(
             return jax.lax.dynamic_update_slice_in_dim(gradient, block, start, axis=0)
 
         gradient = _over_blocks(step, jnp.zeros(table.shape, jnp.float32), table, plan.block_rows, h.dtype)
+        if plan.gathered_dimension is not None:
+            return jax.lax.psum_scatter(
+                gradient, plan.batch_axis, scatter_dimension=plan.gathered_dimension, tiled=True
+            )
         return gradient if plan.mesh is None else jax.lax.psum(gradient, plan.batch_axis)
 
     if plan.mesh is not None:
@@ -281,7 +288,7 @@ def _table_gradient(
             local,
             mesh=plan.mesh,
             in_specs=(P(plan.batch_axis, None, None), P(plan.vocabulary_axis, None), tokens, tokens, tokens),
-            out_specs=P(plan.vocabulary_axis, None),
+            out_specs=plan.kept,
             check_vma=False,
         )
     return local(hidden, table, target_ids, log_sum, weights)

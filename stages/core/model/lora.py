@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import keras
 
-from stages.core.model.products import few_rows, product
+from stages.core.model.products import few_rows, gathered, gathered_product, product
 from stages.core.sharding.keras_internals import kernel_of, layers_within, set_value
 
 # Drops out part of what goes into the adapter of the layer with a path.
@@ -52,6 +53,14 @@ def in_codes(layer: Any) -> bool:
     return kernel_of(layer).dtype == "int8"
 
 
+@dataclass(frozen=True)
+class Gathering:
+    """A kernel of which each device of the batch axis has a part: in which dimension, and `again` of `products`."""
+
+    dimension: int
+    again: bool
+
+
 def apply(
     layer: Any,
     x: jax.Array,
@@ -59,21 +68,33 @@ def apply(
     dropout: Dropout | None = None,
     *,
     divided: bool = False,
+    gathering: Gathering | None = None,
 ) -> jax.Array:
     """Do what `project` does with the layer's arrays, or a device's parts of them, given."""
-    y = base(layer, x, arrays, divided=divided)
+    y = base(layer, x, arrays, divided=divided, gathering=gathering)
     if "lora_kernel_a" not in arrays:
         return y
     into = x if dropout is None else dropout(x, layer.path)
     return y + widen(layer, narrowed(layer, into, arrays["lora_kernel_a"]), arrays, divided=divided)
 
 
-def base(layer: Any, x: jax.Array, arrays: dict[str, jax.Array], *, divided: bool = False) -> jax.Array:
-    """Return x W, in the compute dtype; `divided` as for `widen`."""
+def base(
+    layer: Any,
+    x: jax.Array,
+    arrays: dict[str, jax.Array],
+    *,
+    divided: bool = False,
+    gathering: Gathering | None = None,
+) -> jax.Array:
+    """Return x W, in the compute dtype; `divided` as for `widen`, and a kernel that is to be gathered as that says."""
     kernel = arrays["kernel"]
     if "kernel_scale" in arrays:
         # The backward pass converts the codes anew: it would keep all of them in the compute dtype, the whole model.
         return jax.checkpoint(functools.partial(_base_of_codes, layer, divided))(x, kernel, arrays["kernel_scale"])
+    if gathering and x.shape[1] > 1:
+        return gathered_product(layer.equation, x, kernel, gathering.dimension, again=gathering.again)
+    if gathering:
+        kernel = gathered(kernel, gathering.dimension, x.dtype)
     if x.shape[1] == 1 and not divided:
         return _of_one_token(layer, x, kernel.astype(x.dtype))
     # A frozen kernel has no gradient, for which x would be kept.

@@ -1,4 +1,4 @@
-"""Matrix products in bfloat16 whose gradients are summed in float32, and products of few rows.
+"""Matrix products in bfloat16 whose gradients are summed in float32, of gathered weights, and of few rows.
 
 Purpose of the first: the gradient of a weight is a sum over all tokens of a step: over those of a device, over the
 devices of the batch axis, over the batches of a group. Derived from `einsum(x, w.astype(bfloat16))` each part of that
@@ -13,6 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+# The mesh axis that weights may be split over in addition.
+BATCH = "batch"
 # Up to so many rows a matrix is read once a row, or once in a pass that computes all rows of it, faster than XLA on the
 # CPU multiplies with it: that copies the whole matrix into another order first. Measured with 4 rows: 1.7 and 2 times.
 FEW_ROWS = 4
@@ -63,6 +65,33 @@ def product(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
     return _product(equation, _varying_as(x, w), _varying_as(w, x))
 
 
+def gathered(w: jax.Array, dimension: int, dtype: Any) -> jax.Array:
+    """Return the whole of a weight of which each device of the batch axis has a part; inside `shard_map`.
+
+    Args:
+        w: a device's part.
+        dimension: that it is split in.
+        dtype: in which it is sent and returned.
+    """
+    return jax.lax.all_gather(w.astype(dtype), BATCH, axis=dimension, tiled=True)
+
+
+def gathered_product(equation: str, x: jax.Array, w: jax.Array, dimension: int, *, again: bool) -> jax.Array:
+    """Do what `product` does with a weight of which each device of the batch axis has a part; inside `shard_map`.
+
+    What is sent is in the dtype of `x`. The gradient is computed and summed in the dtype of `w`, and each device gets
+    that of its part.
+
+    Args:
+        equation: as for `product`.
+        x: an activation.
+        w: a device's part of the weight.
+        dimension: that it is split in.
+        again: gather the weight once more in the backward pass; else it is kept until then.
+    """
+    return _gathered_product(equation, dimension, again, _varying_as(x, w), _varying_as(w, x))
+
+
 def _varying_as(array: jax.Array, other: jax.Array) -> jax.Array:
     """Mark an array as one of each device, over the mesh axes that another is one of each device over."""
     own, wanted = (jax.typeof(each).manual_axis_type.varying for each in (array, other))
@@ -89,3 +118,35 @@ def _product_backward(equation: str, operands: Any, gradient: jax.Array) -> tupl
 
 
 _product.defvjp(_product_forward, _product_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _gathered_product(equation: str, dimension: int, again: bool, x: jax.Array, w: jax.Array) -> jax.Array:
+    return _gathered_forward(equation, dimension, again, x, w)[0]
+
+
+def _gathered_forward(
+    equation: str, dimension: int, again: bool, x: jax.Array, w: jax.Array
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    whole = gathered(w, dimension, x.dtype)
+    return jnp.einsum(equation, x, whole), (x, w, None if again else whole)
+
+
+def _gathered_backward(
+    equation: str, dimension: int, again: bool, kept: Any, gradient: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, w, whole = kept
+    if again:
+        # Without the barrier XLA takes this for the gathering of the forward pass, and keeps every weight whole.
+        part, gradient = jax.lax.optimization_barrier((w, gradient))
+        whole = gathered(part, dimension, x.dtype)
+    inputs, result = equation.split("->")
+    of_x, of_w = inputs.split(",")
+    of_whole = jnp.einsum(f"{of_x},{result}->{of_w}", x, gradient, preferred_element_type=w.dtype)
+    return (
+        jnp.einsum(f"{result},{of_w}->{of_x}", gradient, whole),
+        jax.lax.psum_scatter(of_whole, BATCH, scatter_dimension=dimension, tiled=True),
+    )
+
+
+_gathered_product.defvjp(_gathered_forward, _gathered_backward)

@@ -23,7 +23,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from stages.core.model.lora import Dropout, apply, arrays_of, base, narrowed, project, widen
+from stages.core.model.lora import Dropout, Gathering, apply, arrays_of, base, narrowed, widen
+from stages.core.model.products import gathered
 from stages.core.sharding.keras_internals import kernel_of
 from stages.core.sharding.layout import Placement, axes_of
 
@@ -33,11 +34,21 @@ KERNELS = ("kernel", "kernel_scale", "lora_kernel_a", "lora_kernel_b")
 class Projections:
     """Applies groups of `EinsumDense` layers, each as its kernel is split."""
 
-    def __init__(self, mesh: Mesh | None = None, placements: Sequence[Placement] = ()) -> None:
-        """Take the mesh and each kernel's sharding; without a mesh there is one device."""
+    def __init__(
+        self, mesh: Mesh | None = None, placements: Sequence[Placement] = (), *, keep_gathered: bool = False
+    ) -> None:
+        """Take the mesh and each kernel's sharding; without a mesh there is one device.
+
+        Args:
+            mesh: of the devices.
+            placements: where the weights lie.
+            keep_gathered: keep a kernel that was gathered over the batch axis for the backward pass, where the whole
+                block is computed again just before.
+        """
         self._mesh = mesh
         self._divides = mesh is not None and mesh.shape["model"] > 1
-        self._specs = {placement.weight.path: placement.spec for placement in placements}
+        self._placed = {placement.weight.path: placement for placement in placements}
+        self._again = not keep_gathered
 
     def columns(self, layers: Sequence[Any], x: jax.Array, dropout: Dropout | None = None) -> list[jax.Array]:
         """Apply several layers to the same hidden states (batch, length, hidden), split over time or whole.
@@ -50,30 +61,34 @@ class Projections:
         if dropout is not None or len(specs) < len(layers):
             x = self._hold(x, "batch", None, None)
             return [
-                self._hold(project(layer, x, dropout, divided=self._divides), "batch", None, *self._output(layer))
-                for layer in layers
+                self._hold(self._project(layer, x, dropout), "batch", None, *self._output(layer)) for layer in layers
             ]
         split_time = self._splits_time(x)
 
         # Attention needs whole heads, which are exchanged over time where that can be split.
         gather = not split_time and all(len(each["kernel"]) == 3 and each["kernel"][-1] == "model" for each in specs)
 
+        gatherings = [self._gathering(layer) for layer in layers]
+
         def local(x: jax.Array, groups: list[dict[str, jax.Array]]) -> list[jax.Array]:
+            groups = [self._whole_adapter(layer, arrays) for layer, arrays in zip(layers, groups, strict=True)]
+            each = list(zip(layers, groups, gatherings, strict=True))
             if not split_time:
-                parts = [apply(layer, x, arrays) for layer, arrays in zip(layers, groups, strict=True)]
+                parts = [apply(layer, x, arrays, gathering=gathering) for layer, arrays, gathering in each]
                 return _whole_heads(parts) if gather else parts
             narrow = _narrow_everywhere(layers, x, groups, specs)
             x = jax.lax.all_gather(x, "model", axis=1, tiled=True)
             return [
-                base(layer, x, arrays) + (widen(layer, narrow[layer.path], arrays) if layer.path in narrow else 0)
-                for layer, arrays in zip(layers, groups, strict=True)
+                base(layer, x, arrays, gathering=gathering)
+                + (widen(layer, narrow[layer.path], arrays) if layer.path in narrow else 0)
+                for layer, arrays, gathering in each
             ]
 
         outputs = [P("batch", None, *(() if gather else self._output(layer))) for layer in layers]
         return jax.shard_map(
             local,
             mesh=self._mesh,
-            in_specs=(P("batch", "model" if split_time else None, None), self._array_specs(layers, specs)),
+            in_specs=(P("batch", "model" if split_time else None, None), self._array_specs(layers)),
             out_specs=outputs,
         )(x, [arrays_of(layer) for layer in layers])
 
@@ -85,27 +100,59 @@ class Projections:
         specs = self._layer_specs(layer)
         if dropout is not None or specs is None or specs["kernel"][-1] is not None:
             x = self._hold(x, "batch", None, *self._kernel(layer)[:-1])
-            return self._hold(project(layer, x, dropout, divided=self._divides), "batch", None, None)
+            return self._hold(self._project(layer, x, dropout), "batch", None, None)
         split_time = self._splits_time(x)
 
         def local(x: jax.Array, arrays: dict[str, jax.Array]) -> jax.Array:
-            partial = apply(layer, x, arrays)
+            partial = apply(layer, x, self._whole_adapter(layer, arrays), gathering=self._gathering(layer))
             if split_time:
                 return jax.lax.psum_scatter(partial, "model", scatter_dimension=1, tiled=True)
-            return jax.lax.psum(partial, "model")
+            return jax.lax.psum(partial, "model") if self._divides else partial
 
         return jax.shard_map(
             local,
             mesh=self._mesh,
-            in_specs=(P("batch", None, *specs["kernel"][:-1]), self._array_specs([layer], [specs])[0]),
+            in_specs=(P("batch", None, *specs["kernel"][:-1]), self._array_specs([layer])[0]),
             out_specs=P("batch", "model" if split_time else None, None),
         )(x, arrays_of(layer))
 
+    def _project(self, layer: Any, x: jax.Array, dropout: Dropout | None) -> jax.Array:
+        """Apply a layer as XLA divides it, with its arrays whole over the batch axis."""
+        arrays = arrays_of(layer)
+        for name, placement in self._placements_of(layer).items():
+            if placement.over_batch is not None:
+                array = arrays[name] if name != "kernel" or kernel_of(layer).trainable else arrays[name].astype(x.dtype)
+                arrays[name] = self._hold(array, *placement.used)
+        return apply(layer, x, arrays, dropout, divided=self._divides)
+
+    def _placements_of(self, layer: Any) -> dict[str, Placement]:
+        """Return where a layer's arrays lie, by their names."""
+        paths = {name: f"{layer.path}/{name}" for name in KERNELS}
+        return {name: self._placed[path] for name, path in paths.items() if path in self._placed}
+
+    def _gathering(self, layer: Any) -> Gathering | None:
+        """Return how a layer's kernel is gathered over the batch axis, or None."""
+        dimension = self._placements_of(layer)["kernel"].over_batch
+        return None if dimension is None else Gathering(dimension, self._again)
+
+    def _whole_adapter(self, layer: Any, arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Return a device's parts of a layer's arrays with the adapter's gathered over the batch axis: they are small.
+
+        The way back of that sums their gradients and gives each device its part.
+        """
+        found = dict(arrays)
+        for name, placement in self._placements_of(layer).items():
+            if name != "kernel" and placement.over_batch is not None:
+                found[name] = gathered(arrays[name], placement.over_batch, arrays[name].dtype)
+        return found
+
     def _layer_specs(self, layer: Any) -> dict[str, tuple[Any, ...]] | None:
-        """Return the specs of a layer's arrays, or None where XLA is to find its own way."""
-        if not self._divides:
+        """Return the specs of a layer's arrays as they are used, or None where XLA is to find its own way."""
+        placed = self._placements_of(layer)
+        # Of a mesh with one axis nothing is written out but the gathering over it.
+        if not self._divides and ("kernel" not in placed or placed["kernel"].over_batch is None):
             return None
-        specs = {name: self._specs[f"{layer.path}/{name}"] for name in KERNELS if f"{layer.path}/{name}" in self._specs}
+        specs = {name: placement.used for name, placement in placed.items()}
         if any("batch" in axes_of(axis) for spec in specs.values() for axis in spec):
             return None
         kernel = specs["kernel"]
@@ -116,11 +163,12 @@ class Projections:
             (None, kernel[-1]),
         ):
             return None
-        return specs if any(axes_of(axis) for axis in kernel) else None
+        return specs if not self._divides or any(axes_of(axis) for axis in kernel) else None
 
     def _kernel(self, layer: Any) -> tuple[Any, ...]:
         """Return how a layer's kernel is split over the model axis; activations have spent the batch axis already."""
-        spec = self._specs.get(f"{layer.path}/kernel", (None,) * len(kernel_of(layer).shape))
+        placed = self._placed.get(f"{layer.path}/kernel")
+        spec = placed.used if placed else (None,) * len(kernel_of(layer).shape)
         return tuple(None if "batch" in axes_of(axis) else axis for axis in spec)
 
     def _output(self, layer: Any) -> tuple[Any, ...]:
@@ -142,10 +190,10 @@ class Projections:
         return specs["kernel"][-2] is not None
 
     def _splits_time(self, x: jax.Array) -> bool:
-        return self._mesh is not None and x.shape[1] % self._mesh.shape["model"] == 0
+        return self._mesh is not None and self._divides and x.shape[1] % self._mesh.shape["model"] == 0
 
-    def _array_specs(self, layers: Sequence[Any], specs: Sequence[dict[str, tuple[Any, ...]]]) -> list[dict[str, P]]:
-        return [{name: P(*each[name]) for name in arrays_of(layer)} for layer, each in zip(layers, specs, strict=True)]
+    def _array_specs(self, layers: Sequence[Any]) -> list[dict[str, P]]:
+        return [{name: P(*self._placed[f"{layer.path}/{name}"].spec) for name in arrays_of(layer)} for layer in layers]
 
 
 def _whole_heads(parts: Sequence[jax.Array]) -> list[jax.Array]:

@@ -15,7 +15,7 @@ import keras
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from stages.core.model.products import few_rows_transposed
+from stages.core.model.products import few_rows_transposed, gathered
 from stages.core.sharding.keras_internals import embedding_table
 
 # Rows of the table in one matrix product: large enough for full speed on a CPU core's share, small enough that a
@@ -31,7 +31,7 @@ class HeadPlan:
     """How the head runs. Hashable: it is a static argument of the compiled function.
 
     `mesh` None: one device. Else tokens are split over `batch_axis` and table rows over `vocabulary_axis`, whatever it
-    has devices.
+    has devices. The table is kept split over the batch axis too in `gathered_dimension`, if that is not None.
     """
 
     soft_cap: float | None
@@ -41,6 +41,15 @@ class HeadPlan:
     table_is_trained: bool = False
     block_rows: int = BLOCK_ROWS
     most_tokens: int = MOST_TOKENS
+    gathered_dimension: int | None = None
+
+    @property
+    def kept(self) -> P:
+        """How the table is split where it is kept."""
+        axes = [(self.vocabulary_axis,), ()]
+        if self.gathered_dimension is not None:
+            axes[self.gathered_dimension] += (self.batch_axis,)
+        return P(*(each[0] if len(each) == 1 else each or None for each in axes))
 
 
 class Codes(NamedTuple):
@@ -76,6 +85,18 @@ def table_of(backbone: keras.Model) -> Table:
 def cast(table: Table, dtype: Any) -> Table:
     """Return the table in the compute dtype; codes stay, until they are read."""
     return table if isinstance(table, Codes) else table.astype(dtype)
+
+
+def whole(table: Table, hidden: jax.Array, plan: HeadPlan) -> tuple[Table, jax.Array]:
+    """Return the table in the dtype of some hidden states, gathered over the batch axis, and these states.
+
+    The gathering waits for the states. XLA would otherwise take it for the one of the lookup, and keep the result.
+    """
+    table = cast(table, hidden.dtype)
+    if plan.gathered_dimension is None or isinstance(table, Codes):
+        return table, hidden
+    table, hidden = jax.lax.optimization_barrier((table, hidden))
+    return jax.lax.with_sharding_constraint(table, NamedSharding(plan.mesh, P(plan.vocabulary_axis, None))), hidden
 
 
 def values(table: Table, dtype: Any) -> jax.Array:
@@ -141,6 +162,8 @@ def embed(table: Table, token_ids: jax.Array, plan: HeadPlan, dtype: Any = None)
     split_time = splits_time(token_ids.shape[1], plan)
 
     def local(table: Table, ids: jax.Array) -> jax.Array:
+        if plan.gathered_dimension is not None and not isinstance(table, Codes):
+            table = gathered(table, plan.gathered_dimension, table.dtype)
         # Of the parts all but one are zero: their sum is exact in any dtype.
         rows = lookup(table, ids - first_row(table, plan), dtype).astype(dtype)
         return sum_parts(rows, split_time, plan)
@@ -148,7 +171,7 @@ def embed(table: Table, token_ids: jax.Array, plan: HeadPlan, dtype: Any = None)
     return jax.shard_map(
         local,
         mesh=plan.mesh,
-        in_specs=(P(plan.vocabulary_axis, None), P(plan.batch_axis, None)),
+        in_specs=(plan.kept, P(plan.batch_axis, None)),
         out_specs=P(plan.batch_axis, plan.vocabulary_axis if split_time else None, None),
     )(table, token_ids)
 

@@ -129,6 +129,7 @@ def key_of(request: CompileRequest) -> str:
         "architecture": dataclasses.asdict(step.architecture),
         "mesh": [step.mesh.shape, step.mesh.axis_names],
         "rules": [[rule.pattern, rule.spec] for rule in step.layout.rules],
+        "shard_over_batch": step.layout.shard_over_batch,
         "dtype": step.dtype,
         "settings": without(step.settings, "display", "run"),
         "length": step.length,

@@ -9,7 +9,9 @@ says which of the two it is.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from stages.core.common.errors import StageError
@@ -17,8 +19,9 @@ from stages.core.config.schema import PlanScaling, PlanSearch
 from stages.core.plan.compilation import CompileRequest, compile_step
 from stages.core.plan.roofline import Bound, lower_bound
 from stages.core.plan.shapes import resolve_shapes
-from stages.core.plan.targets import Settings, architecture_of, step_of
+from stages.core.plan.targets import OVER_BATCH, Settings, architecture_of, step_of
 from stages.core.plan.topology import Topology, describe
+from stages.core.records.layout import OverBatch
 from stages.core.records.plan import Estimate, Scaling, Search, StepTime
 from stages.core.sharding.mesh import MeshShape
 
@@ -83,7 +86,15 @@ def scaling(params: Settings, settings: PlanScaling) -> Scaling:
         mesh = MeshShape((devices // model_axis, model_axis))
         batch = (settings.batch_per_row or BATCH_PER_ROW) * mesh.sizes["batch"]
         logger.info(f"Scaling: {name} on {topology_name}, {devices} devices, batch {batch}")
-        step = step_of(params, settings, architecture, mesh, layout=settings.layout, batch_size=batch)
+        step = step_of(
+            params,
+            settings,
+            architecture,
+            mesh,
+            layout=settings.layout,
+            shard_over_batch=settings.shard_over_batch,
+            batch_size=batch,
+        )
         request = CompileRequest(step, topology_name)
         estimate = estimate_step(request, topology, argument_bytes(request))
         rows.append(estimate.model_copy(update={"topology": topology_name, "devices": devices}))
@@ -106,9 +117,13 @@ def _candidates(params: Settings, settings: PlanSearch, topology: Topology) -> t
             raise StageError(
                 f"plan.search.meshes must fit the topology, which has {devices} devices. Received: mesh={shape}."
             )
-        for layout in settings.layouts or LAYOUTS:
-            step = step_of(params, settings, architecture, mesh, layout=layout)
-            requests[f"({', '.join(str(size) for size in shape)}) {layout}"] = CompileRequest(step, settings.topology)
+        # With one row of the mesh there is nothing to split over the batch axis.
+        modes: Sequence[OverBatch | None] = (settings.shard_over_batch or [None]) if mesh.sizes["batch"] > 1 else [None]
+        for layout, mode in itertools.product(settings.layouts or LAYOUTS, modes):
+            step = step_of(params, settings, architecture, mesh, layout=layout, shard_over_batch=mode)
+            called = [f"({', '.join(str(size) for size in shape)}) {layout}"]
+            called += [OVER_BATCH[mode]] if mode in OVER_BATCH else []
+            requests[", ".join(called)] = CompileRequest(step, settings.topology)
     return name, requests
 
 
@@ -128,7 +143,13 @@ def _batches(step: int, largest: int) -> list[int]:
 def _largest_batch(request: CompileRequest, topology: Topology, largest: int) -> tuple[list[Estimate], Estimate]:
     """Return the estimate of each batch that was tried, by bisection, and that of the largest that fits."""
     step = request.step
-    none = Estimate(mesh=list(step.mesh.shape), layout=step.layout.name, largest_batch=0, fits=False)
+    none = Estimate(
+        mesh=list(step.mesh.shape),
+        layout=step.layout.name,
+        shard_over_batch=step.layout.shard_over_batch,
+        largest_batch=0,
+        fits=False,
+    )
     try:
         held = argument_bytes(request)
     except StageError as error:
@@ -183,6 +204,7 @@ def estimate_step(request: CompileRequest, topology: Topology, held: int) -> Est
     estimate = Estimate(
         mesh=list(step.mesh.shape),
         layout=step.layout.name,
+        shard_over_batch=step.layout.shard_over_batch,
         batch_size=step.settings.batch_size,
         argument_bytes=held,
         fits=False,
@@ -248,6 +270,7 @@ def _confirm(row: Estimate, request: CompileRequest) -> tuple[list[Estimate], Es
                 name=row.name,
                 mesh=row.mesh,
                 layout=row.layout,
+                shard_over_batch=row.shard_over_batch,
                 batch_size=batch,
                 compiled=True,
                 fits=cost.fits,

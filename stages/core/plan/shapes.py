@@ -13,7 +13,7 @@ from stages.core.load import lora_kernels, weight_loading
 from stages.core.load.backbone import build_backbone
 from stages.core.presets.architecture import Architecture
 from stages.core.records.layout import LoraConfig, MeshShape, NamedLayout
-from stages.core.sharding.layout import Placement, Weight, place, resolve
+from stages.core.sharding.layout import Placement, Weight, lay_out, lay_out_slot
 
 # AdamW's slots for each trainable weight (https://arxiv.org/abs/1711.05101), by Keras' names.
 SLOTS = ("momentum", "velocity")
@@ -40,7 +40,7 @@ def resolve_shapes(
 
     Returns:
         The model's weights in its order, LoRA kernels among them; then momentum and velocity of each trainable weight,
-        placed and typed as the weight is.
+        typed as the weight is and placed as it is, or over the batch axis too.
 
     Raises:
         StageError: the layout does not fit the weights or the mesh.
@@ -48,12 +48,14 @@ def resolve_shapes(
     backbone = build_backbone(architecture, dtype)
     if lora is not None:
         lora_kernels.declare(backbone, lora)
-    placements = resolve(layout.rules, weight_loading.weights_of(backbone), mesh)
+    placements = lay_out(layout, weight_loading.weights_of(backbone), mesh)
     if lora is None:
         return placements
     trained = {variable.path for variable in backbone.trainable_variables}
     slots = [
-        place(Weight(f"{each.weight.path}/{slot}", each.weight.shape, each.weight.dtype, "optimizer"), each.rule, mesh)
+        lay_out_slot(
+            layout, Weight(f"{each.weight.path}/{slot}", each.weight.shape, each.weight.dtype, "optimizer"), each, mesh
+        )
         for each in placements
         if each.weight.path in trained
         for slot in SLOTS

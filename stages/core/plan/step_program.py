@@ -25,7 +25,8 @@ from stages.core.model.causal_lm import make_model
 from stages.core.presets.architecture import Architecture
 from stages.core.records.layout import MeshShape, NamedLayout
 from stages.core.sharding.keras_internals import declared_only, make_metrics
-from stages.core.sharding.layout import Placement, resolve
+from stages.core.sharding.layout import Placement, lay_out
+from stages.core.sharding.mesh import arranged
 from stages.core.tokenize.batches import INPUTS, padded_size
 
 # The schedule's end is a number in the program; which one changes neither memory nor time.
@@ -65,18 +66,15 @@ def lower(request: StepRequest, devices: Sequence[Any]) -> StepProgram:
 
     Args:
         request: the step.
-        devices: JAX devices, real or described, at least as many as the mesh has; taken in their order, as
-            `mesh.device_mesh` does.
+        devices: JAX devices, real or described, at least as many as the mesh has; laid as `mesh.device_mesh` does.
 
     Raises:
         StageError: the layout does not fit the weights or the mesh.
     """
-    mesh = jax.sharding.Mesh(
-        np.array(devices[: request.mesh.devices]).reshape(request.mesh.shape), request.mesh.axis_names
-    )
+    mesh = jax.sharding.Mesh(arranged(request.mesh, devices), request.mesh.axis_names)
     build = _tutorial if request.path == "tutorial" else _ours
     model, placements, data = build(request, mesh)
-    slots = slot_placements(model.optimizer, placements, request.mesh)
+    slots = slot_placements(model.optimizer, placements, request.mesh, request.layout)
     specs = {each.weight.path: each.spec for each in placements}
 
     def described(variable: keras.Variable, spec: tuple[Any, ...] = ()) -> jax.ShapeDtypeStruct:
@@ -112,7 +110,7 @@ def _ours(request: StepRequest, mesh: jax.sharding.Mesh) -> tuple[keras.Model, l
     settings = request.settings
     backbone = build_backbone(request.architecture, request.dtype)
     lora_kernels.declare(backbone, settings.lora)
-    placements = resolve(request.layout.rules, weight_loading.weights_of(backbone), request.mesh)
+    placements = lay_out(request.layout, weight_loading.weights_of(backbone), request.mesh)
     model = make_model(
         backbone,
         mesh,
@@ -138,7 +136,7 @@ def _tutorial(request: StepRequest, mesh: jax.sharding.Mesh) -> tuple[keras.Mode
             backbone.enable_lora(settings.rank)
         logits = backbone.token_embedding(backbone.output, reverse=True)
         model = keras.Model(backbone.input, logits)
-    placements = resolve(request.layout.rules, weight_loading.weights_of(backbone), request.mesh)
+    placements = lay_out(request.layout, weight_loading.weights_of(backbone), request.mesh)
     ids = _batch(request, mesh, np.int32)
     data = ({"token_ids": ids, "padding_mask": ids}, ids, _batch(request, mesh, np.float32))
     model.compile(

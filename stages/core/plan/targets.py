@@ -23,9 +23,13 @@ from stages.core.plan.step_program import StepRequest
 from stages.core.plan.topology import cpu_devices
 from stages.core.presets.architecture import Architecture
 from stages.core.presets.formats import format_of
+from stages.core.records.layout import OverBatch
 from stages.core.records.plan import RunKey, Target, rules_of
 from stages.core.sharding.mesh import MeshShape
 from stages.core.sharding.named_layouts import make_layout
+
+# What is split over the batch axis too, in labels.
+OVER_BATCH = {"optimizer": "optimizer over batch", "weights": "weights over batch"}
 
 
 @dataclass(frozen=True)
@@ -71,11 +75,14 @@ def step_of(
     *,
     layout: str | None,
     rules: list[Rule] | None = None,
+    shard_over_batch: OverBatch | None = None,
     batch_size: int | None = None,
     path: str | None = None,
 ) -> StepRequest:
     """Return a step, with the other sections' settings for whatever is None."""
     named = params.layout if layout is None else params.layout.model_copy(update={"name": layout, "rules": rules})
+    if shard_over_batch is not None:
+        named = named.model_copy(update={"shard_over_batch": shard_over_batch})
     changes = {
         "rank": step.rank,
         "targets": step.lora_targets,
@@ -105,6 +112,7 @@ def compile_request_of(params: Settings, target: PlanTarget) -> tuple[str, Compi
         mesh,
         layout=target.layout,
         rules=target.rules,
+        shard_over_batch=target.shard_over_batch,
         batch_size=target.batch_size,
         path=target.step,
     )
@@ -142,6 +150,7 @@ def run_key(name: str, step: StepRequest) -> RunKey:
         mesh=list(step.mesh.shape),
         layout=step.layout.name,
         rules=rules_of(step.layout),
+        shard_over_batch=step.layout.shard_over_batch,
         dtype=step.dtype,
         length=step.length,
         step=step.path,
@@ -160,6 +169,7 @@ def label(target: Target) -> str:
         f"{target.batch_size}x{target.length}",
         f"rank {target.rank} on {', '.join(target.lora_targets or [])}" if target.rank else "full",
     ]
+    parts += [OVER_BATCH[target.shard_over_batch]] if target.shard_over_batch != "none" else []
     parts += ["rematerialize"] if target.rematerialize else []
     parts += ["tutorial's step"] if target.step == "tutorial" else []
     if target.rules:

@@ -70,7 +70,7 @@ def summary(placements: Sequence[Placement], mesh: MeshShape, layout: NamedLayou
     lines = [
         block_table(placements),
         "",
-        f"Mesh: {mesh}, {mesh.devices} devices. Layout: {layout.name}.",
+        f"Mesh: {mesh}, {mesh.devices} devices. Layout: {layout.name}{_over_batch(layout)}.",
         f"Parameters: {count_parameters(placements):,}. Trainable ({method}): {count_trainable(placements):,}.",
         f"Bytes a device: {sum(held.values()):,} (weights {held['weight']:,}, LoRA {held['lora']:,}, "
         f"optimizer {held['optimizer']:,}).",
@@ -79,3 +79,9 @@ def summary(placements: Sequence[Placement], mesh: MeshShape, layout: NamedLayou
     lines += [sizes] if (sizes := quantized_sizes(placements)) else []
     lines += [f"Fallback: {each}" for each in layout.fallbacks]
     return "\n".join(lines)
+
+
+def _over_batch(layout: NamedLayout) -> str:
+    """Return what a layout splits over the batch axis too, as the end of a sentence."""
+    what = {"optimizer": "optimizer state", "weights": "weights and optimizer state"}
+    return f", {what[layout.shard_over_batch]} over the batch axis too" if layout.shard_over_batch != "none" else ""

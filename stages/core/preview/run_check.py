@@ -97,6 +97,7 @@ def run_of(config: ModelConfig, settings: Finetune | None = None, length: int | 
         mesh=list(config.mesh.shape),
         layout=config.layout.name,
         rules=rules_of(config.layout),
+        shard_over_batch=config.layout.shard_over_batch,
         dtype=config.dtype,
         step="ours",
         length=length,

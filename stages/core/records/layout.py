@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
 # The tutorial's names, in the order of `mesh.shape`.
 AXES = ("batch", "model")
+
+# What is split over the batch axis too, which otherwise holds whole copies: nothing, AdamW's state (ZeRO-1), or the
+# trained and frozen weights with it (FSDP).
+OverBatch = Literal["none", "optimizer", "weights"]
 
 Axis = str | tuple[str, ...] | None
 Spec = tuple[Axis, ...]
@@ -83,13 +87,17 @@ class Fallback:
 
 @dataclass(frozen=True)
 class NamedLayout:
-    """Rules, and the weights that had to be split otherwise than one would."""
+    """Rules, the weights that had to be split otherwise than one would, and what is split over the batch axis too.
+
+    Files leave the last out where it is nothing.
+    """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     name: str
     rules: tuple[Rule, ...]
     fallbacks: tuple[Fallback, ...] = ()
+    shard_over_batch: Annotated[OverBatch, Field(exclude_if=lambda value: value == "none")] = "none"
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,14 @@ Unless a name says otherwise, sizes are bytes per device, counts are per step, a
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
-from stages.core.records.layout import Fallback, NamedLayout
+from stages.core.records.layout import Fallback, NamedLayout, OverBatch
 from stages.core.records.record import FileRecord, Record
+
+ShardOverBatch = Annotated[OverBatch, Field(exclude_if=lambda value: value == "none")]
 
 
 class RunKey(Record):
@@ -20,6 +22,8 @@ class RunKey(Record):
     mesh: list[int] | None = None
     layout: str | None = None
     rules: list[tuple[str, list[Any]]] | None = None
+    # Left out of files where it is nothing.
+    shard_over_batch: ShardOverBatch = "none"
     dtype: str | None = None
     batch_size: int | None = None
     length: int | None = None
@@ -146,6 +150,7 @@ class Estimate(Record):
     devices: int = 0
     mesh: list[int]
     layout: str
+    shard_over_batch: ShardOverBatch = "none"
     batch_size: int | None = None
     largest_batch: int | None = None
     compiled: bool = False

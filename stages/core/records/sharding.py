@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from stages.core.records.layout import Fallback, MeshShape
+from typing import Annotated
+
+from pydantic import Field
+
+from stages.core.records.layout import Fallback, MeshShape, OverBatch
 from stages.core.records.record import FileRecord, Record
 
 
@@ -30,12 +34,13 @@ class Sharding(FileRecord):
 
     `bytes` and `replicated_fraction` are of the model, which is weights and LoRA; what a device holds, by kind and in
     all, counts the optimizer's state too. `replicated_bytes` is what a device holds that no axis but the batch axis
-    splits.
+    splits. `shard_over_batch` is left out of the file where it is nothing.
     """
 
     preset: str
     mesh: MeshShape
     layout: str
+    shard_over_batch: Annotated[OverBatch, Field(exclude_if=lambda value: value == "none")] = "none"
     dtype: str
     parameters: int
     trainable_parameters: int

@@ -288,6 +288,7 @@ def run_as_planned(sharding: Sharding, params: Params) -> RunKey:
         preset=sharding.preset,
         mesh=list(sharding.mesh.shape),
         layout=sharding.layout,
+        shard_over_batch=sharding.shard_over_batch,
         rules=[(rule.pattern, rule.spec) for rule in params.layout.rules or ()] or None,
         dtype=sharding.dtype,
         length=params.tokenize.length,

@@ -7,7 +7,7 @@ holds all other modules to public names. (JAX's private names are in program_cac
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -33,14 +33,34 @@ def set_value(variable: keras.Variable, value: jax.Array) -> None:
     variable._value = value
 
 
-def place(variable: keras.Variable, value: jax.Array, layout: keras.distribution.TensorLayout) -> None:
-    """Give a declared variable its value and its layout.
+def place(variable: keras.Variable, value: jax.Array, sharding: jax.sharding.Sharding) -> None:
+    """Give a declared variable its value and its sharding.
 
-    The layout is what Keras consults when it derives others from it: optimizer slots get their weight's.
+    The latter is what Keras consults when it derives others from it: optimizer slots get their weight's.
     """
-    variable._layout = layout
+    variable._layout = sharding
     variable._value = value
     variable._initializer = None
+
+
+@contextlib.contextmanager
+def slots_split_as(
+    shardings: Mapping[str, jax.sharding.Sharding], variables: Sequence[keras.Variable]
+) -> Iterator[None]:
+    """Within this block an optimizer makes the slots of some variables in shardings other than the variables' own.
+
+    Args:
+        shardings: by the variable's path.
+        variables: those that are trained.
+    """
+    own = [variable._layout for variable in variables]
+    try:
+        for variable in variables:
+            variable._layout = shardings.get(variable.path, variable._layout)
+        yield
+    finally:
+        for variable, sharding in zip(variables, own, strict=True):
+            variable._layout = sharding
 
 
 def kernel_of(layer: Any) -> keras.Variable:

@@ -10,11 +10,11 @@ import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from stages.core.common.errors import StageError
-from stages.core.records.layout import Axis, MeshShape, Rule, Spec
+from stages.core.records.layout import AXES, Axis, MeshShape, NamedLayout, Rule, Spec
 
 logger = logging.getLogger(__name__)
 
@@ -51,17 +51,27 @@ class Weight:
 
 @dataclass(frozen=True)
 class Placement:
-    """A weight's placement: the rule that matched (None: no rule, replicated), its spec and what a device holds."""
+    """A weight's placement: the rule that matched (None: no rule, replicated), its spec and what a device holds.
+
+    `over_batch` is the dimension that is split over the batch axis in addition to what the rule says, None: none is.
+    Such a weight is gathered over that axis before it is used.
+    """
 
     weight: Weight
     rule: Rule | None
     spec: Spec
     shard_shape: tuple[int, ...]
+    over_batch: int | None = None
 
     @property
     def bytes_per_device(self) -> int:
         """Bytes that each device holds."""
         return math.prod(self.shard_shape) * ITEM_BYTES[self.weight.dtype]
+
+    @property
+    def used(self) -> Spec:
+        """How the weight is split where it is used: as its rule says."""
+        return self.spec if self.over_batch is None else _spec_of(self.rule, len(self.spec))
 
     def splits(self, axis: str) -> bool:
         """Whether the weight is split over a mesh axis."""
@@ -146,6 +156,58 @@ def _beside_codes(scale: Weight, codes: Placement, mesh: MeshShape) -> Placement
     return place(scale, dataclasses.replace(codes.rule, spec=spec), mesh)
 
 
+def lay_out(layout: NamedLayout, weights: Iterable[Weight], mesh: MeshShape) -> list[Placement]:
+    """Place every weight by the layout's rules, over the batch axis too where the layout says so.
+
+    Args:
+        layout: from `make_layout`.
+        weights: the model's, LoRA kernels included.
+        mesh: axis names and sizes.
+
+    Raises:
+        StageError: as `resolve`.
+    """
+    placements = resolve(layout.rules, weights, mesh)
+    return [split_over_batch(each, mesh) for each in placements] if layout.shard_over_batch == "weights" else placements
+
+
+def lay_out_slot(layout: NamedLayout, slot: Weight, owner: Placement, mesh: MeshShape) -> Placement:
+    """Place a slot of the optimizer, which has its weight's shape, as its weight or also over the batch axis."""
+    placement = place(slot, owner.rule, mesh)
+    return placement if layout.shard_over_batch == "none" else split_over_batch(placement, mesh)
+
+
+def split_over_batch(placement: Placement, mesh: MeshShape) -> Placement:
+    """Return a placement that is split over the batch axis too, in the dimension in which that is cheapest to gather.
+
+    Not the last dimension if another divides: its numbers lie in rows of 128 on a TPU, which gathering would cut. A
+    dimension that no axis splits comes before one that the model axis splits, and a longer one before a shorter.
+    Weights of one dimension (norm scales, of a few kilobytes) and those that nothing divides stay as they are, as does
+    what a rule of the user splits over the batch axis already.
+    """
+    axis, shape = AXES[0], placement.shard_shape
+    size = mesh.sizes[axis]
+    if size == 1 or len(shape) < 2 or placement.splits(axis):
+        return placement
+    fitting = [each for each, length in enumerate(shape) if length % size == 0]
+    if not fitting:
+        return placement
+    last = len(shape) - 1
+    chosen = min(fitting, key=lambda each: (each == last, bool(axes_of(placement.spec[each])), -shape[each]))
+    # The model axis is the outer one, so that a gathered part is what the rule says of it.
+    axes = (*axes_of(placement.spec[chosen]), axis)
+    spec = [*placement.spec]
+    spec[chosen] = axes if len(axes) > 1 else axis
+    part = [*shape]
+    part[chosen] //= size
+    return replace(placement, spec=tuple(spec), shard_shape=tuple(part), over_batch=chosen)
+
+
+def _spec_of(rule: Rule | None, dimensions: int) -> Spec:
+    """Return the spec of a rule, or of a weight that none matches."""
+    return rule.spec if rule else (None,) * dimensions
+
+
 def check_adapters(rules: Sequence[Rule], weights: Iterable[Weight], mesh: MeshShape) -> None:
     """Warn of each rule that fits no LoRA kernel it matches, as far as that follows from the base alone.
 
@@ -201,7 +263,7 @@ def _problem(weights: Iterable[Weight], rule: Rule, mesh: MeshShape) -> StageErr
 
 def place(weight: Weight, rule: Rule | None, mesh: MeshShape) -> Placement:
     """Place one weight by one rule, checked."""
-    spec = rule.spec if rule else (None,) * len(weight.shape)
+    spec = _spec_of(rule, len(weight.shape))
     received = (
         f"Received: path={weight.path}, shape={weight.shape}, rule={rule.pattern if rule else None!r}, "
         f"spec={format_spec(spec)}, mesh={mesh}."

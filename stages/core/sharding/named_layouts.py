@@ -15,6 +15,7 @@ Weight paths and shapes of a block (N query heads, K key/value heads, D hidden, 
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 
@@ -40,8 +41,10 @@ def make_layout(settings: Layout, architecture: Architecture, mesh: MeshShape) -
     """
     if settings.name == "rules":
         rules = [Rule(rule.pattern, as_spec(rule.spec)) for rule in settings.rules or ()]
-        return NamedLayout("rules", tuple(rules))
-    return tutorial() if settings.name == "tutorial" else auto(architecture, mesh)
+        named = NamedLayout("rules", tuple(rules))
+    else:
+        named = tutorial() if settings.name == "tutorial" else auto(architecture, mesh)
+    return dataclasses.replace(named, shard_over_batch=settings.shard_over_batch)
 
 
 def replication_advice(

@@ -42,6 +42,7 @@ def report(
         preset=preset,
         mesh=mesh,
         layout=layout.name,
+        shard_over_batch=layout.shard_over_batch,
         dtype=dtype,
         parameters=sum(each.weight.parameters for each in model),
         trainable_parameters=trainable_parameters,
