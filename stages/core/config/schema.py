@@ -361,8 +361,10 @@ class Params(Section):
             raise ValueError("evaluate.tasks may name float_base only where load.dtype is one of int8")
         if self.load.dtype.startswith(QUANTIZED) and self.layout.shard_over_batch == "weights":
             raise ValueError(f"layout.shard_over_batch: weights {IN_FLOATS}, not {self.load.dtype}")
-        steps: dict[str, PlanStep | None] = {f"targets.{i}": target for i, target in enumerate(self.plan.targets)}
-        for name, step in {**steps, "search": self.plan.search, "scaling": self.plan.scaling}.items():
+        steps: dict[str, PlanTarget | PlanSearch | PlanScaling | None]
+        steps = {f"targets.{i}": target for i, target in enumerate(self.plan.targets)}
+        steps |= {"search": self.plan.search, "scaling": self.plan.scaling}
+        for name, step in steps.items():
             if step is None:
                 continue
             rank = self.finetune.rank if step.rank is None else step.rank
