@@ -36,7 +36,6 @@ def main(run: Run, profile: Path | None) -> None:
     from stages.core.preview.run_check import run_of, tell_beside_plan, warn_before_running
     from stages.core.records.finetune import Sample, write_curve
     from stages.core.sharding import table
-    from stages.core.sharding.mesh import warn_of_slow_network
     from stages.core.tokenize.store import read_sequences
 
     began = time.perf_counter()
@@ -50,9 +49,6 @@ def main(run: Run, profile: Path | None) -> None:
     sequences = {split: read_sequences(run.paths, split) for split in ("train", "validation")}
     this_run = run_of(config, settings, sequences["train"]["token_ids"].shape[1])
     warn_before_running(run.paths.root, this_run)
-    positions = settings.batch_size * settings.gradient_accumulation * sequences["train"]["token_ids"].shape[1]
-    rows = model.mesh_shape.sizes["batch"]
-    warn_of_slow_network(model.jax_mesh, model.model_axis_bytes, -(-positions // rows))
     prompting.warn_of_another_format(tokenizer, sequences["train"], chat_template=chat_template)
     store = trainer.checkpoints(run.paths, config, model.platform, settings, start_from)
     result = trainer.fit(

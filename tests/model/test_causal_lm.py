@@ -111,6 +111,18 @@ def test_loss_and_gradients_are_plain_keras(presets, keras_says, family, full, s
     assert_same(our_loss_and_gradients(model, whole_sequences()), keras_says(family, full))
 
 
+WEIGHTS = AUTO.model_copy(update={"shard_over_batch": "weights"})
+
+
+@pytest.mark.parametrize(
+    ("family", "full", "shape"),
+    [*((family, full, (2, 4)) for family in FAMILIES for full in (False, True)), ("gemma2", True, (4, 1))],
+)
+def test_weights_over_the_batch_axis_give_the_same_gradients(presets, keras_says, family, full, shape):
+    model = load_tiny(presets[family], shape, rank=0 if full else 2, targets=TARGETS, layout=WEIGHTS)
+    assert_same(our_loss_and_gradients(model, whole_sequences()), keras_says(family, full))
+
+
 TUTORIAL = AUTO.model_copy(update={"name": "tutorial"})
 # Every kernel split over the dimension that auto would not choose, some over the batch axis, adapters replicated.
 CONTRARY = Layout.model_validate(

@@ -33,6 +33,7 @@ from stages.core.presets.tokenizer import Tokenizer
 from stages.core.records.finetune import Step
 from stages.core.records.layout import LoraConfig
 from stages.core.records.model_config import ModelConfig, TunedWeights
+from stages.core.sharding.mesh import warn_of_slow_network
 from stages.core.tokenize.batches import Batches
 
 logger = logging.getLogger(__name__)
@@ -187,6 +188,8 @@ def fit(
     epoch = make_batches()
     steps = min(settings.epochs * epoch.steps_per_epoch, settings.steps or sys.maxsize)
     check_length(settings, epoch.batches_per_epoch, steps)
+    rows = model.mesh_shape.sizes["batch"]
+    warn_of_slow_network(model.jax_mesh, model.model_axis_bytes, epoch.positions_per_step // rows)
     _compile(causal, model, settings, steps)
     check_changed = _change_check(causal, settings, steps)
     if store:
