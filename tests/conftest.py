@@ -87,7 +87,7 @@ def no_distribution_left() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def real_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded model's file, fetched as a person would where it is not there yet."""
+    """The embedded model's file, fetched as a user would where it is not there yet."""
     environment = {**os.environ, "GEMMA_TUNING_CACHE": str(REAL_CACHE)}
     command = [sys.executable, "-m", "stages.fetch", "--out-root", str(tmp_path_factory.mktemp("fetched"))]
     fetched = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

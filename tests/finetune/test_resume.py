@@ -23,6 +23,7 @@ from stages.core.common.errors import StageError
 from stages.core.finetune.checkpoint import Store
 from stages.core.finetune.fingerprint import ENTRY, fingerprint_of, record, with_program
 from stages.core.finetune.signals import Interruption, Stopped
+from tests.support import warm
 from tests.support.repository import QUICK, ROOT
 from tests.support.tiny_presets import tiny_reviews
 
@@ -52,11 +53,12 @@ class Trial:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.python: str | None = None
         self.cache = folder / "cache"
         self.environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{QUICK}", "GEMMA_TUNING_CACHE": str(self.cache)}
 
     def start(self, stage: str, *arguments: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", f"stages.{stage}", *arguments]
+        command = [self.python or warm.python(), "-m", f"stages.{stage}", *arguments]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         return subprocess.Popen(command, cwd=self.folder, env=self.environment, **pipes)
 
@@ -97,7 +99,10 @@ def trial(presets: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     for stage in ("fetch", "prepare", "tokenize", "load"):
         result = trial.run(stage)
         assert result.returncode == 0, result.stderr
+    # By a new interpreter: the forked ones share the seed of their hashes.
+    trial.python = sys.executable
     whole = trial.run("finetune", "--out-root", "whole")
+    trial.python = None
     assert whole.returncode == 0, whole.stderr
     assert "Resuming" not in whole.stderr
     assert not trial.checkpoints(), "a run that ended well needs none"
@@ -199,7 +204,7 @@ def test_a_second_run_of_the_same_settings_waits_for_the_first_and_both_end_well
 def test_a_cache_folder_that_cannot_be_written_to_costs_lines_and_never_the_run(trial: Trial, tmp_path: Path):
     (tmp_path / "file").write_text("in the place of a folder")
     environment = {**trial.environment, "GEMMA_TUNING_CACHE": str(tmp_path / "file" / "cache")}
-    command = [sys.executable, "-m", "stages.finetune", "--out-root", "full"]
+    command = [warm.python(), "-m", "stages.finetune", "--out-root", "full"]
     result = subprocess.run(command, cwd=trial.folder, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "Traceback" not in result.stderr
