@@ -27,6 +27,7 @@ def main(run: Run, variant: str | None, prompt: tuple[str, ...], chat: bool) -> 
         raise click.UsageError("--prompt and --chat do not go together.")
     if not (variant or prompt or chat):
         raise click.UsageError("Missing option '--variant'. It may be left out with --prompt or --chat.")
+    logger.info(f"Loading {variant or ' and '.join(VARIANTS)} ...")
     from stages.core.common import paths
     from stages.core.generate import diversity, prompting
     from stages.core.generate.chat import converse

@@ -170,6 +170,7 @@ class Finetune(Section):
     clip_norm: Annotated[float, Field(gt=0, le=1e12)] | None
     rematerialize: bool
     validate_every: Annotated[Positive | None, RUN]
+    validate_sequences: Annotated[Positive | None, RUN]
     early_stopping: Annotated[Positive | None, RUN]
     sample_every: Annotated[Positive | None, DISPLAY]
     sample_prompt: Annotated[str, Field(min_length=1), DISPLAY]

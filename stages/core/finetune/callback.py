@@ -6,6 +6,7 @@ of the next.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
@@ -39,6 +40,8 @@ logger = logging.getLogger(__name__)
 PROFILED_STEPS = 3
 # Steps whose memory growth is measured, to report the maximum: early ones may still hold their predecessor's buffers.
 MEASURED_STEPS = 8
+# Seconds between two writings of the curve, for whoever watches it.
+CURVE_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class FitSetup:
     """A run's settings, and what follows from them and the data.
 
     A step is an update of the weights. `reviews` has the review number of each position of each training sequence (-1:
-    none). `sample` continues the prompt. `store` None: no checkpoints.
+    none). `sample` continues the prompt. `show_curve` is given all steps now and then. `store` None: no checkpoints.
     """
 
     settings: Finetune
@@ -57,6 +60,7 @@ class FitSetup:
     held_out: Batches
     store: Store | None
     sample: Callable[[], str] | None
+    show_curve: Callable[[list[Step]], None] | None
     profile: Path | None
 
 
@@ -83,6 +87,7 @@ class TrainingCallback(keras.callbacks.Callback):
         self._began = 0.0
         self._profiling = False
         self._growth: Growth | None = None
+        self._curve_shown = -math.inf
         self._progress = ProgressLog("Step", setup.steps, history.steps)
 
     @property
@@ -148,6 +153,11 @@ class TrainingCallback(keras.callbacks.Callback):
             self._validate()
         if setup.sample and setup.settings.sample_every and step % setup.settings.sample_every == 0:
             self._sample(setup.sample, step)
+        if setup.show_curve and time.monotonic() - self._curve_shown >= CURVE_SECONDS:
+            # It is written at the end too, which tells of an error.
+            with contextlib.suppress(OSError):
+                setup.show_curve(history.rows)
+            self._curve_shown = time.monotonic()
         signal = self._interruption.received
         save_every = setup.settings.checkpoint_every or setup.steps
         if setup.store and not self.finished and (signal or step % save_every == 0):
@@ -273,8 +283,8 @@ class TrainingCallback(keras.callbacks.Callback):
             numbers = np.unique(self._setup.reviews[self.batches.rows(epoch, within)])
             batch = f", reviews={numbers[numbers >= 0].tolist()} (rows of {REVIEWS['train']})"
         return StageError(
-            f"Training diverged: {what}. Received: step={step}, learning_rate={rate:.6g}{batch}. Nothing was "
-            "overwritten. Set a lower finetune.learning_rate, or finetune.clip_norm, or look at these reviews."
+            f"Training diverged: {what}. Received: step={step}, learning_rate={rate:.6g}{batch}. No weights were "
+            "written. Set a lower finetune.learning_rate, or finetune.clip_norm, or look at these reviews."
         )
 
     def _start_profile(self, folder: Path) -> None:
