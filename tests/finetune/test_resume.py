@@ -38,11 +38,11 @@ SETTINGS = {
     "warmup_steps": 3,
     "gradient_accumulation": 2,
     "learning_rate": 0.01,
-    "validate_every": 7,
+    "validate_every": 4,
     "early_stopping": 50,
-    "sample_every": 20,
+    "sample_every": 8,
     "sample_tokens": 4,
-    "checkpoint_every": 5,
+    "checkpoint_every": 3,
     "checkpoint_keep": 2,
 }
 WRITTEN = ("models/tuned/adapter.safetensors", "models/tuned/model.json", "data/plots/samples.jsonl")
@@ -86,7 +86,7 @@ class Trial:
 def trial(presets: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Trial:
     """A tiny pipeline up to finetune, which has run once without being disturbed, into `whole`."""
     trial = Trial(tmp_path_factory.mktemp("resume"))
-    (trial.folder / "reviews.txt").write_text("\n".join(review.replace("\n", " ") for review in tiny_reviews(24)))
+    (trial.folder / "reviews.txt").write_text("\n".join(review.replace("\n", " ") for review in tiny_reviews(14)))
     yaml = YAML()
     content = yaml.load((ROOT / "params.yaml").read_text())
     content["fetch"].update(source="path", preset="tiny", path=str(presets["gemma3"]))
@@ -114,7 +114,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(trial: Trial):
     assert killed.returncode == -signal.SIGKILL
 
     terminated = trial.stop_after_a_checkpoint(signal.SIGTERM)
-    assert "Resuming from the checkpoint after step 5 " in terminated.stderr
+    assert "Resuming from the checkpoint after step 3 " in terminated.stderr
     assert terminated.returncode == 143, terminated.stderr
     assert terminated.stderr.strip().splitlines()[-1].startswith("Error: Stopped by SIGTERM after step ")
     assert "Traceback" not in terminated.stderr
@@ -211,7 +211,7 @@ def test_a_cache_folder_that_cannot_be_written_to_costs_lines_and_never_the_run(
     warnings = [line for line in result.stderr.splitlines() if line.startswith("Warning: ")]
     assert "GEMMA_TUNING_CACHE" in warnings[0]
     assert any(
-        line.startswith("Warning: the checkpoint after step 5 is not kept (Not a directory") for line in warnings
+        line.startswith("Warning: the checkpoint after step 3 is not kept (Not a directory") for line in warnings
     )
     for name in WRITTEN:
         assert (trial.folder / "full" / name).read_bytes() == (trial.folder / "whole" / name).read_bytes(), name
