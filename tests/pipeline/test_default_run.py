@@ -50,7 +50,7 @@ def read(repository: Path, name: str) -> dict:
 
 
 def test_the_tuned_model_is_less_surprised_by_reviews_it_has_not_seen(repository: Path):
-    before, after = read(repository, "evaluate-baseline"), read(repository, "evaluate-tuned")
+    before, after = read(repository, "evaluate/baseline"), read(repository, "evaluate/tuned")
     assert before["targets"] == after["targets"] > 2_000
     assert before["reviews"] == 20
     assert before["reviews_cut"] == after["reviews_cut"]
@@ -105,6 +105,6 @@ def test_the_baseline_loss_on_a_review_is_hugging_faces(repository: Path):
         check=True,
         capture_output=True,
     )
-    measured = json.loads((trial / "data/metrics/evaluate-baseline.json").read_text())
+    measured = json.loads((trial / "data/metrics/evaluate/baseline.json").read_text())
     assert measured["targets"] == len(review)
     assert measured["loss"] == pytest.approx(expected["loss"], abs=2e-5)

@@ -59,7 +59,7 @@ def values_of(annotation: object) -> list[str]:
 SETTABLE = [
     (f"{section}.{key}", value)
     for section, each in Params.model_fields.items()
-    for key, field in each.annotation.model_fields.items()
+    for key, field in getattr(each.annotation, "model_fields", {}).items()
     for value in values_of(field.annotation)
 ]
 

@@ -21,7 +21,8 @@ MINUS = "\N{MINUS SIGN}"
 
 
 def rendered(root: Path, *overrides: str) -> str:
-    return report.render(inputs.read_inputs(Paths(root, root)), read_params(root / "params.yaml", overrides))
+    params = read_params(root / "params.yaml", overrides)
+    return report.render(inputs.read_inputs(Paths(root, root), params.variants), params)
 
 
 def saved(root: Path, *overrides: str) -> Path:

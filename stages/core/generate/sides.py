@@ -6,11 +6,12 @@ weights within it, so that both together cost one loading and one set of program
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
 
+from stages.core.adapters.adapted import open_variant
 from stages.core.common.paths import Paths
 from stages.core.config.schema import Generate
 from stages.core.generate.choosing import Drawing
@@ -47,7 +48,15 @@ class Side:
 
 
 def open_sides(
-    paths: Paths, preset: Preset, tokenizer: Tokenizer, names: Sequence[str], settings: Generate, stops: tuple[int, ...]
+    paths: Paths,
+    preset: Preset,
+    tokenizer: Tokenizer,
+    names: Sequence[str],
+    adapters: Mapping[str, str],
+    settings: Generate,
+    stops: tuple[int, ...],
+    *,
+    trying: bool = False,
 ) -> list[Side]:
     """Load variants and make them ready.
 
@@ -56,18 +65,20 @@ def open_sides(
         preset: from `open_preset`.
         tokenizer: of the preset.
         names: of the variants.
+        adapters: folders of those beyond baseline and tuned, by name.
         settings: how to continue.
         stops: ids that end a text.
+        trying: nothing is kept: as for `load_variant`.
 
     Raises:
-        StageError: as `load_variant`.
+        StageError: as `open_variant`.
     """
     drawing = Drawing(settings.temperature, settings.top_k, settings.top_p, settings.min_p, settings.repetition_penalty)
     stop_strings = tuple(settings.stop_strings or ())
     sampling = SamplerSettings(settings.max_tokens, stops, drawing, tokenizer.vocabulary_size)
 
     def load(name: str) -> CausalModel:
-        model = variants.load_variant(paths, name, preset)
+        model = open_variant(paths, name, adapters, preset, trying=trying)
         return make_model(model.backbone, model.jax_mesh, model.placements)
 
     def values(causal: CausalModel) -> list[jax.Array]:
