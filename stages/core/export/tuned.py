@@ -202,6 +202,12 @@ class RoundedWeights:
         return values.astype(self._dtype).astype(np.float32) if rounds else values
 
 
+def parts(shape: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
+    """Return the indices of a weight's pieces; a single number is one of its own."""
+    rest = tuple(slice(0, size) for size in shape[1:])
+    return ((rows, *rest) for rows in pieces(shape)) if shape else iter([()])
+
+
 def pieces(shape: tuple[int, ...], most: int = PIECE) -> Iterator[slice]:
     """Return consecutive slices of a weight's first axis, each of at most `most` numbers (but at least one step)."""
     step = max(1, most // int(np.prod(shape[1:], dtype=np.int64)))
@@ -222,7 +228,7 @@ def as_matrix(weight: StoredWeight, read: Callable[[slice], np.ndarray], dtype: 
     result = np.empty(weight.matrix_shape, dtype)
     for piece in pieces(weight.shape):
         values = read(piece)
-        if weight.kind in ("scale", "rows"):
+        if weight.kind in ("scale", "vector", "rows"):
             result[piece] = values
         elif weight.kind == "transposed":
             result[:, piece] = values.T

@@ -161,12 +161,14 @@ def check_contents(folder: Path, file_format: str) -> None:
 
 
 def check_vocabulary(folder: Path, file_format: str, architecture: Architecture) -> None:
-    """Check that a preset's vocabulary is of the size of the model's table.
+    """Check that a preset's vocabulary is of the model's family, and of the size of its table.
 
     Raises:
         StageError: it is not, or cannot be read.
     """
-    pieces, rows = format_of(file_format).load_tokenizer(folder).vocabulary_size, architecture.config["vocabulary_size"]
+    tokenizer = format_of(file_format).load_tokenizer(folder)
+    tokenizer.check_family(architecture.class_name)
+    pieces, rows = tokenizer.vocabulary_size, architecture.config["vocabulary_size"]
     if not 0 <= rows - pieces <= MOST_SURPLUS_ROWS:
         raise StageError(
             f"The vocabulary must be that of the model: as many pieces as its table has rows, or up to "

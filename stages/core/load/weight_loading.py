@@ -73,7 +73,7 @@ def fill(
             values = np.asarray(origin.read(variable.path, index))
             _refuse_codes(values, variable.path)
             with np.errstate(over="ignore"):
-                values = np.ascontiguousarray(values.astype(variable.dtype, copy=False))
+                values = np.asarray(values.astype(variable.dtype, copy=False), order="C")
             _refuse_non_finite(values, variable.path)
             # Waited for, so that the host holds one slice at a time. An array that shared the host's memory would be
             # copied by the first step that donates it, the whole model in one go: so it is copied now, slice by slice.
