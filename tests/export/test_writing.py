@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import tracemalloc
@@ -36,8 +37,7 @@ KINDS = [(family, kind) for family in FAMILIES for kind in ("lora", "full")]
 
 
 def as_matrix(source, path: str, weight) -> np.ndarray:
-    rest = tuple(slice(0, size) for size in weight.shape[1:])
-    return tuned_module.as_matrix(weight, lambda piece: source.read(path, (piece, *rest)))
+    return tuned_module.as_matrix(weight, functools.partial(source.read, path))
 
 
 def manifest(preset: str, source: str = "kaggle") -> Manifest:

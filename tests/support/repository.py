@@ -29,7 +29,9 @@ def outputs(stage: str, *, kept: bool = False) -> list[str]:
     return [path.replace("${item.variant}", variant) for path in paths for variant in variants]
 
 
-FAMILIES = ("gemma", "gemma2", "gemma3")
+FAMILIES = ("gemma", "gemma2", "gemma3", "gemma4")
+GGUF_FAMILIES = FAMILIES[:3]
+"""Those that are written as GGUF."""
 
 # The real weights may be there already; tests on tiny models must not write beside them. Workers of pytest-xdist
 # inherit the environment of the process that starts them, the session's own cache included.

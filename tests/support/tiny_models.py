@@ -85,7 +85,10 @@ def keras_hub_reads(folder: Path) -> Callable[[np.ndarray], tuple[jax.Array, jax
 
     @jax.jit
     def read(ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-        hidden = backbone({"token_ids": ids, "padding_mask": jax.numpy.ones_like(ids)})
+        inputs = {"token_ids": ids, "padding_mask": jax.numpy.ones_like(ids)}
+        if "position_ids" in backbone.input:
+            inputs["position_ids"] = jax.numpy.broadcast_to(jax.numpy.arange(ids.shape[1]), ids.shape)
+        hidden = backbone(inputs)
         return hidden, backbone.token_embedding(hidden, reverse=True)
 
     return read

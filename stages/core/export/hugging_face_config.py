@@ -39,7 +39,7 @@ def model_type(architecture: Architecture) -> str:
 def context_length(architecture: Architecture) -> int:
     """Return how many tokens Google trained the model on: of Gemma 3 32768, or with scaled positions 131072.
 
-    Of Gemma 4 the large ones, whose full attention has keys that are values, were trained on 262144, the others on half.
+    Of Gemma 4 the large ones, in whose full attention values are keys, were trained on 262144, the others on half.
     """
     if architecture.class_name == "Gemma4Backbone":
         return 262144 if any(kind.keys_are_values for kind in architecture.kinds) else 131072

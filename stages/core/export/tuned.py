@@ -214,21 +214,23 @@ def pieces(shape: tuple[int, ...], most: int = PIECE) -> Iterator[slice]:
     return (slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
 
 
-def as_matrix(weight: StoredWeight, read: Callable[[slice], np.ndarray], dtype: Any = np.float32) -> np.ndarray:
+def as_matrix(
+    weight: StoredWeight, read: Callable[[tuple[slice, ...]], np.ndarray], dtype: Any = np.float32
+) -> np.ndarray:
     """Return a weight in the shape that PyTorch's layers have (outputs x inputs), filled piece by piece.
 
     Args:
         weight: its row of the weight table.
-        read: returns a slice of keras-hub's first axis, the other axes whole.
+        read: returns a piece of keras-hub's weight, see `parts`.
         dtype: of the result; rounds to nearest, ties to even.
 
     Returns:
         An array of `weight.matrix_shape`, contiguous.
     """
     result = np.empty(weight.matrix_shape, dtype)
-    for piece in pieces(weight.shape):
-        values = read(piece)
-        if weight.kind in ("scale", "vector", "rows"):
+    for part in parts(weight.shape):
+        values, piece = read(part), part[0] if part else slice(None)
+        if weight.kind in ("scale", "vector", "rows", "scalar"):
             result[piece] = values
         elif weight.kind == "transposed":
             result[:, piece] = values.T

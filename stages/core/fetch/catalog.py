@@ -130,7 +130,7 @@ NOT_YET = {
     "gemma4_4b": "per-layer embeddings and shared keys",
     "gemma4_26b_a4b": "experts",
 }
-"""Sizes of Gemma 4 that are not supported yet, by the base preset's name, and what they have that the others have not."""
+"""Sizes of Gemma 4 that are not supported yet, by the base preset's name, and what they have beside the others."""
 
 ASSISTANTS = "_assistant"
 """How the names of presets end that draft tokens for another model and have no keys and values of their own."""
