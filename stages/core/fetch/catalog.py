@@ -277,11 +277,11 @@ GEMMAS: dict[str, dict[str, Any]] = {
     "gemma3_4b_text": _gemma(3880099328, 262144, 34, 8, 4, 2560, 10240, 256, **_LARGE),
     "gemma3_12b_text": _gemma(11765788416, 262144, 48, 16, 8, 3840, 15360, 256, **_LARGE),
     "gemma3_27b_text": _gemma(27009002240, 262144, 62, 32, 16, 5376, 21504, 128, **_LARGE, **_PER_HEAD),
-    "gemma4_31b": _gemma(30697345280, 262144, 60, 32, 16, 5376, 21504, 256, **_FOUR, num_global_key_value_heads=4),
+    "gemma4_31b": _gemma(30697345340, 262144, 60, 32, 16, 5376, 21504, 256, **_FOUR, num_global_key_value_heads=4),
 }
 """By keras-hub's preset name: `params`, the parameter count that keras-hub's own registry states
-(`GemmaBackbone.presets`, `Gemma3Backbone.presets`; of Gemma 4 that of the text model in transformers, which does not
-count the 60 numbers that blocks are multiplied with), and the arguments of the backbone, as in the `config.json` of the
+(`GemmaBackbone.presets`, `Gemma3Backbone.presets`; of Gemma 4 that of keras-hub's text model, which has a frozen number
+a block more than transformers counts), and the arguments of the backbone, as in the `config.json` of the
 checkpoint. GemmaBackbone counts both gate matrices in `intermediate_dim`, Gemma3Backbone counts one."""
 
 
