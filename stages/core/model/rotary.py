@@ -33,7 +33,8 @@ class Rotary:
                 and Gemma 2 do, or follow one another.
         """
         self._interleaved = interleaved
-        found = {kind.rope: _angles(kind, positions) for kind in kinds}
+        by_rope = {kind.rope: kind for kind in kinds}
+        found = {rope: _angles(kind, positions) for rope, kind in by_rope.items()}
         # Without the barrier the compiler moves sine and cosine into every product that takes them.
         self._angles: dict[tuple[float, float, int, int], Angles] = jax.lax.optimization_barrier(found)
 
