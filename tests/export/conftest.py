@@ -49,6 +49,7 @@ def in_full(model: Tuned, folder) -> Tuned:
         arrays = {
             path: weights.read(path, tuple(slice(0, size) for size in each.shape))
             for path, each in weights.table.items()
+            if each.shape  # what Gemma 4 multiplies a block with is never trained
         }
     arrays = {path: (each + random.normal(0, 0.02, each.shape)).astype("f4") for path, each in arrays.items()}
     adapter.save(folder / "weights.safetensors", arrays, {"base": model.preset.fingerprint, "preset": "tiny"})
@@ -58,7 +59,7 @@ def in_full(model: Tuned, folder) -> Tuned:
 def read_whole(model: Tuned, ids: list[int]) -> np.ndarray:
     """The logits of a model with every weight trained, by the pipeline's pass over Keras' own variables."""
     loaded = load_tiny(model.preset.folder, (1, 1))
-    for variable in loaded.backbone.weights:
+    for variable in (each for each in loaded.backbone.weights if each.path in model.trained):
         variable.assign(model.trained.array(variable.path))
     return logits(loaded, ids)
 

@@ -25,7 +25,7 @@ from stages.core.presets.manifest import LICENSE
 from stages.core.presets.weight_table import weight_table
 from stages.core.tokenize.control_tokens import ControlTokens
 from tests.support import tiny_presets, tokenizer_json
-from tests.support.repository import FAMILIES
+from tests.support.repository import GGUF_FAMILIES
 from tests.support.tiny_models import open_tiny
 from tests.support.tuned_models import EVERY_KIND, tuned
 
@@ -47,7 +47,7 @@ def tuned_models(devices, tmp_path_factory):
     """Of each family a tuned model with all kinds of blocks."""
     base = tmp_path_factory.mktemp("tuned")
     made = {}
-    for family in FAMILIES:
+    for family in GGUF_FAMILIES:
         (base / family).mkdir()
         preset = tiny_presets.write_tiny_preset(base / family / "preset", family, **EVERY_KIND[family])
         made[family] = tuned(preset, base / family)[1]
@@ -65,7 +65,7 @@ def written(model, folder: Path, kind: str = "F32", **changes) -> Path:
     return path
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", GGUF_FAMILIES)
 def test_our_reader_finds_the_architecture_and_the_tuned_weights(tuned_models, tmp_path, family):
     model = tuned_models[family]
     written(model, tmp_path)

@@ -19,7 +19,7 @@ from stages.core.presets.formats import format_of
 from stages.core.tokenize.control_tokens import ControlTokens
 from tests.export.test_gguf import SPELLED, TEXTS, written
 from tests.support import tiny_presets
-from tests.support.repository import FAMILIES
+from tests.support.repository import GGUF_FAMILIES
 from tests.support.tiny_models import load_tiny
 from tests.support.tuned_models import EVERY_KIND, logits, tuned
 
@@ -35,7 +35,7 @@ pytest.importorskip("xllamacpp", reason="needs llama.cpp (requirements-readers.t
 def exported(devices, tmp_path_factory):
     """Of each family: the tuned model, its logits and the base's by the pipeline, and a folder."""
     made = {}
-    for family in FAMILIES:
+    for family in GGUF_FAMILIES:
         folder = tmp_path_factory.mktemp(family)
         preset = tiny_presets.write_tiny_preset(folder / "preset", family, **EVERY_KIND[family])
         loaded, model = tuned(preset, folder)
@@ -49,7 +49,7 @@ def far_apart(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.abs(one - other).max() / np.ptp(one))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", GGUF_FAMILIES)
 def test_the_merged_model_has_the_tuned_model_s_logits_past_the_sliding_window(exported, family):
     model, expected, base, folder = exported[family]
     with opened(written(model, folder / "f32")) as llama:
@@ -59,7 +59,7 @@ def test_the_merged_model_has_the_tuned_model_s_logits_past_the_sliding_window(e
     assert (found.argmax(-1) == expected.argmax(-1)).all()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", GGUF_FAMILIES)
 def test_the_adapter_on_the_base_s_file_equals_the_merged_model(exported, family):
     model, expected, base, folder = exported[family]
     untuned = dataclasses.replace(model, trained=TrainedWeights(None))

@@ -76,6 +76,7 @@ def test_transformers_computes_the_tuned_model_s_logits(cases, case, attention, 
             "gemma": "GemmaForCausalLM",
             "gemma2": "Gemma2ForCausalLM",
             "gemma3": "Gemma3ForCausalLM",
+            "gemma4": "Gemma4ForCausalLM",
         }[found.family]
     )
     assert np.abs(logits_of(model, found.ids) - found.logits).max() < 1e-3

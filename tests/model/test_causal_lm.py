@@ -19,7 +19,7 @@ from stages.core.model.causal_lm import make_model, pin_to_mesh
 from stages.core.tokenize.batches import Batches
 from tests.support import warm
 from tests.support.repository import FAMILIES, ROOT
-from tests.support.tiny_models import AUTO, load_tiny, sequences
+from tests.support.tiny_models import AUTO, keras_inputs, load_tiny, sequences
 from tests.support.tiny_presets import write_tiny_preset
 from tests.support.tiny_runs import sampled
 
@@ -81,7 +81,7 @@ def keras_loss_and_gradients(folder, full):
             *zip(backbone.non_trainable_variables, rest, strict=True),
         ]
         with keras.StatelessScope(state_mapping=mapping):
-            hidden = backbone({"token_ids": batch["token_ids"], "padding_mask": np.ones_like(batch["token_ids"])})
+            hidden = backbone(keras_inputs(backbone, batch["token_ids"]))
             logits = backbone.token_embedding(hidden, reverse=True)
             return crossentropy(batch["target_ids"], logits, sample_weight=batch["weights"])
 
@@ -206,7 +206,7 @@ from stages.core.sharding.devices import configure
 configure("simulated", 12)
 from stages.core.finetune import trainer
 from tests.support.tiny_runs import sampled, settings
-from tests.support.tiny_models import load_tiny, sequences
+from tests.support.tiny_models import keras_inputs, load_tiny, sequences
 
 for preset, length in json.loads(sys.argv[1]):
     given = {"train": sequences(4, length), "validation": sequences(2, length, seed=1)}

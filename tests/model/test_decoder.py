@@ -56,7 +56,7 @@ def test_hidden_states_are_keras_hubs_on_every_mesh(keras_hub_says, presets, fam
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_tutorials_layout_gives_the_same_hidden_states(keras_hub_says, presets, family):
-    if family == "gemma3":
+    if family in ("gemma3", "gemma4"):
         pytest.skip("one key/value head cannot be split by the tutorial's rules: the layout engine refuses it")
     batch = sequences(4, LENGTH)
     batch["segment_ids"] = np.ones_like(batch["segment_ids"])

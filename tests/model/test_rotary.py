@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
 from stages.core.model.rotary import Rotary
+from stages.core.presets.architecture import Architecture
+from tests.support.tiny_presets import CONFIGS
 
 HEAD = 16
 
@@ -16,8 +20,17 @@ def queries(devices) -> np.ndarray:
     return np.random.default_rng(0).normal(size=(2, 8, 3, HEAD)).astype("f4")
 
 
+def kind_of(layer, turned=HEAD // 2):
+    """The kind of a block with a layer of keras-hub's."""
+    any_kind = Architecture("GemmaBackbone", {**CONFIGS["gemma"], "head_dim": HEAD}).kinds[0]
+    return dataclasses.replace(
+        any_kind, wavelength=float(layer.max_wavelength), rope_scaling=float(layer.scaling_factor), turned=turned
+    )
+
+
 def rotary(layers, positions, interleaved=False):
-    return Rotary(layers, positions, HEAD, interleaved=interleaved)
+    turn = Rotary([kind_of(layer) for layer in layers], positions, interleaved=interleaved)
+    return lambda layer, x: turn(kind_of(layer), x)
 
 
 @pytest.mark.parametrize("scaling", [1.0, 8.0])

@@ -18,7 +18,7 @@ from stages.core.presets.architecture import Architecture
 from stages.core.presets.weight_table import weight_table
 from tests.support.tiny_presets import CONFIGS, tiny_proto
 
-MODEL_TYPES = {"gemma": "gemma", "gemma2": "gemma2", "gemma3": "gemma3_text"}
+MODEL_TYPES = {"gemma": "gemma", "gemma2": "gemma2", "gemma3": "gemma3_text", "gemma4": "gemma4_text"}
 
 
 def config_of(family: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -31,13 +31,15 @@ def config_of(family: str, arguments: dict[str, Any]) -> dict[str, Any]:
         "num_attention_heads": arguments["num_query_heads"],
         "num_key_value_heads": arguments["num_key_value_heads"],
         "hidden_size": arguments["hidden_dim"],
-        "intermediate_size": arguments["intermediate_dim"] // (1 if family == "gemma3" else 2),
+        "intermediate_size": arguments["intermediate_dim"] // (1 if family in ("gemma3", "gemma4") else 2),
         "head_dim": arguments["head_dim"],
         "rms_norm_eps": 1e-6,
         "rope_theta": 10000.0,
     }
     if family == "gemma":
         return config | {"hidden_act": "gelu", "hidden_activation": None, "rope_scaling": None}
+    if family == "gemma4":
+        return config_of_gemma4(arguments, config)
     config |= {
         "hidden_activation": "gelu_pytorch_tanh",
         "query_pre_attn_scalar": arguments["head_dim"],
@@ -52,6 +54,31 @@ def config_of(family: str, arguments: dict[str, Any]) -> dict[str, Any]:
         "rope_local_base_freq": 10000.0,
         "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
         "sliding_window_pattern": 6,
+    }
+
+
+def config_of_gemma4(arguments: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint of Gemma 4 has besides, in the form of Google's own files."""
+    rope = {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1000000.0}
+    kinds = ["sliding_attention", "full_attention"]
+    del config["rope_theta"]
+    return config | {
+        "architectures": ["Gemma4ForCausalLM"],
+        "hidden_activation": "gelu_pytorch_tanh",
+        "global_head_dim": arguments["global_head_dim"],
+        "num_global_key_value_heads": arguments["num_global_key_value_heads"],
+        "attention_k_eq_v": True,
+        "layer_types": [kinds[number % 2] for number in range(arguments["num_layers"])],
+        "sliding_window": arguments["sliding_window_size"],
+        "final_logit_softcapping": arguments["final_logit_soft_cap"],
+        "rope_parameters": {
+            "full_attention": rope,
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+        "hidden_size_per_layer_input": 0,
+        "num_kv_shared_layers": 0,
+        "enable_moe_block": False,
+        "use_bidirectional_attention": "vision",
     }
 
 
@@ -76,6 +103,9 @@ def tensors_of(family: str, weights: dict[str, np.ndarray], prefix: str = "model
             name = "norm"
         else:
             block = path.split("/")[0].removeprefix("decoder_block_")
+            if path.endswith("/layer_scalar"):
+                tensors[f"{prefix}layers.{block}.layer_scalar"] = np.reshape(value, (1,))
+                continue
             if layer in norms:
                 name = norms[layer]
             elif layer in heads:

@@ -76,6 +76,14 @@ def sequences(count: int, length: int = 32, vocabulary: int = 512, seed: int = 0
     }
 
 
+def keras_inputs(backbone: keras.Model, ids: jax.Array) -> dict[str, jax.Array]:
+    """What keras-hub's backbone takes for token ids without padding; Gemma 4's takes positions too."""
+    inputs = {"token_ids": ids, "padding_mask": jax.numpy.ones_like(ids)}
+    if "position_ids" in backbone.input:
+        inputs["position_ids"] = jax.numpy.broadcast_to(jax.numpy.arange(ids.shape[1]), ids.shape)
+    return inputs
+
+
 def keras_hub_reads(folder: Path) -> Callable[[np.ndarray], tuple[jax.Array, jax.Array]]:
     """Keras-hub's own model of a preset, loaded by keras-hub: hidden states and logits of token ids, on one device."""
     import keras_hub
@@ -85,7 +93,7 @@ def keras_hub_reads(folder: Path) -> Callable[[np.ndarray], tuple[jax.Array, jax
 
     @jax.jit
     def read(ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-        hidden = backbone({"token_ids": ids, "padding_mask": jax.numpy.ones_like(ids)})
+        hidden = backbone(keras_inputs(backbone, ids))
         return hidden, backbone.token_embedding(hidden, reverse=True)
 
     return read

@@ -48,8 +48,24 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "vision_encoder": None,
         "use_query_key_norm": True,
     },
+    "gemma4": {
+        **_COMMON,
+        "num_key_value_heads": 2,
+        "global_head_dim": 32,
+        "num_global_key_value_heads": 1,
+        "global_rope_partial_rotary_factor": 0.25,
+        "final_logit_soft_cap": 30,
+        "sliding_window_size": 8,
+        "sliding_window_pattern": 2,
+        "image_size": None,
+        "vision_encoder": None,
+        "audio_encoder": None,
+    },
 }
 """Backbone arguments of each family. Of every six layers Gemma 3 makes five local: `num_layers=6` adds a global one."""
+
+BACKBONES = {"gemma3": "Gemma3Backbone", "gemma4": "Gemma4Backbone"}
+"""Classes of keras-hub; of the other families GemmaBackbone."""
 
 _OPENINGS = [
     "This was an absolutely terrible movie.",
@@ -85,6 +101,9 @@ def tiny_reviews(count: int) -> list[str]:
 
 TURNS = ("<start_of_turn>", "<end_of_turn>")
 """The control pieces of Gemma's chat template."""
+
+TURNS_OF_GEMMA4 = ("<|turn>", "<turn|>", "<|channel>", "<channel|>", "<|think|>", "<|tool_response>")
+"""And of Gemma 4's."""
 
 
 def tiny_proto(turns: tuple[str, ...] = TURNS, *, control: bool = False) -> bytes:
@@ -124,14 +143,14 @@ def tiny_proto(turns: tuple[str, ...] = TURNS, *, control: bool = False) -> byte
 
 
 def tiny_backbone(family: str, *, seed: int = 0, **overrides: Any) -> Any:
-    """Return a float32 keras-hub backbone of a family ("gemma", "gemma2", "gemma3") with random weights.
+    """Return a float32 keras-hub backbone of a family ("gemma", "gemma2", "gemma3", "gemma4") with random weights.
 
     `overrides` replace arguments of the backbone, such as `num_key_value_heads=1`.
     """
     os.environ.setdefault("KERAS_BACKEND", "jax")
     import keras_hub
 
-    backbone_class = keras_hub.models.Gemma3Backbone if family == "gemma3" else keras_hub.models.GemmaBackbone
+    backbone_class = getattr(keras_hub.models, BACKBONES.get(family, "GemmaBackbone"))
     backbone = backbone_class(**{**CONFIGS[family], "dtype": "float32", **overrides})
     random = np.random.default_rng(seed)
     for weight in backbone.weights:
@@ -139,9 +158,13 @@ def tiny_backbone(family: str, *, seed: int = 0, **overrides: Any) -> Any:
         values = random.standard_normal(weight.shape).astype("float32")
         # Sizes such that soft caps and softmaxes are well off their linear range, and that the blocks outweigh the
         # embedding in the residual stream: else a tied head only repeats the last token.
-        if name in ("embeddings", "scale"):
+        if name in ("embeddings", "scale", "layer_scalar"):
             values *= 0.3
             values += 2.0 if layer.startswith("post_") else 0.0
+            if family == "gemma4" and name != "embeddings":
+                # Its norms multiply by the scale alone. Queries and keys are not divided by the root of the head size:
+                # larger ones would make the softmax so steep that the last bit of a weight changes the output.
+                values += 1.0 if layer != "query_norm" else 0.0
         else:
             fan_in = values.shape[0] * values.shape[1] if layer == "attention_output" else values.shape[-2]
             values *= {"query": 2.0, "key": 2.0, "attention_output": 4.0, "ffw_linear": 4.0}.get(layer, 1.0)
@@ -158,7 +181,7 @@ def write_tiny_preset(folder: Path, family: str, *, seed: int = 0, **overrides: 
 
     Args:
         folder: where to; made if it is not there.
-        family: "gemma", "gemma2" or "gemma3".
+        family: "gemma", "gemma2", "gemma3" or "gemma4".
         seed: of the weights.
         overrides: arguments of the backbone instead of those in `CONFIGS`.
     """
@@ -167,7 +190,11 @@ def write_tiny_preset(folder: Path, family: str, *, seed: int = 0, **overrides: 
 
     folder.mkdir(parents=True, exist_ok=True)
     tiny_backbone(family, seed=seed, **overrides).save_to_preset(str(folder))
-    if family == "gemma3":
+    if family == "gemma4":
+        towers = dict.fromkeys(("has_vision_tokens", "has_audio_tokens", "has_video_tokens"), False)
+        tokenizer = keras_hub.models.Gemma4Tokenizer(tiny_proto(TURNS_OF_GEMMA4), **towers)
+        preprocessor = keras_hub.models.Gemma4CausalLMPreprocessor(tokenizer)
+    elif family == "gemma3":
         tokenizer = keras_hub.models.Gemma3Tokenizer(tiny_proto(), has_vision_tokens=False)
         preprocessor = keras_hub.models.Gemma3CausalLMPreprocessor(tokenizer)
     else:

@@ -23,6 +23,7 @@ EVERY_KIND: dict[str, dict] = {
     "gemma": {},
     "gemma2": {"num_layers": 4},
     "gemma3": {"num_layers": 6, "num_key_value_heads": 2, "global_rope_scaling_factor": 8.0},
+    "gemma4": {"num_layers": 4},
 }
 """Backbone arguments of each family with all kinds of blocks: of six of Gemma 3's one is global."""
 

@@ -122,7 +122,7 @@ def read_peft(folder: Path, architecture: Architecture, preset: str) -> PeftAdap
     table = {
         f"{tower}{weight.hugging_face.removesuffix('.weight')}": (path, weight)
         for path, weight in weight_table(architecture).items()
-        if weight.kind not in ("scale", "rows")
+        if weight.is_matrix
     }
     if unknown := [name for name in modules if name not in table]:
         raise StageError(

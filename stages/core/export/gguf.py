@@ -55,6 +55,12 @@ def architecture_name(architecture: Architecture) -> str:
             granted; names it. The file would compute another model, in silence.
     """
     config = architecture.config
+    if architecture.class_name == "Gemma4Backbone":
+        raise StageError(
+            "A model to be written as GGUF must be a Gemma 1, 2 or 3. Received: a Gemma 4\n"
+            "Leave gguf out of export.formats, and convert models/export/huggingface with llama.cpp's "
+            "convert_hf_to_gguf.py."
+        )
     gemma3 = architecture.class_name == "Gemma3Backbone"
     name = "gemma3" if gemma3 else "gemma2" if config.get("use_post_attention_norm") else "gemma"
     windowed = name != "gemma"

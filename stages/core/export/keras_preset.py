@@ -18,7 +18,7 @@ import keras
 import numpy as np
 
 from stages.core.export.huggingface import DTYPES
-from stages.core.export.tuned import MergedWeights, pieces
+from stages.core.export.tuned import MergedWeights, parts
 from stages.core.export.vocabulary import sentencepiece_model
 from stages.core.files import atomic_path, write_json
 from stages.core.load.backbone import build_backbone
@@ -28,7 +28,11 @@ from stages.core.presets.formats import WeightSource, format_of
 from stages.core.presets.keras_h5 import SINGLE
 from stages.core.presets.tokenizer import KERAS_VOCABULARY
 
-TASKS = {"GemmaBackbone": ["CausalLM"], "Gemma3Backbone": ["CausalLM", "TextEmbedder"]}
+TASKS = {
+    "GemmaBackbone": ["CausalLM"],
+    "Gemma3Backbone": ["CausalLM", "TextEmbedder"],
+    "Gemma4Backbone": ["CausalLM"],
+}
 SEQUENCE = 1024
 """keras-hub's default of its preprocessors, in tokens; it can be set after loading."""
 
@@ -72,10 +76,9 @@ def _write_weight(file: Any, name: str, shape: tuple[int, ...], dtype: str, read
     dataset = file.create_dataset(name, shape, np.dtype("V2") if opaque else np.float32)
     if opaque:
         dataset.attrs["dtype"] = "bfloat16"
-    rest = tuple(slice(0, size) for size in shape[1:])
-    for rows in pieces(shape):
-        values = np.ascontiguousarray(read((rows, *rest)), DTYPES[dtype])
-        dataset[(rows, *rest)] = values.view("V2") if opaque else values
+    for part in parts(shape):
+        values = np.asarray(read(part), DTYPES[dtype], order="C")
+        dataset[part] = values.view("V2") if opaque else values
 
 
 def _object(family: str, kind: str, config: dict[str, Any], dtype: str) -> dict[str, Any]:
@@ -93,12 +96,14 @@ def _object(family: str, kind: str, config: dict[str, Any], dtype: str) -> dict[
 
 def _write_tokenizer(folder: Path, preset: Preset, dtype: str) -> None:
     """Write the vocabulary, and the tokenizer and preprocessor around it; Keras' own import TensorFlow."""
-    gemma3 = preset.architecture.class_name == "Gemma3Backbone"
-    family = "Gemma3" if gemma3 else "Gemma"
+    family = preset.architecture.class_name.removesuffix("Backbone")
+    gemma3, gemma4 = family == "Gemma3", family == "Gemma4"
     with atomic_path(folder / KERAS_VOCABULARY) as temporary:
         temporary.write_bytes(sentencepiece_model(preset).SerializeToString(deterministic=True))
     settings: dict[str, Any] = {"config_file": "tokenizer.json", "proto": None, "sequence_length": None}
-    settings |= {"add_bos": False, "add_eos": False, **({"has_vision_tokens": False} if gemma3 else {})}
+    settings |= {"add_bos": False, "add_eos": False, **({"has_vision_tokens": False} if gemma3 or gemma4 else {})}
+    if gemma4:
+        settings |= {"has_audio_tokens": False, "has_video_tokens": False}
     tokenizer = _object(family, "Tokenizer", settings, "int32")
     write_json(folder / "tokenizer.json", tokenizer)
     around: dict[str, Any] = {"tokenizer": tokenizer, "config_file": "preprocessor.json", "sequence_length": SEQUENCE}

@@ -8,10 +8,10 @@ from stages.core.fetch.catalog import name_of
 from stages.core.records.manifest import Manifest
 
 PRESET = re.compile(
-    r"(?P<family>code_gemma|shieldgemma|gemma[23]?)_(?:(?P<version>1\.1)_)?(?P<instruct>instruct_)?"
+    r"(?P<family>code_gemma|shieldgemma|gemma[234]?)_(?:(?P<version>1\.1)_)?(?P<instruct>instruct_)?"
     r"(?P<size>\d+[bm])(?:_en|_text)?"
 )
-FAMILIES = {"code_gemma": "codegemma", "gemma2": "gemma-2", "gemma3": "gemma-3"}
+FAMILIES = {"code_gemma": "codegemma", "gemma2": "gemma-2", "gemma3": "gemma-3", "gemma4": "gemma-4"}
 OTHERS = {
     "function_gemma_instruct_270m": "google/functiongemma-270m-it",
     "medgemma_instruct_27b_text": "google/medgemma-27b-text-it",

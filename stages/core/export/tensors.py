@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,9 +38,4 @@ def hugging_face_tensors(weights: MergedWeights, dtype: Any = np.float32) -> Ite
         ...         print(name, tensor.shape)  # model.layers.0.self_attn.q_proj.weight (1024, 640)
     """
     for path, weight in weights.table.items():
-        rest = tuple(slice(0, size) for size in weight.shape[1:])
-
-        def read(piece: slice, path: str = path, rest: tuple[slice, ...] = rest) -> np.ndarray:
-            return weights.read(path, (piece, *rest))
-
-        yield PREFIX + weight.hugging_face, as_matrix(weight, read, dtype)
+        yield PREFIX + weight.hugging_face, as_matrix(weight, functools.partial(weights.read, path), dtype)

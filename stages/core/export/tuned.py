@@ -202,27 +202,35 @@ class RoundedWeights:
         return values.astype(self._dtype).astype(np.float32) if rounds else values
 
 
+def parts(shape: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
+    """Return the indices of a weight's pieces; a single number is one of its own."""
+    rest = tuple(slice(0, size) for size in shape[1:])
+    return ((rows, *rest) for rows in pieces(shape)) if shape else iter([()])
+
+
 def pieces(shape: tuple[int, ...], most: int = PIECE) -> Iterator[slice]:
     """Return consecutive slices of a weight's first axis, each of at most `most` numbers (but at least one step)."""
     step = max(1, most // int(np.prod(shape[1:], dtype=np.int64)))
     return (slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
 
 
-def as_matrix(weight: StoredWeight, read: Callable[[slice], np.ndarray], dtype: Any = np.float32) -> np.ndarray:
+def as_matrix(
+    weight: StoredWeight, read: Callable[[tuple[slice, ...]], np.ndarray], dtype: Any = np.float32
+) -> np.ndarray:
     """Return a weight in the shape that PyTorch's layers have (outputs x inputs), filled piece by piece.
 
     Args:
         weight: its row of the weight table.
-        read: returns a slice of keras-hub's first axis, the other axes whole.
+        read: returns a piece of keras-hub's weight, see `parts`.
         dtype: of the result; rounds to nearest, ties to even.
 
     Returns:
         An array of `weight.matrix_shape`, contiguous.
     """
     result = np.empty(weight.matrix_shape, dtype)
-    for piece in pieces(weight.shape):
-        values = read(piece)
-        if weight.kind in ("scale", "rows"):
+    for part in parts(weight.shape):
+        values, piece = read(part), part[0] if part else slice(None)
+        if weight.kind in ("scale", "vector", "rows", "scalar"):
             result[piece] = values
         elif weight.kind == "transposed":
             result[:, piece] = values.T

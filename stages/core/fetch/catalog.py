@@ -2,7 +2,7 @@
 their architectures.
 
 One lookup for `fetch`, `plan` and `load --dry-run`, without importing keras-hub, which takes seconds; a test holds it
-to the registry of the pinned keras-hub (`GemmaBackbone.presets`, `Gemma3Backbone.presets`).
+to the registry of the pinned keras-hub (`GemmaBackbone.presets`, `Gemma3Backbone.presets`, `Gemma4Backbone.presets`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Registered:
 
     Attributes:
         handle: at Kaggle, with its version.
-        parameters: their number, as the registry states it.
+        parameters: their number, as the registry states it: of Gemma 4 rounded, and with the towers.
         like: the preset whose architecture it shares, by its name in `GEMMAS`; None where that is not known.
         license: the terms its weights come under.
     """
@@ -94,11 +94,15 @@ REGISTRY: dict[str, Registered] = {
     **_presets("keras/gemma3", 27009002240, "gemma3_27b_text", gemma3_27b_text=4, gemma3_instruct_27b_text=3),
     **_presets("keras/function-gemma", 268098176, "gemma3_270m", function_gemma_instruct_270m=1),
     **_presets("keras/medgemma", 27009002240, "gemma3_27b_text", HEALTH, medgemma_instruct_27b_text=1),
+    **_presets("keras/gemma4", 31000000000, "gemma4_31b", gemma4_31b=2, gemma4_instruct_31b=2),
 }
 """By keras-hub's preset name. A tuned form (instruct, 1.1, CodeGemma, ShieldGemma, C2S, MedGemma's text model) has the
 architecture, and the number of parameters, of the preset that it was tuned from."""
 
-BASE = re.compile(r"gemma-(2b|7b|2-(2b|9b|27b)|3-270m|3-(1b|4b|12b|27b)-pt)")
+BACKBONES = {"gemma3": "Gemma3Backbone", "gemma4": "Gemma4Backbone"}
+"""By how the names of presets begin; of others it is GemmaBackbone."""
+
+BASE = re.compile(r"gemma-(2b|7b|2-(2b|9b|27b)|3-270m|3-(1b|4b|12b|27b)-pt|4-31[bB])")
 """Names of Google's base models at Hugging Face, those that are not instruction-tuned (`-it`)."""
 
 VISION: dict[str, str | None] = {
@@ -121,7 +125,17 @@ VISION: dict[str, str | None] = {
 EMBEDDING = ("embedding_gemma3_300m", "harrier_embedding_oss_270m")
 """Presets of the same backbones that give a text one vector and predict no token."""
 
-OTHERS = {"gemma3n": "Gemma 3n", "gemma4": "Gemma 4", "pali_gemma": "PaliGemma", "t5gemma": "T5Gemma"}
+NOT_YET = {
+    "gemma4_2b": "per-layer embeddings and shared keys",
+    "gemma4_4b": "per-layer embeddings and shared keys",
+    "gemma4_26b_a4b": "experts",
+}
+"""Sizes of Gemma 4 that are not supported yet, by the base preset's name, and what they have beside the others."""
+
+ASSISTANTS = "_assistant"
+"""How the names of presets end that draft tokens for another model and have no keys and values of their own."""
+
+OTHERS = {"gemma3n": "Gemma 3n", "pali_gemma": "PaliGemma", "t5gemma": "T5Gemma"}
 """Families of keras-hub with backbones of their own, by what their presets' names begin with."""
 
 
@@ -148,10 +162,20 @@ def registered(preset: str, asked_by: str) -> Registered:
             f"{asked_by} must be a text Gemma that predicts tokens, and {name} is an embedding model without a "
             f"language head. {received}\nThe base model of its size is gemma3_270m."
         )
+    if name.startswith("gemma4") and name.endswith(ASSISTANTS):
+        raise ParamsError(
+            f"{asked_by} must be a text Gemma by itself, and {name} only drafts tokens for another model, whose keys "
+            f"and values it reads. {received}\nThe model itself is {name.removesuffix(ASSISTANTS)}."
+        )
+    if lacking := NOT_YET.get(name.replace("gemma4_instruct_", "gemma4_")):
+        raise ParamsError(
+            f"{asked_by} must be a Gemma that this project runs, and {name} has {lacking}, which it does not. "
+            f"{received}\nOf Gemma 4 it runs gemma4_31b and gemma4_instruct_31b."
+        )
     for prefix, family in OTHERS.items():
         if name.startswith(prefix):
             raise ParamsError(
-                f"{asked_by} must be a text Gemma 1, 2 or 3, and {family} has another architecture. {received}\n"
+                f"{asked_by} must be a text Gemma 1, 2, 3 or 4, and {family} has another architecture. {received}\n"
                 "Choose one such as gemma3_1b."
             )
     nearest = [each for each in REGISTRY if each.startswith(name)][:3]
@@ -236,6 +260,10 @@ _TWO = {**_POST, "final_logit_soft_cap": 30, "attention_logit_soft_cap": 50, "sl
 _THREE = {**_POST, "image_size": 896, "vision_encoder": None}
 _SMALL = {**_THREE, "sliding_window_size": 512}
 _LARGE = {**_THREE, "sliding_window_size": 1024, "global_rope_scaling_factor": 8.0}
+_FOUR = {
+    **{"image_size": None, "vision_encoder": None, "audio_encoder": None, "global_head_dim": 512},
+    **{"global_rope_partial_rotary_factor": 0.25, "final_logit_soft_cap": 30, "sliding_window_size": 1024},
+}
 _PER_HEAD = {"query_head_dim_normalize": False}
 
 GEMMAS: dict[str, dict[str, Any]] = {
@@ -249,9 +277,11 @@ GEMMAS: dict[str, dict[str, Any]] = {
     "gemma3_4b_text": _gemma(3880099328, 262144, 34, 8, 4, 2560, 10240, 256, **_LARGE),
     "gemma3_12b_text": _gemma(11765788416, 262144, 48, 16, 8, 3840, 15360, 256, **_LARGE),
     "gemma3_27b_text": _gemma(27009002240, 262144, 62, 32, 16, 5376, 21504, 128, **_LARGE, **_PER_HEAD),
+    "gemma4_31b": _gemma(30697345340, 262144, 60, 32, 16, 5376, 21504, 256, **_FOUR, num_global_key_value_heads=4),
 }
 """By keras-hub's preset name: `params`, the parameter count that keras-hub's own registry states
-(`GemmaBackbone.presets`, `Gemma3Backbone.presets`), and the arguments of the backbone, as in the `config.json` of the
+(`GemmaBackbone.presets`, `Gemma3Backbone.presets`; of Gemma 4 that of keras-hub's text model, which has a frozen number
+a block more than transformers counts), and the arguments of the backbone, as in the `config.json` of the
 checkpoint. GemmaBackbone counts both gate matrices in `intermediate_dim`, Gemma3Backbone counts one."""
 
 
@@ -274,4 +304,4 @@ def architecture(preset: str, asked_by: str = "--preset") -> Architecture:
             "folder with fetch.source: path."
         )
     arguments = {key: value for key, value in GEMMAS[like].items() if key != "params"}
-    return Architecture("Gemma3Backbone" if like.startswith("gemma3") else "GemmaBackbone", arguments)
+    return Architecture(BACKBONES.get(like[:6], "GemmaBackbone"), arguments)

@@ -6,6 +6,7 @@ Reads: the folder. Writes: nothing.
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -26,8 +27,13 @@ from stages.core.presets.tokenizer import (
 from stages.core.presets.untrusted import read_object, refuse_pointer
 from stages.core.records.manifest import Manifest, PresetFile
 
+logger = logging.getLogger(__name__)
+
 KERAS = ("keras", "keras_hub", "keras_nlp")  # keras-hub was keras-nlp when the first presets were written
 WANTED = "A preset folder as keras-hub's save_to_preset writes it was expected"
+
+TOWERS = {"a vision tower": ("vision_encoder", "vision_config"), "an audio tower": ("audio_encoder", "audio_config")}
+"""What a preset may have beside its text model, and the keys of configurations that state it."""
 
 MOST_SURPLUS_ROWS = 255
 """Rows of the table without a piece: tables are padded to a multiple of 64, 128 or 256 rows."""
@@ -154,19 +160,32 @@ def check_contents(folder: Path, file_format: str) -> None:
         architecture = reader.read_architecture(folder)
         reader.check_weights(folder, architecture)
         check_vocabulary(folder, file_format, architecture)
+        _tell_of_towers(folder)
     except ParamsError:
         raise
     except StageError as error:
         raise ParamsError(f"The preset cannot be used. {error}") from error
 
 
+def _tell_of_towers(folder: Path) -> None:
+    """Tell that what a preset has beside its text model is left out, and is not read."""
+    config = _config(folder)
+    inner = config.get("config")
+    stated = config | inner if isinstance(inner, dict) else config
+    towers = [name for name, keys in TOWERS.items() if any(stated.get(key) is not None for key in keys)]
+    if towers:
+        logger.info(f"the preset has {' and '.join(towers)}, whose weights are not read: only its text model is used.")
+
+
 def check_vocabulary(folder: Path, file_format: str, architecture: Architecture) -> None:
-    """Check that a preset's vocabulary is of the size of the model's table.
+    """Check that a preset's vocabulary is of the model's family, and of the size of its table.
 
     Raises:
         StageError: it is not, or cannot be read.
     """
-    pieces, rows = format_of(file_format).load_tokenizer(folder).vocabulary_size, architecture.config["vocabulary_size"]
+    tokenizer = format_of(file_format).load_tokenizer(folder)
+    tokenizer.check_family(architecture.class_name)
+    pieces, rows = tokenizer.vocabulary_size, architecture.config["vocabulary_size"]
     if not 0 <= rows - pieces <= MOST_SURPLUS_ROWS:
         raise StageError(
             f"The vocabulary must be that of the model: as many pieces as its table has rows, or up to "

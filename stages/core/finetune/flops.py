@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import keras
 
+from stages.core.presets.architecture import of_backbone
+
 # A product of two square float32 matrices of this size: large enough to run at full speed, 17 GFLOP.
 MATRIX = 2048
 PRODUCTS = 3
@@ -47,7 +49,7 @@ def step_flops(backbone: keras.Model, batch: int, length: int) -> int:
         if name == "lora_kernel_b" and layer.endswith(("query", "key", "value")):
             times = shapes[f"{layer}/kernel"][0]
         a_token += (6 if variable.trainable else 4) * times * math.prod(variable.shape)
-    attention = 12 * length * backbone.num_query_heads * backbone.head_dim * backbone.num_layers
+    attention = 12 * length * sum(kind.query_heads * kind.head for kind in of_backbone(backbone).kinds)
     return tokens * (a_token + attention)
 
 

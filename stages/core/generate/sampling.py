@@ -310,6 +310,8 @@ def _laid_out(model: CausalModel, state: State) -> State:
         place=hold(state.place),
         made=hold(state.made),
         token=hold(state.token, "batch"),
-        caches=tuple(tuple(model.constrain(each, "cache") for each in cache) for cache in state.caches),
+        caches=tuple(
+            tuple(model.constrain(each, "cache", block) for each in cache) for block, cache in enumerate(state.caches)
+        ),
         seen=hold(state.seen, "batch", vocabulary),
     )

@@ -135,7 +135,7 @@ def _read(origin: WeightSource, path: str, dtype: str, index: Index) -> np.ndarr
     values = np.asarray(origin.read(path, index))
     _refuse_codes(values, path)
     with np.errstate(over="ignore"):
-        values = np.ascontiguousarray(values.astype(dtype, copy=False))
+        values = np.asarray(values.astype(dtype, copy=False), order="C")
     _refuse_non_finite(values, path)
     return values
 

@@ -7,7 +7,7 @@ what its rank says.
 
 from __future__ import annotations
 
-import re
+import functools
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -266,24 +266,23 @@ def activation_layout(mesh: jax.sharding.Mesh, placements: Sequence[Placement]) 
 
     Time is split only where the axis divides it: not for the single tokens of a sampler.
     """
-    specs = {
-        re.sub(r".*decoder_block_\d+/", "", placement.weight.path): placement.used
-        for placement in placements
-        if placement.weight.path.endswith("/kernel")
-    }
-    query, key = specs["attention/query/kernel"], specs["attention/key/kernel"]
-    output = specs["attention/attention_output/kernel"]
-    roles: dict[str, tuple[Any, ...]] = {
-        "hidden": ("model", None),
-        "query": ("model" if query[0] is None else None, query[0], None),
-        "key": (None, key[0], None),
-        # Heads before tokens, of which there are as many as the axis divides.
-        "cache": (key[0], None, None),
-        "mixed": (None, output[0], output[1]),
-    }
+    specs = {placement.weight.path: placement.used for placement in placements}
 
-    def constrain(array: jax.Array, role: str) -> jax.Array:
-        time, *rest = roles[role]
+    @functools.cache
+    def roles(block: int) -> dict[str, tuple[Any, ...]]:
+        layers = ("query", "key", "attention_output")
+        query, key, output = (specs[f"decoder_block_{block}/attention/{layer}/kernel"] for layer in layers)
+        return {
+            "hidden": ("model", None),
+            "query": ("model" if query[0] is None else None, query[0], None),
+            "key": (None, key[0], None),
+            # Heads before tokens, of which there are as many as the axis divides.
+            "cache": (key[0], None, None),
+            "mixed": (None, output[0], output[1]),
+        }
+
+    def constrain(array: jax.Array, role: str, block: int = 0) -> jax.Array:
+        time, *rest = roles(block)[role]
         if array.shape[1] % mesh.shape["model"]:
             time = None
         # A rule of the user's own may split a weight over the batch axis too, which activations have spent already.

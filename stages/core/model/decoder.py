@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -23,26 +23,42 @@ from stages.core.model.lora import Dropout
 from stages.core.model.products import product
 from stages.core.model.rotary import Rotary
 from stages.core.model.tensor_parallel import Projections
-from stages.core.presets.architecture import FAMILIES
+from stages.core.presets.architecture import of_backbone
+from stages.core.presets.layer_kinds import LayerKind
 
 # Takes a block's queries, keys and values (batch, length, heads, head) and returns what each query attends to.
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-# Constrains an activation's sharding by its role (see causal_lm.activation_layout).
-Constrain = Callable[[jax.Array, str], jax.Array]
+
+
+class Constrain(Protocol):
+    """Constrains an activation's sharding by its role, and its block if it has one: see causal_lm.activation_layout."""
+
+    def __call__(self, array: jax.Array, role: str, block: int = 0) -> jax.Array:
+        """Return the activation."""
+
+
 # One device: nothing is split.
 SINGLE = Projections()
 
 
-def unconstrained(array: jax.Array, role: str) -> jax.Array:
+def unconstrained(array: jax.Array, role: str, block: int = 0) -> jax.Array:
     """Leave an activation where the compiler puts it."""
     return array
+
+
+class _Block(NamedTuple):
+    """A block: its number, keras-hub's layer, and its kind."""
+
+    number: int
+    layer: Any
+    kind: LayerKind
 
 
 @dataclass(frozen=True)
 class _Pass:
     """What all blocks of one forward pass share."""
 
-    backbone: keras.Model
+    blocks: list[_Block]
     constrain: Constrain
     projections: Projections
     rotary: Rotary
@@ -92,17 +108,17 @@ def hidden_states(
     """
     # A constant with one row for the whole batch: the compiler folds the sliding windows once.
     positions = np.arange(mask.shape[1], dtype=np.int32)[None, :]
-    run = _Pass(backbone, constrain, projections, _rotary(backbone, positions), dropout)
+    run = _begin(backbone, positions, constrain, projections, dropout)
     x = _scale(backbone, token_embeddings)
-    for layer in backbone.transformer_layers:
+    for each in run.blocks:
 
-        def block(x: jax.Array, layer: Any = layer) -> jax.Array:
-            window = _window(layer, positions, positions)
+        def block(x: jax.Array, each: _Block = each) -> jax.Array:
+            window = _window(each.kind, positions, positions)
             allowed = mask if window is None else mask & window
-            return _block(run, layer, x, _among_themselves(layer, allowed))
+            return _block(run, each, x, _among_themselves(each.layer, allowed))
 
         if before_block:
-            before_block(layer)
+            before_block(each.layer)
         x = jax.checkpoint(block)(x) if rematerialize else block(x)
     return _norm(backbone.layer_norm, x)
 
@@ -135,22 +151,22 @@ def read_prompts(
     places = np.arange(width, dtype=np.int32)[None, :]
     padding = (width - lengths)[:, None]
     mask = causal_mask((places >= padding).astype(jnp.int32))
-    run = _Pass(backbone, constrain, projections, _rotary(backbone, places - padding), None)
+    run = _begin(backbone, places - padding, constrain, projections)
     x = _scale(backbone, token_embeddings)
     caches: list[Cache] = []
-    for layer in backbone.transformer_layers:
-        window = _window(layer, places, places)
+    for each in run.blocks:
+        window = _window(each.kind, places, places)
 
-        mix = _among_themselves(layer, mask if window is None else mask & window)
+        mix = _among_themselves(each.layer, mask if window is None else mask & window)
 
         def attend(
-            query: jax.Array, key: jax.Array, value: jax.Array, layer: Any = layer, mix: Attend = mix
+            query: jax.Array, key: jax.Array, value: jax.Array, kind: LayerKind = each.kind, mix: Attend = mix
         ) -> jax.Array:
-            size = _cache_size(layer, capacity)
+            size = capacity if kind.window is None else min(capacity, kind.window)
             caches.append((kv_cache.latest(key, size), kv_cache.latest(value, size)))
             return mix(query, key, value)
 
-        x = _block(run, layer, x, attend)
+        x = _block(run, each, x, attend)
     return _norm(backbone.layer_norm, x[:, -1]), tuple(caches)
 
 
@@ -177,31 +193,40 @@ def read_token(
     Returns:
         (batch, hidden), and a pair of (batch, 1, key/value heads, head) a block.
     """
-    run = _Pass(backbone, constrain, projections, _rotary(backbone, (place - padding)[:, None]), None)
+    run = _begin(backbone, (place - padding)[:, None], constrain, projections)
     x = _scale(backbone, token_embeddings)
     found: list[tuple[jax.Array, jax.Array]] = []
-    for layer, cache in zip(backbone.transformer_layers, caches, strict=True):
+    for each, cache in zip(run.blocks, caches, strict=True):
         mask = kv_cache.before(cache[0].shape[2], place, padding)
 
         def attend(
             query: jax.Array,
             key: jax.Array,
             value: jax.Array,
-            layer: Any = layer,
+            layer: Any = each.layer,
             cache: Cache = cache,
             mask: jax.Array = mask,
         ) -> jax.Array:
             found.append((key, value))
             return kv_cache.attend(query, key, value, cache, mask, layer.attention.logit_soft_cap)
 
-        x = _block(run, layer, x, attend)
+        x = _block(run, each, x, attend)
     return _norm(backbone.layer_norm, x[:, 0]), found
 
 
-def _cache_size(layer: Any, capacity: int) -> int:
-    """Return how many tokens of a row a block's cache has places for."""
-    attention = layer.attention
-    return min(capacity, attention.sliding_window_size) if attention.use_sliding_window_attention else capacity
+def _begin(
+    backbone: keras.Model,
+    positions: jax.Array,
+    constrain: Constrain,
+    projections: Projections,
+    dropout: Dropout | None = None,
+) -> _Pass:
+    """Return what the blocks of a pass over tokens at these positions (batch or 1, length) share."""
+    architecture = of_backbone(backbone)
+    pairs = zip(backbone.transformer_layers, architecture.kinds, strict=True)
+    blocks = [_Block(number, *pair) for number, pair in enumerate(pairs)]
+    rotary = Rotary(architecture.kinds, positions, interleaved=architecture.family.interleaved)
+    return _Pass(blocks, constrain, projections, rotary, dropout)
 
 
 def _scale(backbone: keras.Model, token_embeddings: jax.Array) -> jax.Array:
@@ -218,18 +243,11 @@ def _norm(layer: Any, x: jax.Array) -> jax.Array:
     return layer.call(x)
 
 
-def _rotary(backbone: keras.Model, positions: jax.Array) -> Rotary:
-    """Return the rotary embeddings of a pass."""
-    layers = [layer.attention.rope_layer for layer in backbone.transformer_layers]
-    return Rotary(layers, positions, backbone.head_dim, interleaved=FAMILIES[type(backbone).__name__].interleaved)
-
-
-def _window(layer: Any, queries: jax.Array, keys: jax.Array) -> jax.Array | None:
+def _window(kind: LayerKind, queries: jax.Array, keys: jax.Array) -> jax.Array | None:
     """Return the sliding window (batch, queries, keys), or None for a block that sees everything."""
-    attention = layer.attention
-    if not attention.use_sliding_window_attention:
+    if kind.window is None:
         return None
-    return queries[:, :, None] - keys[:, None, :] < attention.sliding_window_size
+    return queries[:, :, None] - keys[:, None, :] < kind.window
 
 
 def _among_themselves(layer: Any, mask: jax.Array) -> Attend:
@@ -242,11 +260,12 @@ def _among_themselves(layer: Any, mask: jax.Array) -> Attend:
     return attend
 
 
-def _block(run: _Pass, layer: Any, x: jax.Array, attend: Attend) -> jax.Array:
+def _block(run: _Pass, block: _Block, x: jax.Array, attend: Attend) -> jax.Array:
     """One decoder block: attention and feed-forward, each with its norms and residual."""
+    layer, kind = block.layer, block.kind
     h = _norm(layer.pre_attention_norm, x)
-    h = _attention(run, layer.attention, h, attend)
-    if layer.use_post_attention_norm:
+    h = _attention(run, block, h, attend)
+    if kind.post_attention_norm:
         h = _norm(layer.post_attention_norm, h)
     x = x + h
     h = _norm(layer.pre_ffw_norm, x)
@@ -254,29 +273,35 @@ def _block(run: _Pass, layer: Any, x: jax.Array, attend: Attend) -> jax.Array:
     h = run.constrain(
         run.projections.rows(layer.ffw_linear, jax.nn.gelu(gate, approximate=True) * up, run.dropout), "hidden"
     )
-    if layer.use_post_ffw_norm:
+    if kind.post_ffw_norm:
         h = _norm(layer.post_ffw_norm, h)
-    return x + h
+    x = x + h
+    return x * layer.layer_scalar.value.astype(x.dtype) if kind.scaled else x
 
 
-def _attention(run: _Pass, attention: Any, x: jax.Array, attend: Attend) -> jax.Array:
+def _attention(run: _Pass, block: _Block, x: jax.Array, attend: Attend) -> jax.Array:
     """Grouped-query attention: (batch, length, hidden) to the same."""
-    layers = [attention.query_dense, attention.key_dense, attention.value_dense]
-    query, key, value = run.projections.columns(layers, x, run.dropout)
-    query, key, value = run.constrain(query, "query"), run.constrain(key, "key"), run.constrain(value, "key")
-    if getattr(attention, "use_query_key_norm", False):
+    attention, kind = block.layer.attention, block.kind
+
+    def held(array: jax.Array, role: str) -> jax.Array:
+        return run.constrain(array, role, block.number)
+
+    layers = [attention.query_dense, attention.key_dense]
+    layers += [] if kind.keys_are_values else [attention.value_dense]
+    query, key, *own = run.projections.columns(layers, x, run.dropout)
+    query, key = held(query, "query"), held(key, "key")
+    value = held(own[0], "key") if own else key
+    if kind.query_key_norm:
         query = _norm(attention.query_norm, query)
         key = _norm(attention.key_norm, key)
+    if kind.value_norm:
+        value = _norm(attention.value_norm, value)
     # Constrain again after RoPE so that the backward pass reuses the gathered keys; XLA would gather them again.
-    query = run.constrain(run.rotary(attention.rope_layer, query), "query")
-    key = run.constrain(run.rotary(attention.rope_layer, key), "key")
-    # keras-hub 0.32 builds every block with query_head_dim_normalize=True, whatever the backbone's argument says: the
-    # 27B models would be scaled by 1/sqrt(128) instead of 1/sqrt(144) (Gemma 2) and 1/sqrt(168) (Gemma 3).
-    per_head = (
-        run.backbone.head_dim if run.backbone.query_head_dim_normalize else run.backbone.hidden_dim // query.shape[2]
-    )
-    mixed = attend(query * jnp.asarray(per_head**-0.5, query.dtype), key, value)
-    mixed = run.constrain(run.constrain(mixed, "query"), "mixed")
+    query = held(run.rotary(kind, query), "query")
+    key = held(run.rotary(kind, key), "key")
+    if kind.query_scale != 1.0:
+        query = query * jnp.asarray(kind.query_scale, query.dtype)
+    mixed = held(held(attend(query, key, value), "query"), "mixed")
     return run.constrain(run.projections.rows(attention.output_dense, mixed, run.dropout), "hidden")
 
 

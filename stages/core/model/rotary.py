@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from stages.core.presets.layer_kinds import LayerKind
 
 # Cosine and sine, each (batch or 1, length, 1, head / 2).
 Angles = tuple[jax.Array, jax.Array]
@@ -22,36 +23,34 @@ Angles = tuple[jax.Array, jax.Array]
 class Rotary:
     """Rotates queries and keys of one forward pass."""
 
-    def __init__(self, layers: Sequence[Any], positions: jax.Array, head_dim: int, *, interleaved: bool) -> None:
-        """Compute the angles of each kind of layer.
+    def __init__(self, kinds: Sequence[LayerKind], positions: jax.Array, *, interleaved: bool) -> None:
+        """Compute the angles of each kind of block.
 
         Args:
-            layers: keras-hub's `RotaryEmbedding` layers.
+            kinds: of the blocks.
             positions: int32 (batch, length), or (1, length) where all rows are alike.
-            head_dim: size of a head.
             interleaved: whether results alternate between the two halves, as the original checkpoints' heads of Gemma
                 and Gemma 2 do, or follow one another.
         """
         self._interleaved = interleaved
-        kinds = {_kind(layer): layer for layer in layers}
-        found = {kind: _angles(layer, positions, head_dim // 2) for kind, layer in kinds.items()}
+        by_rope = {kind.rope: kind for kind in kinds}
+        found = {rope: _angles(kind, positions) for rope, kind in by_rope.items()}
         # Without the barrier the compiler moves sine and cosine into every product that takes them.
-        self._angles: dict[tuple[float, float], Angles] = jax.lax.optimization_barrier(found)
+        self._angles: dict[tuple[float, float, int, int], Angles] = jax.lax.optimization_barrier(found)
 
-    def __call__(self, layer: Any, x: jax.Array) -> jax.Array:
-        """Rotate queries or keys (batch, length, heads, head) as the layer does."""
-        cos, sin = self._angles[_kind(layer)]
+    def __call__(self, kind: LayerKind, x: jax.Array) -> jax.Array:
+        """Rotate queries or keys (batch, length, heads, head) as blocks of a kind do."""
+        cos, sin = self._angles[kind.rope]
         return _rotate(x, cos.astype(x.dtype), sin.astype(x.dtype), self._interleaved)
 
 
-def _kind(layer: Any) -> tuple[float, float]:
-    return float(layer.max_wavelength), float(layer.scaling_factor)
-
-
-def _angles(layer: Any, positions: jax.Array, half: int) -> Angles:
-    wavelength, scaling = _kind(layer)
-    frequencies = wavelength ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = (jnp.asarray(positions, jnp.float32) / scaling)[:, :, None, None] * frequencies
+def _angles(kind: LayerKind, positions: jax.Array) -> Angles:
+    half = kind.head // 2
+    frequencies = kind.wavelength ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if kind.turned < half:
+        # By an angle of zero: the cosine is 1 and the sine 0 exactly.
+        frequencies = jnp.where(jnp.arange(half) < kind.turned, frequencies, 0.0)
+    angles = (jnp.asarray(positions, jnp.float32) / kind.rope_scaling)[:, :, None, None] * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
 

@@ -30,6 +30,7 @@ from stages.core.plan.roofline import Bound, lower_bound
 from stages.core.plan.step_program import StepRequest, lower
 from stages.core.plan.step_time import step_time
 from stages.core.plan.topology import Topology, describe, program_cache_off
+from stages.core.presets.layer_kinds import of_blocks
 from stages.core.records.plan import Buffer, Collective, StepTime
 from stages.core.records.record import Record
 from stages.core.records.sharding import WeightRow
@@ -62,8 +63,8 @@ class CompileRequest:
         if self.blocks is None:
             return self.step
         architecture = self.step.architecture
-        config = {**architecture.config, "num_layers": self.blocks}
-        return dataclasses.replace(self.step, architecture=dataclasses.replace(architecture, config=config))
+        fewer = dataclasses.replace(architecture, config=of_blocks(architecture, self.blocks))
+        return dataclasses.replace(self.step, architecture=fewer)
 
     def with_batch(self, batch: int) -> CompileRequest:
         """Return the request with another batch size, in sequences."""

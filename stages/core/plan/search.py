@@ -2,8 +2,8 @@
 
 A full compilation of a 7B takes a minute or two, and a search needs dozens. All blocks are alike (Gemma 3's repeat
 every six, their shapes do not differ), so memory, flops and bytes are a constant plus a slope per block: two small
-programs give both. The arguments need no compiler at all. The best candidates are then compiled whole, and every figure
-says which of the two it is.
+programs give both. Gemma 4's shapes repeat every six blocks, so its programs are of six and of twelve. The arguments
+need no compiler at all. The best candidates are then compiled whole, and every figure says which of the two it is.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from stages.core.plan.roofline import Bound, lower_bound
 from stages.core.plan.shapes import resolve_shapes
 from stages.core.plan.targets import OVER_BATCH, Settings, architecture_of, step_of
 from stages.core.plan.topology import Topology, describe
+from stages.core.presets.architecture import Architecture
+from stages.core.presets.layer_kinds import period
 from stages.core.records.layout import OverBatch
 from stages.core.records.plan import Estimate, Scaling, Search, StepTime
 from stages.core.sharding.mesh import MeshShape
@@ -191,6 +193,12 @@ def argument_bytes(request: CompileRequest) -> int:
     return sum(placement.bytes_per_device for placement in placements)
 
 
+def small_programs(architecture: Architecture) -> tuple[int, int]:
+    """Return the numbers of blocks of the two small programs."""
+    every = period(architecture)
+    return (FEW, MORE) if every == 1 else (every, 2 * every)
+
+
 def estimate_step(request: CompileRequest, topology: Topology, held: int) -> Estimate:
     """Return what a step needs, extrapolated from programs of two and four blocks.
 
@@ -199,8 +207,9 @@ def estimate_step(request: CompileRequest, topology: Topology, held: int) -> Est
         topology: that topology.
         held: bytes of state per device, from `argument_bytes`.
     """
-    few, more = (compile_step(dataclasses.replace(request, blocks=blocks)) for blocks in (FEW, MORE))
     step = request.step
+    counts_of_blocks = small_programs(step.architecture)
+    few, more = (compile_step(dataclasses.replace(request, blocks=blocks)) for blocks in counts_of_blocks)
     estimate = Estimate(
         mesh=list(step.mesh.shape),
         layout=step.layout.name,
@@ -213,7 +222,8 @@ def estimate_step(request: CompileRequest, topology: Topology, held: int) -> Est
         return estimate
 
     def at_full_depth(few: float, more: float) -> float:
-        return few + (more - few) * (step.architecture.config["num_layers"] - FEW) / (MORE - FEW)
+        first, second = counts_of_blocks
+        return few + (more - few) * (step.architecture.config["num_layers"] - first) / (second - first)
 
     whole = {key: round(at_full_depth(getattr(few, key), getattr(more, key))) for key in EXTRAPOLATED}
     time = None

@@ -1,7 +1,8 @@
 """A Hugging Face folder's `config.json` as the class and arguments of a keras-hub backbone.
 
 Every key is understood, or on a list of harmless ones, or refused.
-Reads: `config.json` with `model_type` gemma, gemma2, gemma3_text, or gemma3 (its text tower alone).
+Reads: `config.json` with `model_type` gemma, gemma2, gemma3_text or gemma4_text, or gemma3 or gemma4 (the text model
+alone).
 """
 
 from __future__ import annotations
@@ -11,18 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from stages.core.common.errors import StageError, shown
+from stages.core.presets import hf_gemma4
 from stages.core.presets.architecture import FAMILIES, Architecture
+from stages.core.presets.hf_gemma4 import Gemma4Text
+from stages.core.presets.layer_kinds import GLOBAL_WAVELENGTH, LOCAL_WAVELENGTH
 from stages.core.presets.untrusted import Heads, HeadSize, Layers, Positive, Size, Typed, brief, parse, read_object
 
-MODEL_TYPES = ("gemma", "gemma2", "gemma3_text", "gemma3")
-# keras-hub fixes the wavelengths of rotary embeddings: of Gemma and Gemma 2, and of Gemma 3's windowed layers; and of
-# Gemma 3's other layers.
-LOCAL_WAVELENGTH, GLOBAL_WAVELENGTH = 1.0e4, 1.0e6
+MODEL_TYPES = ("gemma", "gemma2", "gemma3_text", "gemma3", "gemma4_text", "gemma4")
+WITH_TOWERS = {"gemma3": ("vision_config",), "gemma4": ("vision_config", "audio_config")}
+"""Model types with towers beside the text model, and the keys of those."""
 # What a model is built as, by the last part of a name in `architectures`: all have the same tensors.
 CLASSES = re.compile(r"Gemma\d?(ForCausalLM|ForConditionalGeneration|(Text)?Model)")
 # Keys that change nothing of what is computed or trained here: numbers of tokens, how weights are initialised, how
 # transformers runs or generates, who wrote the file.
 HARMLESS = {
+    *("boa_token_id", "eoa_token_id", "boa_token_index", "eoa_token_index", "audio_token_id", "video_token_id"),
     *("boi_token_id", "eoi_token_id", "gradient_checkpointing", "image_token_id", "transformers.js_config"),
     *("_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_name_or_path"),
     *("attn_implementation", "bad_words_ids", "begin_suppress_tokens", "boi_token_index", "bos_token_id"),
@@ -55,6 +59,8 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "pruned_heads": ({}, []),
     "partial_rotary_factor": (1,),
 }
+FIXED_OF_GEMMA4: dict[str, tuple[Any, ...]] = {"use_bidirectional_attention": (False, "vision")}
+"""Pixels of one image see each other; text looks back only."""
 
 
 class _Gemma(Typed):
@@ -108,10 +114,11 @@ class _Rope(Typed):
     partial_rotary_factor: float | None = None
 
 
+OLDER_FIELDS = {*_Gemma3.model_fields, "_sliding_window_pattern"}
 SCHEMAS: dict[str, type[_Gemma]] = {"gemma": _Gemma, "gemma2": _Gemma2, "gemma3_text": _Gemma3, "gemma3": _Gemma3}
 
 
-def read_config(folder: Path) -> tuple[str, _Gemma]:
+def read_config(folder: Path) -> tuple[str, _Gemma | Gemma4Text]:
     """Return the model type and the text model's configuration.
 
     Raises:
@@ -120,27 +127,39 @@ def read_config(folder: Path) -> tuple[str, _Gemma]:
     path = folder / "config.json"
     config = read_object(path)
     kind = config.get("model_type")
+    if isinstance(kind, str) and kind.startswith("gemma4") and kind.endswith("assistant"):
+        raise StageError(
+            f"The model must be a text Gemma by itself, and an assistant only drafts tokens for another model, whose "
+            f"keys and values it reads. Received: model_type={shown(kind)}."
+        )
     if not isinstance(kind, str) or kind not in MODEL_TYPES:
         raise StageError(
             f"The model must be a text Gemma ({', '.join(MODEL_TYPES)}). Received: model_type={shown(kind)}."
         )
-    if kind == "gemma3":
+    schema = Gemma4Text if kind.startswith("gemma4") else SCHEMAS[kind]
+    if kind in WITH_TOWERS:
         text = config.pop("text_config", None)
-        config.pop("vision_config", None)
+        for key in WITH_TOWERS[kind]:
+            config.pop(key, None)
         if not isinstance(text, dict):
-            raise StageError(f"A gemma3 configuration must hold a text_config. Received: none in {path}.")
+            raise StageError(f"A {kind} configuration must hold a text_config. Received: none in {path}.")
         # The outer part describes the whole model, and has no sizes.
-        parse(Typed, _understood(config, path), f"{path}, outside of text_config,")
+        parse(Typed, _understood(config, path, schema), f"{path}, outside of text_config,")
         config = text
-    return kind, parse(SCHEMAS[kind], _understood(config, path), str(path))
+    return kind, parse(schema, _understood(config, path, schema), str(path))
 
 
 def _refuse(key: str, allowed: Any, received: Any, path: Path) -> None:
     raise StageError(f"keras-hub's Gemma can only have {key}={allowed}. Received: {key}={brief(received)} in {path}.")
 
 
-def _understood(config: dict[str, Any], path: Path) -> dict[str, Any]:
+def _understood(config: dict[str, Any], path: Path, schema: type[Typed]) -> dict[str, Any]:
     """Return a configuration without the keys that change nothing and those whose values are all right.
+
+    Args:
+        config: all keys.
+        path: for messages.
+        schema: of the text model; what it knows must have its types even where it is null.
 
     Raises:
         StageError: another class of model, quantized weights, or a value that keras-hub's Gemma cannot express.
@@ -155,13 +174,14 @@ def _understood(config: dict[str, Any], path: Path) -> dict[str, Any]:
     built = config.get("architectures") or []
     if not isinstance(built, list) or not all(isinstance(name, str) and CLASSES.fullmatch(name) for name in built):
         _refuse("architectures", "Gemma...ForCausalLM", built, path)
-    for key, allowed in FIXED.items():
+    fixed = FIXED | FIXED_OF_GEMMA4 if schema is Gemma4Text else FIXED
+    for key, allowed in fixed.items():
         value = config.get(key)
         if value is not None and not any(value == each and type(value) in (type(each), float) for each in allowed):
             _refuse(key, allowed[0], value, path)
     known = HARMLESS | FIXED.keys() | {"architectures"}
     # A null of an unknown key says nothing; of a known one it is for the schema to judge.
-    fields = {*_Gemma3.model_fields, "_sliding_window_pattern"}
+    fields = set(schema.model_fields) if schema is Gemma4Text else OLDER_FIELDS
     left = {key: value for key, value in config.items() if key not in known and (value is not None or key in fields)}
     pattern = left.pop("_sliding_window_pattern", None)
     return left if pattern is None else {"sliding_window_pattern": pattern, **left}
@@ -175,6 +195,8 @@ def read_architecture(folder: Path) -> Architecture:
     """
     kind, config = read_config(folder)
     path = folder / "config.json"
+    if isinstance(config, Gemma4Text):
+        return hf_gemma4.read(config, path)
     gemma3 = kind.startswith("gemma3")
     class_name = "Gemma3Backbone" if gemma3 else "GemmaBackbone"
     heads, hidden, head_dim = config.num_attention_heads, config.hidden_size, config.head_dim

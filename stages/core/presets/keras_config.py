@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from stages.core.common.errors import StageError, shown
-from stages.core.presets.architecture import Architecture
+from stages.core.presets.architecture import BOOKKEEPING, FAMILIES, Architecture
 from stages.core.presets.tokenizer import KERAS_VOCABULARY, Tokenizer
 from stages.core.presets.untrusted import brief, read_object
 
 FLOATS = ("float32", "bfloat16", "float16", "float64", "mixed_bfloat16", "mixed_float16")
 
-# Keras' own bookkeeping, none of the backbone's arguments; dtype is ours to choose.
-BOOKKEEPING = ("name", "trainable", "dtype")
+TOWERS = ("vision_encoder", "audio_encoder")
+"""Arguments with the towers of a Gemma 4, which every preset has; the text model alone is built."""
 
 # What Keras and keras-hub's older presets write in addition to class and arguments; none of it is read.
 KERAS_KEYS = {
@@ -40,9 +40,11 @@ def read_architecture(folder: Path) -> Architecture:
         )
     arguments = content["config"]
     _refuse_quantized(arguments.get("dtype"))
-    return Architecture(
-        content["class_name"], {key: value for key, value in arguments.items() if key not in BOOKKEEPING}
-    )
+    name = content["class_name"]
+    kept = {key: value for key, value in arguments.items() if key not in BOOKKEEPING}
+    if name in FAMILIES and FAMILIES[name].towers:
+        kept |= dict.fromkeys(TOWERS)
+    return Architecture(name, kept)
 
 
 def _refuse_quantized(dtype: Any) -> None:

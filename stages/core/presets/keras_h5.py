@@ -31,6 +31,8 @@ SINGLE, INDEX = "model.weights.h5", "model.weights.json"
 
 # What a file may hold in addition to the weights: the counters of random numbers that dropout layers keep.
 SEEDS = re.compile(r".*/seed_generator(_state)?/.*")
+# The towers of a Gemma 4, whose weights are not read.
+TOWERS = re.compile(r"/layers/gemma4_(vision|audio)_encoder/.*")
 
 # How the structures of HDF5 begin: the file's signature, four capitals, a version 1 object header (version, reserved
 # byte, number of messages, reference count 1) or its continuation (a message's type, size, flags), or a group's names.
@@ -130,13 +132,14 @@ class KerasWeights:
                     f"Received: shape={dataset.shape} in the file."
                 )
             _refuse_codes(dataset, path)
-        if strange := next((name for name in datasets if not SEEDS.fullmatch(f"/{name}")), None):
+        others = [SEEDS, TOWERS] if architecture.family.towers else [SEEDS]
+        if strange := next((name for name in datasets if not any(each.fullmatch(f"/{name}") for each in others)), None):
             raise StageError(
                 "The preset's weight files hold a weight that its architecture does not have. "
                 f"Received: {shown(strange)} in {datasets[strange][0].filename}"
             )
-        seeds = {name: file[stored_as] for name, (file, stored_as) in datasets.items()}
-        stored = {name: each for name, each in seeds.items() if each.id.get_offset() is not None}
+        unread = {name: file[stored_as] for name, (file, stored_as) in datasets.items()}
+        stored = {name: each for name, each in unread.items() if each.id.get_offset() is not None}
         _refuse_moved(self._found | stored)
 
     def __enter__(self) -> KerasWeights:
@@ -154,7 +157,7 @@ class KerasWeights:
         """
         dataset = self._found[path]
         try:
-            values = dataset[index]
+            values = np.asarray(dataset[index])
         except (OSError, ValueError) as error:
             raise StageError(
                 f"The preset's weight files must be complete. Received: {path} cannot be read ({error}). "

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from stages.core.common.errors import StageError, shown
 from stages.core.presets.architecture import Architecture
-from stages.core.presets.hf_config import read_architecture, read_config
+from stages.core.presets.hf_config import WITH_TOWERS, read_architecture, read_config
 from stages.core.presets.hf_tokenizer import vocabulary_files
 from stages.core.presets.untrusted import Typed, brief, parse, parse_object, read_object
 from stages.core.presets.weight_table import StoredWeight, weight_table
@@ -149,9 +149,9 @@ def read_header(start: bytes, file: str, size: int | None) -> dict[str, Stored]:
     return {name: Stored(tuple(entry.shape), entry.dtype, file) for name, entry in entries.items()}
 
 
-# What the files may hold in addition to the weights: buffers that are recomputed, and the other towers of a Gemma 3.
+# What the files may hold in addition to the weights: buffers that are recomputed, and the towers of a Gemma 3 or 4.
 BUFFERS = re.compile(r"(.*\.)?rotary_emb(_local)?\.(original_)?inv_freq")
-OTHER_TOWERS = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\..*")
+OTHER_TOWERS = re.compile(r"(model\.)?(vision_tower|audio_tower|multi_modal_projector|embed_vision|embed_audio)\..*")
 HEAD = re.compile(r"(.*\.)?lm_head\.weight")
 PLAIN_FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -205,7 +205,7 @@ def check_tensors(folder: Path, stored: Mapping[str, Stored]) -> dict[str, Store
                     f"The weights must be plain floats ({', '.join(PLAIN_FLOATS)}), not quantized. Received: {name} "
                     f"of {found.dtype} in {found.file}"
                 )
-        elif not BUFFERS.fullmatch(name) and not (kind == "gemma3" and OTHER_TOWERS.fullmatch(name)):
+        elif not BUFFERS.fullmatch(name) and not (kind in WITH_TOWERS and OTHER_TOWERS.fullmatch(name)):
             raise StageError(
                 f"The weight files hold a tensor that a text Gemma of this config.json does not have. "
                 f"Received: {shown(name)} in {found.file}"
@@ -286,8 +286,10 @@ class SafetensorsWeights:
         weight = self._table[path]
         name, shape, kind = weight.hugging_face, weight.shape, weight.kind
         stored = self._slices(self._stored[name].file).get_slice(name)
+        if kind == "scalar":
+            return stored[:].reshape(())
         cuts = [slice(*cut.indices(size)[:2]) for cut, size in zip(index, shape, strict=True)]
-        if kind in ("scale", "rows"):
+        if kind in ("scale", "vector", "rows"):
             return stored[tuple(cuts)]
         if kind == "transposed":
             return stored[cuts[1], cuts[0]].T

@@ -27,6 +27,10 @@ ADDED_TOKENS = "added_tokens.json"
 """Tokens that a `tokenizer.model` lacks, by their ids."""
 
 
+TURNS, TURNS_OF_GEMMA4 = "<start_of_turn>", "<|turn>"
+"""What begins a turn; both vocabularies have 262,144 pieces, and these at one place."""
+
+
 def holds_vocabulary(name: str) -> bool:
     """Return whether a preset's file, by its name below the preset's folder, is what `load_tokenizer` reads."""
     names = (KERAS_VOCABULARY, HUGGING_FACE_VOCABULARY, JSON_VOCABULARY, ADDED_TOKENS)
@@ -99,6 +103,25 @@ class Tokenizer:
         """Return all pieces with their ids."""
         named = ((self._processor.id_to_piece(number), number) for number in range(self.vocabulary_size))
         return ((piece, number) for piece, number in named if isinstance(piece, str))
+
+    def check_family(self, class_name: str) -> None:
+        """Check that the vocabulary is not that of another family than the model: it would run, and mean other words.
+
+        Args:
+            class_name: of keras-hub's backbone.
+
+        Raises:
+            StageError: a Gemma 4 has the vocabulary of an earlier Gemma, or the other way round.
+        """
+        own, other = TURNS, TURNS_OF_GEMMA4
+        if class_name == "Gemma4Backbone":
+            own, other = other, own
+        if self.piece_id(other) is not None and self.piece_id(own) is None:
+            raise StageError(
+                f"The vocabulary must be of the model's family, in which a turn begins with {own}. Received: one with "
+                f"{other}, of {'Gemma 3' if other == TURNS else 'Gemma 4'}, with a {class_name}\n"
+                "Take the tokenizer's files from the checkpoint that the weights are from."
+            )
 
     def _special(self, piece: str) -> int:
         """Return the id of a special piece, which the vocabulary must have."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from stages.core.presets.architecture import Architecture
+from stages.core.presets.layer_kinds import LayerKind
 
 # Of each block: path below the block, shape, kind (see `StoredWeight`), and the names in the three formats.
+SCALAR = ("layer_scalar", "", "scalar", "", "layer_output_scale", "layer_scalar")
 BLOCK = [
     ("pre_attention_norm/scale", "hidden", "scale", "pre_attention_norm", "attn_norm", "input_layernorm"),
     (
@@ -36,9 +38,10 @@ class StoredWeight(NamedTuple):
     Attributes:
         shape: keras-hub's.
         kind: how it relates to the tensor in GGUF and Hugging Face files, where a linear layer is a matrix
-            outputs x inputs: `scale` (a vector) and `rows` are the same, `transposed` is the transposed matrix,
-            `heads_out` (heads, inputs, head size) has heads one after the other in the matrix's outputs, and
-            `heads_in` (heads, head size, outputs) in its inputs.
+            outputs x inputs: `scale`, `vector` and `rows` are the same (but for the one that GGUF files add to a
+            `scale`), `scalar` is a vector of one number, `transposed` is the transposed matrix, `heads_out` (heads,
+            inputs, head size) has heads one after the other in the matrix's outputs, and `heads_in` (heads, head size,
+            outputs) in its inputs.
         keras: the dataset in a weights file; Keras names layers by their classes and counts them.
         gguf: the tensor in a GGUF file.
         hugging_face: the tensor in a Hugging Face folder, without what its name begins with there.
@@ -51,8 +54,15 @@ class StoredWeight(NamedTuple):
     hugging_face: str
 
     @property
+    def is_matrix(self) -> bool:
+        """Whether it is the kernel of a linear layer."""
+        return self.kind in ("transposed", "heads_out", "heads_in")
+
+    @property
     def matrix_shape(self) -> tuple[int, ...]:
         """The shape of the tensor, as PyTorch states it."""
+        if self.kind == "scalar":
+            return (1,)
         if self.kind == "heads_out":
             heads, hidden, head = self.shape
             return (heads * head, hidden)
@@ -65,40 +75,60 @@ class StoredWeight(NamedTuple):
 def weight_table(architecture: Architecture) -> dict[str, StoredWeight]:
     """Return a model's weights by keras-hub's path, in the order of `backbone.weights`."""
     config, family = architecture.config, architecture.family
-    sizes = {
-        "hidden": config["hidden_dim"],
-        "head": config["head_dim"],
-        "heads": config["num_query_heads"],
-        "keys": config["num_key_value_heads"],
-        "wide": architecture.ffw_dim,
-    }
-    post_attention = config.get("use_post_attention_norm", False)
-    there = {
-        "post_attention_norm/scale": post_attention,
-        "post_ffw_norm/scale": config.get("use_post_ffw_norm", False),
-        "attention/query_norm/scale": architecture.has_query_key_norm,
-        "attention/key_norm/scale": architecture.has_query_key_norm,
-    }
+    hidden = config["hidden_dim"]
+    vector = "scale" if family.scale_from_one else "vector"
     # A Gemma has one other norm; despite its name it comes before the feed-forward layers.
-    renamed = {} if post_attention else {"pre_feedforward_layernorm": "post_attention_layernorm"}
-    table = config["vocabulary_size"], sizes["hidden"]
+    posts = architecture.kinds[0].post_attention_norm
+    renamed = {} if posts else {"pre_feedforward_layernorm": "post_attention_layernorm"}
     found = {
         "token_embedding/embeddings": StoredWeight(
-            table, "rows", "layers/reversible_embedding/vars/0", "token_embd.weight", "embed_tokens.weight"
+            (config["vocabulary_size"], hidden),
+            *("rows", "layers/reversible_embedding/vars/0", "token_embd.weight", "embed_tokens.weight"),
         )
     }
-    for number in range(config["num_layers"]):
+    for number, layer_kind in enumerate(architecture.kinds):
         layer = f"layers/{family.block}{f'_{number}' if number else ''}"
-        for path, shape, kind, keras, gguf, hugging_face in BLOCK:
-            if there.get(path, True):
-                found[f"decoder_block_{number}/{path}"] = StoredWeight(
-                    tuple(sizes[axis] for axis in shape.split()),
-                    kind,
-                    f"{layer}/{keras}/vars/0",
-                    f"blk.{number}.{gguf}.weight",
-                    f"layers.{number}.{renamed.get(hugging_face, hugging_face)}.weight",
-                )
+        sizes = _sizes(architecture, layer_kind)
+        for path, shape, kind, keras, gguf, hugging_face in _rows(layer_kind):
+            name = f"layers.{number}.{renamed.get(hugging_face, hugging_face)}"
+            found[f"decoder_block_{number}/{path}"] = StoredWeight(
+                tuple(sizes[axis] for axis in shape.split()),
+                vector if kind == "scale" else kind,
+                "/".join(part for part in (layer, keras, "vars/0") if part),
+                f"blk.{number}.{gguf}.weight",
+                name if kind == "scalar" else f"{name}.weight",
+            )
     found["final_normalization/scale"] = StoredWeight(
-        (sizes["hidden"],), "scale", "layers/rms_normalization/vars/0", "output_norm.weight", "norm.weight"
+        (hidden,), vector, "layers/rms_normalization/vars/0", "output_norm.weight", "norm.weight"
     )
     return found
+
+
+def _sizes(architecture: Architecture, kind: LayerKind) -> dict[str, int]:
+    """Return the lengths of the axes of a block's weights."""
+    return {
+        "hidden": architecture.config["hidden_dim"],
+        "head": kind.head,
+        "heads": kind.query_heads,
+        "keys": kind.key_heads,
+        "wide": architecture.ffw_dim,
+    }
+
+
+def _rows(kind: LayerKind) -> list[tuple[str, str, str, str, str, str]]:
+    """Return the rows of `BLOCK` that a kind of block has, in the order of keras-hub's layers."""
+    there = {
+        "post_attention_norm/scale": kind.post_attention_norm,
+        "post_ffw_norm/scale": kind.post_ffw_norm,
+        "attention/query_norm/scale": kind.query_key_norm,
+        "attention/key_norm/scale": kind.query_key_norm,
+        "attention/value/kernel": not kind.keys_are_values,
+    }
+    rows = [row for row in BLOCK if there.get(row[0], True)]
+    if kind.scaled:
+        rows.insert(0, SCALAR)
+    if kind.value_norm:
+        # keras-hub's Gemma 4 makes the norms of keys and values first.
+        place = next(number for number, row in enumerate(rows) if row[0] == "attention/query_norm/scale")
+        rows[place : place + 2] = rows[place + 1], rows[place]
+    return rows

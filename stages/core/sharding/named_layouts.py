@@ -2,7 +2,8 @@
 
 Purpose: which dimension of which weight goes over the mesh's `model` axis, with a reason where it is not the usual one.
 
-Weight paths and shapes of a block (N query heads, K key/value heads, D hidden, H head, F feed-forward):
+Weight paths and shapes of a block (N query heads, K key/value heads, D hidden, H head, F feed-forward); N, K and H are
+those of the block's kind:
     token_embedding/embeddings                    (vocabulary, D)
     decoder_block_*/attention/query/kernel        (N, D, H)
     decoder_block_*/attention/(key|value)/kernel  (K, D, H)
@@ -10,7 +11,7 @@ Weight paths and shapes of a block (N query heads, K key/value heads, D hidden, 
     decoder_block_*/(ffw_gating|ffw_gating_2)/kernel  (D, F)
     decoder_block_*/ffw_linear/kernel             (F, D)
     .../<kernel's layer>/lora_kernel_a, lora_kernel_b
-    decoder_block_*/.../scale, final_normalization/scale  replicated: a few thousand bytes each
+    decoder_block_*/.../scale, decoder_block_*/layer_scalar, final_normalization/scale  replicated: a few thousand bytes
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from collections.abc import Callable, Sequence
 
 from stages.core.config.schema import Layout
 from stages.core.presets.architecture import Architecture
+from stages.core.presets.layer_kinds import LayerKind
 from stages.core.records.layout import Fallback, MeshShape, NamedLayout, Rule, Spec
 from stages.core.sharding.layout import Placement, as_spec, replicated_fraction, resolve
 
@@ -114,18 +116,30 @@ def auto(architecture: Architecture, mesh: MeshShape) -> NamedLayout:
         "token_embedding/embeddings",
         [("vocabulary rows", rows, ("model", None)), ("hidden_dim", hidden, (None, "model"))],
     )
-    for layers, choices in _choices_within_block(architecture).items():
-        spec = split(f"{BLOCK}/{layers}/kernel", choices)
-        # A (heads, D, rank) and B (rank, head_dim) follow the kernel; what is left is a few kilobytes a layer.
-        rules.append(Rule(f"{BLOCK}/{layers}/lora_kernel_a", (*spec[:-1], None), optional=True))
-        rules.append(Rule(f"{BLOCK}/{layers}/lora_kernel_b", (None, spec[-1]), optional=True))
+    by_kind = {kind: _choices_within_block(architecture, kind) for kind in architecture.kinds}
+    for layers in next(iter(by_kind.values())):
+        # Kinds of blocks that are split alike have one rule.
+        alike: dict[str, list[LayerKind]] = {}
+        for kind, choices in by_kind.items():
+            alike.setdefault(repr(_first_that_divides(size, "", choices[layers])), []).append(kind)
+        for kinds in alike.values():
+            blocks = _pattern(architecture, kinds) if len(alike) > 1 else BLOCK
+            spec = split(f"{blocks}/{layers}/kernel", by_kind[kinds[0]][layers])
+            # A (heads, D, rank) and B (rank, head_dim) follow the kernel; what is left is a few kilobytes a layer.
+            rules.append(Rule(f"{blocks}/{layers}/lora_kernel_a", (*spec[:-1], None), optional=True))
+            rules.append(Rule(f"{blocks}/{layers}/lora_kernel_b", (None, spec[-1]), optional=True))
     return NamedLayout("auto", tuple(rules), tuple(fallbacks))
 
 
-def _choices_within_block(architecture: Architecture) -> dict[str, list[Choice]]:
-    """Return how a block's kernels could be split, the best way first, by their layers."""
-    config = architecture.config
-    hidden, head, ffw = config["hidden_dim"], config["head_dim"], architecture.ffw_dim
+def _pattern(architecture: Architecture, kinds: Sequence[LayerKind]) -> str:
+    """Return a pattern of the names of the blocks of some kinds."""
+    numbers = [str(number) for number, kind in enumerate(architecture.kinds) if kind in kinds]
+    return f"decoder_block_({'|'.join(numbers)})"
+
+
+def _choices_within_block(architecture: Architecture, kind: LayerKind) -> dict[str, list[Choice]]:
+    """Return how the kernels of a kind of block could be split, the best way first, by their layers."""
+    hidden, head, ffw = architecture.config["hidden_dim"], kind.head, architecture.ffw_dim
 
     def inputs(unit: str, count: int) -> list[Choice]:
         return [
@@ -135,10 +149,10 @@ def _choices_within_block(architecture: Architecture) -> dict[str, list[Choice]]
         ]
 
     return {
-        "attention/query": inputs("query heads", config["num_query_heads"]),
-        "attention/(key|value)": inputs("key/value heads", config["num_key_value_heads"]),
+        "attention/query": inputs("query heads", kind.query_heads),
+        "attention/(key|value)": inputs("key/value heads", kind.key_heads),
         "attention/attention_output": [
-            ("query heads", config["num_query_heads"], ("model", None, None)),
+            ("query heads", kind.query_heads, ("model", None, None)),
             ("head_dim", head, (None, "model", None)),
             ("hidden_dim", hidden, (None, None, "model")),
         ],

@@ -13,7 +13,11 @@ from collections.abc import Sequence
 from stages.core.presets.tokenizer import Tokenizer
 
 # What no text of people's has by chance and is no markup of theirs, as <table> is, which Gemma's vocabularies have too.
-NAMES = re.compile(r"<(?:pad|eos|bos|unk|mask|unused\d+|(?:start|end)_of_\w+|\w+_soft_token)>|\[(?:multimodal|@BOS@)\]")
+NAMES = re.compile(
+    r"<(?:pad|eos|bos|unk|mask|unused\d+|(?:start|end)_of_\w+|\w+_soft_token)>|\[(?:multimodal|@BOS@)\]"
+    # Gemma 4's, with the vertical bars part of them.
+    r"|<\|[a-z_]+\|?>|<[a-z_]+\|>|<\|\"\|>"
+)
 # A text without one of these spells none, and the vocabulary's 262,144 pieces need not be searched for names.
 BEGINNINGS = frozenset("<[")
 

@@ -1,0 +1,167 @@
+"""What each block of a Gemma is: the one table that the forward pass, rotary embeddings, layouts, caches and the counts
+of flops read.
+
+Purpose: Gemma 3 differs between its blocks by windows and wavelengths, Gemma 4 by the number and size of heads too, so
+no number of the backbone's arguments holds for all blocks. tests/presets/test_layer_kinds.py compares the table with
+the attributes of keras-hub's layers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from stages.core.presets.architecture import Architecture
+
+LOCAL_WAVELENGTH, GLOBAL_WAVELENGTH = 1.0e4, 1.0e6
+"""Of rotary embeddings in keras-hub: of Gemma and Gemma 2, and of the later Gemmas' windowed blocks; and of their other
+blocks."""
+
+Name = Literal["sliding_attention", "full_attention"]
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """A block's attention and what surrounds it.
+
+    Attributes:
+        name: transformers' name of the kind.
+        query_heads, key_heads, head: numbers of heads, and the size of one.
+        window: tokens that a query sees back, itself included; None: all.
+        wavelength, rope_scaling: of the rotary embeddings; positions are divided by the scaling.
+        turned: pairs of a head that are turned, at most half of its size; the others stay as they are.
+        keys_are_values: values are the keys before their norm and rotation, and have no kernel.
+        query_scale: what queries are multiplied with.
+        query_key_norm, value_norm: whether these are normalised, values without a scale of their own.
+        post_attention_norm, post_ffw_norm: whether what a block adds is normalised.
+        scaled: whether the block's output is multiplied with a number of its own.
+    """
+
+    name: Name
+    query_heads: int
+    key_heads: int
+    head: int
+    window: int | None
+    wavelength: float
+    rope_scaling: float
+    turned: int
+    keys_are_values: bool
+    query_scale: float
+    query_key_norm: bool
+    value_norm: bool
+    post_attention_norm: bool
+    post_ffw_norm: bool
+    scaled: bool
+
+    @property
+    def rope(self) -> tuple[float, float, int, int]:
+        """Return what the angles follow from."""
+        return self.wavelength, self.rope_scaling, self.head, self.turned
+
+    @property
+    def shapes(self) -> tuple[int, int, int, bool]:
+        """Return what the shapes of a block's weights follow from, beside what all blocks share."""
+        return self.query_heads, self.key_heads, self.head, self.keys_are_values
+
+
+def layer_kinds(architecture: Architecture) -> tuple[LayerKind, ...]:
+    """Return the kind of each block, in their order."""
+    names = _names(architecture)
+    of_kind = _gemma4 if architecture.class_name == "Gemma4Backbone" else _gemma
+    found = {name: of_kind(architecture, name) for name in set(names)}
+    return tuple(found[name] for name in names)
+
+
+def period(architecture: Architecture) -> int:
+    """Return after how many blocks the shapes of the weights repeat: 1 where all blocks have the same.
+
+    Example:
+        >>> period(catalog.architecture("gemma4_31b"))
+        6
+    """
+    shapes = [kind.shapes for kind in layer_kinds(architecture)]
+    return next(size for size in range(1, len(shapes) + 1) if shapes[size:] == shapes[:-size])
+
+
+def of_blocks(architecture: Architecture, blocks: int) -> dict[str, Any]:
+    """Return the arguments of a model with only the first `blocks` blocks."""
+    config = {**architecture.config, "num_layers": blocks}
+    if config.get("layer_types"):
+        config["layer_types"] = config["layer_types"][:blocks]
+    return config
+
+
+def _names(architecture: Architecture) -> list[Name]:
+    """Return transformers' name of each block's kind; without windowed attention those say where wavelengths differ."""
+    config, count = architecture.config, architecture.config["num_layers"]
+    if config.get("layer_types"):
+        return list(config["layer_types"])
+    windowed = config.get("use_sliding_window_attention", architecture.family.windowed)
+    if architecture.class_name == "Gemma4Backbone":
+        every = config.get("sliding_window_pattern", 6)
+    elif not windowed:
+        return ["full_attention"] * count
+    else:
+        every = architecture.family.full_every
+    return ["sliding_attention" if number % every else "full_attention" for number in range(1, count + 1)]
+
+
+def _gemma(architecture: Architecture, name: Name) -> LayerKind:
+    """Return a kind of Gemma 1, 2 or 3."""
+    config, gemma3 = architecture.config, architecture.class_name == "Gemma3Backbone"
+    heads, head = config["num_query_heads"], config["head_dim"]
+    # keras-hub 0.32 builds every block with query_head_dim_normalize=True, whatever the backbone's argument says: the
+    # 27B models would be scaled by 1/sqrt(128) instead of 1/sqrt(144) (Gemma 2) and 1/sqrt(168) (Gemma 3).
+    per_head = head if config.get("query_head_dim_normalize", True) else config["hidden_dim"] // heads
+    full = name == "full_attention"
+    return LayerKind(
+        name=name,
+        query_heads=heads,
+        key_heads=config["num_key_value_heads"],
+        head=head,
+        window=None if full else config.get("sliding_window_size", architecture.family.window),
+        wavelength=GLOBAL_WAVELENGTH if gemma3 and full else LOCAL_WAVELENGTH,
+        rope_scaling=float(config.get(f"{'global' if full else 'local'}_rope_scaling_factor", 1.0)) if gemma3 else 1.0,
+        turned=head // 2,
+        keys_are_values=False,
+        query_scale=per_head**-0.5,
+        query_key_norm=config.get("use_query_key_norm", gemma3),
+        value_norm=False,
+        post_attention_norm=config.get("use_post_attention_norm", False),
+        post_ffw_norm=config.get("use_post_ffw_norm", False),
+        scaled=False,
+    )
+
+
+def _gemma4(architecture: Architecture, name: Name) -> LayerKind:
+    """Return a kind of Gemma 4: attention scale 1, all norms, and full attention with heads of its own.
+
+    Source: transformers 5.23 `modeling_gemma4.py`, keras-hub 0.32 `gemma4_backbone.py`.
+    """
+    config, full = architecture.config, name == "full_attention"
+    head, keys = config["head_dim"], config["num_key_value_heads"]
+    alike = config.get("num_global_key_value_heads") if full else None
+    if full:
+        head = config.get("global_head_dim") or head
+    share = config.get("global_rope_partial_rotary_factor", 1.0) if full else 1.0
+    wavelength = config.get(f"{'global' if full else 'local'}_rope_wavelength")
+    windowed = not full and config.get("use_sliding_window_attention", True)
+    return LayerKind(
+        name=name,
+        query_heads=config["num_query_heads"],
+        key_heads=keys if alike is None else alike,
+        head=head,
+        window=config.get("sliding_window_size", architecture.family.window) if windowed else None,
+        wavelength=float(wavelength or (GLOBAL_WAVELENGTH if full else LOCAL_WAVELENGTH)),
+        rope_scaling=float(config.get(f"{'global' if full else 'local'}_rope_scaling_factor", 1.0)),
+        turned=max(1, math.floor(share * head) // 2),
+        keys_are_values=alike is not None,
+        query_scale=1.0,
+        query_key_norm=True,
+        value_norm=True,
+        post_attention_norm=True,
+        post_ffw_norm=True,
+        scaled=True,
+    )
