@@ -53,7 +53,7 @@ def test_each_variant_writes_what_it_writes_by_itself_and_a_copy_of_tuned_what_t
 
 def test_what_is_only_tried_is_on_one_device_and_writes_the_same(opened):
     (tried,), (kept,) = opened("tuned", trying=True), opened("tuned")
-    devices = [len(side.values[0].sharding.device_set) for side in (tried, kept)]
+    devices = [len(side.weights()[0].sharding.device_set) for side in (tried, kept)]
     assert devices == [1, 4]
     assert texts([tried]) == texts([kept])
 
