@@ -9,7 +9,7 @@ import pytest
 from stages.core.common.paths import Paths
 from stages.core.config.reader import read_params
 from stages.core.generate.sides import open_sides
-from stages.core.load import variants
+from stages.core.load import adapter, variants
 from stages.core.presets.formats import format_of
 from stages.core.records.layout import MeshShape
 from tests.support.repository import ROOT
@@ -28,6 +28,9 @@ def opened(presets, tmp_path_factory):
     _, model = tuned(presets["gemma3"], root / "models/tuned")
     own = model.config.model_copy(update={"mesh": MeshShape((2, 2), device_kind="simulated")})
     own.write(root / "models/tuned/model.json")
+    said = {"base": model.preset.fingerprint, "preset": "tiny", **own.tuned.model_dump()}
+    arrays = {path: model.trained.array(path) for path in model.trained}
+    adapter.save(root / "models/tuned/adapter.safetensors", arrays, said)
     describe(model.preset, (2, 2)).write(root / "models/baseline/model.json")
     shutil.copytree(root / "models/tuned", root / "mine")
     settings = read_params(ROOT / "params.yaml", ("generate.max_tokens=6",)).generate

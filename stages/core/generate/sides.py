@@ -97,7 +97,8 @@ def open_sides(
             add()
             return values(causal)
 
-        sampler, weights = Sampler(causal), {"baseline": lambda: base, "tuned": merged}
+        sampler = Sampler(causal)
+        weights: dict[str, Callable[[], list[jax.Array]]] = {"baseline": functools.partial(list, base), "tuned": merged}
         # The baseline answers before the adapter is added.
         return [Side(name, tokenizer, sampler, weights[name], sampling, stop_strings) for name in names]
     sides = []
