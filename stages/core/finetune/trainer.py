@@ -20,7 +20,8 @@ from stages.core.finetune import fingerprint
 from stages.core.finetune.callback import FitSetup, TrainingCallback, bit_sums
 from stages.core.finetune.checkpoint import Checkpoint, Store
 from stages.core.finetune.history import History
-from stages.core.finetune.optimizer import make_optimizer
+from stages.core.finetune.late_logs import LateLogs
+from stages.core.finetune.optimizer import Schedule, make_optimizer
 from stages.core.finetune.result import Result, result_of
 from stages.core.finetune.signals import Interruption
 from stages.core.generate import prompting
@@ -199,6 +200,7 @@ def fit(
         steps=steps,
         steps_per_epoch=epoch.steps_per_epoch,
         positions_per_step=epoch.positions_per_step,
+        rate=Schedule(settings, steps).on_host,
         reviews=sequences["train"].get("review"),
         # No backward pass holds activations, so more sequences fit into a batch, and fewer calls cost less.
         held_out=Batches(held_out, 4 * settings.batch_size, model.mesh_shape),
@@ -260,9 +262,15 @@ def _run_steps(
             initial_epoch=epoch,
             epochs=epoch + max(whole_epochs, 1),
             shuffle=False,
-            callbacks=[callback],
-            # A progress bar at a terminal, one line per epoch in a log.
-            verbose=1 if sys.stdout.isatty() else 2,
+            callbacks=LateLogs(
+                callback,
+                add_progbar=True,
+                model=causal,
+                # A progress bar at a terminal, one line per epoch in a log.
+                verbose=1 if sys.stdout.isatty() else 2,
+                epochs=epoch + max(whole_epochs, 1),
+                steps=len(callback.batches),
+            ),
         )
         if history.steps == before:
             raise StageError(
