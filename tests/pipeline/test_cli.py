@@ -1,4 +1,4 @@
-"""Each stage by itself, as a person types it: help at once, mistakes in a line, the right exit code."""
+"""Each stage by itself, as a user types it: help at once, mistakes in a line, the right exit code."""
 
 from __future__ import annotations
 

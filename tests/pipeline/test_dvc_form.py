@@ -35,7 +35,7 @@ def test_an_experiment_changes_the_line_of_its_setting_and_freezing_a_stage_noth
     written = subprocess.run(queued, cwd=repository, capture_output=True, text=True, check=True).stdout
     assert SETTINGS.count("\n  rank: 8\n") == 1
     assert written == SETTINGS.replace("\n  rank: 8\n", "\n  rank: 16\n")
-    # What `exp run` without --queue does to the person's own file.
+    # What `exp run` without --queue does to the user's own file.
     apply_overrides(repository / "params.yaml", ["finetune.rank=16"])
     assert (repository / "params.yaml").read_text() == written
 

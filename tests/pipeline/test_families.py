@@ -7,13 +7,13 @@ import math
 import os
 import shutil
 import subprocess
-import sys
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
+from tests.support import warm
 from tests.support.copies import change
 from tests.support.hf_folder import write_hugging_face
 from tests.support.repository import FAMILIES, ROOT
@@ -89,7 +89,7 @@ def test_a_family_goes_through_every_stage_in_each_form(family, presets, tmp_pat
     with hub_server.serving(hub_server.Hub(REPO, files)) as hub:
         environment = os.environ | hub_server.hub_environment(hub.url, tmp_path / "home") | {"PYTHONPATH": str(ROOT)}
         # The client reads its environment once, when it is imported.
-        subprocess.run([sys.executable, "-m", "stages.fetch"], env=environment, check=True, capture_output=True)
+        subprocess.run([warm.python(), "-m", "stages.fetch"], env=environment, check=True, capture_output=True)
     shutil.rmtree(folder)
     run("prepare")
     for stage in STAGES:

@@ -7,13 +7,13 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 from stages.core.common.paths import Paths
 from stages.core.config.reader import read_params
 from stages.core.report import inputs
 from stages.core.report import page as report
+from tests.support import warm
 from tests.support.report_outputs import write_json
 from tests.support.repository import ROOT
 
@@ -38,7 +38,7 @@ def edit(root: Path, relative: str, **changes) -> None:
 
 def run_stage(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "stages.report", *arguments],
+        [warm.python(), "-m", "stages.report", *arguments],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
