@@ -69,7 +69,7 @@ def loaded(presets):
     """A tiny model on a mesh with its adapter, its tokenizer, and what measures it."""
     folder = presets["gemma3"]
     preset = open_tiny(folder)
-    model = load_tiny(folder, (2, 2), rank=2)
+    model = load_tiny(folder, (1, 2), rank=2)
     causal = make_model(model.backbone, model.jax_mesh, model.placements)
     causal.compile(optimizer=None, loss=None, jit_compile=True)
     measured = functools.partial(

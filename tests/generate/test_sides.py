@@ -9,7 +9,7 @@ import pytest
 from stages.core.common.paths import Paths
 from stages.core.config.reader import read_params
 from stages.core.generate.sides import open_sides
-from stages.core.load import variants
+from stages.core.load import adapter, variants
 from stages.core.presets.formats import format_of
 from stages.core.records.layout import MeshShape
 from tests.support.repository import ROOT
@@ -28,6 +28,9 @@ def opened(presets, tmp_path_factory):
     _, model = tuned(presets["gemma3"], root / "models/tuned")
     own = model.config.model_copy(update={"mesh": MeshShape((2, 2), device_kind="simulated")})
     own.write(root / "models/tuned/model.json")
+    said = {"base": model.preset.fingerprint, "preset": "tiny", **own.tuned.model_dump()}
+    arrays = {path: model.trained.array(path) for path in model.trained}
+    adapter.save(root / "models/tuned/adapter.safetensors", arrays, said)
     describe(model.preset, (2, 2)).write(root / "models/baseline/model.json")
     shutil.copytree(root / "models/tuned", root / "mine")
     settings = read_params(ROOT / "params.yaml", ("generate.max_tokens=6",)).generate
@@ -53,7 +56,7 @@ def test_each_variant_writes_what_it_writes_by_itself_and_a_copy_of_tuned_what_t
 
 def test_what_is_only_tried_is_on_one_device_and_writes_the_same(opened):
     (tried,), (kept,) = opened("tuned", trying=True), opened("tuned")
-    devices = [len(side.values[0].sharding.device_set) for side in (tried, kept)]
+    devices = [len(side.weights()[0].sharding.device_set) for side in (tried, kept)]
     assert devices == [1, 4]
     assert texts([tried]) == texts([kept])
 

@@ -6,7 +6,8 @@ weights within it, so that both together cost one loading and one set of program
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -28,13 +29,14 @@ from stages.core.presets.tokenizer import Tokenizer
 class Side:
     """A variant that continues prompts.
 
-    `values` are its weights, one for each variable of the sampler's backbone.
+    `weights` returns its weights, one for each variable of the sampler's backbone; at the first call it may add an
+    adapter to them.
     """
 
     variant: str
     tokenizer: Tokenizer
     sampler: Sampler
-    values: list[jax.Array]
+    weights: Callable[[], list[jax.Array]]
     settings: SamplerSettings
     stop_strings: tuple[str, ...]
 
@@ -43,7 +45,7 @@ class Side:
     ) -> tuple[list[str], list[list[int]]]:
         """Return the text of each row, and its tokens; arguments and rows are those of `Sampler`."""
         texts = Texts(self.tokenizer, len(prompts) * samples, self.stop_strings, show)
-        tokens = self.sampler(prompts, self.settings, seed, samples=samples, listen=texts, values=self.values)
+        tokens = self.sampler(prompts, self.settings, seed, samples=samples, listen=texts, values=self.weights())
         return texts.texts, tokens
 
 
@@ -87,14 +89,22 @@ def open_sides(
     tuned = variants.read_config(paths, "tuned").tuned if len(names) > 1 else None
     if tuned and tuned.lora.rank:
         causal = load("tuned")
-        held = {"baseline": lora.values_of_base(causal.backbone)}
-        lora.merge(causal.backbone, keep_base=True)
-        held["tuned"] = values(causal)
+        add = lora.set_aside(causal.backbone, keep_base=True)
+        base = lora.values_of_base(causal.backbone)
+
+        @functools.cache
+        def merged() -> list[jax.Array]:
+            add()
+            return values(causal)
+
         sampler = Sampler(causal)
-        return [Side(name, tokenizer, sampler, held[name], sampling, stop_strings) for name in names]
+        weights: dict[str, Callable[[], list[jax.Array]]] = {"baseline": functools.partial(list, base), "tuned": merged}
+        # The baseline answers before the adapter is added.
+        return [Side(name, tokenizer, sampler, weights[name], sampling, stop_strings) for name in names]
     sides = []
     for name in names:
         causal = load(name)
         lora.merge(causal.backbone)
-        sides.append(Side(name, tokenizer, Sampler(causal), values(causal), sampling, stop_strings))
+        held = values(causal)
+        sides.append(Side(name, tokenizer, Sampler(causal), functools.partial(list, held), sampling, stop_strings))
     return sides
