@@ -105,7 +105,7 @@ def test_what_is_exported_is_merged_into_the_base_as_it_was_and_says_so(folder):
 def test_a_loaded_int8_base_is_not_trained_in_full(folder, monkeypatch):
     monkeypatch.chdir(folder)
     done = run(
-        "finetune", "--set", "load.dtype=float32", "--set", "finetune.rank=0", *NO_TASK, "--out-root", "scratch/full"
+        "finetune", "--set", "load.dtype=float32", "--set", "finetune.rank=0", *NO_TASK, "--out-root", "scratch/f"
     )
     assert done.exit_code == 1
     assert "Received: models/baseline in int8_table_float32, finetune.rank=0." in done.stderr
