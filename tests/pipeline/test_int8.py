@@ -16,6 +16,7 @@ from tests.support.copies import change
 from tests.support.repository import ROOT
 from tests.support.tiny_presets import tiny_reviews
 
+NO_TASK = ("--set", "evaluate.tasks=null")
 STAGES = [
     ("fetch",),
     ("prepare",),
@@ -50,6 +51,7 @@ def folder(presets, tmp_path_factory):
         change(folder, "prepare", source="files", train_file="reviews.txt", validation=4, min_characters=1)
         change(folder, "tokenize", length=32)
         change(folder, "mesh", shape=[1, 2])
+        change(folder, "layout", max_replicated_fraction=1.0)
         change(folder, "load", dtype="int8_table_float32")
         change(folder, "finetune", batch_size=2, steps=3, learning_rate=0.01, schedule="constant", warmup_steps=0)
         change(folder, "finetune", sample_every=2, sample_tokens=3, checkpoint_every=2)
@@ -102,7 +104,9 @@ def test_what_is_exported_is_merged_into_the_base_as_it_was_and_says_so(folder):
 
 def test_a_loaded_int8_base_is_not_trained_in_full(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    done = run("finetune", "--set", "load.dtype=float32", "--set", "finetune.rank=0", "--out-root", "scratch/full")
+    done = run(
+        "finetune", "--set", "load.dtype=float32", "--set", "finetune.rank=0", *NO_TASK, "--out-root", "scratch/f"
+    )
     assert done.exit_code == 1
     assert "Received: models/baseline in int8_table_float32, finetune.rank=0." in done.stderr
     assert "Traceback" not in done.output
@@ -110,7 +114,7 @@ def test_a_loaded_int8_base_is_not_trained_in_full(folder, monkeypatch):
 
 def test_without_the_task_nothing_else_is_loaded(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    done = run("evaluate", "--variant", "baseline", "--set", "evaluate.tasks=null", "--out-root", "scratch/plain")
+    done = run("evaluate", "--variant", "baseline", *NO_TASK, "--out-root", "scratch/plain")
     assert done.exit_code == 0, done.output
     plain = read(folder, "scratch/plain/data/metrics/evaluate-baseline.json")
     whole = read(folder, "data/metrics/evaluate-baseline.json")
