@@ -98,7 +98,10 @@ def _by_keras_hub(folder: Path, compared: Reference) -> np.ndarray:
     """Read a preset by keras-hub, which computes the logits too."""
     backbone = import_keras_hub().models.Backbone.from_preset(str(folder), dtype="float32")
     ids = np.array([compared.ids], np.int32)
-    hidden = backbone.predict({"token_ids": ids, "padding_mask": np.ones_like(ids)}, verbose=0)
+    inputs = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
+    if "position_ids" in backbone.input:
+        inputs["position_ids"] = np.arange(ids.shape[1], dtype=np.int32)[None]
+    hidden = backbone.predict(inputs, verbose=0)
     logits = backbone.token_embedding(hidden[:, -len(compared.reading.hidden) :], reverse=True)
     return np.asarray(logits[0])
 
