@@ -49,6 +49,8 @@ def main(run: Run, variant: str) -> None:
         texts, labels = sentiment.labelled(run.paths.read(REVIEWS["validation"]))
         asked = measured(sentiment.sequences(tokenizer, texts, settings.max_length))
         values = values.model_copy(update={"sentiment": sentiment.scored(asked, labels)})
+    if not run.first:
+        return
     review_losses.write_losses(run.paths.write(evaluation(variant)), losses)
     run.write_metrics(f"evaluate-{variant}", values)
     logger.info(

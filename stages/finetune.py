@@ -45,7 +45,8 @@ def main(run: Run, profile: Path | None) -> None:
     config = variants.read_config(run.paths, "baseline")
     start_from = start.start_folder(run.paths, settings.start_from)
     model = trainer.load_trainable(preset, config, settings, start_from)
-    inputs.declare(run.paths, "finetune", "start_from", start_from)
+    if run.first:
+        inputs.declare(run.paths, "finetune", "start_from", start_from)
     sequences = {split: read_sequences(run.paths, split) for split in ("train", "validation")}
     this_run = run_of(config, settings, sequences["train"]["token_ids"].shape[1])
     warn_before_running(run.paths.root, this_run)
@@ -62,12 +63,15 @@ def main(run: Run, profile: Path | None) -> None:
         load_seconds=time.perf_counter() - began,
     )
 
+    trained = trainer.trained_arrays(model)
+    placements = [*model.placements, *optimizer_placements(model, result.optimizer)]
+    if not run.first:
+        return
     tuned = trainer.describe(settings.lora)
     written = {"base": config.base, "preset": config.preset, **tuned.model_dump()}
-    adapter.save(run.paths.write(f"models/tuned/{tuned.file}"), trainer.trained_arrays(model), written)
+    adapter.save(run.paths.write(f"models/tuned/{tuned.file}"), trained, written)
     tuned_config = config.model_copy(update={"variant": "tuned", "tuned": tuned})
     tuned_config.write(run.paths.write("models/tuned/model.json"))
-    placements = [*model.placements, *optimizer_placements(model, result.optimizer)]
     report = table.report(
         placements,
         model.mesh_shape,

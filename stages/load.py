@@ -63,6 +63,8 @@ def main(run: Run, dry_run: bool, public: str | None) -> None:
         trainable_parameters=0,
     )
 
+    if not run.first:
+        return
     click.echo(table.block_table(model.placements))
     for fallback in layout.fallbacks:
         logger.info(f"Layout: {fallback}")

@@ -7,21 +7,22 @@ Each line needs only lines below it, so there are no cycles.
     plan      -> finetune load model tokenize sharding fetch presets config records common files
     export    -> fetch load model tokenize sharding presets config records common files
     cache     -> finetune
-    finetune  -> adapters generate load model tokenize sharding presets config records common files
+    finetune  -> adapters generate load model tokenize sharding processes presets config records common files
     adapters  -> load presets records common files
-    generate  -> load model tokenize presets config records common
+    generate  -> load model tokenize sharding presets config records common
     evaluate  -> tokenize sharding presets records common files
     model     -> sharding presets common
-    load      -> sharding presets records common files
+    load      -> sharding processes presets records common files
     prepare   -> fetch presets config records common files
     fetch     -> presets records common files
     tokenize  -> sharding presets config common files
-    sharding  -> presets config records common files
+    sharding  -> processes presets config records common files
     presets   -> records common
     report    -> config records common
-    cli       -> config records common files
+    cli       -> processes config records common files
     config    -> records common
     records   -> common files
+    processes -> common files
     common    -> files
     files     ->
 """
