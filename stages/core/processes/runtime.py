@@ -7,11 +7,13 @@ JAX's public functions.
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import signal
+import time
 from typing import NamedTuple
 
 import jax
 from jax._src import clusters
-from jax._src.lib import _jax
 
 from stages.core.common.errors import StageError
 from stages.core.processes.asked import Asked
@@ -20,6 +22,8 @@ from stages.core.processes.asked import Asked
 SHUTDOWN = 30
 # Seconds after which JAX itself takes a process for dead; the watchdog does so long before.
 HEARTBEAT = 100
+# Seconds for which an abort waits for the watchdog's reason.
+REASON = 2.0
 
 
 class Place(NamedTuple):
@@ -58,13 +62,9 @@ def start(place: Place, timeout: float) -> None:
     Raises:
         StageError: it did not start.
     """
-    made = _jax.get_distributed_runtime_client
-
-    def client(*args: object, **options: object) -> object:
-        # JAX would end the process by a signal, with a message that names nobody, before the watchdog's is shown.
-        return made(*args, **options, missed_heartbeat_callback=lambda status: None)
-
-    _jax.get_distributed_runtime_client = client
+    _abort_later()
+    # It would take SIGTERM for itself; `Group.stop_after` is how all agree on a step.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             place.address,
@@ -80,8 +80,22 @@ def start(place: Place, timeout: float) -> None:
         raise StageError(
             f"JAX's runtime must start on all processes. Received: {' '.join(str(error).split())[:300]}"
         ) from error
-    finally:
-        _jax.get_distributed_runtime_client = made
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _wait_for_reason(number: int) -> None:
+    """Sleep, so that the watchdog's thread may say why and end the process; then let it abort."""
+    time.sleep(REASON)
+    ctypes.CDLL(None).signal(signal.SIGABRT, 0)
+
+
+def _abort_later() -> None:
+    """Hold an abort up for a moment.
+
+    JAX's client aborts its process when the coordinator is gone, with a message that names nobody and before the
+    watchdog can speak. It does so in a thread of its own, where no signal handler of Python's would run.
+    """
+    ctypes.CDLL(None).signal(signal.SIGABRT, _wait_for_reason)
 
 
 def stop() -> None:
