@@ -9,7 +9,7 @@ from typing import Any
 
 # Seconds without progress after which a process is taken for stuck, for what it says it is doing. What may compile has
 # the longest: XLA takes minutes for the largest models.
-STEP_LIMIT = 60.0
+STEP_LIMIT = 45.0
 COMPILE_LIMIT = 3600.0
 VALIDATION_LIMIT = 1800.0
 SAMPLE_LIMIT = 900.0

@@ -32,4 +32,5 @@ def distribution(
     layout_map = keras.distribution.LayoutMap(mesh)
     for pattern, spec in rules.items():
         layout_map[pattern] = tuple(spec)
-    return keras.distribution.ModelParallel(layout_map=layout_map, batch_dim_name=AXES[0])
+    # `Batches` gives each process its own rows already.
+    return keras.distribution.ModelParallel(layout_map=layout_map, batch_dim_name=AXES[0], auto_shard_dataset=False)
