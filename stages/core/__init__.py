@@ -3,6 +3,7 @@
 A package imports only those to the right of its arrow (tests/pipeline/test_packages.py enforces it).
 Each line needs only lines below it, so there are no cycles.
 
+    rehearse  -> preview finetune load cli sharding processes presets config records common files
     preview   -> plan sharding fetch presets config cli records common
     plan      -> finetune load model tokenize sharding fetch presets config records common files
     export    -> fetch load model tokenize sharding presets config records common files

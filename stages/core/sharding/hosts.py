@@ -85,7 +85,7 @@ def from_first(value: np.ndarray | None, shape: tuple[int, ...], dtype: Any) -> 
         if value is None:
             raise ValueError("the first process has no value to give")
         return value
-    own = np.zeros(shape, dtype) if value is None else np.ascontiguousarray(value, dtype)
+    own = np.zeros(shape, dtype) if value is None else np.asarray(value, dtype)
     if own.shape != tuple(shape):
         raise ValueError(f"the value must have the shape {shape}, not {own.shape}")
     # As whole numbers, whose sum with zeros is the number itself, whatever it stands for.
