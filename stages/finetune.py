@@ -1,8 +1,7 @@
 """Fine-tune with LoRA, or every weight with rank 0, by Keras' `fit` on the sharded model.
 
 Reads: `models/baseline/model.json` and the preset, `data/tokens/*.npz`, the folder of `finetune.start_from`; params
-`finetune` and `generate.chat_template` (for samples). A stopped run resumes from its newest checkpoint, in the cache
-folder.
+`finetune` and `generate.chat_template` (for samples). A stopped run resumes from its newest checkpoint (cache folder).
 Writes: `models/tuned/`, `data/sharding/tuned.json`, `data/plots/finetune.csv`, `data/plots/samples.jsonl`,
 `data/metrics/finetune.json`.
 Command: `python -m stages.finetune`
@@ -62,16 +61,14 @@ def main(run: Run, profile: Path | None) -> None:
         profile=profile,
         load_seconds=time.perf_counter() - began,
     )
-
     trained = trainer.trained_arrays(model)
     placements = [*model.placements, *optimizer_placements(model, result.optimizer)]
     if not run.first:
         return
     tuned = trainer.describe(settings.lora)
-    written = {"base": config.base, "preset": config.preset, **tuned.model_dump()}
-    adapter.save(run.paths.write(f"models/tuned/{tuned.file}"), trained, written)
-    tuned_config = config.model_copy(update={"variant": "tuned", "tuned": tuned})
-    tuned_config.write(run.paths.write("models/tuned/model.json"))
+    about = {"base": config.base, "preset": config.preset, **tuned.model_dump()}
+    adapter.save(run.paths.write(f"models/tuned/{tuned.file}"), trained, about)
+    config.model_copy(update={"variant": "tuned", "tuned": tuned}).write(run.paths.write("models/tuned/model.json"))
     report = table.report(
         placements,
         model.mesh_shape,

@@ -1,0 +1,145 @@
+"""Several processes of one run: the results of one, each reads its own part, and all end when one does."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tests.support.copies import change
+from tests.support.processes import Job, tiny_project
+from tests.support.tiny_presets import write_tiny_preset
+
+pytestmark = pytest.mark.xdist_group("processes")
+PROMPT = 60.0
+
+
+@pytest.fixture(scope="module")
+def project(devices: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny project whose model is loaded and tuned by one process, into `alone`."""
+    base = tmp_path_factory.mktemp("processes")
+    preset = write_tiny_preset(base / "preset", "gemma3", num_layers=1, num_key_value_heads=2)
+    folder = tiny_project(base / "project", preset)
+    for stage in ("load", "finetune"):
+        with Job(folder, stage, "--out-root", str(folder / "alone"), count=1) as job:
+            job.done()
+    return folder
+
+
+def losses(folder: Path) -> list[float]:
+    with (folder / "data/plots/finetune.csv").open() as file:
+        return [float(row["loss"]) for row in csv.DictReader(file)]
+
+
+def reason(job: Job, number: int) -> str:
+    """The last thing that a process said."""
+    return job.text(number).strip().splitlines()[-1]
+
+
+def slow(project: Path, name: str) -> list[str]:
+    """Arguments of a long run, into a folder of its own with what `load` wrote."""
+    return ["--out-root", str(project / name), "--set", "finetune.steps=2000", "--set", "finetune.epochs=2000"]
+
+
+def test_two_processes_train_what_one_does_with_the_model_axis_across_them(project: Path):
+    shape = ["--set", "mesh.shape=[1, 4]"]
+    out = ["--out-root", str(project / "two")]
+    read_only = project / "read-only"
+    read_only.mkdir(mode=0o555)
+    other = {1: {"arguments": ["--out-root", str(read_only)]}}
+    with Job(project, "load", *out, *shape) as job:
+        job.done()
+    # Only process 0 may write; what the other reads is the same.
+    (read_only / "models").parent.chmod(0o755)
+    os.symlink(project / "two/models", read_only / "models")
+    read_only.chmod(0o555)
+    with Job(project, "finetune", *out, each=other) as job:
+        job.done()
+    assert losses(project / "two") == pytest.approx(losses(project / "alone"), rel=2e-6)
+    alone = load_file(project / "alone/models/tuned/adapter.safetensors")
+    two = load_file(project / "two/models/tuned/adapter.safetensors")
+    assert max(np.abs(alone[path] - two[path]).max() for path in alone) < 1e-5
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step_and_four_go_on(project: Path):
+    long = ["--set", "finetune.steps=40", "--set", "finetune.epochs=40", "--set", "finetune.sample_every=null"]
+    out = ["--out-root", str(project / "alone")]
+    with Job(project, "finetune", *out, *long) as job:
+        job.until(0, "Step 3")
+        job.signal(1, signal.SIGTERM)
+        assert job.codes() == [143, 143]
+        steps = {re.search(r"after step (\d+) of", reason(job, number))[1] for number in (0, 1)}
+        assert len(steps) == 1
+        assert "SIGTERM to process 1 of 2" in reason(job, 0)
+    with Job(project, "finetune", *out, *long, count=4) as job:
+        job.until(0, f"Resuming from the checkpoint after step {steps.pop()} of 40")
+
+
+@pytest.mark.parametrize(("which", "victim"), [(signal.SIGKILL, 1), (signal.SIGKILL, 0), (signal.SIGSTOP, 1)])
+def test_a_process_that_is_killed_or_stopped_ends_the_others(project: Path, which: signal.Signals, victim: int):
+    with Job(project, "finetune", *slow(project, "alone")) as job:
+        job.until(0, "Step 3")
+        job.signal(victim, which)
+        began = time.monotonic()
+        codes = job.codes(besides=victim, seconds=PROMPT)
+        print(which, victim, codes, time.monotonic() - began)
+        assert codes[1 - victim] == 1
+        what = "stopped" if which == signal.SIGSTOP else "killed"
+        assert re.search(rf"process {victim} of 2 .*{what}", job.text(1 - victim))
+
+
+def test_another_setting_on_one_process_is_named_before_anything_is_loaded(project: Path):
+    each = {1: {"arguments": ["--set", "finetune.rank=4"]}}
+    with Job(project, "finetune", "--out-root", str(project / "alone"), each=each) as job:
+        assert job.codes() == [1, 1]
+        for number in (0, 1):
+            assert "the same the setting finetune.rank. Received: 4 on process 1 of 2" in job.text(number)
+
+
+def test_a_process_that_waits_says_for_whom_and_ends_after_its_limit(project: Path):
+    limit = ["--set", "mesh.join_timeout=3"]
+    alone = {"environment": {"NUM_PROCESSES": "3"}}
+    with Job(project, "load", "--out-root", str(project / "none"), *limit, each={0: alone, 1: alone}) as job:
+        assert job.codes() == [1, 1]
+        assert "within 3 s (mesh.join_timeout). Received: waits for 1 of 3 processes: 2; here: process 0" in job.text(0)
+        assert "waits for 1 of 3 processes: 2" in job.text(1)
+    assert not (project / "none").exists()
+
+
+def test_a_launcher_starts_the_stage_and_is_started_once(project: Path, tmp_path: Path):
+    launcher = tmp_path / "launch"
+    launcher.write_text(
+        "#!/bin/sh\nexport COORDINATOR_ADDRESS=localhost:$1 NUM_PROCESSES=2\nshift\n"
+        'PROCESS_ID=1 "$@" & first=0; PROCESS_ID=0 "$@" || first=1; wait $! && exit $first\n'
+    )
+    launcher.chmod(0o755)
+    copy = tmp_path / "project"
+    copy.mkdir()
+    for name in ("params.yaml", "reviews.txt", "data", "models"):
+        (copy / name).symlink_to(project / name)
+    from tests.support.processes import free_port
+
+    command = f"mesh.launcher={launcher} {free_port()}"
+    with Job(copy, "load", "--set", command, "--out-root", str(tmp_path / "out"), count=1) as job:
+        job.done()
+        assert "Starting load by mesh.launcher" in job.text(0)
+        assert "2 processes have joined" in job.text(0)
+    assert json.loads((tmp_path / "out/data/metrics/load.json").read_text())["devices"] == 4
+
+
+def test_the_rehearsal_finds_the_losses_of_one_process(project: Path):
+    change(project, "finetune", batch_size=4)
+    with Job(project, "rehearse", "--processes", "2", "--devices", "2", "--steps", "2", count=1) as job:
+        job.done()
+        said = job.text(0)
+    assert "tiny on tiny weights, mesh 2x2: 2 processes of 2 devices." in said
+    assert "largest relative difference of a loss" in said
+    assert "not rehearsed" in said
