@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import re
+import shutil
 import signal
-import time
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.support.copies import change
-from tests.support.processes import Job, tiny_project
+from tests.support.processes import Job, free_port, tiny_project
 from tests.support.tiny_presets import write_tiny_preset
 
 pytestmark = pytest.mark.xdist_group("processes")
@@ -44,25 +43,19 @@ def reason(job: Job, number: int) -> str:
     return job.text(number).strip().splitlines()[-1]
 
 
-def slow(project: Path, name: str) -> list[str]:
-    """Arguments of a long run, into a folder of its own with what `load` wrote."""
-    return ["--out-root", str(project / name), "--set", "finetune.steps=2000", "--set", "finetune.epochs=2000"]
-
-
 def test_two_processes_train_what_one_does_with_the_model_axis_across_them(project: Path):
     shape = ["--set", "mesh.shape=[1, 4]"]
     out = ["--out-root", str(project / "two")]
-    read_only = project / "read-only"
-    read_only.mkdir(mode=0o555)
-    other = {1: {"arguments": ["--out-root", str(read_only)]}}
+    # Only process 0 writes: the other's folder has what `load` wrote, and stays as it is.
+    read = project / "read"
+    other = {1: {"arguments": ["--out-root", str(read)]}}
     with Job(project, "load", *out, *shape) as job:
         job.done()
-    # Only process 0 may write; what the other reads is the same.
-    (read_only / "models").parent.chmod(0o755)
-    os.symlink(project / "two/models", read_only / "models")
-    read_only.chmod(0o555)
-    with Job(project, "finetune", *out, each=other) as job:
+    shutil.copytree(project / "two", read)
+    before = sorted(read.rglob("*"))
+    with Job(project, "finetune", *out, "--set", "finetune.sample_every=4", each=other) as job:
         job.done()
+    assert sorted(read.rglob("*")) == before
     assert losses(project / "two") == pytest.approx(losses(project / "alone"), rel=2e-6)
     alone = load_file(project / "alone/models/tuned/adapter.safetensors")
     two = load_file(project / "two/models/tuned/adapter.safetensors")
@@ -70,30 +63,57 @@ def test_two_processes_train_what_one_does_with_the_model_axis_across_them(proje
 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step_and_four_go_on(project: Path):
-    long = ["--set", "finetune.steps=40", "--set", "finetune.epochs=40", "--set", "finetune.sample_every=null"]
-    out = ["--out-root", str(project / "alone")]
-    with Job(project, "finetune", *out, *long) as job:
-        job.until(0, "Step 3")
+    long = ["--set", "finetune.steps=5000", "--set", "finetune.epochs=5000", "--out-root", str(project / "alone")]
+    with Job(project, "finetune", *long) as job:
+        job.until(0, "batch_loss")
         job.signal(1, signal.SIGTERM)
         assert job.codes() == [143, 143]
         steps = {re.search(r"after step (\d+) of", reason(job, number))[1] for number in (0, 1)}
         assert len(steps) == 1
         assert "SIGTERM to process 1 of 2" in reason(job, 0)
-    with Job(project, "finetune", *out, *long, count=4) as job:
-        job.until(0, f"Resuming from the checkpoint after step {steps.pop()} of 40")
+    with Job(project, "finetune", *long, count=4) as job:
+        job.until(0, f"Resuming from the checkpoint after step {steps.pop()} of 5000")
+        job.until(0, "batch_loss")
 
 
-@pytest.mark.parametrize(("which", "victim"), [(signal.SIGKILL, 1), (signal.SIGKILL, 0), (signal.SIGSTOP, 1)])
-def test_a_process_that_is_killed_or_stopped_ends_the_others(project: Path, which: signal.Signals, victim: int):
-    with Job(project, "finetune", *slow(project, "alone")) as job:
-        job.until(0, "Step 3")
+def small(folder: Path, count: int = 2, **environment: str) -> Job:
+    """Processes that share a small program instead of a model: the same start, watchdog and end, in seconds."""
+    return Job(folder, "small_process", count=count, module="tests.support", **environment)
+
+
+@pytest.mark.parametrize(
+    ("which", "victim", "count"), [(signal.SIGKILL, 2, 3), (signal.SIGKILL, 0, 2), (signal.SIGSTOP, 1, 2)]
+)
+def test_a_process_that_is_killed_or_stopped_ends_the_others(
+    tmp_path: Path, which: signal.Signals, victim: int, count: int
+):
+    with small(tmp_path, count) as job:
+        job.until(victim, "five steps")
         job.signal(victim, which)
-        began = time.monotonic()
         codes = job.codes(besides=victim, seconds=PROMPT)
-        print(which, victim, codes, time.monotonic() - began)
-        assert codes[1 - victim] == 1
+        others = [number for number in range(count) if number != victim]
+        assert [codes[number] for number in others] == [1] * len(others)
         what = "stopped" if which == signal.SIGSTOP else "killed"
-        assert re.search(rf"process {victim} of 2 .*{what}", job.text(1 - victim))
+        for number in others:
+            assert re.search(rf"process {victim} of {count} .*{what}", reason(job, number))
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("raise:1", "process 1 of 3 .* ended: RuntimeError: a mistake of ours"),
+        ("diverge:2", "process 2 of 3 .* ended: Training diverged: the loss is nan"),
+        ("disk:0", "process 0 of 3 .* ended: OSError: .*No space left on device: 'adapter.safetensors'"),
+        ("stuck:1", "process 1 of 3 .* is stuck, and the others wait for it: step 6 has not ended within 1 s"),
+    ],
+)
+def test_a_process_that_fails_or_is_stuck_ends_the_others(tmp_path: Path, fault: str, said: str):
+    victim = int(fault[-1])
+    with small(tmp_path, 3, FAULT=fault) as job:
+        codes = job.codes(seconds=PROMPT)
+        assert codes == [1, 1, 1]
+        for number in {0, 1, 2} - {victim}:
+            assert re.search(said, job.text(number)), job.text(number)
 
 
 def test_another_setting_on_one_process_is_named_before_anything_is_loaded(project: Path):
@@ -125,8 +145,6 @@ def test_a_launcher_starts_the_stage_and_is_started_once(project: Path, tmp_path
     copy.mkdir()
     for name in ("params.yaml", "reviews.txt", "data", "models"):
         (copy / name).symlink_to(project / name)
-    from tests.support.processes import free_port
-
     command = f"mesh.launcher={launcher} {free_port()}"
     with Job(copy, "load", "--set", command, "--out-root", str(tmp_path / "out"), count=1) as job:
         job.done()

@@ -32,7 +32,7 @@ def tiny_project(folder: Path, preset: Path) -> Path:
     change(folder, "tokenize", length=32)
     change(folder, "mesh", shape=[2, 2], devices="simulated")
     change(folder, "finetune", batch_size=4, steps=6, learning_rate=0.01, schedule="constant", warmup_steps=0)
-    change(folder, "finetune", sample_every=4, sample_tokens=4, checkpoint_every=2)
+    change(folder, "finetune", sample_every=None, sample_tokens=4, checkpoint_every=2)
     change(folder, "generate", max_tokens=4, prompts=["This movie was", "The best"])
     before = Path.cwd()
     os.chdir(folder)
@@ -54,8 +54,17 @@ def free_port() -> int:
 class Job:
     """Processes of one run of a stage; leaving the `with` block kills what is left of them."""
 
-    def __init__(self, folder: Path, stage: str, *arguments: str, count: int = 2, each: dict[int, Any] | None = None):
-        """Start them. `each`: environment, arguments (a list) or folder (a path) of single ones, by their numbers."""
+    def __init__(
+        self,
+        folder: Path,
+        stage: str,
+        *arguments: str,
+        count: int = 2,
+        each: dict[int, Any] | None = None,
+        module: str = "stages",
+        **environment: str,
+    ):
+        """Start them. `each`: environment or arguments (a list) of single ones, by their numbers."""
         self.logs = [folder / f"{stage}-{count}-{number}.log" for number in range(count)]
         self.processes: list[subprocess.Popen[bytes]] = []
         own = {name: value for name, value in os.environ.items() if not name.startswith(OF_A_LAUNCHER)}
@@ -63,14 +72,15 @@ class Job:
         for number, log in enumerate(self.logs):
             given = (each or {}).get(number, {})
             joining = {"COORDINATOR_ADDRESS": address, "NUM_PROCESSES": str(count), "PROCESS_ID": str(number)}
-            environment = {**own, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-            environment |= (joining if count > 1 else {}) | given.get("environment", {})
-            command = [sys.executable, "-m", f"stages.{stage}", *arguments, *given.get("arguments", [])]
+            path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+            variables = {**own, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **environment}
+            variables |= (joining if count > 1 else {}) | given.get("environment", {})
+            command = [sys.executable, "-m", f"{module}.{stage}", *arguments, *given.get("arguments", [])]
             with log.open("wb") as output:
                 process = subprocess.Popen(
                     command,
-                    cwd=given.get("folder", folder),
-                    env=environment,
+                    cwd=folder,
+                    env=variables,
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,

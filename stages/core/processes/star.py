@@ -42,6 +42,7 @@ class Star(Group):
         """
         self.index, self.count, self.name = index, count, name
         self.leaving = False
+        self._failing = False
         self._answered = threading.Event()
         self._shared: queue.Queue[Any] = queue.Queue()
         self._begun, self._what, self._since, self._limit = 0, NOTHING, time.monotonic(), float("inf")
@@ -268,7 +269,7 @@ class Member(Star):
             certain: an error of the user's; else an exception that another process's end may have caused, and that
                 process is named by the first if there is one.
         """
-        self.leaving = certain
+        self._failing, self.leaving = True, certain
         self._wire.send(failed=reason, certain=certain)
         self._answered.wait(HOLD + 3)
         self.leaving = True
@@ -297,7 +298,8 @@ class Member(Star):
                     self.leaving = True
                     self._answered.set()
                 elif "end" in message:
-                    if message["by"] != self.index:
+                    # A process that ends for this very reason says so itself.
+                    if not (self._failing and message["by"] == self.index):
                         self.exit(str(message["end"]))
                     self.leaving = True
                     self._answered.set()
