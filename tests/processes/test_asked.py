@@ -1,4 +1,4 @@
-"""Who asks a process to join others: a named coordinator or a launcher; what merely looks like several hosts does not."""
+"""Who asks a process to join others: a coordinator or a launcher; what merely looks like several hosts does not."""
 
 from __future__ import annotations
 
