@@ -7,9 +7,9 @@ import pytest
 
 from stages.core.common.errors import StageError
 from stages.core.fetch.catalog import architecture
+from stages.core.processes.behind import behind
 from stages.core.processes.facts import difference
 from stages.core.processes.group import Group, set_current
-from stages.core.processes.star import behind
 from stages.core.records.layout import MeshShape
 from stages.core.rehearse.rehearsing import shape_for
 from stages.core.rehearse.shrinking import RandomWeights, tiny

@@ -86,10 +86,10 @@ def _receive_all(address: str, own: dict[str, Any], deadline: float, timeout: fl
             _admit(Wire(connection), wires, greetings, count)
     numbers = sorted(greetings)
     names = {number: greetings[number]["name"] for number in numbers}
-    reason = comparing.difference([greetings[each]["facts"] for each in numbers], list(names.values()))
-    if reason:
-        _tell(wires, end=reason)
-        raise StageError(reason)
+    differs = comparing.difference([greetings[each]["facts"] for each in numbers], list(names.values()))
+    if differs:
+        _tell(wires, end=differs)
+        raise StageError(differs)
     _tell(wires, go=True, first=own["name"])
     return Hub(own["name"], wires, {number: names[number] for number in wires})
 

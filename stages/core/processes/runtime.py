@@ -10,7 +10,7 @@ import contextlib
 import ctypes
 import signal
 import time
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import jax
 from jax._src import clusters
@@ -26,7 +26,8 @@ HEARTBEAT = 100
 REASON = 2.0
 
 
-class Place(NamedTuple):
+@dataclass(frozen=True)
+class Place:
     """Where a process is among its run's: see `jax.distributed.initialize`."""
 
     address: str

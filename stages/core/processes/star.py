@@ -8,6 +8,7 @@ is gone. A process that talks and does not get on is told by the count of what i
 
 from __future__ import annotations
 
+import functools
 import os
 import queue
 import sys
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from stages.core.processes.behind import behind
 from stages.core.processes.group import Group
 
 # Seconds between two beats, and without one after which a process is taken for stopped. gloo, by which CPU devices
@@ -81,8 +83,26 @@ class Star(Group):
             self._passed = step
         return None
 
+    def start(self) -> None:
+        """Begin to watch and to be watched."""
+        raise NotImplementedError
+
     def ask_stop(self, why: str) -> None:
         """Ask the first process to stop all."""
+        raise NotImplementedError
+
+    def fail(self, reason: str, certain: bool) -> None:
+        """Tell all that this process ends.
+
+        Args:
+            reason: in a line.
+            certain: an error of the user's or the system's; else an exception that another process's end may have
+                caused: that process is named, if one is found.
+        """
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """Say that this process has done its work, and wait until all have."""
         raise NotImplementedError
 
     def hold_steps(self, why: str) -> int:
@@ -130,7 +150,7 @@ class Hub(Star):
     def start(self) -> None:
         """Begin to listen and to watch."""
         for number in self._members:
-            _thread(lambda number=number: self._listen(number))
+            _thread(functools.partial(self._listen, number))
         _thread(self._watch)
 
     def share(self, value: Any = None) -> Any:
@@ -148,7 +168,7 @@ class Hub(Star):
         self._acknowledge(0, self.hold_steps(why))
 
     def fail(self, reason: str, certain: bool) -> None:
-        """Tell all that this process ends; see `Member.fail`."""
+        """Tell all that this process ends; see `Star`."""
         if not certain:
             time.sleep(HOLD)
         self.leaving = True
@@ -262,13 +282,7 @@ class Member(Star):
         self._wire.send(stop=why)
 
     def fail(self, reason: str, certain: bool) -> None:
-        """Tell the first process that this one ends.
-
-        Args:
-            reason: in a line.
-            certain: an error of the user's; else an exception that another process's end may have caused, and that
-                process is named by the first if there is one.
-        """
+        """Tell the first process that this one ends; see `Star`."""
         self._failing, self.leaving = True, certain
         self._wire.send(failed=reason, certain=certain)
         self._answered.wait(HOLD + 3)
@@ -306,26 +320,6 @@ class Member(Star):
             self.exit(f"{self._first}, which coordinates, {KILLED}")
         except TimeoutError:
             self.exit(f"{self._first}, which coordinates, {STOPPED}")
-
-
-def behind(states: dict[int, dict[str, Any]], names: dict[int, str]) -> tuple[int, str] | None:
-    """Return the process that is stuck and why, or None: of those that do not get on, the one that began the least.
-
-    Args:
-        states: of each process, as `Star.state` returns them: what it has begun, since when (`age`, seconds) and for
-            how long it may take (`limit`, seconds).
-        names: of the processes.
-    """
-    least = min(state["begun"] for state in states.values())
-    last = {number: state for number, state in states.items() if state["begun"] == least}
-    if not all(state["age"] > state["limit"] for state in last.values()):
-        return None
-    number, state = next(iter(last.items()))
-    stuck = f"{state['what']} has not ended within {state['limit']:.0f} s"
-    if len(last) == len(states):
-        return number, f"All processes are stuck: {stuck} on any."
-    others = "" if len(last) == 1 else f" (and {len(last) - 1} more)"
-    return number, f"{names[number]}{others} is stuck, and the others wait for it: {stuck}."
 
 
 def exit_now(code: int) -> NoReturn:
