@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.support.copies import change
 from tests.support.processes import Job, free_port, tiny_project
 from tests.support.tiny_presets import write_tiny_preset
 
@@ -22,15 +21,20 @@ PROMPT = 60.0
 
 
 @pytest.fixture(scope="module")
-def project(devices: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny project whose model is loaded and tuned by one process, into `alone`."""
+def untuned(devices: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny project."""
     base = tmp_path_factory.mktemp("processes")
     preset = write_tiny_preset(base / "preset", "gemma3", num_layers=1, num_key_value_heads=2)
-    folder = tiny_project(base / "project", preset)
+    return tiny_project(base / "project", preset)
+
+
+@pytest.fixture(scope="module")
+def project(untuned: Path) -> Path:
+    """The same, its model loaded and tuned by one process, into `alone`."""
     for stage in ("load", "finetune"):
-        with Job(folder, stage, "--out-root", str(folder / "alone"), count=1) as job:
+        with Job(untuned, stage, "--out-root", str(untuned / "alone"), count=1) as job:
             job.done()
-    return folder
+    return untuned
 
 
 def losses(folder: Path) -> list[float]:
@@ -124,17 +128,17 @@ def test_another_setting_on_one_process_is_named_before_anything_is_loaded(proje
             assert "the same the setting finetune.rank. Received: 4 on process 1 of 2" in job.text(number)
 
 
-def test_a_process_that_waits_says_for_whom_and_ends_after_its_limit(project: Path):
+def test_a_process_that_waits_says_for_whom_and_ends_after_its_limit(untuned: Path):
     limit = ["--set", "mesh.join_timeout=3"]
     alone = {"environment": {"NUM_PROCESSES": "3"}}
-    with Job(project, "load", "--out-root", str(project / "none"), *limit, each={0: alone, 1: alone}) as job:
+    with Job(untuned, "load", "--out-root", str(untuned / "none"), *limit, each={0: alone, 1: alone}) as job:
         assert job.codes() == [1, 1]
         assert "within 3 s (mesh.join_timeout). Received: waits for 1 of 3 processes: 2; here: process 0" in job.text(0)
         assert "waits for 1 of 3 processes: 2" in job.text(1)
-    assert not (project / "none").exists()
+    assert not (untuned / "none").exists()
 
 
-def test_a_launcher_starts_the_stage_and_is_started_once(project: Path, tmp_path: Path):
+def test_a_launcher_starts_the_stage_and_is_started_once(untuned: Path, tmp_path: Path):
     launcher = tmp_path / "launch"
     launcher.write_text(
         "#!/bin/sh\nexport COORDINATOR_ADDRESS=localhost:$1 NUM_PROCESSES=2\nshift\n"
@@ -144,7 +148,7 @@ def test_a_launcher_starts_the_stage_and_is_started_once(project: Path, tmp_path
     copy = tmp_path / "project"
     copy.mkdir()
     for name in ("params.yaml", "reviews.txt", "data", "models"):
-        (copy / name).symlink_to(project / name)
+        (copy / name).symlink_to(untuned / name)
     command = f"mesh.launcher={launcher} {free_port()}"
     with Job(copy, "load", "--set", command, "--out-root", str(tmp_path / "out"), count=1) as job:
         job.done()
@@ -153,10 +157,9 @@ def test_a_launcher_starts_the_stage_and_is_started_once(project: Path, tmp_path
     assert json.loads((tmp_path / "out/data/metrics/load.json").read_text())["devices"] == 4
 
 
-def test_the_rehearsal_finds_the_losses_of_one_process(project: Path):
-    change(project, "finetune", batch_size=4)
-    with Job(project, "rehearse", "--processes", "2", "--devices", "2", "--steps", "2", count=1) as job:
-        job.done()
+def test_the_rehearsal_finds_the_losses_of_one_process(untuned: Path):
+    with Job(untuned, "rehearse", "--processes", "2", "--devices", "2", "--steps", "2", count=1) as job:
+        job.done(200)
         said = job.text(0)
     assert "tiny on tiny weights, mesh 2x2: 2 processes of 2 devices." in said
     assert "largest relative difference of a loss" in said

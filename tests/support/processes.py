@@ -122,8 +122,8 @@ class Job:
                 raise AssertionError([self.text(number)[-1500:] for number in range(len(self.logs))]) from None
         return [process.poll() for process in self.processes]
 
-    def done(self) -> Job:
+    def done(self, seconds: float = 90) -> Job:
         """Wait until all have ended well."""
-        codes = self.codes()
+        codes = self.codes(seconds=seconds)
         assert codes == [0] * len(codes), [self.text(number)[-2500:] for number in range(len(self.logs))]
         return self
