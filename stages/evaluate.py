@@ -74,6 +74,8 @@ def main(run: Run, variant: str) -> None:
             found = review_losses.quantized(measured(held_out), losses)
             values = values.model_copy(update={"float_base": found})
             logger.info(f"Loss, quantized - not quantized: {found.loss_difference:+.5f} nats per token")
+    if not run.first:
+        return
     review_losses.write_losses(run.paths.write(evaluation(variant)), losses)
     run.write_metrics(f"evaluate/{variant}", values)
     logger.info(

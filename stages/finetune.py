@@ -1,8 +1,7 @@
 """Fine-tune with LoRA, or every weight with rank 0, by Keras' `fit` on the sharded model.
 
 Reads: `models/baseline/model.json` and the preset, `data/tokens/*.npz`, the folder of `finetune.start_from`; params
-`finetune` and `generate.chat_template` (for samples). A stopped run resumes from its newest checkpoint, in the cache
-folder.
+`finetune` and `generate.chat_template` (for samples). A stopped run resumes from its newest checkpoint (cache folder).
 Writes: `models/tuned/`, `data/sharding/tuned.json`, `data/plots/finetune.csv`, `data/plots/samples.jsonl`,
 `data/metrics/finetune.json`.
 Command: `python -m stages.finetune`
@@ -45,7 +44,8 @@ def main(run: Run, profile: Path | None) -> None:
     config = variants.read_config(run.paths, "baseline")
     start_from = start.start_folder(run.paths, settings.start_from)
     model = trainer.load_trainable(preset, config, settings, start_from)
-    inputs.declare(run.paths, "finetune", "start_from", start_from)
+    if run.first:
+        inputs.declare(run.paths, "finetune", "start_from", start_from)
     sequences = {split: read_sequences(run.paths, split) for split in ("train", "validation")}
     this_run = run_of(config, settings, sequences["train"]["token_ids"].shape[1])
     warn_before_running(run.paths.root, this_run)
@@ -62,13 +62,14 @@ def main(run: Run, profile: Path | None) -> None:
         profile=profile,
         load_seconds=time.perf_counter() - began,
     )
-
-    tuned = trainer.describe(settings.lora)
-    written = {"base": config.base, "preset": config.preset, **tuned.model_dump()}
-    adapter.save(run.paths.write(f"models/tuned/{tuned.file}"), trainer.trained_arrays(model), written)
-    tuned_config = config.model_copy(update={"variant": "tuned", "tuned": tuned})
-    tuned_config.write(run.paths.write("models/tuned/model.json"))
+    trained = trainer.trained_arrays(model)
     placements = [*model.placements, *optimizer_placements(model, result.optimizer)]
+    if not run.first:
+        return
+    tuned = trainer.describe(settings.lora)
+    about = {"base": config.base, "preset": config.preset, **tuned.model_dump()}
+    adapter.save(run.paths.write(f"models/tuned/{tuned.file}"), trained, about)
+    config.model_copy(update={"variant": "tuned", "tuned": tuned}).write(run.paths.write("models/tuned/model.json"))
     report = table.report(
         placements,
         model.mesh_shape,

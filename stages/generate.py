@@ -71,7 +71,7 @@ def main(run: Run, variant: str | None, prompt: tuple[str, ...], chat: bool) -> 
         began = time.perf_counter()
         found, tokens = side.continued(prompts, settings.seed, samples=samples, show=InOrder(headings, write))
         seconds = time.perf_counter() - began
-    if prompt:
+    if prompt or not run.first:
         return
     numbered = [(text, number if samples > 1 else None) for text in texts for number in range(samples)]
     Generation.write_lines(

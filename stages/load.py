@@ -65,6 +65,8 @@ def main(run: Run, dry_run: bool, public: str | None) -> None:
         trainable_parameters=0,
     )
 
+    if not run.first:
+        return
     click.echo(table.block_table(model.placements))
     if sizes := table.quantized_sizes(model.placements):
         logger.info(sizes)

@@ -24,14 +24,18 @@ import click
 
 from stages.core.common.errors import ParamsError, StageError, shown
 from stages.core.common.installed import check_installed
-from stages.core.common.paths import Paths, check_outputs, lend_a_home, metrics
+from stages.core.common.paths import Paths, check_outputs, inputs_of, lend_a_home, metrics
 from stages.core.common.redaction import guard_standard_error
 from stages.core.config.reader import read_params
 from stages.core.config.schema import Params
 from stages.core.files import explain
+from stages.core.processes import facts, together
+from stages.core.processes.group import current
 from stages.core.records.record import FileRecord
 
 REQUIREMENTS = "requirements.txt"
+# The stages with a model on the mesh, which may be run by several processes.
+OF_PROCESSES = ("load", "finetune", "generate", "evaluate")
 # The scripts' own, and above those of all modules. A script that is run is called `__main__`, and one that is run as a
 # file cannot import logging first: that needs the standard library's tokenize, and finds the stage's.
 logger = logging.getLogger("stages")
@@ -44,6 +48,11 @@ class Run:
     params: Params
     paths: Paths
     verbose: bool
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes the outputs: of several the first does, and one alone."""
+        return current().first
 
     def write_metrics(self, name: str, values: FileRecord) -> None:
         """Write `data/metrics/<name>.json`."""
@@ -73,12 +82,15 @@ def stage(function: Callable[..., None]) -> click.Command:
     @click.option("-v", "--verbose", is_flag=True, help="Show the traceback of an error.")
     @functools.wraps(function)
     def command(overrides: tuple[str, ...], out_root: Path | None, verbose: bool, **options: Any) -> None:
-        with mistakes_in_lines(verbose):
+        with ended_with_others(), mistakes_in_lines(verbose):
             root = Path.cwd()
             params = read_params(root / "params.yaml", overrides)
             if options.get("variant"):
                 _check_variant(params, options["variant"])
             writes = not any(options.get(name) for name in ("check", "dry_run", "verify", "prompt", "chat"))
+            of_several = name in OF_PROCESSES and not (options.get("dry_run") or options.get("chat"))
+            if of_several:
+                together.launch(params.mesh.launcher, name, sys.argv[1:])
             if writes and overrides and out_root is None and not os.environ.get("DVC_STAGE"):
                 click.echo(
                     "Note: --set without --out-root writes into the pipeline's own outputs; dvc repro will redo them.",
@@ -87,9 +99,16 @@ def stage(function: Callable[..., None]) -> click.Command:
             if writes and (root / REQUIREMENTS).is_file():
                 check_installed(root / REQUIREMENTS)
             run = Run(params, Paths(root, (out_root or root).resolve()), verbose)
-            if writes:
-                check_outputs(run.paths.out_root, name)
-            function(run, **options)
+            variant = options.get("variant")
+
+            def compared() -> dict[str, str]:
+                files = inputs_of(run.paths, name, variant)
+                return facts.facts_of(name, params.model_dump(mode="json"), options, files)
+
+            with together.joined(params.mesh.join_timeout, compared) if of_several else contextlib.nullcontext():
+                if writes and run.first:
+                    check_outputs(run.paths.out_root, name)
+                function(run, **options)
 
     return click.command(help=function.__doc__)(command)
 
@@ -105,6 +124,21 @@ def _check_variant(params: Params, name: str) -> None:
             f"--variant must be one of {', '.join(params.every_variant)}. Received: --variant={shown(name)}\n"
             "Name an adapter's folder in the section variants of params.yaml to have it as a variant."
         )
+
+
+@contextlib.contextmanager
+def ended_with_others() -> Iterator[None]:
+    """Within the block a process that has joined others and fails ends at once: Python's end would wait for them."""
+    try:
+        yield
+    except SystemExit as end:
+        together.leave(end.code)
+        raise
+    except BaseException as error:
+        if current().count > 1:
+            traceback.print_exception(error)
+        together.leave(1)
+        raise
 
 
 @contextlib.contextmanager
@@ -163,7 +197,7 @@ class _StandardError(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one record."""
-        click.echo(line_of(record), err=True)
+        click.echo(current().prefix + line_of(record), err=True)
 
 
 def line_of(record: logging.LogRecord) -> str:
@@ -176,5 +210,5 @@ def fail(error: StageError, verbose: bool) -> None:
     if verbose:
         traceback.print_exception(error)
     prefix = "Invalid setting" if isinstance(error, ParamsError) else "Error"
-    click.echo(f"{prefix}: {error}", err=True)
+    click.echo(f"{current().prefix}{prefix}: {error}", err=True)
     sys.exit(error.exit_code)

@@ -14,7 +14,7 @@ from stages.core.config.schema import Params, without
 from tests.support.repository import STAGES, of_variant, outputs, variants_of
 
 # Scripts that change settings or clean up, and make nothing: no stage of the pipeline.
-COMMANDS = {"cache", "profile"}
+COMMANDS = {"cache", "profile", "rehearse"}
 # Stages that take seconds list whole folders: where the same bytes come out again, nothing after them reruns.
 QUICK = {"prepare", "tokenize", "report"}
 PACKAGES = {folder.parent.relative_to(ROOT).as_posix() for folder in (ROOT / "stages" / "core").glob("*/__init__.py")}

@@ -24,6 +24,7 @@ PLUMBING = (
     "stages/core/config/",
     "stages/core/fetch/check.py",
     "stages/core/preview/",
+    "stages/core/processes/",
     "stages/core/sharding/program_cache.py",
 )
 

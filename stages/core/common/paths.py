@@ -6,6 +6,7 @@ from there what an earlier trial left, else from the repository.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from dataclasses import dataclass
@@ -90,6 +91,28 @@ def own_path(root: Path, setting: str, value: str) -> Path:
             f"{setting} must be a path that can exist. Received: {setting}={shown(value)} ({shown(error, 60)})"
         ) from error
     return path
+
+
+def inputs_of(paths: Paths, stage: str, variant: str | None) -> dict[str, Path]:
+    """Return the files and folders that a stage with a model reads, by their names, where they exist.
+
+    Args:
+        paths: where things lie.
+        stage: load, finetune, generate or evaluate.
+        variant: of generate and evaluate; None: both.
+    """
+    wanted = [MANIFEST]
+    if stage == "finetune":
+        wanted += [f"{variant_folder('baseline')}/model.json", *TOKENS.values()]
+    elif stage != "load":
+        wanted += [variant_folder(each) for each in ([variant] if variant else ("baseline", "tuned"))]
+    if stage == "evaluate":
+        wanted += [HELD_OUT, REVIEWS["validation"]]
+    found = {}
+    for name in wanted:
+        with contextlib.suppress(StageError):
+            found[name] = paths.read(name)
+    return found
 
 
 @dataclass(frozen=True)

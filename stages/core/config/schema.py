@@ -111,6 +111,8 @@ class Mesh(Section):
 
     shape: Annotated[list[Positive], Field(min_length=2, max_length=2)]
     devices: Literal["auto", "simulated", "real"]
+    launcher: Annotated[Annotated[str, Field(min_length=1)] | None, DISPLAY]
+    join_timeout: Annotated[Positive, DISPLAY]
 
     @model_validator(mode="after")
     def _at_most_4096_devices(self) -> Mesh:

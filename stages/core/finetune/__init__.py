@@ -1,4 +1,4 @@
 """The training run: optimizer, callback, checkpoints and result.
-Imports `adapters`, `generate`, `load`, `model`, `tokenize`, `sharding`, `presets`, `config`, `records`, `common` and
-`files`.
+Imports `adapters`, `generate`, `load`, `model`, `tokenize`, `sharding`, `processes`, `presets`, `config`, `records`,
+`common` and `files`.
 """

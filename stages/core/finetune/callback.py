@@ -30,8 +30,11 @@ from stages.core.files import optional
 from stages.core.finetune.checkpoint import Checkpoint, Store
 from stages.core.finetune.history import History
 from stages.core.finetune.profile import StepProfile
-from stages.core.finetune.signals import Interruption, Stopped
+from stages.core.finetune.signals import SIGNALS, Interruption, Stopped
+from stages.core.processes.group import COMPILE_LIMIT, SAMPLE_LIMIT, SAVE_LIMIT, STEP_LIMIT, VALIDATION_LIMIT, current
 from stages.core.records.finetune import Sample, Step
+from stages.core.sharding import hosts
+from stages.core.sharding.hosts import from_first, whole
 from stages.core.sharding.keras_internals import set_value
 from stages.core.tokenize.batches import Batches
 
@@ -132,6 +135,8 @@ class TrainingCallback(keras.callbacks.Callback):
     def on_train_batch_begin(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
         """Start the clock, and the profile at the process's second step (or its only one)."""
         step = self.begun
+        limit = max(STEP_LIMIT, 10 * max(self.history.step_seconds, default=0.0))
+        current().doing(f"step {step + 1}", COMPILE_LIMIT if self._first_step is None else limit)
         if self._first_step is None:
             self._first_step = step
             self.history.first_steps.append(step)
@@ -185,21 +190,24 @@ class TrainingCallback(keras.callbacks.Callback):
                 setup.show_curve(history.rows)
             self._curve_shown = time.monotonic()
         signal = self._interruption.received
+        # Of several processes all stop after the same step, whichever received the signal.
+        why = current().stop_after(step, signal.name if signal else None)
         save_every = setup.settings.checkpoint_every or setup.steps
-        if setup.store and not self.finished and (signal or step % save_every == 0):
+        if setup.store and not self.finished and (why or step % save_every == 0):
             self._save(setup.store)
-        if signal and not self.finished:
+        if why and not self.finished:
             saved = "which is saved" if self._saved == step else f"and step {self._saved or 'none'} is saved"
             resumes = "resumes from there" if self._saved else "starts over"
             raise Stopped(
-                f"Stopped by {signal.name} after step {step} of {setup.steps}, {saved}. The same command "
+                f"Stopped by {why} after step {step} of {setup.steps}, {saved}. The same command "
                 f"(or `dvc repro`) {resumes}.",
-                signal,
+                signal or SIGNALS[0],
             )
         self.model.stop_training = self.finished
 
     def _sample(self, sample: Callable[[], str], step: int) -> None:
         """Continue the sample prompt; an error is logged, and the run continues."""
+        current().doing(f"the sample after step {step}", SAMPLE_LIMIT)
         self.model.jax_state_sync()
         with self.history.timed("sample"):
             try:
@@ -219,15 +227,17 @@ class TrainingCallback(keras.callbacks.Callback):
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Load a checkpoint's arrays into the model and its optimizer, each sharded as its variable."""
-        arrays = checkpoint.arrays
+
+        def read(name: str, variable: keras.Variable) -> np.ndarray:
+            return from_first(checkpoint.arrays.get(name), tuple(variable.shape), variable.dtype)
+
         for name, variable in self._variables():
-            put(variable, arrays[name])
-        count = len(self.model.metrics_variables)
-        self._metrics = [arrays[f"metric/{index}"] for index in range(count)]
+            put(variable, read(name, variable))
+        self._metrics = [read(f"metric/{index}", each) for index, each in enumerate(self.model.metrics_variables)]
         if self.history.steps % self._setup.steps_per_epoch == 0:
             self._metrics = None
         if self.history.best_loss is not None:
-            self.best = [arrays[f"best/{variable.path}"] for variable in self.model.trainable_variables]
+            self.best = [read(f"best/{variable.path}", variable) for variable in self.model.trainable_variables]
         if self.model.dropout_step is not None:
             # It counts batches.
             put(self.model.dropout_step, np.array(checkpoint.step * self._setup.settings.gradient_accumulation))
@@ -245,7 +255,7 @@ class TrainingCallback(keras.callbacks.Callback):
             StageError: one is not.
         """
         for variable in self.model.trainable_variables:
-            if not _is_finite(np.asarray(variable.value)):
+            if not _is_finite(whole(variable.value)):
                 raise self._diverged(f"{variable.path} has values that are not finite", self.history.steps)
 
     def _variables(self) -> Iterator[tuple[str, keras.Variable]]:
@@ -257,28 +267,31 @@ class TrainingCallback(keras.callbacks.Callback):
 
     def _save(self, store: Store) -> None:
         """Save a checkpoint unless the state contains NaN or Inf; a failed write never ends the run."""
+        current().doing(f"the checkpoint after step {self.history.steps}", SAVE_LIMIT)
         self.model.jax_state_sync()
         with self.history.timed("checkpoint"):
-            arrays = {name: np.asarray(variable.value) for name, variable in self._variables()}
+            arrays = {name: whole(variable.value) for name, variable in self._variables()}
             for name, array in arrays.items():
                 if not _is_finite(array):
                     raise self._diverged(f"{name} has values that are not finite", self.history.steps)
             for index, variable in enumerate(self.model.metrics_variables):
-                arrays[f"metric/{index}"] = np.asarray(variable.value)
+                arrays[f"metric/{index}"] = whole(variable.value)
             if self.best is not None:
                 for variable, value in zip(self.model.trainable_variables, self.best, strict=True):
                     arrays[f"best/{variable.path}"] = value
             with optional(f"the checkpoint after step {self.history.steps} is not kept"):
-                store.save(self.history.steps, arrays, self.history.state())
+                if current().first:
+                    store.save(self.history.steps, arrays, self.history.state())
                 self._saved = self.history.steps
 
     def _validate(self) -> None:
         """Measure the validation loss and record it with the step; track the lowest, for early stopping."""
         history, patience = self.history, self._setup.settings.early_stopping
+        current().doing(f"the validation after step {history.steps}", VALIDATION_LIMIT)
         self.model.jax_state_sync()
         with history.timed("validation"):
             # `evaluate` counts in the same metrics as the epoch does.
-            kept = [np.asarray(variable.value) for variable in self.model.metrics_variables]
+            kept = [whole(variable.value) for variable in self.model.metrics_variables]
             held_out = self._setup.held_out
             loss = self.model.measure(held_out, held_out.tokens)["loss"]
             for variable, value in zip(self.model.metrics_variables, kept, strict=True):
@@ -290,7 +303,7 @@ class TrainingCallback(keras.callbacks.Callback):
             return
         if history.best_loss is None or loss < history.best_loss:
             history.best_loss, history.waited = float(loss), 0
-            self.best = [np.asarray(variable.value) for variable in self.model.trainable_variables]
+            self.best = [whole(variable.value) for variable in self.model.trainable_variables]
         else:
             history.waited += 1
         if history.waited >= patience:
@@ -330,7 +343,7 @@ def bit_sums(values: list[jax.Array]) -> jax.Array:
 
 def put(variable: keras.Variable, value: np.ndarray) -> None:
     """Set a variable's value, sharded as the variable is."""
-    set_value(variable, jax.device_put(np.asarray(value, variable.dtype), variable.value.sharding))
+    set_value(variable, hosts.put(np.asarray(value, variable.dtype), variable.value.sharding))
 
 
 def _is_finite(array: np.ndarray) -> bool:

@@ -28,6 +28,7 @@ from safetensors.numpy import load_file
 from stages.core.common.paths import cache_folder
 from stages.core.files import flush, optional, read_json, sha256
 from stages.core.load.arrays import write_arrays
+from stages.core.processes.group import current
 
 logger = logging.getLogger(__name__)
 
@@ -135,6 +136,20 @@ class Store:
                 raise ValueError(f"{name} does not have its SHA-256")
         step = int(folder.name.removeprefix("step-"))
         return Checkpoint(step, load_file(folder / ARRAYS), read_json(folder / STATE))
+
+
+def newest_of_first(store: Store) -> Checkpoint | None:
+    """Return the newest whole checkpoint that the first process has, after waiting for other runs like this one.
+
+    The arrays are on the first process alone: the others may have no access to its folder, and take them from it.
+    """
+    group = current()
+    found = None
+    if group.first:
+        store.hold()
+        found = store.newest()
+    told = group.share({"step": found.step, "state": found.state} if found else None)
+    return found or (told and Checkpoint(told["step"], {}, told["state"]))
 
 
 def lock_of(folder: Path) -> FileLock:

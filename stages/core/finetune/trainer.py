@@ -18,7 +18,7 @@ from stages.core.config.schema import IN_FULL, IN_FULL_DTYPES, Finetune, without
 from stages.core.files import sha256
 from stages.core.finetune import fingerprint
 from stages.core.finetune.callback import FitSetup, TrainingCallback, bit_sums
-from stages.core.finetune.checkpoint import Checkpoint, Store
+from stages.core.finetune.checkpoint import Checkpoint, Store, newest_of_first
 from stages.core.finetune.history import History
 from stages.core.finetune.late_logs import LateLogs
 from stages.core.finetune.optimizer import Schedule, build_slots, make_optimizer
@@ -30,9 +30,11 @@ from stages.core.load import adapter, lora_kernels, weight_loading
 from stages.core.load.variants import LoadedModel, Preset, declare_model, fill_model
 from stages.core.model.causal_lm import CausalModel, make_model, pin_to_mesh
 from stages.core.presets.tokenizer import Tokenizer
+from stages.core.processes.group import SAVE_LIMIT, current
 from stages.core.records.finetune import Step
 from stages.core.records.layout import LoraConfig
 from stages.core.records.model_config import ModelConfig, TunedWeights
+from stages.core.sharding.hosts import whole
 from stages.core.sharding.mesh import warn_of_slow_network
 from stages.core.tokenize.batches import Batches
 
@@ -192,9 +194,7 @@ def fit(
     warn_of_slow_network(model.jax_mesh, model.model_axis_bytes, epoch.positions_per_step // rows)
     _compile(causal, model, settings, steps)
     check_changed = _change_check(causal, settings, steps)
-    if store:
-        store.hold()
-    checkpoint = store.newest() if store else None
+    checkpoint = newest_of_first(store) if store else None
     history = History.from_state(checkpoint.state) if checkpoint else History()
     history.seconds["load"] += load_seconds
     held_out = {name: array[: settings.validate_sequences] for name, array in sequences["validation"].items()}
@@ -240,6 +240,7 @@ def _train(
             callback.restore(checkpoint)
             logger.info(f"Resuming from the checkpoint after step {checkpoint.step} of {setup.steps}.")
         _run_steps(causal, callback, setup, make_batches)
+    current().doing("the end of the training", SAVE_LIMIT)
     callback.restore_best()
     callback.check_finite()
 
@@ -285,10 +286,10 @@ def _change_check(causal: CausalModel, settings: Finetune, steps: int) -> Callab
     """Return a function that raises a StageError if training has changed no bit of the weights since now."""
     # An adapter whose B stays zero changes nothing, whatever its A has become.
     acting = [variable for variable in causal.trainable_variables if not variable.path.endswith("lora_kernel_a")]
-    untrained = np.asarray(bit_sums([variable.value for variable in acting]))
+    untrained = whole(bit_sums([variable.value for variable in acting]))
 
     def check() -> None:
-        if np.array_equal(untrained, bit_sums([variable.value for variable in acting])):
+        if np.array_equal(untrained, whole(bit_sums([variable.value for variable in acting]))):
             raise StageError(
                 f"Training changed no bit of the weights. Received: steps={steps}, "
                 f"learning_rate={settings.learning_rate}, epsilon={settings.epsilon}, dtype={acting[0].dtype}. "
@@ -308,5 +309,11 @@ def _sampler(causal: CausalModel, tokenizer: Tokenizer, settings: Finetune, chat
 
 
 def trained_arrays(model: LoadedModel) -> dict[str, np.ndarray]:
-    """Return the trained weights by path, gathered on the host."""
-    return {variable.path: np.asarray(variable.value) for variable in model.backbone.trainable_variables}
+    """Return the trained weights by path, gathered on the host of the first process; none on the others."""
+    found = {}
+    for variable in model.backbone.trainable_variables:
+        # All take part in gathering, one weight at a time.
+        value = whole(variable.value)
+        if current().first:
+            found[variable.path] = value
+    return found

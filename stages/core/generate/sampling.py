@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 from stages.core.generate.choosing import Choice, Drawing, choose
 from stages.core.model import decoder, kv_cache, tied_table
 from stages.core.model.causal_lm import CausalModel
+from stages.core.sharding.hosts import whole
 
 # Tokens between two looks at what there is: a part of a second on a CPU, so that text appears as it is written.
 CHUNK = 8
@@ -148,7 +149,7 @@ class Sampler:
         live = np.arange(len(ids)) < count
         capacity = ids.shape[1] + bucket(most)
         state = self.begin(values, rows, ids, seen, live, capacity=capacity)
-        tokens = np.asarray(state.token)[:, None]
+        tokens = whole(state.token)[:, None]
         found: list[list[int]] = [[] for _ in numbered]
         made = 0
         while True:
@@ -163,7 +164,7 @@ class Sampler:
                 return found
             wanted = min(CHUNK, most - made)
             state, tokens = self.go_on(values, rows, state, live, np.int32(wanted))
-            tokens = np.asarray(tokens)[:, :wanted]
+            tokens = whole(tokens)[:, :wanted]
 
     def _arrays(
         self, numbered: Sequence[tuple[Sequence[int], tuple[int, int]]], settings: SamplerSettings, seed: int

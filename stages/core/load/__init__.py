@@ -1,3 +1,3 @@
 """A model in memory: declared without values, its weights read into their shards, with the adapter of a tuned variant.
-Imports `sharding`, `presets`, `records`, `common` and `files`.
+Imports `sharding`, `processes`, `presets`, `records`, `common` and `files`.
 """

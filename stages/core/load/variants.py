@@ -25,11 +25,13 @@ from stages.core.load.backbone import build_backbone
 from stages.core.presets.architecture import Architecture
 from stages.core.presets.formats import WeightSource, format_of
 from stages.core.presets.manifest import read_manifest, verified_folder
+from stages.core.processes.group import current
 from stages.core.records.layout import LoraConfig, MeshShape, NamedLayout
 from stages.core.records.manifest import Manifest
 from stages.core.records.model_config import ModelConfig
 from stages.core.sharding import devices
 from stages.core.sharding import mesh as meshes
+from stages.core.sharding.hosts import check_split
 from stages.core.sharding.layout import Placement, lay_out
 
 
@@ -162,6 +164,7 @@ def declare_model(config: ModelConfig, architecture: Architecture, lora: LoraCon
         architecture: the preset's.
         lora: what is trained; None for the base alone.
     """
+    check_split(config.mesh, current().count)
     platform = devices.configure(config.mesh.device_kind, config.mesh.devices)
     backbone = build_backbone(architecture, config.dtype)
     if lora:

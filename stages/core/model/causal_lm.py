@@ -23,6 +23,7 @@ from stages.core.common.errors import StageError
 from stages.core.model import cross_entropy, decoder, tied_table
 from stages.core.model.lora import Dropout
 from stages.core.model.tensor_parallel import Projections
+from stages.core.sharding.hosts import on_every_process, put
 from stages.core.sharding.keras_internals import embedding_table, set_value, update_metrics
 from stages.core.sharding.layout import Placement, axes_of
 
@@ -138,6 +139,11 @@ class CausalModel(keras.Model):
         # The group's own numbers are sums of its batches' parts; the means since the epoch began are the last ones.
         logs = {name: each.sum() if name.startswith("batch_") else each[-1] for name, each in logs.items()}
         return logs, (trainable, rest, optimizer, metrics)
+
+    def predict_step(self, state: Any, data: Any) -> tuple[Any, Any]:
+        """Return Keras' own outputs, where every process can read them."""
+        outputs, rest = super().predict_step(state, data)
+        return jax.tree.map(lambda each: on_every_process(each, self.head_plan.mesh), outputs), rest
 
     def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> dict[str, Any]:
         """Return the means since the epoch began (as Keras shows) and this batch's own, and its tokens."""
@@ -305,4 +311,4 @@ def _pin(variables: list[keras.Variable], mesh: jax.sharding.Mesh) -> None:
     whole = NamedSharding(mesh, P())
     for variable in variables:
         if not isinstance(variable.value.sharding, NamedSharding):
-            set_value(variable, jax.device_put(variable.value, whole))
+            set_value(variable, put(variable.value, whole))

@@ -1,3 +1,3 @@
 """Devices, the mesh over them, and the layout that assigns dimensions of weights to mesh axes.
-Imports `presets`, `config`, `records`, `common` and `files`.
+Imports `processes`, `presets`, `config`, `records`, `common` and `files`.
 """

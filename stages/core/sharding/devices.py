@@ -16,6 +16,7 @@ from stages.core.common.environment import IGNORED
 from stages.core.common.errors import StageError
 from stages.core.common.paths import cache_folder
 from stages.core.common.stderr import quiet_standard_error
+from stages.core.processes.group import current
 from stages.core.sharding.program_cache import keep_programs
 
 logger = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ def configure(kind: str, count: int) -> str:
     Args:
         kind: `simulated` (CPU devices of this process), `real`, or `auto` (real if JAX can use an
             accelerator with enough devices, else simulated, with one line in the log).
-        count: number of devices the mesh needs.
+        count: number of devices the mesh needs, of all processes together.
 
     Returns:
         The platform: `cpu`, `tpu` or `gpu`.
@@ -96,7 +97,7 @@ def configure(kind: str, count: int) -> str:
         if IGNORED:
             logger.info(IGNORED)
         platform = _choose(kind, count)
-        _start(platform, count)
+        _start(platform, count // current().count)
         _started = platform
     elif kind == "simulated" and _started != "cpu":
         raise RuntimeError(f"this process already runs on {_started}; JAX cannot change to cpu")
@@ -114,6 +115,11 @@ def configure(kind: str, count: int) -> str:
             f"The mesh needs {count} devices and this process has {available} ({_started}). Received: "
             f"mesh.shape with {count} devices. Make the mesh smaller, or set mesh.devices=simulated."
         )
+    if current().count > 1 and available != count:
+        raise StageError(
+            f"Of several processes the mesh must use all devices: {available} on {current().count} processes "
+            f"({_started}). Received: mesh.shape with {count} devices. Give mesh.shape that product."
+        )
     return _started
 
 
@@ -122,6 +128,9 @@ def _choose(kind: str, count: int) -> str:
     if kind == "simulated":
         return "cpu"
     found = accelerator()
+    if found is not None and current().count > 1:
+        # A process that asks alone would wait for the others' devices.
+        return found
     if found is None:
         if kind == "auto":
             return "cpu"

@@ -112,4 +112,5 @@ def distribution(
     for pattern, spec in rules.items():
         if not any(isinstance(entry, tuple) for entry in spec):
             layout_map[pattern] = tuple(spec)
-    return keras.distribution.ModelParallel(layout_map=layout_map, batch_dim_name=AXES[0])
+    # `Batches` gives each process its own rows already.
+    return keras.distribution.ModelParallel(layout_map=layout_map, batch_dim_name=AXES[0], auto_shard_dataset=False)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import keras
 import numpy as np
 
+from stages.core.sharding.hosts import held_rows
 from stages.core.sharding.mesh import MeshShape
 
 INPUTS = ("token_ids", "target_ids", "weights", "segment_ids")
@@ -59,6 +60,7 @@ class Batches(keras.utils.PyDataset):
         self.batch_size = min(batch_size, self._count)
         self.accumulation = accumulation
         self._padded_size = padded_size(self.batch_size, mesh)
+        self._held = held_rows(self._padded_size, mesh)
         self._seed = seed
         self._order: tuple[int, np.ndarray] | None = None
         self._first_step = first_step
@@ -106,7 +108,8 @@ class Batches(keras.utils.PyDataset):
         """Return a step's arrays; steps count from `first_step`.
 
         They are (batch, length), or with accumulation (batch, batches, length): the first axis is the one that Keras
-        splits over the devices. A batch has its full size, and a group all its batches.
+        splits over the devices. A batch has its full size, and a group all its batches. Of several processes each has
+        the rows of its own devices: Keras puts them together.
         """
         rows = self.rows(self.epoch, self._first_step + step)
         return ({name: self._laid_out(values[rows]) for name, values in self._sequences.items()},)
@@ -117,4 +120,5 @@ class Batches(keras.utils.PyDataset):
         full = np.zeros((self.accumulation * self.batch_size, length), values.dtype)
         full[: len(values)] = values
         group[:, : self.batch_size] = full.reshape(self.accumulation, self.batch_size, length)
-        return group[0] if self.accumulation == 1 else np.ascontiguousarray(group.swapaxes(0, 1))
+        held = group[:, self._held]
+        return held[0] if self.accumulation == 1 else np.ascontiguousarray(held.swapaxes(0, 1))
