@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from stages.core.records.layout import Fallback, LoraConfig, MeshShape, NamedLay
 from stages.core.records.load import LoadMetrics
 from stages.core.records.manifest import License, Manifest, PresetFile
 from stages.core.records.model_config import ModelConfig, TunedWeights
+from stages.core.records.plan import RunKey
 from stages.core.records.prepare import PrepareMetrics
 from stages.core.records.record import FileRecord
 from stages.core.records.sharding import Sharding, WeightRow
@@ -203,3 +205,15 @@ def test_alpha_is_the_rank_unless_it_is_given_and_rank_0_has_no_adapter(given, a
     assert (lora.alpha, lora.targets, lora.scale) == (alpha, targets, scale)
     tuned = TunedWeights(file="x", rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
     assert tuned.lora == lora
+
+
+def test_a_step_with_split_weights_is_another_and_files_leave_out_that_nothing_is_split():
+    whole = RunKey(preset="gemma_7b_en", mesh=[2, 4])
+    split = whole.model_copy(update={"shard_over_batch": "weights"})
+    assert split.matches(split)
+    assert not whole.matches(split)
+    assert "shard_over_batch" not in whole.model_dump()
+    assert RunKey.model_validate(split.model_dump()) == split
+    layout = dataclasses.replace(MODEL.layout, shard_over_batch="optimizer")
+    assert "shard_over_batch" not in MODEL.content()["layout"]
+    assert MODEL.model_copy(update={"layout": layout}).content()["layout"]["shard_over_batch"] == "optimizer"

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import pytest
 
 from stages.core.common.errors import StageError
+from stages.core.records.layout import NamedLayout
 from stages.core.sharding.layout import (
     Rule,
     Weight,
+    axes_of,
     check_replication,
     format_spec,
+    lay_out,
+    lay_out_slot,
     place,
     replicated_fraction,
     resolve,
+    split_over_batch,
 )
 from stages.core.sharding.mesh import MeshShape
 
@@ -94,3 +100,31 @@ def test_too_much_replication_stops_and_lists_the_largest():
 
 def test_a_spec_is_written_as_jax_writes_it():
     assert format_spec((None, "model", ("batch", "model"))) == "PartitionSpec(None, 'model', ('batch', 'model'))"
+
+
+OVER_BATCH = {
+    "a dimension that no axis splits": (QUERY, ("model", None, None), ("model", "batch", None), 1),
+    "not the last one": (Weight("linear", (64, 16), "float32"), ("model", None), (("model", "batch"), None), 0),
+    "the last one if no other divides": (Weight("linear", (4, 16), "float32"), ("model", None), ("model", "batch"), 1),
+    "the longer one": (Weight("output", (8, 16, 64), "float32"), (None, None, "model"), (None, "batch", "model"), 1),
+    "nothing that does not divide": (Weight("odd", (3, 5), "float32"), (None, None), (None, None), None),
+    "no norm scale": (SCALE, (None,), (None,), None),
+    "nothing twice": (QUERY, ("batch", None, "model"), ("batch", None, "model"), None),
+}
+
+
+@pytest.mark.parametrize("case", OVER_BATCH)
+def test_the_batch_axis_splits(case: str):
+    weight, rule, spec, dimension = OVER_BATCH[case]
+    found = split_over_batch(place(weight, Rule(".*", rule), MESH), MESH)
+    assert (found.spec, found.over_batch, found.used) == (spec, dimension, rule)
+    parts = [MESH.sizes[axis] for entry in spec for axis in axes_of(entry)]
+    assert found.bytes_per_device * math.prod(parts) == weight.bytes
+
+
+@pytest.mark.parametrize(("mode", "weight", "slot"), [("none", 1, 1), ("optimizer", 1, 2), ("weights", 2, 2)])
+def test_a_layout_splits_weights_or_slots_over_the_batch_axis(mode, weight, slot):
+    layout = NamedLayout("rules", (Rule(".*kernel", ("model", None, None)),), shard_over_batch=mode)
+    (placed,) = lay_out(layout, [QUERY], MESH)
+    assert placed.bytes_per_device * 4 * weight == QUERY.bytes
+    assert lay_out_slot(layout, QUERY, placed, MESH).bytes_per_device * 4 * slot == QUERY.bytes
