@@ -1,6 +1,6 @@
-"""Compare the tuned model with the baseline on the same held-out reviews, review by review.
+"""Compare each variant of the model with the baseline on the same held-out reviews, review by review.
 
-Reads: `data/evaluations/baseline.csv`, `data/evaluations/tuned.csv`.
+Reads: `data/evaluations/<variant>.csv`; params `variants`.
 Writes: `data/metrics/compare.json`.
 Command: `python -m stages.compare`
 """
@@ -13,18 +13,19 @@ from stages.core.common.paths import evaluation
 
 @stage
 def main(run: Run) -> None:
-    """Compare the tuned model with the baseline on the same held-out reviews."""
-    from stages.core.evaluate.review_losses import difference, read_losses
+    """Compare each variant of the model with the baseline on the same held-out reviews."""
+    from stages.core.evaluate.review_losses import comparison, read_losses
 
-    baseline, tuned = (read_losses(run.paths.read(evaluation(variant))) for variant in ("baseline", "tuned"))
-    values = difference(baseline, tuned)
+    names = ("baseline", "tuned", *run.params.variants)
+    values = comparison({name: read_losses(run.paths.read(evaluation(name))) for name in names})
     run.write_metrics("compare", values)
-    error = values.loss_difference_standard_error
-    logger.info(
-        f"Loss, tuned - baseline: {values.loss_difference:+.4f} nats per token"
-        + ("" if error is None else f", paired standard error {error:.4f}")
-        + f"; perplexity x {values.perplexity_ratio:.4f}"
-    )
+    for name, each in {"tuned": values, **(values.variants or {})}.items():
+        error = each.loss_difference_standard_error
+        logger.info(
+            f"Loss, {name} - baseline: {each.loss_difference:+.4f} nats per token"
+            + ("" if error is None else f", paired standard error {error:.4f}")
+            + f"; perplexity x {each.perplexity_ratio:.4f}"
+        )
 
 
 if __name__ == "__main__":

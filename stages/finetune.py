@@ -58,6 +58,7 @@ def main(run: Run, profile: Path | None) -> None:
         store=store,
         tokenizer=tokenizer,
         chat_template=chat_template,
+        show_curve=lambda rows: write_curve(run.paths.write(CURVE), rows),
         profile=profile,
         load_seconds=time.perf_counter() - began,
     )

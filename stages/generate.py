@@ -1,7 +1,7 @@
-"""Continue the prompts with a variant of the model: before tuning (baseline) or after (tuned).
+"""Continue the prompts with a variant of the model: before tuning (baseline), after (tuned), or with another adapter.
 
-Reads: `models/<variant>/`, the preset; params `generate`.
-Writes: `data/generated/<variant>.jsonl`, `data/metrics/generate-<variant>.json`; nothing with --prompt or --chat.
+Reads: `models/<variant>/` or the folder that `variants` names, the preset; params `generate` and `variants`.
+Writes: `data/generated/<variant>.jsonl`, `data/metrics/generate/<variant>.json`; nothing with --prompt or --chat.
 Command: `python -m stages.generate --variant tuned`; to try something, with one variant or both,
 `python -m stages.generate --prompt "This movie was"` or `python -m stages.generate --chat`
 """
@@ -12,12 +12,15 @@ import time
 
 from stages.core.cli import Run, click, logger, stage
 
-VARIANTS = ["baseline", "tuned"]
+BOTH = ("baseline", "tuned")
 
 
 @stage
 @click.option(
-    "--variant", type=click.Choice(VARIANTS), help="The model to prompt; with --prompt and --chat, else both."
+    "--variant",
+    metavar="NAME",
+    help="The model to prompt: baseline, tuned, or a name in the setting variants. With --prompt and --chat it may be "
+    "left out: then the first two answer.",
 )
 @click.option("--prompt", multiple=True, metavar="TEXT", help="Continue this and write nothing; may be repeated.")
 @click.option("--chat", is_flag=True, help="Converse in the chat template, and write nothing.")
@@ -27,6 +30,8 @@ def main(run: Run, variant: str | None, prompt: tuple[str, ...], chat: bool) -> 
         raise click.UsageError("--prompt and --chat do not go together.")
     if not (variant or prompt or chat):
         raise click.UsageError("Missing option '--variant'. It may be left out with --prompt or --chat.")
+    names = [variant] if variant else BOTH
+    logger.info(f"Loading {' and '.join(names)} ...")
     from stages.core.common import paths
     from stages.core.generate import diversity, prompting
     from stages.core.generate.chat import converse
@@ -50,7 +55,8 @@ def main(run: Run, variant: str | None, prompt: tuple[str, ...], chat: bool) -> 
     preset = variants.open_preset(run.paths)
     tokenizer = format_of(preset.manifest.format).load_tokenizer(preset.folder)
     prompts, stops = prompting.encode(tokenizer, texts, chat_template=chat or settings.chat_template)
-    sides = open_sides(run.paths, preset, tokenizer, [variant] if variant else VARIANTS, settings, stops)
+    trying = bool(prompt) or chat
+    sides = open_sides(run.paths, preset, tokenizer, names, run.params.variants, settings, stops, trying=trying)
     if chat:
         logger.info("An empty line begins a new conversation; Ctrl-D ends.")
         converse(sides, ask, write, settings.max_tokens, settings.seed)
@@ -75,7 +81,7 @@ def main(run: Run, variant: str | None, prompt: tuple[str, ...], chat: bool) -> 
             for (text, number), each in zip(numbered, found, strict=True)
         ],
     )
-    run.write_metrics(f"generate-{sides[0].variant}", diversity.metrics(len(prompts), tokens, seconds))
+    run.write_metrics(f"generate/{sides[0].variant}", diversity.metrics(len(prompts), tokens, seconds))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stages.core.cli import Run, click, stage
+from stages.core.cli import Run, click, logger, stage
 
 
 @stage
@@ -27,6 +27,7 @@ from stages.core.cli import Run, click, stage
 )
 def main(run: Run, presets: Path | None, published: Path | None) -> None:
     """Report what training steps need on absent devices, by ahead-of-time compilation."""
+    logger.info("Planning train steps on absent devices ...")
     from stages.core.common import inputs
     from stages.core.common.paths import PLAN
     from stages.core.plan import compilation, presets_table, search, table, targets

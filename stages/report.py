@@ -35,7 +35,7 @@ def main(run: Run, revisions: tuple[str, ...], show: bool) -> None:
         from stages.core.report.page import render
         from stages.core.report.summary import summary
 
-        inputs = read_inputs(run.paths)
+        inputs = read_inputs(run.paths, run.params.variants)
         relative, page = REPORT, render(inputs, run.params)
         summary(inputs, run.params).write(run.paths.write(SUMMARY))
         for missing, command in inputs.missing.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import shutil
@@ -49,6 +50,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group(f"{item.path.parent.name} {item.path.stem}"))
 
 
+def pytest_collection_finish() -> None:
+    """Have Python look for cycles seldom: each look goes through all of JAX, Keras and TensorFlow again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 100)
+
+
 @pytest.fixture(scope="session")
 def devices() -> int:
     """Set this process up for eight simulated devices, once."""
@@ -87,7 +95,7 @@ def no_distribution_left() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def real_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded model's file, fetched as a person would where it is not there yet."""
+    """The embedded model's file, fetched as a user would where it is not there yet."""
     environment = {**os.environ, "GEMMA_TUNING_CACHE": str(REAL_CACHE)}
     command = [sys.executable, "-m", "stages.fetch", "--out-root", str(tmp_path_factory.mktemp("fetched"))]
     fetched = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

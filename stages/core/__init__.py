@@ -5,12 +5,12 @@ Each line needs only lines below it, so there are no cycles.
 
     preview   -> plan sharding fetch presets config cli records common
     plan      -> finetune load model tokenize sharding fetch presets config records common files
-    export    -> fetch load model tokenize sharding presets config records common files
+    export    -> evaluate fetch load model tokenize sharding presets config records common files
     cache     -> finetune
     finetune  -> adapters generate load model tokenize sharding presets config records common files
+    evaluate  -> generate model tokenize sharding presets records common files
+    generate  -> adapters load model tokenize presets config records common
     adapters  -> load presets records common files
-    generate  -> load model tokenize presets config records common
-    evaluate  -> tokenize sharding presets records common files
     model     -> sharding presets common
     load      -> sharding presets records common files
     prepare   -> fetch presets config records common files

@@ -22,7 +22,7 @@ from typing import Any
 
 import click
 
-from stages.core.common.errors import ParamsError, StageError
+from stages.core.common.errors import ParamsError, StageError, shown
 from stages.core.common.installed import check_installed
 from stages.core.common.paths import Paths, check_outputs, lend_a_home, metrics
 from stages.core.common.redaction import guard_standard_error
@@ -76,6 +76,8 @@ def stage(function: Callable[..., None]) -> click.Command:
         with mistakes_in_lines(verbose):
             root = Path.cwd()
             params = read_params(root / "params.yaml", overrides)
+            if options.get("variant"):
+                _check_variant(params, options["variant"])
             writes = not any(options.get(name) for name in ("check", "dry_run", "verify", "prompt", "chat"))
             if writes and overrides and out_root is None and not os.environ.get("DVC_STAGE"):
                 click.echo(
@@ -86,11 +88,23 @@ def stage(function: Callable[..., None]) -> click.Command:
                 check_installed(root / REQUIREMENTS)
             run = Run(params, Paths(root, (out_root or root).resolve()), verbose)
             if writes:
-                variant = options.get("variant")
-                check_outputs(run.paths.out_root, f"{name} --variant {variant}" if variant else name)
+                check_outputs(run.paths.out_root, name)
             function(run, **options)
 
     return click.command(help=function.__doc__)(command)
+
+
+def _check_variant(params: Params, name: str) -> None:
+    """Refuse a --variant that is not there.
+
+    Raises:
+        ParamsError: names those that are.
+    """
+    if name not in params.every_variant:
+        raise ParamsError(
+            f"--variant must be one of {', '.join(params.every_variant)}. Received: --variant={shown(name)}\n"
+            "Name an adapter's folder in the section variants of params.yaml to have it as a variant."
+        )
 
 
 @contextlib.contextmanager

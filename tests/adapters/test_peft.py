@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from stages.core.adapters.adapted import load_adapted
+from stages.core.adapters.adapted import load_adapted, open_variant
+from stages.core.adapters.bases import check_base
 from stages.core.adapters.peft import read_peft
 from stages.core.adapters.peft_weights import AdaptedSource, keras_kernels
-from stages.core.common.errors import StageError
+from stages.core.common.errors import ParamsError, StageError
 from stages.core.common.paths import Paths
 from stages.core.export.adapter import common_rank, lora_modules, peft_tensors
 from stages.core.load import adapter
+from stages.core.records.manifest import License, Manifest
 from tests.support.repository import FAMILIES
 from tests.support.tiny_models import describe, load_tiny, open_tiny
 from tests.support.tuned_models import ALL_LAYERS, logits, tuned
@@ -44,6 +46,12 @@ def query_only(blocks: int = 2, rank: int = 3, inputs: int = 64) -> dict[str, np
         for number in range(blocks)
         for matrix, shape in (("A", (rank, inputs)), ("B", (64, rank)))
     }
+
+
+def manifest(preset: str, source: str = "kaggle") -> Manifest:
+    """A manifest with nothing but a name."""
+    terms = License("Gemma Terms of Use", "https://ai.google.dev/gemma/terms")
+    return Manifest(preset=preset, source=source, format="keras", handle=None, folder="x", license=terms, files=())
 
 
 @pytest.fixture(scope="module")
@@ -102,9 +110,37 @@ def test_a_variant_of_our_adapter_is_the_tuned_model_in_either_form(ours, tmp_pa
 
 def test_a_folder_without_an_adapter_is_no_variant(ours, tmp_path):
     model, _ = ours["gemma2"]
-    describe(model.preset, (1, 1)).write(tmp_path / "models/baseline/model.json")
-    with pytest.raises(StageError, match=r"must hold adapter_config.json and .* Received: "):
-        load_adapted(Paths(tmp_path, tmp_path), tmp_path, model.preset)
+    said = r"variants\.mine must name a folder with adapter_config.json and .* Received: variants\.mine=nowhere"
+    with pytest.raises(ParamsError, match=said):
+        open_variant(Paths(tmp_path, tmp_path), "mine", {"mine": "nowhere"}, model.preset)
+
+
+@pytest.mark.parametrize(
+    "named", ["google/gemma-3-270m-it", "unsloth/gemma-3-1b-pt", "google/gemma-2-2b", "gemma-270m"]
+)
+def test_an_adapter_of_another_gemma_is_refused_by_the_name_of_its_base(named):
+    with pytest.raises(StageError, match=f"put on, gemma3_270m. Received: base_model_name_or_path={named} in mine\n"):
+        check_base(named, manifest("gemma3_270m"), Path("mine"))
+
+
+@pytest.mark.parametrize(
+    ("preset", "named"),
+    [
+        ("gemma3_270m", "google/gemma-3-270m"),
+        ("gemma3_instruct_1b", "unsloth/gemma-3-1b-it-unsloth-bnb-4bit"),
+        ("kaggle://keras/gemma/keras/gemma_1.1_instruct_2b_en/4", "google/gemma-1.1-2b-it"),
+        ("hf://google/gemma-3-1b-pt@main", "/models/Gemma-3-1B"),
+        ("code_gemma_2b_en", "google/codegemma-2b"),
+        ("gemma3_270m", "/data/base"),
+        ("gemma3_270m", None),
+    ],
+)
+def test_the_same_gemma_by_another_name_and_a_base_without_one_are_taken(preset, named):
+    check_base(named, manifest(preset), Path("mine"))
+
+
+def test_of_a_local_preset_the_label_says_nothing():
+    check_base("google/gemma-2-2b", manifest("gemma3_270m", source="path"), Path("mine"))
 
 
 @pytest.mark.parametrize(

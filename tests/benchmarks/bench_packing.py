@@ -47,10 +47,10 @@ def main() -> None:
         settings = (f"finetune.steps={steps}", f"finetune.epochs={epochs}")
         run(out, "finetune", *settings, "finetune.sample_every=null", "finetune.checkpoint_every=null")
         run(out, "evaluate --variant tuned")
-        loss = {"packed": read(here, "evaluate-tuned")["loss"], "truncated": read(out, "evaluate-tuned")["loss"]}
+        loss = {"packed": read(here, "evaluate/tuned")["loss"], "truncated": read(out, "evaluate/tuned")["loss"]}
     packed = read(here, "tokenize")
     click.echo(
-        f"{steps} steps of {batch} sequences; held-out loss before: {read(here, 'evaluate-baseline')['loss']:.4f}"
+        f"{steps} steps of {batch} sequences; held-out loss before: {read(here, 'evaluate/baseline')['loss']:.4f}"
     )
     click.echo(f"packed: {packed['train']['sequences']} sequences, held-out loss {loss['packed']:.4f}")
     click.echo(

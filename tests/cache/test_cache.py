@@ -14,6 +14,7 @@ from click.testing import CliRunner
 
 from stages.cache import main
 from stages.core.finetune.checkpoint import Store, lock_of
+from tests.support import warm
 from tests.support.repository import ROOT
 
 PROGRAM = """
@@ -35,7 +36,7 @@ with records_on_standard_error():
 
 def compile_something(cache: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "GEMMA_TUNING_CACHE": str(cache)}
-    return subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, env=environment, capture_output=True, text=True)
+    return subprocess.run([warm.python(), "-c", PROGRAM], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 def test_a_damaged_program_is_noticed_compiled_anew_and_replaced(tmp_path: Path):

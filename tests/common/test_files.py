@@ -1,4 +1,4 @@
-"""Files are whole or not there, as readable as any other of the person's, and told of in two lines when not written."""
+"""Files are whole or not there, as readable as any other of the user's, and told of in two lines when not written."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 
 from stages.core import files
-from stages.core.common.paths import MAKERS, maker_of
+from stages.core.common.paths import MAKERS, OF_VARIANTS, maker_of
 from stages.core.load.adapter import save
 from stages.core.records.finetune import Sample
-from tests.support.repository import ROOT, STAGES, outputs
+from tests.support import warm
+from tests.support.repository import ROOT, STAGES, outputs, variants_of
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
-def test_an_output_is_as_readable_as_the_persons_other_files_and_the_umask_is_left_alone(tmp_path, monkeypatch, mask):
+def test_an_output_is_as_readable_as_the_users_other_files_and_the_umask_is_left_alone(tmp_path, monkeypatch, mask):
     before = os.umask(mask)
     umask = os.umask
     monkeypatch.setattr(os, "umask", lambda value: pytest.fail(f"the umask was {value} for a moment"))
@@ -88,7 +89,7 @@ def test_no_samples_make_a_file_that_is_not_empty_since_dvc_would_warn_of_it(tmp
     assert path.read_text() == "".join(f'{{"step": {step}, "prompt": "p", "text": "t"}}\n' for step in (1, 2))
 
 
-# --- As a person sees it. ---
+# --- As a user sees it. ---
 
 
 def blocked(path: Path) -> Path:
@@ -102,7 +103,7 @@ def test_an_output_that_cannot_be_written_ends_in_two_lines(tmp_path):
     (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
     data = ["source=files", "train_file=reviews.txt", "validation=2", "min_characters=1", "take=null"]
     options = [text for each in data for text in ("--set", f"prepare.{each}")]
-    command = [sys.executable, "-m", "stages.prepare", *options, "--out-root", str(blocked(tmp_path / "out"))]
+    command = [warm.python(), "-m", "stages.prepare", *options, "--out-root", str(blocked(tmp_path / "out"))]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.returncode == 1, result.stderr
@@ -128,7 +129,8 @@ runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
 
 @pytest.mark.parametrize("relative, command", MAKERS.items())
 def test_a_stage_that_could_not_write_an_output_ends_in_two_lines_before_it_works(relative, command, tmp_path):
-    name, *options = command.split()
+    name = command
+    options = ["--variant", "tuned"] if command in OF_VARIANTS else []
     # A file where the output's folder would be (`models` and `data` themselves hold those of other stages).
     folder = tmp_path / (Path(relative).parent if Path(relative).suffix else Path(*Path(relative).parts[:2]))
     folder.parent.mkdir(exist_ok=True)
@@ -142,9 +144,9 @@ def test_a_stage_that_could_not_write_an_output_ends_in_two_lines_before_it_work
 
 
 def test_the_makers_write_all_that_dvc_knows_of():
-    for name, stage in STAGES.items():
-        variants = stage.get("matrix", {"variant": [""]})["variant"]
-        expected = {f"python -m stages.{name}" + (f" --variant {variant}" if variant else "") for variant in variants}
+    for name in STAGES:
+        written_for = variants_of(name)
+        expected = {f"python -m stages.{name}" + (f" --variant {each}" if each else "") for each in written_for}
         assert {maker_of(path) for path in outputs(name)} == expected
 
 
@@ -162,7 +164,7 @@ def without_home(module: str, *arguments: str, cwd: Path, **environment: str) ->
     kept = {
         key: value for key, value in os.environ.items() if key not in ("HOME", "GEMMA_TUNING_CACHE", "XDG_CACHE_HOME")
     }
-    command = [sys.executable, "-c", WITHOUT_HOME, module, *arguments]
+    command = [warm.python(), "-c", WITHOUT_HOME, module, *arguments]
     given = {**kept, "PYTHONPATH": str(ROOT), **environment}
     return subprocess.run(command, cwd=cwd, env=given, capture_output=True, text=True)
 

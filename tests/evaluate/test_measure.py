@@ -226,6 +226,19 @@ def test_the_difference_is_that_of_the_two_losses_and_the_ratio_that_of_the_perp
     assert (compared.targets, compared.reviews) == (before.targets, before.reviews)
 
 
+def test_each_further_variant_is_compared_with_the_baseline(tmp_path):
+    baseline, tuned = made_up(50)
+    other = made_up(50, seed=1)[1]
+    other = ReviewLosses(**{**vars(tuned), "loss": tuned.loss + 1.0, "correct": other.correct})
+    compared = review_losses.comparison({"baseline": baseline, "tuned": tuned, "mine": other})
+    assert compared.variants == {"mine": review_losses.difference(baseline, other)}
+    assert compared.loss_difference == review_losses.difference(baseline, tuned).loss_difference
+    without = review_losses.comparison({"baseline": baseline, "tuned": tuned})
+    assert "variants" not in without.content()
+    with pytest.raises(StageError, match="Baseline and mine must be measured on the same"):
+        review_losses.comparison({"baseline": baseline, "tuned": tuned, "mine": made_up(4)[1]})
+
+
 def test_variants_that_were_measured_on_other_text_are_not_compared(tmp_path):
     baseline, tuned = made_up(3)
     for name, values in (("sequence", ["a", "b", "c"]), ("targets", [1, 2, 3])):

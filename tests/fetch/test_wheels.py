@@ -322,7 +322,7 @@ def test_whoever_comes_second_waits_for_the_first_and_says_so(tmp_path, logged):
     assert logged() == ["Another run is fetching file; waiting for it."]
 
 
-def test_a_cache_folder_that_cannot_be_made_is_the_persons_to_mend(tmp_path):
+def test_a_cache_folder_that_cannot_be_made_is_the_users_to_mend(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with (
         pytest.raises(StageError, match=r"must be writable\. Received: .*\nSet GEMMA_TUNING_CACHE"),

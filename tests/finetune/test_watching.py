@@ -7,7 +7,7 @@ import re
 import jax
 import pytest
 
-from stages.core.finetune import trainer
+from stages.core.finetune import callback, trainer
 from stages.core.generate.sampling import Sampler, SamplerSettings
 from stages.core.model.causal_lm import make_model
 from stages.core.presets.formats import format_of
@@ -53,6 +53,30 @@ def test_validation_comes_when_it_is_wanted_and_changes_nothing(presets, plain):
     assert measured() == [4]
     assert measured(validate_every=1) == [1, 2, 3, 4]
     assert measured(validate_every=3) == [3, 4]
+
+
+def test_the_curve_is_shown_while_the_run_goes_on_and_an_error_there_never_ends_it(presets, monkeypatch):
+    monkeypatch.setattr(callback, "CURVE_SECONDS", 0.0)
+    shown = []
+
+    def show(rows):
+        shown.append(len(rows))
+        raise OSError("no room")
+
+    train(presets["gemma3"], settings(batch_size=2), show_curve=show)
+    assert shown == [1, 2, 3, 4]
+
+
+def test_validation_takes_the_first_held_out_sequences(presets):
+    given = data(held_out=4)
+    first = {**given, "validation": {name: array[:3] for name, array in given["validation"].items()}}
+    wanted = settings(batch_size=2)
+    results = [
+        train(presets["gemma3"], wanted.model_copy(update={"validate_sequences": number}), chosen)[0]
+        for number, chosen in ((3, given), (None, first), (None, given))
+    ]
+    asked, three, all_four = [result.history.rows[-1].validation_loss for result in results]
+    assert asked == three != all_four
 
 
 def test_early_stopping_gives_the_weights_of_the_lowest_held_out_loss(presets, logged):

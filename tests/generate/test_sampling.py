@@ -77,7 +77,7 @@ def test_merged_adapters_are_keras_own_sum_and_change_no_text(presets, sampler, 
     before = [variable.value for variable in model.backbone.variables]
     base, where = [layer._kernel.value for layer in layers], [layer._kernel.value.sharding for layer in layers]
     kept = [np.asarray(each) for each in base]
-    lora.merge(model.backbone, keep_base=keep_base)
+    lora.set_aside(model.backbone, keep_base=keep_base)()
     for layer, summed, sharding in zip(layers, sums, where, strict=True):
         np.testing.assert_allclose(np.asarray(layer._kernel.value), summed, rtol=1e-6, atol=1e-6)
         assert layer._kernel.value.sharding == sharding

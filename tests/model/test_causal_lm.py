@@ -6,7 +6,6 @@ import functools
 import json
 import re
 import subprocess
-import sys
 
 import hypothesis
 import jax
@@ -18,6 +17,7 @@ from hypothesis import strategies as some
 from stages.core.config.schema import Layout
 from stages.core.model.causal_lm import make_model, pin_to_mesh
 from stages.core.tokenize.batches import Batches
+from tests.support import warm
 from tests.support.repository import FAMILIES, ROOT
 from tests.support.tiny_models import AUTO, keras_inputs, load_tiny, sequences
 from tests.support.tiny_presets import write_tiny_preset
@@ -210,7 +210,7 @@ for preset, length in json.loads(sys.argv[1]):
 def test_auto_on_twelve_devices_trains_measures_and_generates_what_one_device_does(presets, odd_presets):
     """Twelve divide the hidden and feed-forward sizes of the odd presets, and their length; of the others nothing."""
     asked = [*([str(odd_presets[family]), 36] for family in FAMILIES), [str(presets["gemma3"]), 32]]
-    command = [sys.executable, "-c", TWELVE, json.dumps(asked)]
+    command = [warm.python(), "-c", TWELVE, json.dumps(asked)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     found = [json.loads(line.removeprefix("FOUND ")) for line in run.stdout.splitlines() if line.startswith("FOUND ")]

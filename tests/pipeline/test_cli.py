@@ -1,4 +1,4 @@
-"""Each stage by itself, as a person types it: help at once, mistakes in a line, the right exit code."""
+"""Each stage by itself, as a user types it: help at once, mistakes in a line, the right exit code."""
 
 from __future__ import annotations
 
@@ -61,7 +61,9 @@ def test_a_wrong_setting_ends_with_exit_code_2_before_anything_heavy(stage: str)
 
 def test_a_wrong_option_ends_with_exit_code_2():
     assert run("-m", "stages.load", "--meshes").returncode == 2
-    assert run("-m", "stages.generate", "--variant", "neither").returncode == 2
+    unknown = run("-m", "stages.generate", "--variant", "neither", "--set", "variants.mine=adapters/mine")
+    assert unknown.returncode == 2
+    assert "must be one of baseline, tuned, mine. Received: --variant=neither" in unknown.stderr
     for options, told in (([], "--variant"), (["--chat", "--prompt", "So"], "--chat")):
         result = run("-m", "stages.generate", *options)
         assert result.returncode == 2

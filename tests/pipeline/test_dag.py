@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ast
 import subprocess
+from pathlib import Path
 
 import pytest
 
 from stages.core.common.code import ROOT, dependencies
 from stages.core.config.reader import read_params
 from stages.core.config.schema import Params, without
-from tests.support.repository import STAGES, outputs
+from tests.support.repository import STAGES, of_variant, outputs, variants_of
 
 # Scripts that change settings or clean up, and make nothing: no stage of the pipeline.
 COMMANDS = {"cache", "profile"}
@@ -60,17 +61,17 @@ def test_the_params_sections_are_those_that_the_script_reads(stage: str):
         for node in ast.walk(tree)
     )
     listed = {name.partition(".")[0] for name in STAGES[stage].get("params", [])}
-    # Samples while training are put in the chat format if generate says so; they are no result.
-    assert listed == (
-        set(Params.model_fields) if passes_all else read - ({"generate"} if stage == "finetune" else set())
-    )
+    # Samples while training are put in the chat format if generate says so; they are no result. A stage for each
+    # variant depends on the folder of its own.
+    apart = {"finetune": {"generate"}, "generate": {"variants"}, "evaluate": {"variants"}}
+    assert listed == (set(Params.model_fields) if passes_all else read - apart.get(stage, set()))
 
 
 def test_every_listed_setting_exists():
     params = read_params(ROOT / "params.yaml").model_dump()
     for stage in STAGES.values():
         for section, _, key in (name.partition(".") for name in stage.get("params", [])):
-            assert not key or key in params[section], f"{section}.{key}"
+            assert section in params and (not key or key in params[section]), f"{section}.{key}"
 
 
 @pytest.mark.parametrize(("stage", "unused"), [("finetune", ["display"]), ("plan", ["display", "run"])])
@@ -110,12 +111,12 @@ def test_no_output_that_dvc_keeps_is_in_git_too():
 
 
 def test_what_a_stage_reads_of_the_pipeline_is_what_another_writes():
-    written = {path for stage in STAGES for path in outputs(stage)}
+    written = {Path(path) for stage in STAGES for path in outputs(stage)}
     for name, stage in STAGES.items():
-        for path in stage["deps"]:
-            if path.startswith(("data/", "models/")) and not path.startswith("data/inputs/"):
-                for variant in ("baseline", "tuned"):
-                    assert path.replace("${item.variant}", variant) in written, (name, path)
+        for path in (Path(of_variant(each, variant)) for each in stage["deps"] for variant in variants_of(name)):
+            if path.parts[0] in ("data", "models") and path.parts[1] != "inputs":
+                # A folder of outputs, or a file of an output, is one too.
+                assert any(path.is_relative_to(each) or each.is_relative_to(path) for each in written), (name, path)
 
 
 def test_stage_scripts_are_short_and_straight():

@@ -21,8 +21,8 @@ from tests.support.repository import DATA, REAL_CACHE
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("default run")]
 
-# The cache that a person's runs have, and programs compiled as theirs are.
-AS_A_PERSON = {"GEMMA_TUNING_CACHE": str(REAL_CACHE), "PYTHONPATH": ""}
+# The cache that a user's runs have, and programs compiled as theirs are.
+AS_A_USER = {"GEMMA_TUNING_CACHE": str(REAL_CACHE), "PYTHONPATH": ""}
 # Of 186 steps 16, each larger; of 20 held-out reviews the first 128 tokens; no plan (tests/config compiles those of the
 # profiles).
 SHORTER = {
@@ -40,7 +40,7 @@ def repository(real_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     folder = copy_repository(tmp_path_factory.mktemp("default"))
     for section, values in SHORTER.items():
         change(folder, section, **values)
-    dvc(folder, "repro", **AS_A_PERSON)
+    dvc(folder, "repro", forked=False, **AS_A_USER)
     return folder
 
 
@@ -50,7 +50,7 @@ def read(repository: Path, name: str) -> dict:
 
 
 def test_the_tuned_model_is_less_surprised_by_reviews_it_has_not_seen(repository: Path):
-    before, after = read(repository, "evaluate-baseline"), read(repository, "evaluate-tuned")
+    before, after = read(repository, "evaluate/baseline"), read(repository, "evaluate/tuned")
     assert before["targets"] == after["targets"] > 2_000
     assert before["reviews"] == 20
     assert before["reviews_cut"] == after["reviews_cut"]
@@ -89,7 +89,7 @@ def test_the_prompts_are_continued_differently_after_tuning(repository: Path):
 
 
 def test_a_second_repro_runs_nothing(repository: Path):
-    assert ran(dvc(repository, "repro", **AS_A_PERSON)) == set()
+    assert ran(dvc(repository, "repro", forked=False, **AS_A_USER)) == set()
 
 
 def test_the_baseline_loss_on_a_review_is_hugging_faces(repository: Path):
@@ -101,10 +101,10 @@ def test_the_baseline_loss_on_a_review_is_hugging_faces(repository: Path):
     subprocess.run(
         [sys.executable, "-m", "stages.evaluate", "--variant", "baseline", "--out-root", str(trial)],
         cwd=repository,
-        env={**os.environ, **AS_A_PERSON},
+        env={**os.environ, **AS_A_USER},
         check=True,
         capture_output=True,
     )
-    measured = json.loads((trial / "data/metrics/evaluate-baseline.json").read_text())
+    measured = json.loads((trial / "data/metrics/evaluate/baseline.json").read_text())
     assert measured["targets"] == len(review)
     assert measured["loss"] == pytest.approx(expected["loss"], abs=2e-5)

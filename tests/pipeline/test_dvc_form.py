@@ -35,7 +35,7 @@ def test_an_experiment_changes_the_line_of_its_setting_and_freezing_a_stage_noth
     written = subprocess.run(queued, cwd=repository, capture_output=True, text=True, check=True).stdout
     assert SETTINGS.count("\n  rank: 8\n") == 1
     assert written == SETTINGS.replace("\n  rank: 8\n", "\n  rank: 16\n")
-    # What `exp run` without --queue does to the person's own file.
+    # What `exp run` without --queue does to the user's own file.
     apply_overrides(repository / "params.yaml", ["finetune.rank=16"])
     assert (repository / "params.yaml").read_text() == written
 
@@ -59,7 +59,7 @@ def values_of(annotation: object) -> list[str]:
 SETTABLE = [
     (f"{section}.{key}", value)
     for section, each in Params.model_fields.items()
-    for key, field in each.annotation.model_fields.items()
+    for key, field in getattr(each.annotation, "model_fields", {}).items()
     for value in values_of(field.annotation)
 ]
 

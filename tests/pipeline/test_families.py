@@ -7,13 +7,13 @@ import math
 import os
 import shutil
 import subprocess
-import sys
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
+from tests.support import warm
 from tests.support.copies import change
 from tests.support.hf_folder import write_hugging_face
 from tests.support.repository import FAMILIES, ROOT
@@ -30,8 +30,10 @@ STAGES = [
     ("generate", "--variant", "tuned"),
     ("evaluate", "--variant", "baseline"),
     ("evaluate", "--variant", "tuned"),
-    ("compare",),
     ("export",),
+    ("generate", "--variant", "exported"),
+    ("evaluate", "--variant", "exported"),
+    ("compare",),
     ("report",),
 ]
 
@@ -78,6 +80,8 @@ def test_a_family_goes_through_every_stage_in_each_form(family, presets, tmp_pat
     change(tmp_path, "mesh", shape=[1, 2])
     change(tmp_path, "finetune", batch_size=2, steps=3, learning_rate=0.01, schedule="constant", warmup_steps=0)
     change(tmp_path, "finetune", sample_every=None, checkpoint_every=None)
+    # What export writes is one more variant: it must be the tuned model.
+    change(tmp_path, "variants", exported="models/export/peft")
     change(tmp_path, "generate", max_tokens=3, prompts=["This movie was"])
 
     folder = FORMS[family](presets[family], tmp_path / "original")
@@ -85,16 +89,19 @@ def test_a_family_goes_through_every_stage_in_each_form(family, presets, tmp_pat
     with hub_server.serving(hub_server.Hub(REPO, files)) as hub:
         environment = os.environ | hub_server.hub_environment(hub.url, tmp_path / "home") | {"PYTHONPATH": str(ROOT)}
         # The client reads its environment once, when it is imported.
-        subprocess.run([sys.executable, "-m", "stages.fetch"], env=environment, check=True, capture_output=True)
+        subprocess.run([warm.python(), "-m", "stages.fetch"], env=environment, check=True, capture_output=True)
     shutil.rmtree(folder)
     run("prepare")
     for stage in STAGES:
         run(*stage)
-    baseline, tuned = measured(tmp_path, "evaluate-baseline"), measured(tmp_path, "evaluate-tuned")
+    baseline, tuned = measured(tmp_path, "evaluate/baseline"), measured(tmp_path, "evaluate/tuned")
     assert math.isfinite(tuned["loss"])
     assert tuned["loss"] < baseline["loss"]
     compared = measured(tmp_path, "compare")
     assert compared["loss_difference"] == pytest.approx(tuned["loss"] - baseline["loss"], abs=2e-5)
+    assert compared["variants"]["exported"]["loss_difference"] == pytest.approx(compared["loss_difference"], abs=2e-5)
+    texts = [(tmp_path / f"data/generated/{name}.jsonl").read_text() for name in ("tuned", "exported")]
+    assert texts[0] == texts[1]
     assert (tmp_path / "data/report/index.html").stat().st_size > 10_000
 
     # The same weights in one file give the same model.
@@ -102,4 +109,4 @@ def test_a_family_goes_through_every_stage_in_each_form(family, presets, tmp_pat
     run("fetch")
     run("load")
     run("evaluate", "--variant", "baseline")
-    assert measured(tmp_path, "evaluate-baseline") == baseline
+    assert measured(tmp_path, "evaluate/baseline") == baseline

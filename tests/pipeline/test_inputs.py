@@ -18,7 +18,7 @@ from tests.support.repository import ROOT, STAGES
 pytestmark = pytest.mark.xdist_group("pipeline")
 
 
-def test_the_place_of_an_input_is_a_link_to_the_persons_file_or_to_none(tmp_path: Path):
+def test_the_place_of_an_input_is_a_link_to_the_users_file_or_to_none(tmp_path: Path):
     paths = Paths(tmp_path / "repository", tmp_path / "repository")
     place = tmp_path / "repository/data/inputs/prepare/train_file"
     none = (ROOT / "data/inputs/none").read_text()
@@ -70,7 +70,7 @@ def prepare(repository: Path) -> set[str]:
     return ran(dvc(repository, "repro", "prepare"))
 
 
-def test_an_edit_of_the_persons_own_files_reruns_prepare_and_no_older_text_comes_back(repository: Path, tmp_path: Path):
+def test_an_edit_of_the_users_own_files_reruns_prepare_and_no_older_text_comes_back(repository: Path, tmp_path: Path):
     train, held_out = tmp_path / "train.csv", repository / "held_out.csv"
     train.write_text(rows(0))
     held_out.write_text(rows(40))
@@ -112,7 +112,7 @@ def test_an_edit_of_a_preset_folder_or_of_a_dataset_is_seen(repository: Path, tm
     assert (repository / "models/preset/manifest.json").read_bytes() != manifest
 
 
-# --- Experiments with data of the person's own. ---
+# --- Experiments with data of the user's own. ---
 
 
 @pytest.fixture
@@ -126,7 +126,7 @@ def on_own_data(repository: Path) -> Path:
     return repository
 
 
-def test_an_experiment_leaves_the_persons_own_files_and_settings_as_they_are(on_own_data: Path):
+def test_an_experiment_leaves_the_users_own_files_and_settings_as_they_are(on_own_data: Path):
     assert ran(dvc(on_own_data, "exp", "run", "prepare", "-S", "prepare.seed=1")) == {"prepare"}
     assert (on_own_data / "own/mine.csv").read_text() == rows(0)
     settings = read_params(on_own_data / "params.yaml").prepare

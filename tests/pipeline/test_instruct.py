@@ -78,7 +78,7 @@ def test_the_tuned_model_answers_an_unseen_prompt_and_ends_its_turn(project: Pat
     (line,) = (project / "data/generated/tuned.jsonl").read_text().splitlines()
     # The prompt is kept as it was written; the text ends where <end_of_turn> came, well before the last token allowed.
     assert json.loads(line) == {"prompt": "What of the film about two brothers?", "text": RESPONSE}
-    assert metrics(project, "generate-tuned")["tokens"] < 24
+    assert metrics(project, "generate/tuned")["tokens"] < 24
 
 
 def test_both_variants_answer_in_a_chat_and_each_goes_on_with_its_own_answers(project: Path, monkeypatch):
@@ -103,7 +103,7 @@ def test_samples_while_training_are_asked_for_in_turns_too(project: Path):
 
 
 def test_loss_and_perplexity_are_over_the_responses_tokens(project: Path):
-    counts, measured = metrics(project, "tokenize"), metrics(project, "evaluate-tuned")
+    counts, measured = metrics(project, "tokenize"), metrics(project, "evaluate/tuned")
     (ids,) = ChatTemplate(Tokenizer.from_proto(tiny_proto())).responses([RESPONSE])
     assert counts["train"]["response_tokens"] == 24 * len(ids)
     assert measured["targets"] == counts["validation"]["response_tokens"] == 6 * len(ids)

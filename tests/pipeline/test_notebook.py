@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from tests.support import warm
 from tests.support.copies import copy_repository
 from tests.support.repository import ROOT
 from tests.support.tiny_presets import tiny_reviews
@@ -24,7 +24,12 @@ def executed(presets: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     """What each cell showed, by the cell's id."""
     folder = copy_repository(tmp_path_factory.mktemp("repository"))
     (folder / "reviews.txt").write_text("\n".join(review.replace("\n", " ") for review in tiny_reviews(12)) + "\n")
-    (folder / ".venv").symlink_to(sys.prefix)
+    # Python and DVC that start at once, in the place of the environment's.
+    programs = {"python": f'{warm.python()} "$@"', "dvc": f'{warm.python("dvc")} -m dvc "$@"'}
+    (folder / ".venv/bin").mkdir(parents=True)
+    for name, command in programs.items():
+        (folder / ".venv/bin" / name).write_text(f"#!/bin/sh\nexec {command}\n")
+        (folder / ".venv/bin" / name).chmod(0o755)
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     small = [
         "fetch.source=path",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 
 import pytest
 
 from stages.core.common.paths import MANIFEST
 from stages.core.fetch.kaggle import fetch_kaggle
 from stages.core.presets.manifest import read_manifest, verified_folder
+from tests.support import warm
 from tests.support.repository import REAL_CACHE, ROOT
 from tests.support.servers import kaggle_server
 from tests.support.servers.kaggle_server import HANDLE
@@ -32,7 +32,7 @@ FROM_KAGGLE = ["--set", "fetch.source=kaggle", "--set", f"fetch.preset={HANDLE}"
 
 def offline(stage, out, *arguments, **environment):
     """Run a stage that may not use the network; pip, which works for it in a process of its own, counts as such."""
-    command = [sys.executable, "-c", REFUSING, stage, "--out-root", str(out), *arguments]
+    command = [warm.python(), "-c", REFUSING, stage, "--out-root", str(out), *arguments]
     environment = os.environ | environment
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
 
@@ -63,7 +63,7 @@ def test_with_an_empty_cache_the_refusal_is_a_real_one(kaggle, tmp_path):
 
 def test_the_default_preset_and_reviews_touch_no_network_once_here(real_gguf, tmp_path):
     cache = {"GEMMA_TUNING_CACHE": str(REAL_CACHE)}
-    first = [sys.executable, "-m", "stages.prepare", "--out-root", str(tmp_path / "first")]
+    first = [warm.python(), "-m", "stages.prepare", "--out-root", str(tmp_path / "first")]
     fetched = subprocess.run(first, cwd=ROOT, env=os.environ | cache, capture_output=True, text=True, timeout=300)
     if fetched.returncode:
         pytest.skip(f"needs the real reviews, and they cannot be fetched here: {fetched.stderr[-300:]}")

@@ -11,16 +11,13 @@ import pytest
 
 from tests.support import stand_in
 from tests.support.copies import IDENTITY, change, copy_repository, dvc, ran
-from tests.support.repository import ROOT, STAGES
+from tests.support.repository import ROOT, STAGES, variants_of
 
 pytestmark = pytest.mark.xdist_group("reruns")
 
-ALL = {
-    f"{name}@{variant}" if variant else name
-    for name, stage in STAGES.items()
-    for variant in stage.get("matrix", {"variant": [""]})["variant"]
-}
+ALL = {f"{name}@{variant}" if variant else name for name in STAGES for variant in variants_of(name)}
 TUNED = {"finetune", "generate@tuned", "evaluate@tuned", "compare", "export", "report"}
+ADAPTER = {"generate@again", "evaluate@again"}
 CHANGES = {
     "a prompt and the chat format": (
         "generate",
@@ -45,6 +42,8 @@ CHANGES = {
     "the mesh": ("mesh", {"shape": [1, 8]}, ALL - {"fetch", "prepare", "tokenize"}),
     "the layout": ("layout", {"max_replicated_fraction": 0.5}, ALL - {"fetch", "prepare", "tokenize"}),
     "what is planned": ("plan", {"targets": []}, {"plan", "report"}),
+    "an adapter beside": ("variants", {"again": "models/tuned"}, ADAPTER | {"compare", "report"}),
+    "the learning rate with it": ("finetune", {"learning_rate": 0.003}, TUNED | ADAPTER),
 }
 
 

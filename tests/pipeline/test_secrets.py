@@ -17,6 +17,7 @@ from ruamel.yaml import YAML
 from stages.core.common import redaction
 from stages.core.common.errors import StageError
 from stages.core.fetch.wheels import _pip_environment, download_wheel
+from tests.support import warm
 from tests.support.copies import copy_repository, dvc, ran
 from tests.support.repository import ROOT
 from tests.support.sentinels import HF_TOKEN, KAGGLE_TOKEN, SENTINELS, ArgumentsWatcher, forms, leaks
@@ -98,7 +99,7 @@ def fetch_with(tmp_path, source, tokens, status=200):
         environment |= kaggle_server.kaggle_environment(kaggle.url, tmp_path / "home")
         environment |= {"HF_ENDPOINT": hub.url, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"} | tokens
         preset = kaggle_server.HANDLE if source == "kaggle" else f"hf://{REPO}"
-        command = [sys.executable, "-m", "stages.fetch", "-v", "--out-root", str(tmp_path / "out")]
+        command = [warm.python(), "-m", "stages.fetch", "-v", "--out-root", str(tmp_path / "out")]
         command += ["--set", f"fetch.source={source}", "--set", f"fetch.preset={preset}"]
         result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     (tmp_path / "said.txt").write_text(result.stdout + result.stderr)
@@ -135,7 +136,7 @@ def test_a_token_stored_in_utf_16_is_refused_and_not_shown(tmp_path, source, enc
 def test_the_address_of_kaggles_storage_is_shown_without_its_signature(tmp_path, monkeypatch):
     with kaggle_server.for_this_process(tmp_path, monkeypatch) as kaggle:
         monkeypatch.setattr(kaggle, "hand_out", lambda request: request.send_error(403))
-        command = [sys.executable, "-m", "stages.fetch", "-v", "--out-root", str(tmp_path / "out")]
+        command = [warm.python(), "-m", "stages.fetch", "-v", "--out-root", str(tmp_path / "out")]
         command += ["--set", "fetch.source=kaggle", "--set", f"fetch.preset={kaggle_server.HANDLE}"]
         run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert run.returncode == 1
@@ -166,7 +167,7 @@ def test_no_password_of_pips_addresses_is_shown(packed, tmp_path, settings, chec
     if "PIP_CONFIG_FILE" in settings:
         environment["PIP_CONFIG_FILE"] = str(tmp_path / "pip.conf")
     environment = {name: value for name, value in environment.items() if value is not None}
-    command = [sys.executable, "-m", "stages.fetch", "-v", "--out-root", str(tmp_path / "out")]
+    command = [warm.python(), "-m", "stages.fetch", "-v", "--out-root", str(tmp_path / "out")]
     command += ["--check"] if check else []
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert run.returncode == 1

@@ -20,6 +20,7 @@ from stages.core.plan.shapes import count_parameters, count_trainable, resolve_s
 from stages.core.records.layout import LoraConfig, MeshShape
 from stages.core.sharding.layout import Rule, Weight, resolve
 from stages.core.sharding.named_layouts import auto, make_layout, tutorial
+from tests.support import warm
 from tests.support.fake_preset import manifest_of
 from tests.support.repository import REAL_CACHE, ROOT
 from tests.support.tiny_models import AUTO, load_tiny, open_tiny
@@ -129,8 +130,8 @@ print(json.dumps([peak() - before, time.perf_counter() - began, len(placements),
 
 
 def dry_run(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the load stage with --dry-run as a person does."""
-    command = [sys.executable, "-m", "stages.load", "--dry-run", *arguments]
+    """Run the load stage with --dry-run as a user does."""
+    command = [warm.python(), "-m", "stages.load", "--dry-run", *arguments]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**os.environ, **environment})
 
 
@@ -177,7 +178,7 @@ def test_a_dry_run_of_an_unknown_preset_ends_with_exit_code_2_and_the_nearest_na
 
 
 def test_a_preset_by_name_is_for_dry_runs_only():
-    command = [sys.executable, "-m", "stages.load", "--preset", "gemma_7b_en"]
+    command = [warm.python(), "-m", "stages.load", "--preset", "gemma_7b_en"]
     stopped = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert stopped.returncode == 2
     assert "--preset goes with --dry-run" in stopped.stderr

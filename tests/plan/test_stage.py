@@ -7,7 +7,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -24,7 +23,7 @@ from stages.core.plan.search import _worth
 from stages.core.preview import run_check
 from stages.core.preview.run_check import warn_if_planned_not_to_fit
 from stages.core.records.plan import Estimate, PlanFile, RunKey, Target
-from tests.support import tiny_models
+from tests.support import tiny_models, warm
 from tests.support.declared import architecture
 from tests.support.plans import has_libtpu, plan_settings, request
 from tests.support.repository import QUICK, ROOT
@@ -108,7 +107,7 @@ def test_the_stage_writes_metrics_search_and_scaling_the_same_each_time(presets,
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{QUICK}"}
 
     def run() -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "stages.plan"]
+        command = [warm.python(), "-m", "stages.plan"]
         for override in overrides:
             command += ["--set", override]
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)

@@ -221,7 +221,7 @@ def test_columns_that_are_not_used_are_told(tmp_path, logged):
     assert logged() == ["mine.csv: columns not used: id, note."]
 
 
-def test_a_persons_own_texts_stay_as_they_are_unless_a_setting_says_otherwise(tmp_path):
+def test_a_users_own_texts_stay_as_they_are_unless_a_setting_says_otherwise(tmp_path):
     rows = [
         ("How?", "Use <br> in HTML for a line break."),
         ("Indent it.", "    return 1\n"),

@@ -95,7 +95,7 @@ def test_the_tokenizer_gives_the_ids_of_the_proto_it_was_made_from(tmp_path, tin
     assert proto == tokenizer_proto(tmp_path / "tiny.gguf")
 
 
-def test_a_file_that_is_cut_short_is_a_person_s_error_not_a_traceback(tmp_path, tiny_backbone):
+def test_a_file_that_is_cut_short_is_a_users_error_not_a_traceback(tmp_path, tiny_backbone):
     whole = write_gguf(tmp_path / "tiny.gguf", tiny_backbone, "F32").read_bytes()
     for size in (0, 3, 20, 200, 5000, len(whole) - 100):
         cut = tmp_path / f"cut{size}.gguf"

@@ -91,7 +91,7 @@ def test_special_tokens_are_neither_added_by_encode_nor_shown_by_decode():
 
 
 @pytest.mark.parametrize("proto", [b"", b"not a model", bytes(64)])
-def test_bytes_that_are_no_vocabulary_are_a_person_s_error(proto):
+def test_bytes_that_are_no_vocabulary_are_a_users_error(proto):
     with pytest.raises(StageError, match="SentencePiece model"):
         Tokenizer.from_proto(proto)
 
@@ -105,7 +105,7 @@ def test_a_vocabulary_without_gemma_s_special_pieces_is_refused():
         Tokenizer.from_proto(writer.getvalue())
 
 
-def test_a_folder_without_a_vocabulary_is_a_person_s_error(tmp_path):
+def test_a_folder_without_a_vocabulary_is_a_users_error(tmp_path):
     with pytest.raises(StageError, match=KERAS_VOCABULARY):
         format_of("keras").load_tokenizer(tmp_path)
     with pytest.raises(StageError, match=r"one \.gguf file. Received: 0"):
@@ -172,7 +172,7 @@ def test_no_text_spells_a_control_token_whatever_the_vocabulary_is_kept_in(tmp_p
         lambda content: [content["model"]["vocab"].pop("<bos>"), content["added_tokens"].pop(2)],
     ],
 )
-def test_a_tokenizer_json_that_cannot_be_read_as_it_stands_is_a_person_s_error(tmp_path, change):
+def test_a_tokenizer_json_that_cannot_be_read_as_it_stands_is_a_users_error(tmp_path, change):
     with pytest.raises(StageError):
         format_of("safetensors").load_tokenizer(json_folder(tmp_path, change))
 

@@ -27,10 +27,10 @@ METRICS = {
     "tokenize": TokenizeMetrics,
     "load": LoadMetrics,
     "finetune": FinetuneMetrics,
-    "generate-baseline": GenerateMetrics,
-    "generate-tuned": GenerateMetrics,
-    "evaluate-baseline": EvaluateMetrics,
-    "evaluate-tuned": EvaluateMetrics,
+    "generate/baseline": GenerateMetrics,
+    "generate/tuned": GenerateMetrics,
+    "evaluate/baseline": EvaluateMetrics,
+    "evaluate/tuned": EvaluateMetrics,
     "compare": CompareMetrics,
 }
 FALLBACK = Fallback("decoder_block_*/attention/key/kernel", "heads", "hidden", "8 devices do not divide 1 heads")

@@ -21,7 +21,7 @@ from tests.support.report_outputs import COLUMNS, METRICS, ROW, curve, write_cur
         ("data/generated/tuned.jsonl", "python -m stages.generate --variant tuned"),
         ("data/sharding/tuned.json", "python -m stages.finetune"),
         ("data/sharding/plan.json", "python -m stages.plan"),
-        *((f"data/metrics/{name}.json", f"python -m stages.{name.replace('-', ' --variant ')}") for name in METRICS),
+        *((f"data/metrics/{name}.json", f"python -m stages.{name.replace('/', ' --variant ')}") for name in METRICS),
     ],
 )
 def test_a_missing_output_is_left_out_and_said_with_the_command_that_makes_it(root, relative, command):

@@ -51,8 +51,43 @@ def test_the_settings_are_shown_as_they_were_set(root):
     assert "learning_rate0.00123" in Reader(rendered(root, "finetune.learning_rate=0.00123")).text
 
 
+def test_each_further_variant_is_a_column_of_a_table_and_a_text_of_each_prompt(root):
+    assert "All variants" not in rendered(root)
+    task = {
+        "reviews": 40,
+        "accuracy": 0.6,
+        "accuracy_low": 0.45,
+        "accuracy_high": 0.73,
+        "answered_positive_fraction": 1,
+    }
+    tuned = json.loads((root / "data/metrics/evaluate/tuned.json").read_text())
+    scores = {"arc_easy": {"acc": 0.3125, "acc_stderr": 0.0123, "acc_norm": 0.5}}
+    write_json(root / "data/metrics/evaluate/sample.json", tuned | {"loss": 3.2, "sentiment": task, "lm_eval": scores})
+    compared = json.loads((root / "data/metrics/compare.json").read_text())
+    edit(root, "data/metrics/compare.json", variants={"sample": compared | {"loss_difference": -0.2479}})
+    write_generations(root, "sample", [("This movie was", "<i>mine</i>")])
+    # Named like a part of what is shown beside it.
+    text = Reader(rendered(root, "variants={sample: adapters/mine, prompt: adapters/other}")).text
+    assert "All variants baselinetunedsampleprompt" in text
+    assert "Loss, nats per token3.4483.3923.200\N{EN DASH}" in text
+    assert f"Loss, minus baseline\N{EN DASH}{MINUS}0.056 ± 0.006{MINUS}0.248 ± 0.006\N{EN DASH}" in text
+    assert "Sentiment right\N{EN DASH}\N{EN DASH}60.0 % (45.0 % to 73.0 %)\N{EN DASH}" in text
+    assert "arc_easy, acc\N{EN DASH}\N{EN DASH}0.3125 ± 0.012\N{EN DASH}" in text
+    assert "arc_easy, acc_norm\N{EN DASH}\N{EN DASH}0.5\N{EN DASH}" in text
+    assert text.count("sample Not generated for this prompt.") == 2 and "sample <i>mine</i>" in text
+    assert "python -m stages.evaluate --variant prompt writes it." in text
+
+
+def test_scores_of_the_harness_are_shown_before_and_after(root):
+    for variant, accuracy in (("baseline", 0.25), ("tuned", 0.5)):
+        edit(root, f"data/metrics/evaluate/{variant}.json", lm_eval={"it": {"acc": accuracy, "acc_stderr": 0.1}})
+    text = Reader(rendered(root)).text
+    assert "it, acc, baseline0.25 ± 0.1 lm-evaluation-harness" in text
+    assert "it, acc, tuned0.5 ± 0.1 lm-evaluation-harness" in text
+
+
 def test_a_tuning_that_made_things_worse_is_called_worse(root):
-    edit(root, "data/metrics/evaluate-tuned.json", loss=4.1, perplexity=60.3, token_accuracy=0.3418)
+    edit(root, "data/metrics/evaluate/tuned.json", loss=4.1, perplexity=60.3, token_accuracy=0.3418)
     edit(root, "data/metrics/compare.json", loss_difference=0.6521, token_accuracy_difference=-0.01)
     text = Reader(rendered(root)).text
     assert "rose from 31.43 to 60.30 (+91.8 %)." in text
@@ -83,12 +118,12 @@ def test_a_difference_without_its_standard_error_is_not_judged(root):
 
 
 def test_reviews_that_are_longer_than_the_maximum_are_told(root):
-    edit(root, "data/metrics/evaluate-tuned.json", reviews_cut=3)
+    edit(root, "data/metrics/evaluate/tuned.json", reviews_cut=3)
     assert "from its own beginning; 3 that are longer than 8,192 tokens up to there." in Reader(rendered(root)).text
 
 
 def test_measures_over_different_numbers_of_tokens_are_said_not_to_compare(root):
-    edit(root, "data/metrics/evaluate-tuned.json", targets=99)
+    edit(root, "data/metrics/evaluate/tuned.json", targets=99)
     assert (
         "different numbers of tokens (baseline: 13,642, tuned: 99), so they cannot be compared"
         in Reader(rendered(root)).text
@@ -216,7 +251,7 @@ def test_a_prompt_given_twice_keeps_its_continuations_apart():
         return [Generation(prompt="p", text=text) for text in texts]
 
     rows = figures.pairs({"baseline": both("b1", "b2"), "tuned": both("t1", "t2", "t3")})
-    assert [(row["baseline"], row["tuned"]) for row in rows] == [("b1", "t1"), ("b2", "t2"), (None, "t3")]
+    assert [tuple(row["texts"].values()) for row in rows] == [("b1", "t1"), ("b2", "t2"), (None, "t3")]
 
 
 def test_several_samples_of_a_prompt_are_shown_with_their_numbers(root):

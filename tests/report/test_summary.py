@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from stages.core.common.paths import Paths
@@ -9,7 +11,7 @@ from stages.core.config.reader import read_params
 from stages.core.report.inputs import read_inputs
 from stages.core.report.summary import summary
 from tests.support.pages import edit
-from tests.support.report_outputs import plan
+from tests.support.report_outputs import plan, write_json
 
 
 def content(root):
@@ -23,7 +25,19 @@ def test_the_headline_figures_are_those_of_the_stages_to_four_digits(root):
     }
 
 
-@pytest.mark.parametrize("gone", ["evaluate-tuned", "finetune", "load"])
+def test_a_further_variant_has_its_figures_beside(root):
+    found = json.loads((root / "data/metrics/evaluate/tuned.json").read_text()) | {
+        "loss": 3.12345,
+        "perplexity": 22.7251,
+    }
+    write_json(root / "data/metrics/evaluate/mine.json", found)
+    params = read_params(root / "params.yaml", ("variants={mine: adapters/mine, yours: adapters/yours}",))
+    written = summary(read_inputs(Paths(root, root), params.variants), params).content()
+    assert written.pop("variants") == {"mine": {"perplexity": 22.73, "loss": 3.123}}
+    assert written == content(root)
+
+
+@pytest.mark.parametrize("gone", ["evaluate/tuned", "finetune", "load"])
 def test_what_is_not_known_yet_is_left_out(root, gone):
     whole = content(root)
     (root / f"data/metrics/{gone}.json").unlink()

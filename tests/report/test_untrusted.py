@@ -49,7 +49,7 @@ def test_the_policy_allows_the_inline_style_and_script_by_their_hashes_and_nothi
 
 
 def attack_everywhere(root: Path) -> None:
-    """Put the attack into every text that comes from a model, a review, a person or a server."""
+    """Put the attack into every text that comes from a model, a review, a user or a server."""
     for variant in GENERATIONS:
         write_generations(root, variant, [(ATTACK + " prompt", ATTACK + variant)])
     write_samples(root, [(1, ATTACK, ATTACK)])

@@ -123,7 +123,7 @@ def test_rules_of_ones_own_are_taken_as_written():
 
 @pytest.fixture
 def warned(logged):
-    """Return a function that lists what `load` says of a person's own rule, before it knows of an adapter."""
+    """Return a function that lists what `load` says of a user's own rule, before it knows of an adapter."""
 
     def check(pattern, *spec, shape=(1, 8), preset="gemma_2b_en"):
         before = len(logged())

@@ -11,6 +11,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
+from tests.support import warm
 from tests.support.repository import ROOT
 
 IDENTITY = ["-c", "user.name=Test", "-c", "user.email=test@localhost"]
@@ -29,13 +30,23 @@ def copy_repository(folder: Path) -> Path:
     return folder
 
 
-def dvc(repository: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the real dvc in a copy of the repository, with this environment's Python."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+def dvc(repository: Path, *arguments: str, forked: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the real dvc in a copy of the repository, with this environment's packages.
+
+    Args:
+        repository: the copy.
+        arguments: of dvc.
+        forked: dvc and the stages are forked (see tests/support/warm); else started as a user starts them.
+        environment: variables beside those of this process.
+    """
+    own = Path(sys.executable)
+    paths = [str(own.parent), os.environ["PATH"]]
+    if forked:
+        paths.insert(0, str(Path(warm.python()).parent))
     result = subprocess.run(
-        [sys.executable, "-m", "dvc", *arguments],
+        [warm.python("dvc") if forked else own, "-m", "dvc", *arguments],
         cwd=repository,
-        env={**os.environ, "PATH": path, **environment},
+        env={**os.environ, "PATH": os.pathsep.join(paths), **environment},
         capture_output=True,
         text=True,
     )

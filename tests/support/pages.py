@@ -7,13 +7,13 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 from stages.core.common.paths import Paths
 from stages.core.config.reader import read_params
 from stages.core.report import inputs
 from stages.core.report import page as report
+from tests.support import warm
 from tests.support.report_outputs import write_json
 from tests.support.repository import ROOT
 
@@ -21,7 +21,8 @@ MINUS = "\N{MINUS SIGN}"
 
 
 def rendered(root: Path, *overrides: str) -> str:
-    return report.render(inputs.read_inputs(Paths(root, root)), read_params(root / "params.yaml", overrides))
+    params = read_params(root / "params.yaml", overrides)
+    return report.render(inputs.read_inputs(Paths(root, root), params.variants), params)
 
 
 def saved(root: Path, *overrides: str) -> Path:
@@ -37,7 +38,7 @@ def edit(root: Path, relative: str, **changes) -> None:
 
 def run_stage(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "stages.report", *arguments],
+        [warm.python(), "-m", "stages.report", *arguments],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,

@@ -1,4 +1,4 @@
-"""What tests of prepare share: settings with some changed, files in each form, and the stage as a person runs it."""
+"""What tests of prepare share: settings with some changed, files in each form, and the stage as a user runs it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import csv
 import json
 import os
 import subprocess
-import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,6 +13,7 @@ import pyarrow.parquet as pq
 from stages.core.config.schema import Prepare
 from stages.core.prepare.own_files import Columns, file_reviews
 from stages.core.prepare.sources import prepare_reviews
+from tests.support import warm
 from tests.support.repository import ROOT
 
 TFDS = ROOT.parent / "shared" / "tfds"
@@ -55,8 +55,8 @@ def texts(reviews):
 
 
 def run_stage(out, *overrides, **environment):
-    """Run the stage as a person does."""
-    command = [sys.executable, "-m", "stages.prepare", "--out-root", out]
+    """Run the stage as a user does."""
+    command = [warm.python(), "-m", "stages.prepare", "--out-root", out]
     for override in overrides:
         command += ["--set", f"prepare.{override}"]
     environment = os.environ | {key: str(value) for key, value in environment.items()}

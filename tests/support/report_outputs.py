@@ -148,13 +148,13 @@ METRICS = {
         **{"flops_per_step": 613_614_092_288, "flops_per_second_of_matrix_product": 93_294_901_826},
         "flops_share_of_peak": 0.6632,
     },
-    "generate-baseline": {"prompts": 3, "tokens": 288, "tokens_per_second": 9.71},
-    "generate-tuned": {"prompts": 3, "tokens": 288, "tokens_per_second": 9.64},
-    "evaluate-baseline": {
+    "generate/baseline": {"prompts": 3, "tokens": 288, "tokens_per_second": 9.71},
+    "generate/tuned": {"prompts": 3, "tokens": 288, "tokens_per_second": 9.64},
+    "evaluate/baseline": {
         **{"loss": 3.4479, "loss_standard_error": 0.0533, "perplexity": 31.434, "token_accuracy": 0.3518},
         **{"targets": 13642, "reviews": 40, "reviews_cut": 0, "targets_cut": 0},
     },
-    "evaluate-tuned": {
+    "evaluate/tuned": {
         **{"loss": 3.3917, "loss_standard_error": 0.0521, "perplexity": 29.716, "token_accuracy": 0.3587},
         **{"targets": 13642, "reviews": 40, "reviews_cut": 0, "targets_cut": 0},
     },

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,24 @@ ROOT = Path(__file__).parents[2]
 DATA = ROOT / "tests" / "data"
 QUICK = ROOT / "tests" / "support" / "quick"
 """On the path of what tests start: see the plugin in it."""
-STAGES: dict[str, Any] = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
+PIPELINE: dict[str, Any] = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())
+STAGES: dict[str, Any] = {name: stage.get("do", stage) for name, stage in PIPELINE["stages"].items()}
+"""Of a stage that is there for each variant, the definition that they share."""
+FOLDERS: dict[str, str] = PIPELINE["vars"][0]["variants"]
+"""Of the pipeline's own variants, by name."""
 
 
-def outputs(stage: str, *, kept: bool = False) -> list[str]:
+def variants_of(stage: str) -> list[str]:
+    """The variants that a stage is there for, an empty name where there is only one."""
+    return list(FOLDERS) if "foreach" in PIPELINE["stages"][stage] else [""]
+
+
+def of_variant(path: str, variant: str, folder: str = "") -> str:
+    """A path of dvc.yaml as it is for a variant; `folder` is that of one of the user's."""
+    return path.replace("${key}", variant).replace("${item}", folder or FOLDERS.get(variant, ""))
+
+
+def outputs(stage: str, *, kept: bool = False, variants: Sequence[str] | None = None) -> list[str]:
     """The outputs and metrics of a stage in dvc.yaml, a path per variant; `kept`: only those in DVC's cache."""
     entries = [
         (entry, {}) if isinstance(entry, str) else next(iter(entry.items()))
@@ -25,8 +40,7 @@ def outputs(stage: str, *, kept: bool = False) -> list[str]:
         for entry in STAGES[stage].get(key, [])
     ]
     paths = [path for path, options in entries if not kept or options.get("cache", True)]
-    variants = STAGES[stage].get("matrix", {"variant": [""]})["variant"]
-    return [path.replace("${item.variant}", variant) for path in paths for variant in variants]
+    return [of_variant(path, variant) for path in paths for variant in variants or variants_of(stage)]
 
 
 FAMILIES = ("gemma", "gemma2", "gemma3", "gemma4")

@@ -1,4 +1,4 @@
-"""Tokens that stand for a person's, and the search for them: in files, and in the arguments of processes."""
+"""Tokens that stand for a user's, and the search for them: in files, and in the arguments of processes."""
 
 from __future__ import annotations
 

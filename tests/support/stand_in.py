@@ -16,9 +16,10 @@ from ruamel.yaml import YAML
 
 from stages.core.common.paths import SUMMARY
 from stages.core.records.summary import Summary
-from tests.support.repository import STAGES, outputs
+from tests.support.repository import STAGES, of_variant, outputs
 
 # The figures that differ between runs of one model on one machine.
+FIGURES = sorted(Summary.model_fields.keys() - {"variants"})
 TUNED = {"perplexity", "loss", "accuracy", "step_s", "tokens_per_s", "peak_gib"}
 
 
@@ -38,16 +39,15 @@ def main(stage: str, variant: str = "") -> None:
         section, _, key = name.partition(".")
         digest.update(json.dumps(params[section][key] if key else params[section]).encode())
     for dependency in STAGES[stage]["deps"]:
-        path = Path(dependency.replace("${item.variant}", variant))
+        path = Path(of_variant(dependency, variant, params["variants"].get(variant, "")))
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             digest.update(file.read_bytes() if file.is_file() else b"")
-    for name in outputs(stage):
-        if variant in name:
-            Path(name).parent.mkdir(parents=True, exist_ok=True)
-            Path(name).write_text(json.dumps({name: digest.hexdigest()}))
+    for name in outputs(stage, variants=[variant]):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text(json.dumps({name: digest.hexdigest()}))
     if stage == "report":
         Path(SUMMARY).write_text(
-            json.dumps({name: 1.0 + (name in TUNED) * digest.digest()[0] / 1000 for name in Summary.model_fields})
+            json.dumps({name: 1.0 + (name in TUNED) * digest.digest()[0] / 1000 for name in FIGURES})
         )
 
 

@@ -22,6 +22,7 @@ def settings(**changes: Any) -> Finetune:
     default = read_params(ROOT / "params.yaml").finetune.model_dump()
     tiny = {"rank": 2, "targets": ["query", "value"], "batch_size": 2, "learning_rate": 0.01, "schedule": "constant"}
     without = {"warmup_steps": 0, "sample_every": None, "checkpoint_every": None}
+    without |= {"validate_every": None, "validate_sequences": None}
     return Finetune(**{**default, **tiny, **without, **changes})
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import sentencepiece
 
+from stages.core.export.vocabulary import BPE
 from tests.support.repository import DATA
 
 RECORDED = DATA / "tokenizer_json_ids.json"
@@ -86,14 +87,7 @@ def tokenizer_json(proto: bytes, added: tuple[str, ...] = ADDED) -> dict[str, An
             ],
         },
         "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": "<unk>",
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": True,
-            "byte_fallback": True,
-            "ignore_merges": False,
+            **BPE,
             "vocab": {word: number for word, number in ids.items() if word not in added},
             "merges": [[left, right] for _, left, right in sorted(merges)],
         },

@@ -105,6 +105,7 @@ _ALWAYS = {
     "epsilon": 1e-3,
     "weight_decay": 0.2,
     "validate_every": None,
+    "validate_sequences": None,
     "early_stopping": None,
 }
 # 14 sequences in batches of 3: five batches, the last of 2. Accumulated by 2: three steps, the last of the one batch;

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from stages.core.adapters import peft
-from stages.core.adapters.adapted import OWN, own_lora
+from stages.core.adapters.adapted import OWN, adapter_folder, own_lora
+from stages.core.adapters.bases import check_base
 from stages.core.adapters.peft_weights import keras_kernels
 from stages.core.common.errors import ParamsError, StageError, shown
 from stages.core.common.paths import Paths, own_path, variant_folder
@@ -30,18 +31,13 @@ def start_folder(paths: Paths, setting: str | None) -> Path | None:
     """
     if setting is None:
         return None
-    folder = own_path(paths.root, "finetune.start_from", setting)
-    if folder.resolve() in [(base / variant_folder("tuned")).resolve() for base in (paths.root, paths.out_root)]:
+    named = own_path(paths.root, "finetune.start_from", setting).resolve()
+    if named in [(base / variant_folder("tuned")).resolve() for base in (paths.root, paths.out_root)]:
         raise ParamsError(
             "finetune.start_from must not be models/tuned, which this stage writes anew. "
             f"Received: finetune.start_from={shown(setting)}\nName a copy: `cp -r models/tuned models/first`."
         )
-    if not (peft.is_peft(folder) or (folder / OWN).is_file()):
-        raise ParamsError(
-            f"finetune.start_from must name a folder with {peft.CONFIG} and {peft.WEIGHTS} (PEFT's), or with {OWN} "
-            f"(a copy of models/tuned). Received: finetune.start_from={shown(setting)}"
-        )
-    return folder
+    return adapter_folder(paths, "finetune.start_from", setting)
 
 
 def digest(folder: Path) -> str:
@@ -67,6 +63,7 @@ def starting_kernels(
     """
     if peft.is_peft(folder):
         found = peft.read_peft(folder, preset.architecture, preset.manifest.preset)
+        check_base(found.base, preset.manifest, folder)
         kernels = keras_kernels(found, lora.rank, lora.scale)
     else:
         kernels = _own(folder, preset, lora)

@@ -5,8 +5,14 @@ Purpose: DVC sees no environment variable and no `~/.keras/keras.json`, so none 
 
 from __future__ import annotations
 
+import contextlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
 import os
-from collections.abc import MutableMapping
+import sys
+from collections.abc import Iterator, MutableMapping, Sequence
+from types import ModuleType
 
 # Families of variables that change what is computed (a dtype, a random generator, a compiler's option, the number of
 # steps), and those among them that only set where the devices are, how memory is allocated, or what is logged.
@@ -62,5 +68,41 @@ def isolate(environment: MutableMapping[str, str] = os.environ) -> str | None:
     return f"Ignored, since it would change results that DVC ties to params.yaml: {', '.join(ignored)}."
 
 
+@contextlib.contextmanager
+def hidden(packages: Sequence[str]) -> Iterator[None]:
+    """Within the block those of some packages that were not imported yet seem not to be installed."""
+    names = [name for name in packages if name not in sys.modules]
+    # None makes Python raise ImportError.
+    sys.modules.update(dict.fromkeys(names))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for name in names:
+            del sys.modules[name]
+
+
+class KerasAlone(importlib.abc.MetaPathFinder):
+    """Lets Keras be imported without pandas, which it takes for optional: a fifth of the time that imports take."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        """Find Keras, once."""
+        if name != "keras":
+            return None
+        sys.meta_path.remove(self)
+        found = importlib.util.find_spec(name)
+        if found is not None and found.loader is not None:
+            run = found.loader.exec_module
+
+            def without_pandas(module: ModuleType) -> None:
+                with hidden(["pandas"]):
+                    run(module)
+
+            found.loader.exec_module = without_pandas  # type: ignore[method-assign]
+        return found
+
+
+sys.meta_path.insert(0, KerasAlone())
 # One line about this process, or None.
 IGNORED = isolate()

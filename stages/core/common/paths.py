@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from stages.core.common.errors import ParamsError, StageError, shown
 
@@ -30,7 +30,7 @@ SUMMARY = "data/run.json"
 
 
 def variant_folder(variant: str) -> str:
-    """Return the folder of a variant (`baseline` or `tuned`), relative to the root."""
+    """Return the folder of one of the pipeline's own variants (`baseline` or `tuned`), relative to the root."""
     return f"models/{variant}"
 
 
@@ -45,7 +45,7 @@ def evaluation(variant: str) -> str:
 
 
 def metrics(name: str) -> str:
-    """Return a metrics file, relative to the root."""
+    """Return a metrics file, relative to the root; of a stage with variants `name` is `stage/variant`."""
     return f"data/metrics/{name}.json"
 
 
@@ -119,7 +119,7 @@ class Paths:
         return path
 
 
-# Prefixes of paths, and the stage that writes them; a stage with two variants has an entry for each.
+# Prefixes of paths, and the stage that writes them.
 MAKERS = {
     "models/preset": "fetch",
     "data/imdb": "prepare",
@@ -133,14 +133,10 @@ MAKERS = {
     "data/sharding/tuned": "finetune",
     "data/plots": "finetune",
     "data/metrics/finetune": "finetune",
-    "data/generated/baseline": "generate --variant baseline",
-    "data/metrics/generate-baseline": "generate --variant baseline",
-    "data/generated/tuned": "generate --variant tuned",
-    "data/metrics/generate-tuned": "generate --variant tuned",
-    "data/evaluations/baseline": "evaluate --variant baseline",
-    "data/evaluations/tuned": "evaluate --variant tuned",
-    "data/metrics/evaluate-baseline": "evaluate --variant baseline",
-    "data/metrics/evaluate-tuned": "evaluate --variant tuned",
+    "data/generated": "generate",
+    "data/metrics/generate": "generate",
+    "data/evaluations": "evaluate",
+    "data/metrics/evaluate": "evaluate",
     "data/metrics/compare": "compare",
     "models/export": "export",
     "data/metrics/export": "export",
@@ -148,13 +144,16 @@ MAKERS = {
     "data/report": "report",
     "data/run.json": "report",
 }
+# Of these stages each variant of the model has a file, named after it.
+OF_VARIANTS = ("generate", "evaluate")
 
 
 def maker_of(relative: str) -> str:
     """Return the command of the stage that writes a path."""
     for prefix, stage in MAKERS.items():
         if relative.startswith(prefix):
-            return f"python -m stages.{stage}"
+            variant = f" --variant {PurePosixPath(relative).stem}" if stage in OF_VARIANTS else ""
+            return f"python -m stages.{stage}{variant}"
     return "dvc repro"
 
 

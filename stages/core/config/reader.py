@@ -19,6 +19,8 @@ from stages.core.config.schema import Params, Section
 
 # Far more than there are settings: YAML aliases can expand a short text without bound.
 MOST_VALUES = 10_000
+# The section whose keys are no settings.
+NAMED_BY_THE_USER = ("variants",)
 
 
 def read_params(path: Path, overrides: tuple[str, ...] = ()) -> Params:
@@ -90,7 +92,7 @@ def apply_override(content: dict, override: str) -> tuple[str, ...]:
                 f"--set: {'.'.join(keys[: depth + 1])} is not a section of the settings.{_nearest(key, target)}"
             )
         target = target[key]
-    if keys[-1] not in target:
+    if keys[-1] not in target and keys[:-1] != NAMED_BY_THE_USER:
         raise ParamsError(f"--set: {name} is not a key of the settings.{_nearest(keys[-1], target)}")
     target[keys[-1]] = value
     return keys

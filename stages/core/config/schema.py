@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from stages.core.config.variants import PIPELINES_OWN, Variants
 from stages.core.records.layout import LoraConfig, MeshShape
 
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
@@ -170,6 +171,7 @@ class Finetune(Section):
     clip_norm: Annotated[float, Field(gt=0, le=1e12)] | None
     rematerialize: bool
     validate_every: Annotated[Positive | None, RUN]
+    validate_sequences: Annotated[Positive | None, RUN]
     early_stopping: Annotated[Positive | None, RUN]
     sample_every: Annotated[Positive | None, DISPLAY]
     sample_prompt: Annotated[str, Field(min_length=1), DISPLAY]
@@ -239,7 +241,8 @@ class Generate(Section):
 class Evaluate(Section):
     """How the held-out loss is measured, and what else."""
 
-    tasks: Annotated[list[Literal["sentiment"]], Field(min_length=1)] | None
+    tasks: Annotated[list[Annotated[str, Field(pattern="^(sentiment|lm_eval:.+)$")]], Field(min_length=1)] | None
+    task_limit: Positive | None
     max_length: Annotated[int, Field(ge=8, le=131072)]
     batch_tokens: Annotated[int, Field(ge=1, le=2**24)]
 
@@ -328,10 +331,16 @@ class Params(Section):
     layout: Layout
     load: Load
     finetune: Finetune
+    variants: Variants
     generate: Generate
     evaluate: Evaluate
     export: Export
     plan: Plan
+
+    @property
+    def every_variant(self) -> tuple[str, ...]:
+        """Names of the variants: the pipeline's own, then those of `variants`."""
+        return (*PIPELINES_OWN, *self.variants)
 
     @model_validator(mode="after")
     def _what_is_trained_in_full_can_learn(self) -> Params:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import csv
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import numpy as np
 
 from stages.core.common.errors import StageError, shown
 from stages.core.files import atomic_path
-from stages.core.records.evaluate import CompareMetrics, EvaluateMetrics
+from stages.core.records.evaluate import CompareMetrics, Difference, EvaluateMetrics
 
 COLUMNS = {"review": int, "sequence": str, "targets": int, "cut": int, "loss": float, "correct": int}
 # Beyond it exp(loss) is no float64: the model is no model of text any more.
@@ -99,7 +100,7 @@ def ratio(totals: np.ndarray, sizes: np.ndarray) -> Ratio:
 
 
 def metrics(variant: str, losses: ReviewLosses) -> EvaluateMetrics:
-    """Return `data/metrics/evaluate-<variant>.json`.
+    """Return `data/metrics/evaluate/<variant>.json`.
 
     Args:
         variant: the model that was measured.
@@ -127,29 +128,49 @@ def metrics(variant: str, losses: ReviewLosses) -> EvaluateMetrics:
     )
 
 
-def difference(baseline: ReviewLosses, tuned: ReviewLosses) -> CompareMetrics:
-    """Return `data/metrics/compare.json`: tuned minus baseline, paired by review (for the standard errors see `ratio`).
+def comparison(measured: Mapping[str, ReviewLosses]) -> CompareMetrics:
+    """Return `data/metrics/compare.json`: tuned minus baseline, and each other variant minus baseline.
+
+    Args:
+        measured: what was measured, by variant.
+
+    Raises:
+        StageError: they were not measured on the same tokens.
+    """
+    found = {
+        name: difference(measured["baseline"], losses, name) for name, losses in measured.items() if name != "baseline"
+    }
+    return CompareMetrics(**found.pop("tuned").model_dump(), variants=found or None)
+
+
+def difference(baseline: ReviewLosses, other: ReviewLosses, name: str = "tuned") -> Difference:
+    """Return a variant minus baseline, paired by review (for the standard errors see `ratio`).
+
+    Args:
+        baseline: what was measured of the baseline.
+        other: what was measured of the variant.
+        name: the variant's.
 
     Raises:
         StageError: the two were not measured on the same tokens.
     """
-    for name in ("review", "sequence", "targets"):
-        if not np.array_equal(getattr(baseline, name), getattr(tuned, name)):
+    for column in ("review", "sequence", "targets"):
+        if not np.array_equal(getattr(baseline, column), getattr(other, column)):
             raise StageError(
-                "Baseline and tuned must be measured on the same held-out reviews. Received: "
-                f"{len(baseline.review)} and {len(tuned.review)} reviews that differ in {name}. Run "
+                f"Baseline and {name} must be measured on the same held-out reviews. Received: "
+                f"{len(baseline.review)} and {len(other.review)} reviews that differ in {column}. Run "
                 "`python -m stages.evaluate` for both variants again."
             )
-    loss = ratio(tuned.loss - baseline.loss, tuned.targets)
-    accuracy = ratio(tuned.correct - baseline.correct, tuned.targets)
-    return CompareMetrics(
+    loss = ratio(other.loss - baseline.loss, other.targets)
+    accuracy = ratio(other.correct - baseline.correct, other.targets)
+    return Difference(
         loss_difference=round(loss.value, 5),
         loss_difference_standard_error=_rounded(loss.standard_error),
         perplexity_ratio=round(math.exp(loss.value), 5),
         token_accuracy_difference=round(accuracy.value, 5),
         token_accuracy_difference_standard_error=_rounded(accuracy.standard_error),
-        targets=int(tuned.targets.sum()),
-        reviews=int(np.count_nonzero(tuned.targets)),
+        targets=int(other.targets.sum()),
+        reviews=int(np.count_nonzero(other.targets)),
     )
 
 

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from stages.core.common.errors import StageError, shown
-from stages.core.common.paths import Paths, generated, maker_of, metrics
+from stages.core.common.paths import Paths, evaluation, generated, maker_of, metrics
 from stages.core.config.schema import Finetune
+from stages.core.evaluate.review_losses import difference, read_losses
 from stages.core.export.formats import Job
 from stages.core.export.names import public_name
 from stages.core.export.usage import LIBRARIES, usage
 from stages.core.files import write_text
 from stages.core.presets.manifest import LICENSE
-from stages.core.records.evaluate import CompareMetrics, EvaluateMetrics
+from stages.core.records.evaluate import Difference, EvaluateMetrics
 from stages.core.records.generate import Generation
 from stages.core.records.prepare import PrepareMetrics
 
@@ -39,7 +40,7 @@ class Facts:
     source: str
     prepare: PrepareMetrics | None
     evaluate: dict[str, EvaluateMetrics]
-    compare: CompareMetrics | None
+    compare: Difference | None
     samples: dict[str, list[Generation]]
     missing: list[str]
 
@@ -65,16 +66,20 @@ def read_facts(paths: Paths, finetune: Finetune, source: str) -> Facts:
             return None
         return read(paths, relative)
 
-    evaluate = {each: optional(metrics(f"evaluate-{each}"), EvaluateMetrics.read) for each in VARIANTS}
+    evaluate = {each: optional(metrics(f"evaluate/{each}"), EvaluateMetrics.read) for each in VARIANTS}
+    # Not what compare writes: it waits for every variant, and one may be an export of this stage.
+    losses = [
+        optional(evaluation(each), lambda paths, relative: read_losses(paths.read(relative))) for each in VARIANTS
+    ]
     samples = {each: optional(generated(each), Generation.read_lines) for each in VARIANTS}
     return Facts(
         finetune=finetune,
         source=source,
         prepare=optional(metrics("prepare"), PrepareMetrics.read),
         evaluate={name: found for name, found in evaluate.items() if found},
-        compare=optional(metrics("compare"), CompareMetrics.read),
+        compare=difference(*losses) if None not in losses else None,
         samples={name: found for name, found in samples.items() if found},
-        missing=missing,
+        missing=list(dict.fromkeys(missing)),
     )
 
 

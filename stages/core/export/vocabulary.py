@@ -24,6 +24,17 @@ Piece = sentencepiece_model_pb2.ModelProto.SentencePiece
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>")
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
+BPE = {
+    "type": "BPE",
+    "dropout": None,
+    "unk_token": "<unk>",
+    "continuing_subword_prefix": None,
+    "end_of_word_suffix": None,
+    "fuse_unk": True,
+    "byte_fallback": True,
+    "ignore_merges": False,
+}
+"""Gemma's kind of model in a `tokenizer.json`, without its pieces and merges."""
 
 
 def sentencepiece_model(preset: Preset) -> Any:
@@ -149,14 +160,7 @@ def tokenizer_json(model: Any) -> dict[str, Any]:
         },
         "decoder": {"type": "Sequence", "decoders": [*decoders, {"type": "ByteFallback"}, {"type": "Fuse"}]},
         "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": "<unk>",
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": True,
-            "byte_fallback": True,
-            "ignore_merges": False,
+            **BPE,
             "vocab": {piece.piece: number for number, piece in enumerate(model.pieces)},
             "merges": merges(model),
         },

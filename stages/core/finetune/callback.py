@@ -6,9 +6,11 @@ of the next.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,41 +29,47 @@ from stages.core.config.schema import Finetune
 from stages.core.files import optional
 from stages.core.finetune.checkpoint import Checkpoint, Store
 from stages.core.finetune.history import History
-from stages.core.finetune.optimizer import Schedule
+from stages.core.finetune.profile import StepProfile
 from stages.core.finetune.signals import Interruption, Stopped
 from stages.core.records.finetune import Sample, Step
-from stages.core.sharding.keras_internals import schedule_of, set_value
+from stages.core.sharding.keras_internals import set_value
 from stages.core.tokenize.batches import Batches
 
 logger = logging.getLogger(__name__)
 
-# Steps in a JAX profile, after the one that compiles.
-PROFILED_STEPS = 3
 # Steps whose memory growth is measured, to report the maximum: early ones may still hold their predecessor's buffers.
 MEASURED_STEPS = 8
+# Seconds between two writings of the curve, for whoever watches it.
+CURVE_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class FitSetup:
     """A run's settings, and what follows from them and the data.
 
-    A step is an update of the weights. `reviews` has the review number of each position of each training sequence (-1:
-    none). `sample` continues the prompt. `store` None: no checkpoints.
+    A step is an update of the weights; `rate` gives its learning rate. `reviews` has the review number of each position
+    of each training sequence (-1: none). `sample` continues the prompt. `show_curve` is given all steps now and then.
+    `store` None: no checkpoints.
     """
 
     settings: Finetune
     steps: int
     steps_per_epoch: int
     positions_per_step: int
+    rate: Callable[[int], float]
     reviews: np.ndarray | None
     held_out: Batches
     store: Store | None
     sample: Callable[[], str] | None
+    show_curve: Callable[[list[Step]], None] | None
     profile: Path | None
 
 
 class TrainingCallback(keras.callbacks.Callback):
-    """After each step: record, check, validate, sample, save a checkpoint, stop, in this order."""
+    """After each step: record, check, validate, sample, save a checkpoint, stop, in this order.
+
+    It may be told of a step's end when later ones have begun (`late_logs.LateLogs`), unless `is_due` after it.
+    """
 
     def __init__(self, setup: FitSetup, history: History, interruption: Interruption) -> None:
         """Continue a history.
@@ -80,15 +88,38 @@ class TrainingCallback(keras.callbacks.Callback):
         self._metrics: list[np.ndarray] | None = None
         self._saved: int | None = history.steps or None
         self._first_step: int | None = None
-        self._began = 0.0
-        self._profiling = False
+        # When each step in flight began, and when the last one's end was told.
+        self._began: deque[float] = deque()
+        self._told = 0.0
+        self._profile = StepProfile(setup.profile)
         self._growth: Growth | None = None
+        self._curve_shown = -math.inf
         self._progress = ProgressLog("Step", setup.steps, history.steps)
 
     @property
     def finished(self) -> bool:
         """Whether no step is left to do."""
         return self.history.stopped_early or self.history.steps >= self._setup.steps
+
+    @property
+    def begun(self) -> int:
+        """How many steps have begun; those beyond `history.steps` are in flight."""
+        return self.history.steps + len(self._began)
+
+    def is_due(self, step: int) -> bool:
+        """Whether something is done after a step (counted from 1) that no later one may have begun before."""
+        settings = self._setup.settings
+        due = [self._validate_every, settings.sample_every, settings.checkpoint_every]
+        return (
+            step == self._setup.steps
+            or any(every and step % every == 0 for every in due)
+            or step == self._profile.last
+            or self._interruption.received is not None
+        )
+
+    @property
+    def _validate_every(self) -> int:
+        return self._setup.settings.validate_every or self._setup.steps_per_epoch
 
     def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         """Choose the epoch's order, and restore the metrics' sums if the run resumes within an epoch."""
@@ -100,27 +131,27 @@ class TrainingCallback(keras.callbacks.Callback):
 
     def on_train_batch_begin(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
         """Start the clock, and the profile at the process's second step (or its only one)."""
-        step = self.history.steps
+        step = self.begun
         if self._first_step is None:
             self._first_step = step
             self.history.first_steps.append(step)
-        if self._setup.profile and step == min(self._first_step + 1, self._setup.steps - 1):
-            self._start_profile(self._setup.profile)
+            self._profile.plan(step, self._setup.steps)
+        self._profile.begin(step)
         if 1 <= step - self._first_step <= MEASURED_STEPS and jax.default_backend() == "cpu":
             self._growth = Growth()
-        self._began = time.perf_counter()
+        self._began.append(time.perf_counter())
 
     def on_train_batch_end(self, batch: int, logs: Mapping[str, Any]) -> None:
         """Record the step, then do what is due after it; reading the loss waits for its computation."""
         setup, history = self._setup, self.history
         loss, accuracy = float(logs["batch_loss"]), float(logs["batch_accuracy"])
-        seconds = time.perf_counter() - self._began
+        now = time.perf_counter()
+        seconds, self._told = now - max(self._began.popleft(), self._told), now
         if self._growth and (grown := self._growth.bytes()) is not None:
             history.step_growth = max(grown, history.step_growth or 0)
         self._growth = None
         step = history.steps + 1
         epoch, within = divmod(step - 1, setup.steps_per_epoch)
-        rate = learning_rate(self.model.optimizer, setup.settings, step - 1)
         if not math.isfinite(loss):
             raise self._diverged(f"the loss is {loss}", step)
         tokens, given = int(logs["batch_tokens"]), self.batches.tokens_of(epoch, within)
@@ -136,18 +167,23 @@ class TrainingCallback(keras.callbacks.Callback):
                 tokens=tokens,
                 tokens_per_second=tokens / seconds,
                 positions_per_second=setup.positions_per_step / seconds,
-                learning_rate=rate,
+                learning_rate=setup.rate(step - 1),
                 validation_loss=None,
             )
         )
         self._progress.show(step, f"loss {loss:.3f}")
-        if self._profiling and step in ((self._first_step or 0) + 1 + PROFILED_STEPS, setup.steps):
-            self._stop_profile()
-        every = setup.settings.validate_every or setup.steps_per_epoch
-        if step % every == 0 or step == setup.steps:
+        if self._began:
+            return
+        self._profile.end(step)
+        if step % self._validate_every == 0 or step == setup.steps:
             self._validate()
         if setup.sample and setup.settings.sample_every and step % setup.settings.sample_every == 0:
             self._sample(setup.sample, step)
+        if setup.show_curve and time.monotonic() - self._curve_shown >= CURVE_SECONDS:
+            # It is written at the end too, which tells of an error.
+            with contextlib.suppress(OSError):
+                setup.show_curve(history.rows)
+            self._curve_shown = time.monotonic()
         signal = self._interruption.received
         save_every = setup.settings.checkpoint_every or setup.steps
         if setup.store and not self.finished and (signal or step % save_every == 0):
@@ -266,36 +302,16 @@ class TrainingCallback(keras.callbacks.Callback):
 
     def _diverged(self, what: str, step: int) -> StageError:
         """Return the error of a run that diverged in a step, counted from 1."""
-        rate = learning_rate(self.model.optimizer, self._setup.settings, step - 1)
         epoch, within = divmod(step - 1, self._setup.steps_per_epoch)
+        rate = self._setup.rate(step - 1)
         batch = ""
         if self._setup.reviews is not None:
             numbers = np.unique(self._setup.reviews[self.batches.rows(epoch, within)])
             batch = f", reviews={numbers[numbers >= 0].tolist()} (rows of {REVIEWS['train']})"
         return StageError(
-            f"Training diverged: {what}. Received: step={step}, learning_rate={rate:.6g}{batch}. Nothing was "
-            "overwritten. Set a lower finetune.learning_rate, or finetune.clip_norm, or look at these reviews."
+            f"Training diverged: {what}. Received: step={step}, learning_rate={rate:.6g}{batch}. No weights were "
+            "written. Set a lower finetune.learning_rate, or finetune.clip_norm, or look at these reviews."
         )
-
-    def _start_profile(self, folder: Path) -> None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            # A profile that can't be written must not end the run.
-            logger.warning(f"the JAX profile is not written ({error}).")
-        else:
-            jax.profiler.start_trace(str(folder))
-            self._profiling = True
-
-    def _stop_profile(self) -> None:
-        self._profiling = False
-        try:
-            jax.profiler.stop_trace()
-        except Exception as error:
-            # The writer raises one type for all causes.
-            logger.warning(f"the JAX profile is not written ({str(error).splitlines()[0][:200]}).")
-        else:
-            logger.info(f"Wrote a JAX profile below {self._setup.profile}.")
 
 
 @jax.jit
@@ -315,12 +331,6 @@ def bit_sums(values: list[jax.Array]) -> jax.Array:
 def put(variable: keras.Variable, value: np.ndarray) -> None:
     """Set a variable's value, sharded as the variable is."""
     set_value(variable, jax.device_put(np.asarray(value, variable.dtype), variable.value.sharding))
-
-
-def learning_rate(optimizer: keras.optimizers.Optimizer, settings: Finetune, step: int) -> float:
-    """Return the learning rate of a step, counted from 0."""
-    schedule = schedule_of(optimizer)
-    return float(schedule(step)) if isinstance(schedule, Schedule) else settings.learning_rate
 
 
 def _is_finite(array: np.ndarray) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
+import numpy as np
 
 from stages.core.config.schema import Finetune
 from stages.core.load.variants import LoadedModel
@@ -39,8 +40,14 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
 
     def __call__(self, step: Any) -> Any:
         """Return the learning rate of a step, counted from 0, as a float32 scalar."""
-        ops = keras.ops
-        step = ops.cast(step, "float32")
+        return self._rate(keras.ops, keras.ops.cast(step, "float32"))
+
+    def on_host(self, step: int) -> float:
+        """Return the learning rate of a step without a device, on which it would wait for the steps in flight."""
+        return float(self._rate(np, np.float32(step)))
+
+    def _rate(self, ops: Any, step: Any) -> Any:
+        """Return a step's learning rate by the functions of `keras.ops` or NumPy."""
         part = ops.clip((step - self._warmup) / max(self._steps - self._warmup, 1), 0.0, 1.0)
         factor = {
             "constant": ops.ones_like(part),

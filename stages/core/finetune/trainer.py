@@ -20,7 +20,8 @@ from stages.core.finetune import fingerprint
 from stages.core.finetune.callback import FitSetup, TrainingCallback, bit_sums
 from stages.core.finetune.checkpoint import Checkpoint, Store
 from stages.core.finetune.history import History
-from stages.core.finetune.optimizer import make_optimizer
+from stages.core.finetune.late_logs import LateLogs
+from stages.core.finetune.optimizer import Schedule, make_optimizer
 from stages.core.finetune.result import Result, result_of
 from stages.core.finetune.signals import Interruption
 from stages.core.generate import prompting
@@ -29,6 +30,7 @@ from stages.core.load import adapter, lora_kernels, weight_loading
 from stages.core.load.variants import LoadedModel, Preset, declare_model, fill_model
 from stages.core.model.causal_lm import CausalModel, make_model, pin_to_mesh
 from stages.core.presets.tokenizer import Tokenizer
+from stages.core.records.finetune import Step
 from stages.core.records.layout import LoraConfig
 from stages.core.records.model_config import ModelConfig, TunedWeights
 from stages.core.tokenize.batches import Batches
@@ -156,6 +158,7 @@ def fit(
     store: Store | None = None,
     tokenizer: Tokenizer | None = None,
     chat_template: bool = False,
+    show_curve: Callable[[list[Step]], None] | None = None,
     profile: Path | None = None,
     load_seconds: float = 0.0,
 ) -> Result:
@@ -168,6 +171,7 @@ def fit(
         store: the run's checkpoints; None: none are read or written, and signals act as usual.
         tokenizer: for samples; None: none are made.
         chat_template: apply the chat template to the sample prompt.
+        show_curve: called with all steps so far now and then, for views that follow a run.
         profile: folder for a JAX profile of a few steps.
         load_seconds: time that loading the model took, for the metrics.
 
@@ -190,16 +194,19 @@ def fit(
     checkpoint = store.newest() if store else None
     history = History.from_state(checkpoint.state) if checkpoint else History()
     history.seconds["load"] += load_seconds
+    held_out = {name: array[: settings.validate_sequences] for name, array in sequences["validation"].items()}
     setup = FitSetup(
         settings,
         steps=steps,
         steps_per_epoch=epoch.steps_per_epoch,
         positions_per_step=epoch.positions_per_step,
+        rate=Schedule(settings, steps).on_host,
         reviews=sequences["train"].get("review"),
         # No backward pass holds activations, so more sequences fit into a batch, and fewer calls cost less.
-        held_out=Batches(sequences["validation"], 4 * settings.batch_size, model.mesh_shape),
+        held_out=Batches(held_out, 4 * settings.batch_size, model.mesh_shape),
         store=store,
         sample=_sampler(causal, tokenizer, settings, chat_template) if tokenizer and settings.sample_every else None,
+        show_curve=show_curve,
         profile=profile,
     )
     _train(causal, setup, history, checkpoint, make_batches)
@@ -255,9 +262,15 @@ def _run_steps(
             initial_epoch=epoch,
             epochs=epoch + max(whole_epochs, 1),
             shuffle=False,
-            callbacks=[callback],
-            # A progress bar at a terminal, one line per epoch in a log.
-            verbose=1 if sys.stdout.isatty() else 2,
+            callbacks=LateLogs(
+                callback,
+                add_progbar=True,
+                model=causal,
+                # A progress bar at a terminal, one line per epoch in a log.
+                verbose=1 if sys.stdout.isatty() else 2,
+                epochs=epoch + max(whole_epochs, 1),
+                steps=len(callback.batches),
+            ),
         )
         if history.steps == before:
             raise StageError(
@@ -275,9 +288,9 @@ def _change_check(causal: CausalModel, settings: Finetune, steps: int) -> Callab
         if np.array_equal(untrained, bit_sums([variable.value for variable in acting])):
             raise StageError(
                 f"Training changed no bit of the weights. Received: steps={steps}, "
-                f"learning_rate={settings.learning_rate}, epsilon={settings.epsilon}, dtype={acting[0].dtype}. Nothing "
-                "was overwritten. Set a higher finetune.learning_rate (or a smaller epsilon or warmup_steps), or a "
-                "load.dtype of higher precision."
+                f"learning_rate={settings.learning_rate}, epsilon={settings.epsilon}, dtype={acting[0].dtype}. "
+                "No weights were written. Set a higher finetune.learning_rate (or a smaller epsilon or warmup_steps), "
+                "or a load.dtype of higher precision."
             )
 
     return check

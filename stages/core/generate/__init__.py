@@ -1,3 +1,3 @@
 """Prompts, sampling from a model, and what is written at the terminal.
-Imports `load`, `model`, `tokenize`, `presets`, `config`, `records` and `common`.
+Imports `adapters`, `load`, `model`, `tokenize`, `presets`, `config`, `records` and `common`.
 """

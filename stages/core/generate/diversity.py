@@ -36,7 +36,7 @@ def repeated(rows: Sequence[Sequence[int]], size: int = REPEATED) -> float | Non
 
 
 def metrics(prompts: int, rows: Sequence[Sequence[int]], seconds: float) -> GenerateMetrics:
-    """Return `data/metrics/generate-<variant>.json`.
+    """Return `data/metrics/generate/<variant>.json`.
 
     Args:
         prompts: how many.

@@ -6,11 +6,13 @@ weights within it, so that both together cost one loading and one set of program
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
 
+from stages.core.adapters.adapted import open_variant
 from stages.core.common.paths import Paths
 from stages.core.config.schema import Generate
 from stages.core.generate.choosing import Drawing
@@ -27,13 +29,14 @@ from stages.core.presets.tokenizer import Tokenizer
 class Side:
     """A variant that continues prompts.
 
-    `values` are its weights, one for each variable of the sampler's backbone.
+    `weights` returns its weights, one for each variable of the sampler's backbone; at the first call it may add an
+    adapter to them.
     """
 
     variant: str
     tokenizer: Tokenizer
     sampler: Sampler
-    values: list[jax.Array]
+    weights: Callable[[], list[jax.Array]]
     settings: SamplerSettings
     stop_strings: tuple[str, ...]
 
@@ -42,12 +45,20 @@ class Side:
     ) -> tuple[list[str], list[list[int]]]:
         """Return the text of each row, and its tokens; arguments and rows are those of `Sampler`."""
         texts = Texts(self.tokenizer, len(prompts) * samples, self.stop_strings, show)
-        tokens = self.sampler(prompts, self.settings, seed, samples=samples, listen=texts, values=self.values)
+        tokens = self.sampler(prompts, self.settings, seed, samples=samples, listen=texts, values=self.weights())
         return texts.texts, tokens
 
 
 def open_sides(
-    paths: Paths, preset: Preset, tokenizer: Tokenizer, names: Sequence[str], settings: Generate, stops: tuple[int, ...]
+    paths: Paths,
+    preset: Preset,
+    tokenizer: Tokenizer,
+    names: Sequence[str],
+    adapters: Mapping[str, str],
+    settings: Generate,
+    stops: tuple[int, ...],
+    *,
+    trying: bool = False,
 ) -> list[Side]:
     """Load variants and make them ready.
 
@@ -56,18 +67,20 @@ def open_sides(
         preset: from `open_preset`.
         tokenizer: of the preset.
         names: of the variants.
+        adapters: folders of those beyond baseline and tuned, by name.
         settings: how to continue.
         stops: ids that end a text.
+        trying: nothing is kept: as for `load_variant`.
 
     Raises:
-        StageError: as `load_variant`.
+        StageError: as `open_variant`.
     """
     drawing = Drawing(settings.temperature, settings.top_k, settings.top_p, settings.min_p, settings.repetition_penalty)
     stop_strings = tuple(settings.stop_strings or ())
     sampling = SamplerSettings(settings.max_tokens, stops, drawing, tokenizer.vocabulary_size)
 
     def load(name: str) -> CausalModel:
-        model = variants.load_variant(paths, name, preset)
+        model = open_variant(paths, name, adapters, preset, trying=trying)
         return make_model(model.backbone, model.jax_mesh, model.placements)
 
     def values(causal: CausalModel) -> list[jax.Array]:
@@ -76,14 +89,22 @@ def open_sides(
     tuned = variants.read_config(paths, "tuned").tuned if len(names) > 1 else None
     if tuned and tuned.lora.rank:
         causal = load("tuned")
-        held = {"baseline": values(causal)}
-        lora.merge(causal.backbone, keep_base=True)
-        held["tuned"] = values(causal)
+        add = lora.set_aside(causal.backbone, keep_base=True)
+        base = values(causal)
+
+        @functools.cache
+        def merged() -> list[jax.Array]:
+            add()
+            return values(causal)
+
         sampler = Sampler(causal)
-        return [Side(name, tokenizer, sampler, held[name], sampling, stop_strings) for name in names]
+        weights: dict[str, Callable[[], list[jax.Array]]] = {"baseline": functools.partial(list, base), "tuned": merged}
+        # The baseline answers before the adapter is added.
+        return [Side(name, tokenizer, sampler, weights[name], sampling, stop_strings) for name in names]
     sides = []
     for name in names:
         causal = load(name)
         lora.merge(causal.backbone)
-        sides.append(Side(name, tokenizer, Sampler(causal), values(causal), sampling, stop_strings))
+        held = values(causal)
+        sides.append(Side(name, tokenizer, Sampler(causal), functools.partial(list, held), sampling, stop_strings))
     return sides

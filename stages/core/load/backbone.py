@@ -7,6 +7,7 @@ from types import ModuleType
 
 import keras
 
+from stages.core.common.environment import hidden
 from stages.core.presets.architecture import Architecture
 from stages.core.sharding.keras_internals import declared_only
 
@@ -34,14 +35,8 @@ def import_keras_hub() -> ModuleType:
     accelerator's memory away from JAX. kagglehub and pandas are used by `fetch` and `prepare`, which need no Keras.
     """
     if "keras_hub" not in sys.modules:
-        hidden = [name for name in OPTIONAL if name not in sys.modules]
-        # None makes Python raise ImportError, as if the package were not installed.
-        sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
-        try:
+        with hidden(OPTIONAL):
             import keras_hub
-        finally:
-            for name in hidden:
-                del sys.modules[name]
     import keras_hub
 
     return keras_hub

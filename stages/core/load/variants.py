@@ -99,18 +99,19 @@ def read_config(paths: Paths, variant: str) -> ModelConfig:
     return ModelConfig.read(paths, f"{variant_folder(variant)}/model.json")
 
 
-def load_variant(paths: Paths, variant: str, preset: Preset) -> LoadedModel:
+def load_variant(paths: Paths, variant: str, preset: Preset, *, trying: bool = False) -> LoadedModel:
     """Put a variant's weights on the devices, straight from the files into their shards.
 
     Args:
         paths: where things lie.
         variant: baseline or tuned.
         preset: from `open_preset`.
+        trying: on one device where those of the mesh would be simulated, see `for_trying`.
 
     Raises:
         StageError: the preset is another than the variant's, or a file of the variant is damaged.
     """
-    config = read_config(paths, variant)
+    config = for_trying(read_config(paths, variant)) if trying else read_config(paths, variant)
     if config.base != preset.fingerprint:
         raise StageError(
             f"models/{variant} was made from another preset: {config.preset} ({config.base[:12]}). "
@@ -122,6 +123,17 @@ def load_variant(paths: Paths, variant: str, preset: Preset) -> LoadedModel:
     model = declare_model(config, preset.architecture, tuned.lora if tuned else None)
     fill_model(model, preset, trained)
     return model
+
+
+def for_trying(config: ModelConfig) -> ModelConfig:
+    """Return where to put a model that is only tried: simulated devices cost time, and it holds no more on one of them.
+
+    The numbers are the same but for rounding: sums are not divided over devices.
+    """
+    if config.mesh.device_kind == "real" or (config.mesh.device_kind == "auto" and devices.accelerator()):
+        return config
+    one = dataclasses.replace(config.mesh, shape=(1,) * len(config.mesh.shape), device_kind="simulated")
+    return config.model_copy(update={"mesh": one})
 
 
 def declare_model(config: ModelConfig, architecture: Architecture, lora: LoraConfig | None) -> LoadedModel:

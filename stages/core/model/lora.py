@@ -105,7 +105,7 @@ def widen(layer: Any, narrow: jax.Array, arrays: dict[str, jax.Array], *, divide
     return wide.reshape(*narrow.shape[:-1], b.shape[-1])
 
 
-def merge(backbone: keras.Model, *, keep_base: bool = False) -> None:
+def merge(backbone: keras.Model) -> None:
     """Add each adapter to its layer's kernel, on the devices and split as the kernel is, and switch the adapters off.
 
     From then on a projection costs what the base's does. The sum is computed in float32 and rounded to the kernel's
@@ -113,23 +113,37 @@ def merge(backbone: keras.Model, *, keep_base: bool = False) -> None:
 
     Args:
         backbone: loaded; without an adapter it stays as it is.
+    """
+    set_aside(backbone)()
+
+
+def set_aside(backbone: keras.Model, *, keep_base: bool = False) -> Callable[[], None]:
+    """Switch the adapters off, which leaves the base, and return what adds them to their kernels: `merge` in two steps.
+
+    Args:
+        backbone: loaded.
         keep_base: whether the base's kernels are still needed by someone who holds them; else their memory is reused.
     """
     layers = [layer for layer in layers_within(backbone) if getattr(layer, "lora_enabled", False)]
-    if not layers:
-        return
     groups = [arrays_of(layer) for layer in layers]
     kernels = [each.pop("kernel") for each in groups]
     scales = tuple(layer.lora_alpha / layer.lora_rank for layer in layers)
-    # One program for all layers: it is compiled, and kept, once.
-    run = jax.jit(
-        functools.partial(_merged, scales),
-        donate_argnums=() if keep_base else (0,),
-        out_shardings=[kernel.sharding for kernel in kernels],
-    )
-    for layer, kernel in zip(layers, run(kernels, groups), strict=True):
-        set_value(kernel_of(layer), kernel)
+    for layer in layers:
         layer.lora_enabled = False
+
+    def add() -> None:
+        if not layers:
+            return
+        # One program for all layers: it is compiled, and kept, once.
+        run = jax.jit(
+            functools.partial(_merged, scales),
+            donate_argnums=() if keep_base else (0,),
+            out_shardings=[kernel.sharding for kernel in kernels],
+        )
+        for layer, kernel in zip(layers, run(kernels, groups), strict=True):
+            set_value(kernel_of(layer), kernel)
+
+    return add
 
 
 def _merged(scales: tuple[float, ...], kernels: list[jax.Array], groups: list[dict[str, jax.Array]]) -> list[jax.Array]:

@@ -207,6 +207,9 @@ def _dequantize(data: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray
         part = per_block(blocks) if per_block else gguf.dequantize(blocks, kind)
         values[start : start + step] = part.reshape(-1, columns)
 
+    if row_count <= step:
+        piece(0)
+        return values
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
         list(threads.map(piece, range(0, row_count, step)))
     return values

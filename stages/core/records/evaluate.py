@@ -1,4 +1,4 @@
-"""What `data/metrics/evaluate-*.json` and `compare.json` hold; losses are in nats per token."""
+"""What `data/metrics/evaluate/*.json` and `compare.json` hold; losses are in nats per token."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ class EvaluateMetrics(FileRecord):
 
     `loss` with its standard error over reviews (None for a single review), perplexity (exp of the loss),
     `token_accuracy` (targets that were the likeliest token, of all); `reviews` are those with a target, `reviews_cut`
-    and `targets_cut` what is beyond `evaluate.max_length`. `sentiment` is there if it is in `evaluate.tasks`.
+    and `targets_cut` what is beyond `evaluate.max_length`. `sentiment` is there if it is in `evaluate.tasks`; `lm_eval`
+    has for each task of the lm-evaluation-harness its scores, and their standard errors (`acc_stderr`).
     """
 
     loss: float
@@ -32,12 +33,13 @@ class EvaluateMetrics(FileRecord):
     reviews_cut: int
     targets_cut: int
     sentiment: OrAbsent[Sentiment] = None
+    lm_eval: OrAbsent[dict[str, dict[str, float]]] = None
 
 
-class CompareMetrics(FileRecord):
-    """Tuned minus baseline, paired by review, with paired standard errors (None for a single review).
+class Difference(Record):
+    """A variant minus baseline, paired by review, with paired standard errors (None for a single review).
 
-    `perplexity_ratio` is tuned / baseline, exp of the difference of the losses.
+    `perplexity_ratio` is variant / baseline, exp of the difference of the losses.
     """
 
     loss_difference: float
@@ -47,3 +49,9 @@ class CompareMetrics(FileRecord):
     token_accuracy_difference_standard_error: float | None
     targets: int
     reviews: int
+
+
+class CompareMetrics(Difference, FileRecord):
+    """Tuned minus baseline; `variants` has the same of the adapters that the setting `variants` names."""
+
+    variants: OrAbsent[dict[str, Difference]] = None

@@ -1,4 +1,4 @@
-"""What `data/generated/<variant>.jsonl` and `data/metrics/generate-<variant>.json` hold: `report` reads them."""
+"""What `data/generated/<variant>.jsonl` and `data/metrics/generate/<variant>.json` hold: `report` reads them."""
 
 from __future__ import annotations
 

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from stages.core.records.record import FileRecord, OrAbsent
+from stages.core.records.record import FileRecord, OrAbsent, Record
+
+
+class VariantSummary(Record):
+    """The figures of an adapter that the setting `variants` names."""
+
+    perplexity: float
+    loss: float
 
 
 class Summary(FileRecord):
@@ -13,7 +20,7 @@ class Summary(FileRecord):
     before tuning. `trainable` counts parameters, `step_s` is the median of the train steps in seconds, `tokens_per_s`
     counts trained tokens, `peak_gib` is the process's peak host memory in `finetune`. `replicated` is the fraction of
     the weights' bytes that every device of the model axis holds. `plan_hbm` is the fraction of a chip's memory that
-    this run needs by the plan, on the fullest of its topologies; above 1 it does not fit.
+    this run needs by the plan, on the fullest of its topologies; above 1 it does not fit. `variants`: see there.
     """
 
     perplexity_base: OrAbsent[float] = None
@@ -27,3 +34,4 @@ class Summary(FileRecord):
     peak_gib: OrAbsent[float] = None
     replicated: OrAbsent[float] = None
     plan_hbm: OrAbsent[float] = None
+    variants: OrAbsent[dict[str, VariantSummary]] = None

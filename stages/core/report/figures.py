@@ -10,7 +10,7 @@ from typing import Any
 
 from stages.core.common.paths import CURVE
 from stages.core.config.schema import Params
-from stages.core.records.evaluate import CompareMetrics, EvaluateMetrics
+from stages.core.records.evaluate import Difference, EvaluateMetrics
 from stages.core.records.finetune import Step
 from stages.core.records.generate import Generation
 from stages.core.records.plan import RunKey
@@ -21,6 +21,7 @@ from stages.core.report.bars import Bar, stacked_bars
 from stages.core.report.inputs import VARIANTS, Inputs
 from stages.core.report.line_charts import LineChart, line_chart
 from stages.core.report.text import NBSP, binary, percent, quantity, signed
+from stages.core.report.variants_table import harness_scores
 
 # A difference of no more standard errors than this is not called better or worse.
 STANDARD_ERRORS = 2
@@ -52,7 +53,7 @@ def dimensions(shape: list[int]) -> str:
     return " \N{MULTIPLICATION SIGN} ".join(f"{size:,}" for size in shape) or "scalar"
 
 
-def headlines(evaluated: dict[str, EvaluateMetrics], compared: CompareMetrics | None) -> list[Headline]:
+def headlines(evaluated: dict[str, EvaluateMetrics], compared: Difference | None) -> list[Headline]:
     """Return perplexity, loss and token accuracy on the whole held-out reviews, before and after, with the change.
 
     Args:
@@ -86,14 +87,14 @@ def headlines(evaluated: dict[str, EvaluateMetrics], compared: CompareMetrics | 
     return found
 
 
-def _difference(compared: CompareMetrics | None, name: str) -> tuple[float | None, float | None]:
+def _difference(compared: Difference | None, name: str) -> tuple[float | None, float | None]:
     """Return by how much tuning changed the loss or the token accuracy, and the standard error of that."""
     if compared is None:
         return None, None
     return getattr(compared, f"{name}_difference"), getattr(compared, f"{name}_difference_standard_error")
 
 
-def _judged(compared: CompareMetrics | None, name: str) -> str:
+def _judged(compared: Difference | None, name: str) -> str:
     """Return whether tuning changed the loss or the token accuracy: better, worse, same, or nothing if not compared."""
     difference, error = _difference(compared, name)
     if difference is None or error is None:
@@ -109,7 +110,7 @@ def verdict(inputs: Inputs, params: Params) -> str:
     sharding = inputs.sharding.get("tuned") or inputs.sharding["baseline"]
     devices = math.prod(sharding.mesh.shape)
     sentences = []
-    if len(inputs.evaluate) == 2:
+    if inputs.evaluate.keys() >= set(VARIANTS):
         before, after = (inputs.evaluate[variant].perplexity for variant in VARIANTS)
         relative = (after - before) / before
         verb = "stayed at" if abs(relative) < 5e-4 else "fell from" if relative < 0 else "rose from"
@@ -168,6 +169,9 @@ def facts(inputs: Inputs) -> list[tuple[str, str, str]]:
         if (result := inputs.evaluate.get(variant)) and (task := result.sentiment):
             interval = f"95{NBSP}% interval {percent(task.accuracy_low)} to {percent(task.accuracy_high)}"
             found.append((f"Sentiment, {variant}", percent(task.accuracy), f"{interval}, {task.reviews:,} reviews"))
+    for variant in VARIANTS:
+        scores = harness_scores(inputs.evaluate.get(variant))
+        found += [(f"{label}, {variant}", score, "lm-evaluation-harness") for label, score in scores.items()]
     return found
 
 
@@ -206,17 +210,17 @@ def curve_charts(curve: list[Step]) -> tuple[list[LineChart], list[str]]:
 
 
 def pairs(generations: dict[str, list[Generation]]) -> list[dict[str, Any]]:
-    """Return each prompt with its continuation by variant (None where a variant has none), in the files' order."""
+    """Return each prompt with its continuations by variant (None where a variant has none), in the files' order."""
     rows: dict[tuple[str, int], dict[str, Any]] = {}
-    for variant in VARIANTS:
+    for variant, written in generations.items():
         seen: dict[str, int] = defaultdict(int)
-        for generation in generations.get(variant, []):
+        for generation in written:
             # A prompt may be given twice: the second one here belongs with the second one there.
             place = (generation.prompt, seen[generation.prompt])
             seen[generation.prompt] += 1
-            empty = {"prompt": generation.prompt, "sample": generation.sample, "baseline": None, "tuned": None}
-            row = rows.setdefault(place, empty)
-            row[variant] = generation.text
+            texts = dict.fromkeys(generations)
+            row = rows.setdefault(place, {"prompt": generation.prompt, "sample": generation.sample, "texts": texts})
+            row["texts"][variant] = generation.text
     return list(rows.values())
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -19,6 +19,7 @@ from stages.core.records.record import FileRecord
 from stages.core.records.sharding import Sharding
 from stages.core.records.tokenize import TokenizeMetrics
 
+# The pipeline's own; what is shown as before and after.
 VARIANTS = ("baseline", "tuned")
 Content = TypeVar("Content")
 
@@ -27,9 +28,11 @@ Content = TypeVar("Content")
 class Inputs:
     """Everything the report shows; `missing` has for each absent file the command that writes it.
 
-    What two stages or both variants write is keyed by variant, and has those that are there.
+    What two stages or all variants write is keyed by variant, and has those that are there. `variants` names all that
+    there should be.
     """
 
+    variants: tuple[str, ...]
     manifest: Manifest
     sharding: dict[str, Sharding]
     prepare: PrepareMetrics | None
@@ -50,19 +53,24 @@ class Inputs:
         """Every metrics file by its name, None where it is not there."""
         return {
             **{name: getattr(self, name) for name in ("prepare", "tokenize", "load", "finetune")},
-            **{f"generate-{variant}": self.generate.get(variant) for variant in VARIANTS},
-            **{f"evaluate-{variant}": self.evaluate.get(variant) for variant in VARIANTS},
+            **{f"generate/{variant}": self.generate.get(variant) for variant in self.variants},
+            **{f"evaluate/{variant}": self.evaluate.get(variant) for variant in self.variants},
             "compare": self.compare,
         }
 
 
-def read_inputs(paths: Paths) -> Inputs:
+def read_inputs(paths: Paths, others: Iterable[str] = ()) -> Inputs:
     """Read every output of the pipeline.
+
+    Args:
+        paths: where they lie.
+        others: variants beyond the pipeline's own.
 
     Raises:
         StageError: the manifest or the baseline's sharding is not there, or a file does not have its form.
     """
     missing: dict[str, str] = {}
+    every = (*VARIANTS, *others)
 
     def optional(relative: str, read: Callable[[Paths, str], Content]) -> Content | None:
         try:
@@ -73,7 +81,7 @@ def read_inputs(paths: Paths) -> Inputs:
         return read(paths, relative)
 
     def by_variant(relative: Callable[[str], str], read: Callable[[Paths, str], Content]) -> dict[str, Content]:
-        found = {variant: optional(relative(variant), read) for variant in VARIANTS}
+        found = {variant: optional(relative(variant), read) for variant in every}
         return {variant: content for variant, content in found.items() if content is not None}
 
     manifest = Manifest.read(paths, MANIFEST)
@@ -81,14 +89,15 @@ def read_inputs(paths: Paths) -> Inputs:
     if tuned := optional(SHARDING["tuned"], Sharding.read):
         sharding["tuned"] = tuned
     return Inputs(
+        variants=every,
         manifest=manifest,
         sharding=sharding,
         prepare=optional(metrics("prepare"), PrepareMetrics.read),
         tokenize=optional(metrics("tokenize"), TokenizeMetrics.read),
         load=optional(metrics("load"), LoadMetrics.read),
         finetune=optional(metrics("finetune"), FinetuneMetrics.read),
-        generate=by_variant(lambda variant: metrics(f"generate-{variant}"), GenerateMetrics.read),
-        evaluate=by_variant(lambda variant: metrics(f"evaluate-{variant}"), EvaluateMetrics.read),
+        generate=by_variant(lambda variant: metrics(f"generate/{variant}"), GenerateMetrics.read),
+        evaluate=by_variant(lambda variant: metrics(f"evaluate/{variant}"), EvaluateMetrics.read),
         compare=optional(metrics("compare"), CompareMetrics.read),
         curve=optional(CURVE, read_curve),
         generations=by_variant(generated, Generation.read_lines),

@@ -40,6 +40,7 @@ from stages.core.report.inputs import VARIANTS, Inputs
 from stages.core.report.mesh_picture import mesh_picture
 from stages.core.report.plan_section import Training, plan_view
 from stages.core.report.text import binary, percent, quantity
+from stages.core.report.variants_table import variants_table
 
 PACKAGES = ("keras", "keras-hub", "jax", "jaxlib")
 # C0 controls other than tab and newline have no meaning in HTML; Unicode has a visible picture for each (U+2400 on).
@@ -161,7 +162,8 @@ def render(inputs: Inputs, params: Params) -> str:
         params=params,
         verdict=verdict(inputs, params),
         headlines=headlines(inputs.evaluate, inputs.compare),
-        targets=[(variant, values.targets) for variant, values in inputs.evaluate.items()],
+        targets=[(variant, values.targets) for variant, values in inputs.evaluate.items() if variant in VARIANTS],
+        variants_table=variants_table(inputs),
         reviews_cut=max((values.reviews_cut for values in inputs.evaluate.values()), default=0),
         facts=facts(inputs),
         charts=charts,
@@ -184,7 +186,7 @@ def render(inputs: Inputs, params: Params) -> str:
         settings=settings(params),
         versions=versions(),
         paths={"curve": CURVE, "samples": SAMPLES, "plan": PLAN, "tuned_sharding": SHARDING["tuned"]}
-        | {f"generated_{variant}": generated(variant) for variant in VARIANTS}
-        | {f"evaluate_{variant}": metrics(f"evaluate-{variant}") for variant in VARIANTS}
         | {"finetune": metrics("finetune"), "compare": metrics("compare")},
+        generated_files=[generated(variant) for variant in inputs.variants],
+        evaluate_files=[metrics(f"evaluate/{variant}") for variant in inputs.variants],
     )

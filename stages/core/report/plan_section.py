@@ -78,13 +78,20 @@ def _target(label: str, target: Target) -> dict[str, Any]:
         "memory": NONE if memory is None else binary(memory),
         "share": percent(needed / memory) if needed and memory else NONE,
         "bar": _bar(sizes, needed, memory) if memory else [],
-        "collectives": [f"{each.count:,} {kind}" for kind, each in target.collectives.items()],
-        "wire": NONE if target.interconnect_bytes_per_step is None else binary(target.interconnect_bytes_per_step),
+        "sent": _sent(target),
         "bound": _bound(target.step_seconds_lower_bound, target.bound_by),
         "largest": [
             f"{binary(each.bytes)} {each.shape} {each.operator}".strip() for each in target.largest if not target.fits
         ],
     }
+
+
+def _sent(target: Target) -> str:
+    """Return what a device sends in a step, and by which collectives; empty where it sends nothing."""
+    if not target.interconnect_bytes_per_step:
+        return ""
+    kinds = ", ".join(f"{each.count:,} {kind}" for kind, each in target.collectives.items())
+    return f"Sends {binary(target.interconnect_bytes_per_step)} per step: {kinds}"
 
 
 def _bar(sizes: Mapping[str, int | None], needed: int | None, memory: int) -> list[tuple[str, float, float]]:
@@ -113,7 +120,6 @@ def _time(label: str, target: Target, training: Training) -> dict[str, Any]:
     price = target.price_per_chip_hour
     return {
         "label": label,
-        "bound": _bound(target.step_seconds_lower_bound, target.bound_by),
         "estimate": duration(seconds),
         "share": NONE if target.share_of_peak is None else percent(target.share_of_peak),
         "parts": [duration(value) for _, value in target.step_time or ()],

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from stages.core.config.schema import Params
-from stages.core.records.summary import Summary
+from stages.core.records.summary import Summary, VariantSummary
 from stages.core.report.figures import run_as_planned
-from stages.core.report.inputs import Inputs
+from stages.core.report.inputs import VARIANTS, Inputs
 
 
 def summary(inputs: Inputs, params: Params) -> Summary:
@@ -23,6 +23,12 @@ def summary(inputs: Inputs, params: Params) -> Summary:
         peak_gib=_rounded(run.peak_host_bytes / 2**30 if run else None),
         replicated=_rounded(inputs.load.replicated_fraction if inputs.load else None),
         plan_hbm=_rounded(_planned(inputs, params)),
+        variants={
+            name: VariantSummary(perplexity=_digits(found.perplexity), loss=_digits(found.loss))
+            for name, found in inputs.evaluate.items()
+            if name not in VARIANTS
+        }
+        or None,
     )
 
 
@@ -40,4 +46,8 @@ def _planned(inputs: Inputs, params: Params) -> float | None:
 
 
 def _rounded(value: float | None) -> float | None:
-    return None if value is None else float(f"{value:.4g}")
+    return None if value is None else _digits(value)
+
+
+def _digits(value: float) -> float:
+    return float(f"{value:.4g}")

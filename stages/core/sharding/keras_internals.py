@@ -58,11 +58,6 @@ def layers_within(backbone: keras.Model) -> list[keras.layers.Layer]:
     return list(backbone._flatten_layers(include_self=False))
 
 
-def schedule_of(optimizer: keras.optimizers.Optimizer) -> Any:
-    """Return the optimizer's schedule, or the variable with its learning rate if it has none."""
-    return optimizer._learning_rate
-
-
 def make_metrics(model: keras.Model, data: Any) -> None:
     """Make the variables of a compiled model's metrics, which else come with the first batch.
 

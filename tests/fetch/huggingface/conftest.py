@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 
 import pytest
 
 from stages.core.common.paths import MANIFEST
 from stages.core.presets.manifest import read_manifest
+from tests.support import warm
 from tests.support.hub_files import PLAIN, PRESET, REPO
 from tests.support.repository import ROOT
 from tests.support.servers import hub_server
@@ -29,10 +29,10 @@ def hub():
 
 @pytest.fixture
 def fetch(hub, tmp_path):
-    """Return a function that runs the stage as a person does, against the server and with an empty home."""
+    """Return a function that runs the stage as a user does, against the server and with an empty home."""
 
     def run(preset=PRESET, **environment):
-        command = [sys.executable, "-m", "stages.fetch", "--out-root", tmp_path / "out"]
+        command = [warm.python(), "-m", "stages.fetch", "--out-root", tmp_path / "out"]
         command += ["--set", "fetch.source=huggingface", "--set", f"fetch.preset={preset}"]
         settings = hub_server.hub_environment(hub.url, tmp_path / "home")
         settings["GEMMA_TUNING_CACHE"] = str(tmp_path / "cache")
@@ -60,7 +60,7 @@ def ask(hub, tmp_path):
         )
         environment = os.environ | hub_server.hub_environment(hub.url, tmp_path / "home") | environment
         done = subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+            [warm.python(), "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
         )
         assert done.returncode == 0, done.stderr
         assert done.stderr == ""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from dataclasses import asdict
 
 import pytest
@@ -15,6 +14,7 @@ from stages.core.config.schema import PlanStep
 from stages.core.fetch import catalog, hub
 from stages.core.plan.targets import architecture_of
 from stages.core.presets.hf_config import read_architecture
+from tests.support import warm
 from tests.support.hub_files import COMMIT, FOLDER, PLAIN, PRESET, REPO
 from tests.support.repository import ROOT
 from tests.support.servers import hub_server
@@ -45,7 +45,7 @@ def test_a_redirect_to_where_others_could_read_the_token_is_not_followed(monkeyp
 
 def test_the_host_that_is_asked_is_named(hub, fetch, tmp_path):
     host = hub.url.partition("//")[2]
-    command = [sys.executable, "-m", "stages.fetch", "--check", "--set", "fetch.source=huggingface"]
+    command = [warm.python(), "-m", "stages.fetch", "--check", "--set", "fetch.source=huggingface"]
     environment = os.environ | hub_server.hub_environment(hub.url, tmp_path / "home")
     hub.status = 404
     run = subprocess.run(

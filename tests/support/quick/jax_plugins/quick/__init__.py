@@ -2,7 +2,7 @@
 
 Purpose: most of the time of tests on tiny models is LLVM's. XLA's own passes and its partitioner stay as they are; what
 is left out is optimizing the code of a kernel. JAX loads every module below `jax_plugins` on the path, in the processes
-that tests start too; tests/pipeline/test_default_run.py compiles as a person's run does.
+that tests start too; tests/pipeline/test_default_run.py compiles as a user's run does.
 """
 
 from __future__ import annotations
