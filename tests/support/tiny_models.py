@@ -78,6 +78,7 @@ def sequences(count: int, length: int = 32, vocabulary: int = 512, seed: int = 0
 
 def keras_inputs(backbone: keras.Model, ids: jax.Array) -> dict[str, jax.Array]:
     """What keras-hub's backbone takes for token ids without padding; Gemma 4's takes positions too."""
+    ids = jax.numpy.asarray(ids)
     inputs = {"token_ids": ids, "padding_mask": jax.numpy.ones_like(ids)}
     if "position_ids" in backbone.input:
         inputs["position_ids"] = jax.numpy.broadcast_to(jax.numpy.arange(ids.shape[1]), ids.shape)

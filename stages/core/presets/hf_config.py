@@ -136,7 +136,7 @@ def read_config(folder: Path) -> tuple[str, _Gemma | Gemma4Text]:
         raise StageError(
             f"The model must be a text Gemma ({', '.join(MODEL_TYPES)}). Received: model_type={shown(kind)}."
         )
-    schema = Gemma4Text if kind.startswith("gemma4") else SCHEMAS[kind]
+    schema: type[_Gemma] | type[Gemma4Text] = Gemma4Text if kind.startswith("gemma4") else SCHEMAS[kind]
     if kind in WITH_TOWERS:
         text = config.pop("text_config", None)
         for key in WITH_TOWERS[kind]:

@@ -10,16 +10,26 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
-
-if TYPE_CHECKING:
-    from stages.core.presets.architecture import Architecture
+from typing import Any, Literal, Protocol
 
 LOCAL_WAVELENGTH, GLOBAL_WAVELENGTH = 1.0e4, 1.0e6
 """Of rotary embeddings in keras-hub: of Gemma and Gemma 2, and of the later Gemmas' windowed blocks; and of their other
 blocks."""
 
 Name = Literal["sliding_attention", "full_attention"]
+
+
+class _Architecture(Protocol):
+    """What is read of an `Architecture`, whose module imports this one."""
+
+    @property
+    def class_name(self) -> str: ...
+
+    @property
+    def config(self) -> dict[str, Any]: ...
+
+    @property
+    def family(self) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -66,7 +76,7 @@ class LayerKind:
         return self.query_heads, self.key_heads, self.head, self.keys_are_values
 
 
-def layer_kinds(architecture: Architecture) -> tuple[LayerKind, ...]:
+def layer_kinds(architecture: _Architecture) -> tuple[LayerKind, ...]:
     """Return the kind of each block, in their order."""
     names = _names(architecture)
     of_kind = _gemma4 if architecture.class_name == "Gemma4Backbone" else _gemma
@@ -74,7 +84,7 @@ def layer_kinds(architecture: Architecture) -> tuple[LayerKind, ...]:
     return tuple(found[name] for name in names)
 
 
-def period(architecture: Architecture) -> int:
+def period(architecture: _Architecture) -> int:
     """Return after how many blocks the shapes of the weights repeat: 1 where all blocks have the same.
 
     Example:
@@ -85,7 +95,7 @@ def period(architecture: Architecture) -> int:
     return next(size for size in range(1, len(shapes) + 1) if shapes[size:] == shapes[:-size])
 
 
-def of_blocks(architecture: Architecture, blocks: int) -> dict[str, Any]:
+def of_blocks(architecture: _Architecture, blocks: int) -> dict[str, Any]:
     """Return the arguments of a model with only the first `blocks` blocks."""
     config = {**architecture.config, "num_layers": blocks}
     if config.get("layer_types"):
@@ -93,7 +103,7 @@ def of_blocks(architecture: Architecture, blocks: int) -> dict[str, Any]:
     return config
 
 
-def _names(architecture: Architecture) -> list[Name]:
+def _names(architecture: _Architecture) -> list[Name]:
     """Return transformers' name of each block's kind; without windowed attention those say where wavelengths differ."""
     config, count = architecture.config, architecture.config["num_layers"]
     if config.get("layer_types"):
@@ -108,7 +118,7 @@ def _names(architecture: Architecture) -> list[Name]:
     return ["sliding_attention" if number % every else "full_attention" for number in range(1, count + 1)]
 
 
-def _gemma(architecture: Architecture, name: Name) -> LayerKind:
+def _gemma(architecture: _Architecture, name: Name) -> LayerKind:
     """Return a kind of Gemma 1, 2 or 3."""
     config, gemma3 = architecture.config, architecture.class_name == "Gemma3Backbone"
     heads, head = config["num_query_heads"], config["head_dim"]
@@ -135,7 +145,7 @@ def _gemma(architecture: Architecture, name: Name) -> LayerKind:
     )
 
 
-def _gemma4(architecture: Architecture, name: Name) -> LayerKind:
+def _gemma4(architecture: _Architecture, name: Name) -> LayerKind:
     """Return a kind of Gemma 4: attention scale 1, all norms, and full attention with heads of its own.
 
     Source: transformers 5.23 `modeling_gemma4.py`, keras-hub 0.32 `gemma4_backbone.py`.
