@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from jax._src import hardware_utils
 
 from stages.core.sharding.devices import PCI_DEVICES, PCI_VENDOR, tpu_on_bus
-from tests.support import warm
 from tests.support.repository import ROOT
 
 
@@ -116,7 +116,7 @@ def configured(
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "KERAS_"))}
     environment["PYTHONPATH"] = str(folder / "site")
     seconds = 4 if start == "hangs" else 100
-    command = [warm.python(), "-c", RUN, str(folder / "dev"), kind, str(count), str(seconds)]
+    command = [sys.executable, "-c", RUN, str(folder / "dev"), kind, str(count), str(seconds)]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
 
 
