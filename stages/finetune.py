@@ -10,6 +10,7 @@ Command: `python -m stages.finetune`
 
 from __future__ import annotations
 
+import functools
 import time
 from pathlib import Path
 
@@ -50,6 +51,7 @@ def main(run: Run, profile: Path | None) -> None:
     this_run = run_of(config, settings, sequences["train"]["token_ids"].shape[1])
     warn_before_running(run.paths.root, this_run)
     prompting.warn_of_another_format(tokenizer, sequences["train"], chat_template=chat_template)
+    curve = run.paths.write(CURVE)
     store = trainer.checkpoints(run.paths, config, model.platform, settings, start_from)
     result = trainer.fit(
         model,
@@ -58,7 +60,8 @@ def main(run: Run, profile: Path | None) -> None:
         store=store,
         tokenizer=tokenizer,
         chat_template=chat_template,
-        show_curve=lambda rows: write_curve(run.paths.write(CURVE), rows),
+        # A run that fails leaves what an earlier one wrote; DVC takes that away before it begins.
+        show_curve=None if curve.exists() else functools.partial(write_curve, curve),
         profile=profile,
         load_seconds=time.perf_counter() - began,
     )
@@ -78,7 +81,7 @@ def main(run: Run, profile: Path | None) -> None:
         trainable_parameters=result.trainable_parameters,
     )
     report.write(run.paths.write(SHARDING["tuned"]))
-    write_curve(run.paths.write(CURVE), result.history.rows)
+    write_curve(curve, result.history.rows)
     Sample.write_lines(run.paths.write(SAMPLES), result.history.samples)
     run.write_metrics("finetune", result.metrics())
     tell_beside_plan(run.paths.root, this_run, result.metrics())

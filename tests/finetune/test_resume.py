@@ -20,6 +20,7 @@ from ruamel.yaml import YAML
 
 from stages.core.common import code
 from stages.core.common.errors import StageError
+from stages.core.common.paths import CURVE
 from stages.core.finetune.checkpoint import Store
 from stages.core.finetune.fingerprint import ENTRY, fingerprint_of, record, with_program
 from stages.core.finetune.signals import Interruption, Stopped
@@ -126,7 +127,8 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(trial: Trial):
     assert trial.checkpoints() == left
 
     assert len(left) == SETTINGS["checkpoint_keep"]
-    assert not (trial.folder / "stopped").exists(), "nothing is written before the end"
+    written = [path for path in (trial.folder / "stopped").rglob("*") if path.is_file()]
+    assert written == [trial.folder / "stopped" / CURVE], "nothing but the curve is written before the end"
     damaged = left[-1] / "arrays.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x55")
     last = trial.run("finetune", "--out-root", "stopped")
