@@ -10,7 +10,6 @@ Command: `python -m stages.finetune`
 
 from __future__ import annotations
 
-import functools
 import time
 from pathlib import Path
 
@@ -35,7 +34,7 @@ def main(run: Run, profile: Path | None) -> None:
     from stages.core.load import adapter, variants
     from stages.core.presets.formats import format_of
     from stages.core.preview.run_check import run_of, tell_beside_plan, warn_before_running
-    from stages.core.records.finetune import Sample, write_curve
+    from stages.core.records.finetune import Sample, live_curve, write_curve
     from stages.core.sharding import table
     from stages.core.tokenize.store import read_sequences
 
@@ -60,8 +59,7 @@ def main(run: Run, profile: Path | None) -> None:
         store=store,
         tokenizer=tokenizer,
         chat_template=chat_template,
-        # A run that fails leaves what an earlier one wrote; DVC takes that away before it begins.
-        show_curve=None if curve.exists() else functools.partial(write_curve, curve),
+        show_curve=live_curve(curve),
         profile=profile,
         load_seconds=time.perf_counter() - began,
     )
@@ -69,8 +67,7 @@ def main(run: Run, profile: Path | None) -> None:
     tuned = trainer.describe(settings.lora)
     written = {"base": config.base, "preset": config.preset, **tuned.model_dump()}
     adapter.save(run.paths.write(f"models/tuned/{tuned.file}"), trainer.trained_arrays(model), written)
-    tuned_config = config.model_copy(update={"variant": "tuned", "tuned": tuned})
-    tuned_config.write(run.paths.write("models/tuned/model.json"))
+    config.model_copy(update={"variant": "tuned", "tuned": tuned}).write(run.paths.write("models/tuned/model.json"))
     placements = [*model.placements, *optimizer_placements(model, result.optimizer)]
     report = table.report(
         placements,
