@@ -89,9 +89,9 @@ def write_curve(path: Path, steps: Iterable[Step]) -> None:
 
 
 def live_curve(path: Path) -> Callable[[list[Step]], None] | None:
-    """Return what writes the steps of a run that goes on; None where a file is: a run that fails leaves an earlier one's.
+    """Return what writes the steps while a run goes on; None where a file is already.
 
-    DVC takes that away before it begins.
+    A run that fails leaves what an earlier one wrote; DVC takes that away before it begins.
     """
     return None if path.exists() else functools.partial(write_curve, path)
 
