@@ -33,7 +33,7 @@ def main(run: Run, profile: Path | None) -> None:
     from stages.core.load import adapter, variants
     from stages.core.presets.formats import format_of
     from stages.core.preview.run_check import run_of, tell_beside_plan, warn_before_running
-    from stages.core.records.finetune import Sample, write_curve
+    from stages.core.records.finetune import Sample, live_curve, write_curve
     from stages.core.sharding import table
     from stages.core.tokenize.store import read_sequences
 
@@ -50,6 +50,7 @@ def main(run: Run, profile: Path | None) -> None:
     this_run = run_of(config, settings, sequences["train"]["token_ids"].shape[1])
     warn_before_running(run.paths.root, this_run)
     prompting.warn_of_another_format(tokenizer, sequences["train"], chat_template=chat_template)
+    curve = run.paths.write(CURVE)
     store = trainer.checkpoints(run.paths, config, model.platform, settings, start_from)
     result = trainer.fit(
         model,
@@ -58,7 +59,7 @@ def main(run: Run, profile: Path | None) -> None:
         store=store,
         tokenizer=tokenizer,
         chat_template=chat_template,
-        show_curve=lambda rows: write_curve(run.paths.write(CURVE), rows),
+        show_curve=live_curve(curve) if run.first else None,
         profile=profile,
         load_seconds=time.perf_counter() - began,
     )
@@ -79,7 +80,7 @@ def main(run: Run, profile: Path | None) -> None:
         trainable_parameters=result.trainable_parameters,
     )
     report.write(run.paths.write(SHARDING["tuned"]))
-    write_curve(run.paths.write(CURVE), result.history.rows)
+    write_curve(curve, result.history.rows)
     Sample.write_lines(run.paths.write(SAMPLES), result.history.samples)
     run.write_metrics("finetune", result.metrics())
     tell_beside_plan(run.paths.root, this_run, result.metrics())

@@ -64,7 +64,6 @@ def main(run: Run, dry_run: bool, public: str | None) -> None:
         dtype=config.dtype,
         trainable_parameters=0,
     )
-
     if not run.first:
         return
     click.echo(table.block_table(model.placements))

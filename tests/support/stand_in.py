@@ -43,8 +43,10 @@ def main(stage: str, variant: str = "") -> None:
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             digest.update(file.read_bytes() if file.is_file() else b"")
     for name in outputs(stage, variants=[variant]):
-        Path(name).parent.mkdir(parents=True, exist_ok=True)
-        Path(name).write_text(json.dumps({name: digest.hexdigest()}))
+        # A folder's file has the name by which stages depend on one.
+        path = Path(name) if Path(name).suffix else Path(name) / "model.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({name: digest.hexdigest()}))
     if stage == "report":
         Path(SUMMARY).write_text(
             json.dumps({name: 1.0 + (name in TUNED) * digest.digest()[0] / 1000 for name in FIGURES})

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -85,6 +86,14 @@ def write_curve(path: Path, steps: Iterable[Step]) -> None:
         writer.writerow(Step.model_fields)
         for step in steps:
             writer.writerow(f"{value:.6g}" if isinstance(value, float) else value for _, value in step)
+
+
+def live_curve(path: Path) -> Callable[[list[Step]], None] | None:
+    """Return what writes the steps while a run goes on; None where a file is already.
+
+    A run that fails leaves what an earlier one wrote; DVC takes that away before it begins.
+    """
+    return None if path.exists() else functools.partial(write_curve, path)
 
 
 def read_curve(paths: Paths, relative: str) -> list[Step]:

@@ -194,8 +194,8 @@ def curve_charts(curve: list[Step]) -> tuple[list[LineChart], list[str]]:
     validation = [(float(row.step), row.validation_loss) for row in curve if row.validation_loss is not None]
     if validation:
         notes.append(
-            "Validation sequences are the held-out reviews cut and packed as the training ones are; the results above "
-            "are of whole reviews."
+            "Validation sequences are held-out reviews cut and packed as the training ones are, the first ones if "
+            "finetune.validate_sequences is set; the results above are of all held-out reviews, whole."
         )
     charts = [line_chart("Loss", "nats per token", steps, losses, validation, breaks)]
     for column, title, unit, factor in (
