@@ -2,8 +2,7 @@
 
 Reads: `models/baseline/model.json` and the preset, `data/tokens/*.npz`, the folder of `finetune.start_from`; params
 `finetune` and `generate.chat_template` (for samples). A stopped run resumes from its newest checkpoint (cache folder).
-Writes: `models/tuned/`, `data/sharding/tuned.json`, `data/plots/finetune.csv`, `data/plots/samples.jsonl`,
-`data/metrics/finetune.json`.
+Writes: `models/tuned/`, `data/{sharding/tuned,metrics/finetune}.json`, `data/plots/{finetune.csv,samples.jsonl}`.
 Command: `python -m stages.finetune`
 """
 
@@ -64,7 +63,6 @@ def main(run: Run, profile: Path | None) -> None:
         load_seconds=time.perf_counter() - began,
     )
     trained = trainer.trained_arrays(model)
-    placements = [*model.placements, *optimizer_placements(model, result.optimizer)]
     if not run.first:
         return
     tuned = trainer.describe(settings.lora)
@@ -72,7 +70,7 @@ def main(run: Run, profile: Path | None) -> None:
     adapter.save(run.paths.write(f"models/tuned/{tuned.file}"), trained, about)
     config.model_copy(update={"variant": "tuned", "tuned": tuned}).write(run.paths.write("models/tuned/model.json"))
     report = table.report(
-        placements,
+        [*model.placements, *optimizer_placements(model, result.optimizer)],
         model.mesh_shape,
         preset=config.preset,
         layout=config.layout,
