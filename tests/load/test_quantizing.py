@@ -9,7 +9,7 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from stages.core.config.schema import QUANTIZED, Dtype
+from stages.core.config.section import QUANTIZED, Dtype
 from stages.core.load import quantizing, variants, weight_loading
 from stages.core.presets.architecture import Architecture
 from tests.support.repository import FAMILIES

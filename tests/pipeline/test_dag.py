@@ -10,7 +10,8 @@ import pytest
 
 from stages.core.common.code import ROOT, dependencies
 from stages.core.config.reader import read_params
-from stages.core.config.schema import Params, without
+from stages.core.config.schema import Params
+from stages.core.config.section import without
 from tests.support.repository import STAGES, of_variant, outputs, variants_of
 
 # Scripts that change settings or clean up, and make nothing: no stage of the pipeline.

@@ -11,7 +11,8 @@ from dvc.utils.hydra import apply_overrides
 from dvc.utils.serialize import modify_yaml
 
 from stages.core.config.profiles import PROFILES, apply
-from stages.core.config.schema import Params, Section
+from stages.core.config.schema import Params
+from stages.core.config.section import Section
 from tests.support.copies import copy_repository, dvc
 from tests.support.repository import ROOT
 

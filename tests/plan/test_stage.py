@@ -13,8 +13,8 @@ import pytest
 
 from stages.core.common.errors import ParamsError
 from stages.core.common.paths import PLAN
+from stages.core.config.plan import PlanTarget
 from stages.core.config.reader import read_params
-from stages.core.config.schema import PlanTarget
 from stages.core.fetch import catalog
 from stages.core.files import write_json
 from stages.core.plan import compilation, presets_table, published, search, targets, topology

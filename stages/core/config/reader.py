@@ -15,7 +15,8 @@ from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML, YAMLError
 
 from stages.core.common.errors import ParamsError, shown
-from stages.core.config.schema import Params, Section
+from stages.core.config.schema import Params
+from stages.core.config.section import Section
 
 # Far more than there are settings: YAML aliases can expand a short text without bound.
 MOST_VALUES = 10_000

@@ -8,34 +8,25 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from stages.core.config.plan import Plan, PlanScaling, PlanSearch, PlanTarget
+from stages.core.config.section import (
+    DISPLAY,
+    IN_FLOATS,
+    IN_FULL,
+    IN_FULL_DTYPES,
+    QUANTIZED,
+    RUN,
+    BatchSize,
+    Dtype,
+    Positive,
+    Rule,
+    Section,
+    Seed,
+)
 from stages.core.config.variants import PIPELINES_OWN, Variants
 from stages.core.records.layout import LoraConfig, MeshShape, OverBatch
-
-Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
-# No run counts further; beyond, integers of JAX and numpy overflow.
-Positive = Annotated[int, Field(ge=1, le=10**9)]
-BatchSize = Annotated[int, Field(ge=1, le=65536)]
-Dtype = Literal["float32", "bfloat16", "mixed_bfloat16", "int8", "int8_table", "int8_float32", "int8_table_float32"]
-# AdamW works in the dtype of what it trains. Bfloat16 has 8 bits: 0.999 is 1.0 there, so that every step is exactly 0.
-# Int8 codes have no gradient.
-IN_FULL_DTYPES = ("float32", "mixed_bfloat16")
-IN_FULL = "must be mixed_bfloat16 (float32 weights, bfloat16 arithmetic) or float32 where every weight is trained"
-IN_FLOATS = "needs a dtype of floats"
-QUANTIZED = "int8"
-"""What the name of each dtype of a frozen, quantized base begins with."""
-# What a setting has no influence on. DISPLAY: any result of the run (what is printed, how often a checkpoint is kept);
-# dvc.yaml does not list it. RUN: the compiled train step (how long the run is, the size of a step); `plan` does not
-# depend on it.
-DISPLAY = Field(json_schema_extra={"changes": "display"})
-RUN = Field(json_schema_extra={"changes": "run"})
-
-
-class Section(BaseModel):
-    """A section: no unknown key, no silent conversion, no change after reading."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class Fetch(Section):
@@ -123,13 +114,6 @@ class Mesh(Section):
     def as_shape(self) -> MeshShape:
         """Return the mesh as it is passed on."""
         return MeshShape(tuple(self.shape), device_kind=self.devices)
-
-
-class Rule(Section):
-    """A layout rule: a pattern over weight paths, and an axis (or several, or null) for each dimension."""
-
-    pattern: Annotated[str, Field(min_length=1)]
-    spec: list[str | list[str] | None]
 
 
 class Layout(Section):
@@ -272,68 +256,6 @@ class Export(Section):
         return self
 
 
-MeshList = Annotated[list[Positive], Field(min_length=2, max_length=2)]
-TopologyName = Annotated[str, Field(pattern=r"^[a-z0-9-]+:[0-9x]+$")]
-
-
-class PlanStep(Section):
-    """A train step to plan for; what it leaves out (null) is as in the other sections."""
-
-    preset: Annotated[str, Field(min_length=1)] | None = None
-    dtype: Dtype | None = None
-    length: Annotated[int, Field(ge=8, le=8192)] | None = None
-    rank: Annotated[int, Field(ge=0, le=512)] | None = None
-    lora_targets: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | None = None
-    rematerialize: bool | None = None
-
-
-class PlanTarget(PlanStep):
-    """A step on a mesh of a topology's devices."""
-
-    topology: TopologyName
-    mesh: MeshList | None = None
-    layout: Literal["auto", "tutorial", "rules"] | None = None
-    rules: Annotated[list[Rule], Field(min_length=1)] | None = None
-    shard_over_batch: OverBatch | None = None
-    batch_size: BatchSize | None = None
-    step: Literal["ours", "tutorial"] | None = None
-
-    @model_validator(mode="after")
-    def _rules_go_with_their_name(self) -> PlanTarget:
-        if (self.layout == "rules") != (self.rules is not None):
-            raise ValueError("rules must be given with layout: rules and be left out otherwise")
-        return self
-
-
-class PlanSearch(PlanStep):
-    """Meshes, layouts and batches to try on a topology."""
-
-    topology: TopologyName
-    meshes: Annotated[list[MeshList], Field(min_length=1)] | None = None
-    layouts: Annotated[list[Literal["auto", "tutorial"]], Field(min_length=1)] | None = None
-    shard_over_batch: Annotated[list[OverBatch], Field(min_length=1)] | None = None
-    largest_batch: BatchSize | None = None
-
-
-class PlanScaling(PlanStep):
-    """One step on more and more chips: the batch axis grows, and the batch with it."""
-
-    topologies: Annotated[list[TopologyName], Field(min_length=1)]
-    model_axis: Positive | None = None
-    batch_per_row: BatchSize | None = None
-    layout: Literal["auto", "tutorial"] | None = None
-    shard_over_batch: OverBatch | None = None
-
-
-class Plan(Section):
-    """What the compilers of TPUs and GPUs are asked."""
-
-    targets: list[PlanTarget]
-    search: PlanSearch | None
-    scaling: PlanScaling | None
-    price_per_chip_hour: dict[str, Annotated[float, Field(gt=0, le=1e6)]] | None
-
-
 class Params(Section):
     """All sections of `params.yaml`."""
 
@@ -379,13 +301,3 @@ class Params(Section):
             if isinstance(step, PlanTarget) and step.step == "tutorial" and dtype.startswith(QUANTIZED):
                 raise ValueError(f"dtype in plan.{name} must be one of Keras' own with step: tutorial, not {dtype}")
         return self
-
-
-def without(settings: Section, *changes: Literal["display", "run"]) -> dict[str, Any]:
-    """Return a section's settings as plain values, without those marked as changing only `display` or `run`."""
-    marked = {
-        name
-        for name, field in type(settings).model_fields.items()
-        if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("changes") in changes
-    }
-    return settings.model_dump(exclude=marked)

@@ -14,7 +14,8 @@ import numpy as np
 from stages.core.adapters import start
 from stages.core.common.errors import ParamsError, StageError
 from stages.core.common.paths import TOKENS, Paths
-from stages.core.config.schema import IN_FULL, IN_FULL_DTYPES, Finetune, without
+from stages.core.config.schema import Finetune
+from stages.core.config.section import IN_FULL, IN_FULL_DTYPES, without
 from stages.core.files import sha256
 from stages.core.finetune import fingerprint
 from stages.core.finetune.callback import FitSetup, TrainingCallback, bit_sums

@@ -23,7 +23,7 @@ from pydantic import Field
 from stages.core.common import code
 from stages.core.common.errors import StageError
 from stages.core.common.paths import cache_folder
-from stages.core.config.schema import without
+from stages.core.config.section import without
 from stages.core.files import optional, read_kept, write_kept
 from stages.core.plan import hlo, program_costs
 from stages.core.plan.roofline import Bound, lower_bound

@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from stages.core.config.schema import Dtype, PlanStep
+from stages.core.config.plan import PlanStep
+from stages.core.config.section import Dtype
 from stages.core.fetch import catalog
 from stages.core.plan.compilation import CompileRequest
 from stages.core.plan.marked import write_between

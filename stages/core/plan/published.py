@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stages.core.config.schema import PlanTarget
+from stages.core.config.plan import PlanTarget
 from stages.core.plan.compilation import compile_step
 from stages.core.plan.marked import write_between
 from stages.core.plan.search import argument_bytes, estimate_step

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from stages.core.common.errors import StageError
-from stages.core.config.schema import PlanScaling, PlanSearch
+from stages.core.config.plan import PlanScaling, PlanSearch
 from stages.core.plan.compilation import CompileRequest, compile_step
 from stages.core.plan.roofline import Bound, lower_bound
 from stages.core.plan.shapes import resolve_shapes

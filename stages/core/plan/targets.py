@@ -13,7 +13,9 @@ from pathlib import Path
 
 from stages.core.common.errors import ParamsError
 from stages.core.common.paths import cache_folder, own_path
-from stages.core.config.schema import Fetch, Finetune, Layout, Load, Mesh, Plan, PlanStep, PlanTarget, Rule, Tokenize
+from stages.core.config.plan import Plan, PlanStep, PlanTarget
+from stages.core.config.schema import Fetch, Finetune, Layout, Load, Mesh, Tokenize
+from stages.core.config.section import Rule
 from stages.core.fetch import catalog, huggingface
 from stages.core.fetch.catalog import REGISTRY, name_of
 from stages.core.fetch.local import folder_format

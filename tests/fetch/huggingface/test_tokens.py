@@ -9,8 +9,8 @@ from dataclasses import asdict
 import pytest
 
 from stages.core.common.errors import StageError
+from stages.core.config.plan import PlanStep
 from stages.core.config.reader import read_params
-from stages.core.config.schema import PlanStep
 from stages.core.fetch import catalog, hub
 from stages.core.plan.targets import architecture_of
 from stages.core.presets.hf_config import read_architecture
