@@ -143,7 +143,7 @@ def read_prompts(
         constrain: sets the sharding of activations.
 
     Returns:
-        (batch, hidden), and a cache a block, in the compute dtype, with as many places as the capacity, or as the
+        (batch, hidden), and a cache per block, in the compute dtype, with as many places as the capacity, or as the
         sliding window where that is smaller. A row's padding counts among its tokens.
     """
     width = token_embeddings.shape[1]

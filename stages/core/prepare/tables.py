@@ -1,4 +1,4 @@
-"""Rows of a file, unchanged: CSV and TSV, JSON Lines, a JSON array, Parquet, or text with one row a line.
+"""Rows of a file, unchanged: CSV and TSV, JSON Lines, a JSON array, Parquet, or text with one row per line.
 
 Purpose: one rule for all formats. A value is a text, None, or what only some formats have (a boolean, a list, an
 object); a number is its text as the file spells it. Nothing is guessed or repaired: malformed content is an error with

@@ -118,7 +118,7 @@ class GgufWeights:
         if step != 1:
             raise ValueError(f"rows must be a slice with step 1. Received: rows={rows}")
         stop = max(start, stop)
-        # (GGUF rows, bytes a row), whatever the type; a vector is one value a row.
+        # (GGUF rows, bytes per row), whatever the type; a vector has one value per row.
         data = np.asarray(tensor.data).view(np.uint8)
         data = data.reshape(shape[0], -1) if data.ndim == 1 else data
         along_rows, values_per_step = _LEADING_AXIS[kind](shape)

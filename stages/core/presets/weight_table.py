@@ -1,4 +1,4 @@
-"""Where each of a Gemma's weights is stored, in every format: one row a weight, one column a format."""
+"""Where each of a Gemma's weights is stored, in every format: one row per weight, one column per format."""
 
 from __future__ import annotations
 

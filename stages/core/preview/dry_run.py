@@ -61,7 +61,7 @@ def fetched(paths: Paths) -> tuple[str, Architecture]:
 
 
 def summary(placements: Sequence[Placement], mesh: MeshShape, layout: NamedLayout, lora: LoraConfig) -> str:
-    """Return the tutorial's table of a block and the sums: parameters, bytes a device, replication, fallbacks."""
+    """Return the tutorial's table of a block and the sums: parameters, bytes per device, replication, fallbacks."""
     held = {kind: 0 for kind in ("weight", "lora", "optimizer")}
     for each in placements:
         held[each.weight.kind] += each.bytes_per_device

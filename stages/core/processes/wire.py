@@ -1,4 +1,4 @@
-"""Messages between two processes of a run: JSON, one a line, over a TCP connection."""
+"""Messages between two processes of a run: JSON, one per line, over a TCP connection."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ class FinetuneMetrics(FileRecord):
 
 
 def write_curve(path: Path, steps: Iterable[Step]) -> None:
-    """Write the steps as CSV, one a row, numbers to six digits."""
+    """Write the steps as CSV, one per row, numbers to six digits."""
     with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(Step.model_fields)

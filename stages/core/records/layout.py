@@ -52,7 +52,7 @@ class MeshShape:
 
 @dataclass(frozen=True)
 class Rule:
-    """Weights whose whole path matches `pattern` are split as `spec` says: an axis, several, or None a dimension.
+    """Weights whose whole path matches `pattern` are split as `spec` says: an axis, several, or None per dimension.
 
     `optional` rules may match nothing (a named layout serves several Gemmas); a user's own rules may not.
     """

@@ -104,7 +104,7 @@ def jax_mesh(mesh: keras.distribution.DeviceMesh) -> jax.sharding.Mesh:
 def distribution(
     mesh: keras.distribution.DeviceMesh, rules: Mapping[str, Sequence[Any]]
 ) -> keras.distribution.ModelParallel:
-    """Return Keras' `ModelParallel` for some layout rules (anchored pattern to axes or None a dimension).
+    """Return Keras' `ModelParallel` for some layout rules (anchored pattern to axes or None per dimension).
 
     Keras knows no dimension over two axes. A rule that has one is left out: it is for weights, which the loader places.
     """

@@ -1,4 +1,4 @@
-"""The sharding report as data: one row a weight pattern, so that the file can be read, compared and kept in Git.
+"""The sharding report as data: one row per weight pattern, so that the file can be read, compared and kept in Git.
 
 Purpose: from resolved placements to `data/sharding/*.json` and to the table that the tutorial prints.
 """
@@ -23,7 +23,7 @@ def report(
     dtype: str,
     trainable_parameters: int,
 ) -> Sharding:
-    """Return the whole report: sums, a row a weight pattern, and the fallbacks with their reasons.
+    """Return the whole report: sums, one row per weight pattern, and the fallbacks with their reasons.
 
     Args:
         placements: of the weights, LoRA kernels and optimizer slots.
@@ -102,7 +102,7 @@ def quantized_sizes(placements: Sequence[Placement]) -> str | None:
 
 
 def block_table(placements: Sequence[Placement], block: str = "decoder_block_1") -> str:
-    """Return the tutorial's table of the embedding and one block: path, shape and PartitionSpec, a line a weight."""
+    """Return the tutorial's table of the embedding and one block: path, shape and PartitionSpec, one line per weight."""
     chosen = [
         each
         for each in placements
