@@ -102,7 +102,7 @@ def stage(function: Callable[..., None]) -> click.Command:
             variant = options.get("variant")
 
             def compared() -> dict[str, str]:
-                files = inputs_of(run.paths, name, variant)
+                files = inputs_of(run.paths, name, variant, params.variants, params.finetune.start_from)
                 return facts.facts_of(name, params.model_dump(mode="json"), options, files)
 
             with together.joined(params.mesh.join_timeout, compared) if of_several else contextlib.nullcontext():

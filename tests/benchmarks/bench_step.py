@@ -273,7 +273,7 @@ def main(batch: int, rounds: int, only: tuple[str, ...], peft_python: str, serve
 
 
 def report(medians: dict[str, float], peaks: dict[str, int], batch: int) -> None:
-    """Print one line per side: seconds, tokens per second, rate, peak memory, and how much faster ours on one device is."""
+    """Print one line per side: seconds, tokens per second, rate, peak memory, and our speed-up on one device."""
     flops = FLOPS_A_TOKEN * batch * LENGTH
     product = medians.pop("matrix product", None)
     rate = None if product is None else 2 * 2048**3 / product

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -93,22 +94,30 @@ def own_path(root: Path, setting: str, value: str) -> Path:
     return path
 
 
-def inputs_of(paths: Paths, stage: str, variant: str | None) -> dict[str, Path]:
-    """Return the files and folders that a stage with a model reads, by their names, where they exist.
+def inputs_of(
+    paths: Paths, stage: str, variant: str | None, adapters: Mapping[str, str], start_from: str | None
+) -> dict[str, Path]:
+    """Return the files and folders that each process of a stage reads itself, by their names, where they exist.
+
+    The baseline's `model.json` is not among them: the first process shares it with the others.
 
     Args:
         paths: where things lie.
         stage: load, finetune, generate or evaluate.
-        variant: of generate and evaluate; None: both.
+        variant: of generate and evaluate; None: tuned.
+        adapters: the setting `variants`.
+        start_from: the setting `finetune.start_from`.
     """
     wanted = [MANIFEST]
+    own = adapters.get(variant or "")
     if stage == "finetune":
-        wanted += [f"{variant_folder('baseline')}/model.json", *TOKENS.values()]
-    elif stage != "load":
-        wanted += [variant_folder(each) for each in ([variant] if variant else ("baseline", "tuned"))]
+        wanted += TOKENS.values()
+        own = start_from
+    elif stage != "load" and variant in (None, "tuned"):
+        wanted += [variant_folder("tuned")]
     if stage == "evaluate":
         wanted += [HELD_OUT, REVIEWS["validation"]]
-    found = {}
+    found = {} if own is None else {own: own_path(paths.root, "variants", own)}
     for name in wanted:
         with contextlib.suppress(StageError):
             found[name] = paths.read(name)

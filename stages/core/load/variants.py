@@ -106,12 +106,14 @@ def model_config(preset: Preset, dtype: str, mesh: MeshShape, layout: NamedLayou
 
 
 def read_config(paths: Paths, variant: str) -> ModelConfig:
-    """Return a variant's `model.json`.
+    """Return a variant's `model.json`: of several processes the first's, which may be the only one that can read it.
 
     Raises:
         StageError: it does not exist, or is damaged.
     """
-    return ModelConfig.read(paths, f"{variant_folder(variant)}/model.json")
+    group = current()
+    own = ModelConfig.read(paths, f"{variant_folder(variant)}/model.json").content() if group.first else None
+    return ModelConfig.model_validate(group.share(own))
 
 
 def load_variant(

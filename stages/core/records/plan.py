@@ -51,7 +51,7 @@ def rules_of(layout: NamedLayout) -> list[tuple[str, list[Any]]] | None:
 
 
 class Collective(Record):
-    """Collectives of one kind in a compiled step: how many, their operands' bytes, and the bytes that a device sends."""
+    """Collectives of one kind in a compiled step: how many, their operands' bytes, and what a device sends."""
 
     count: int
     bytes: int

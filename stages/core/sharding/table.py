@@ -102,7 +102,7 @@ def quantized_sizes(placements: Sequence[Placement]) -> str | None:
 
 
 def block_table(placements: Sequence[Placement], block: str = "decoder_block_1") -> str:
-    """Return the tutorial's table of the embedding and one block: path, shape and PartitionSpec, one line per weight."""
+    """Return the tutorial's table of embedding and one block: path, shape and PartitionSpec, one line per weight."""
     chosen = [
         each
         for each in placements
