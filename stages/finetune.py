@@ -49,7 +49,6 @@ def main(run: Run, profile: Path | None) -> None:
     this_run = run_of(config, settings, sequences["train"]["token_ids"].shape[1])
     warn_before_running(run.paths.root, this_run)
     prompting.warn_of_another_format(tokenizer, sequences["train"], chat_template=chat_template)
-    curve = run.paths.write(CURVE)
     store = trainer.checkpoints(run.paths, config, model.platform, settings, start_from)
     result = trainer.fit(
         model,
@@ -58,7 +57,7 @@ def main(run: Run, profile: Path | None) -> None:
         store=store,
         tokenizer=tokenizer,
         chat_template=chat_template,
-        show_curve=live_curve(curve) if run.first else None,
+        show_curve=live_curve(run.paths.write(CURVE)) if run.first else None,
         profile=profile,
         load_seconds=time.perf_counter() - began,
     )
@@ -78,7 +77,7 @@ def main(run: Run, profile: Path | None) -> None:
         trainable_parameters=result.trainable_parameters,
     )
     report.write(run.paths.write(SHARDING["tuned"]))
-    write_curve(curve, result.history.rows)
+    write_curve(run.paths.write(CURVE), result.history.rows)
     Sample.write_lines(run.paths.write(SAMPLES), result.history.samples)
     run.write_metrics("finetune", result.metrics())
     tell_beside_plan(run.paths.root, this_run, result.metrics())
