@@ -6,6 +6,7 @@ import contextlib
 import gc
 import importlib
 import os
+import pkgutil
 import runpy
 import selectors
 import shutil
@@ -174,6 +175,10 @@ def become(parts: list[str], streams: list[int]) -> list[str]:
     path = [each for each in os.environ.get("PYTHONPATH", "").split(os.pathsep) if each]
     sys.path[:] = [cwd if arguments[0] == "-m" else "", *path, *SEARCHED]
     importlib.invalidate_caches()
+    # JAX looks for plugins while it is imported, which was before there was this path.
+    if "jax" in sys.modules:
+        for each in pkgutil.iter_modules([f"{entry}/jax_plugins" for entry in path], "jax_plugins."):
+            importlib.import_module(each.name).initialize()
     return arguments
 
 
