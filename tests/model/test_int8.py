@@ -83,7 +83,9 @@ def test_loss_and_gradients_are_those_of_the_numbers_that_the_codes_stand_for(pa
     batch = sequences(4)
     (one, found), (other, wanted) = loss_and_gradients(ours, batch), loss_and_gradients(floats, batch)
     assert one == pytest.approx(other, rel=1e-5)
-    assert found.keys() == wanted.keys() and len(found) == 2 * 2 * 7
+    assert found.keys() == wanted.keys()
+    # A block of Gemma 4 that sees everything has its keys for values.
+    assert len(found) == 2 * (2 * 7 - (family == "gemma4"))
     for path, gradient in wanted.items():
         largest = np.abs(gradient).max()
         np.testing.assert_allclose(found[path], gradient, atol=1e-4 * largest, rtol=1e-3, err_msg=path)
@@ -107,7 +109,7 @@ def test_text_is_that_of_the_float_model_with_the_adapter_and_without(pair, shap
         return Sampler(make_model(model.backbone, model.jax_mesh, model.placements))(PROMPTS, wanted, values=values)
 
     base = lora.values_of_base(ours.backbone)
-    lora.merge(ours.backbone, keep_base=True)
+    lora.set_aside(ours.backbone, keep_base=True)()
     assert continued(ours) == continued(floats)
     of_base = lora.values_of_base(floats.backbone)
     plain = [

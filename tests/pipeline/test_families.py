@@ -54,6 +54,7 @@ FORMS = {
     "gemma": split,
     "gemma2": lambda preset, folder: write_hugging_face(preset, folder, "gemma2", files=2),
     "gemma3": split,
+    "gemma4": split,
 }
 """The form in which a family goes through every stage; its single keras-hub file is loaded and measured beside it."""
 

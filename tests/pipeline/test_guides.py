@@ -22,6 +22,7 @@ GUIDES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").
 
 def commands(text: str) -> Iterator[list[str]]:
     """The commands of the indented blocks and of `code`, as arguments; a quoted one may span lines."""
+    text = re.sub(r"\\\n +", "", text)
     blocks = [line[4:].removeprefix("!") for line in text.splitlines() if line.startswith("    ")]
     pending = ""
     for line in [*blocks, *re.findall(r"`((?:python -m stages|dvc)[^`]*)`", text.replace("\n", " "))]:

@@ -69,7 +69,7 @@ def read(folder: Path, name: str):
 
 
 def test_the_baseline_is_measured_before_and_after_quantizing_and_the_tuned_after(folder):
-    baseline, tuned = (read(folder, f"data/metrics/evaluate-{each}.json") for each in ("baseline", "tuned"))
+    baseline, tuned = (read(folder, f"data/metrics/evaluate/{each}.json") for each in ("baseline", "tuned"))
     change_of_loss = baseline["float_base"]["loss_difference"]
     assert change_of_loss == pytest.approx(baseline["loss"] - baseline["float_base"]["loss"], abs=2e-5)
     assert 0 < abs(change_of_loss) < 0.05
@@ -116,8 +116,8 @@ def test_without_the_task_nothing_else_is_loaded(folder, monkeypatch):
     monkeypatch.chdir(folder)
     done = run("evaluate", "--variant", "baseline", *NO_TASK, "--out-root", "scratch/plain")
     assert done.exit_code == 0, done.output
-    plain = read(folder, "scratch/plain/data/metrics/evaluate-baseline.json")
-    whole = read(folder, "data/metrics/evaluate-baseline.json")
+    plain = read(folder, "scratch/plain/data/metrics/evaluate/baseline.json")
+    whole = read(folder, "data/metrics/evaluate/baseline.json")
     assert plain == {key: value for key, value in whole.items() if key != "float_base"}
 
 

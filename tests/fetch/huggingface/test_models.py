@@ -12,6 +12,7 @@ from stages.core.common.errors import ParamsError
 from stages.core.fetch.hub import source_of
 from stages.core.fetch.hub_files import needed_files
 from stages.core.fetch.huggingface import _license
+from stages.core.presets.hf_config import MODEL_TYPES
 from stages.core.records.manifest import License
 from tests.support.hf_folder import config_of, hugging_face_files
 from tests.support.hub_files import KERAS, PLAIN, PRESET, REPO, SPLIT_PLAIN, WEIGHTS
@@ -137,10 +138,10 @@ def test_a_hub_that_knows_no_ranges_sends_no_more_than_the_header_that_is_read(h
 
 
 def test_what_the_hub_knows_of_the_model_is_enough_to_refuse_it(hub, fetch):
-    hub.information["config"] = {"model_type": "gemma4"}
+    hub.information["config"] = {"model_type": "paligemma"}
     run = fetch()
     assert run.returncode == 2
-    assert run.stderr.startswith(f"Invalid setting: {REPO} is not a text Gemma (gemma, gemma2, gemma3_text, gemma3).")
+    assert run.stderr.startswith(f"Invalid setting: {REPO} is not a text Gemma ({', '.join(MODEL_TYPES)}).")
     assert hub.downloaded == []
 
 
