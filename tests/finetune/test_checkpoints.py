@@ -1,0 +1,107 @@
+"""Checkpoints of any size: written while steps go on, each value once, and read on another mesh."""
+
+from __future__ import annotations
+
+import threading
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from stages.core.finetune import callback, checkpoint
+from stages.core.finetune.checkpoint import Store
+from stages.core.finetune.pieces import Piece, PieceFiles, write_pieces
+from stages.core.finetune.trainer import other_layout
+from tests.support.tiny_models import AUTO
+from tests.support.tiny_runs import distance, settings, train
+
+# Every weight is trained, the best are kept too, and the resumed steps begin within an epoch.
+WANTED = settings(rank=0, steps=3, validate_every=1, early_stopping=9, checkpoint_every=2, epsilon=0.1)
+OVER_BATCH = AUTO.model_copy(update={"shard_over_batch": "weights"})
+
+
+@pytest.fixture(scope="module")
+def interrupted(presets, tmp_path_factory):
+    """A run on the mesh (2, 4), weights over both axes, whose second step's checkpoint is written during the third."""
+    begun = threading.Event()
+    real_write, real_begin = checkpoint.write_pieces, callback.TrainingCallback.on_train_batch_begin
+    waited = []
+
+    def write(path, pieces):
+        waited.append(begun.wait(60))
+        return real_write(path, pieces)
+
+    def begin(self, batch, logs=None):
+        real_begin(self, batch, logs)
+        if self.begun == 3:
+            begun.set()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GEMMA_TUNING_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(checkpoint, "write_pieces", write)
+        patch.setattr(callback.TrainingCallback, "on_train_batch_begin", begin)
+        store = Store("a-run", keep=2)
+        result, weights = train(presets["gemma3"], WANTED, shape=(2, 4), layout=OVER_BATCH, store=store)
+        store._lock.release(force=True)
+        assert waited == [True], "a step does not wait for the disk"
+        yield store.folder, result, weights
+
+
+def resumed(presets, monkeypatch, folder, **options):
+    monkeypatch.setenv("GEMMA_TUNING_CACHE", str(folder.parents[1]))
+    store = Store(folder.name, keep=2)
+    result, weights = train(presets["gemma3"], WANTED, store=store, **options)
+    store._lock.release(force=True)
+    assert len(result.history.first_steps) == 2, "it went on"
+    return result, weights
+
+
+def test_a_full_state_goes_on_to_the_same_bytes(interrupted, presets, monkeypatch):
+    folder, _, whole = interrupted
+    _, weights = resumed(presets, monkeypatch, folder, shape=(2, 4), layout=OVER_BATCH)
+    assert distance(weights, whole) == 0.0
+
+
+def test_it_goes_on_on_another_mesh_to_float32_rounding(interrupted, presets, monkeypatch):
+    folder, result, whole = interrupted
+    found, weights = resumed(presets, monkeypatch, folder, shape=(1, 8))
+    assert found.history.rows[-1].loss == pytest.approx(result.history.rows[-1].loss, rel=1e-5)
+    assert distance(weights, whole) < 1e-5
+
+
+def test_each_value_is_written_once_in_a_file_that_any_safetensors_reader_opens(interrupted):
+    folder, _, whole = interrupted
+    (path,) = folder.glob("step-*/arrays-*")
+    count = sum(array.size for array in whole.values())
+    found = load_file(path)
+    # The weights, AdamW's two means and the best weights; the rest are a few counters.
+    assert 4 * count <= sum(array.size for array in found.values()) < 4 * count + 10
+    name = max(whole, key=lambda each: whole[each].size)
+    parts = [array for key, array in found.items() if key.endswith(f":trained/{name}")]
+    assert len(parts) == 8
+    assert PieceFiles([path]).read(f"trained/{name}").shape == whole[name].shape
+
+
+def test_a_slice_is_read_across_pieces_and_files(tmp_path):
+    array = np.arange(48, dtype="f4").reshape(6, 8).astype(ml_dtypes.bfloat16)
+    paths = []
+    for number, rows in enumerate((slice(0, 4), slice(4, 6))):
+        paths.append(tmp_path / f"{number}.safetensors")
+        pieces = [Piece("a", (rows.start, at), array.shape, array[rows, at : at + 4]) for at in (0, 4)]
+        write_pieces(paths[-1], [*pieces, Piece.of_all(f"n{number}", np.array(number, "i4"))])
+    files = PieceFiles(paths)
+    assert files.read("n1") == 1 and files.read("n1").shape == ()
+    assert files.read("a").tobytes() == array.tobytes()
+    assert files.read("a", (slice(3, 5), slice(2, 7))).tobytes() == array[3:5, 2:7].tobytes()
+    with pytest.raises(ValueError, match="a is not there as a whole: 32 of 48 values"):
+        PieceFiles(paths[:1]).read("a")
+
+
+def test_another_layout_is_told_in_a_line_and_the_same_is_not():
+    then = {"mesh": [2, 4], "processes": 2, "rules": {"name": "auto"}}
+    assert other_layout(then, dict(then)) == ""
+    assert other_layout(then, {**then, "mesh": [1, 8], "processes": 1}) == (
+        ", written on another layout (mesh [2, 4], layout auto, processes 2; now mesh [1, 8], layout auto, processes 1): "
+        "equal to float32 rounding, not to the byte"
+    )
