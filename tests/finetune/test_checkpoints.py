@@ -101,7 +101,6 @@ def test_a_slice_is_read_across_pieces_and_files(tmp_path):
 def test_another_layout_is_told_in_a_line_and_the_same_is_not():
     then = {"mesh": [2, 4], "processes": 2, "rules": {"name": "auto"}}
     assert other_layout(then, dict(then)) == ""
-    assert other_layout(then, {**then, "mesh": [1, 8], "processes": 1}) == (
-        ", written on another layout (mesh [2, 4], layout auto, processes 2; now mesh [1, 8], layout auto, processes 1): "
-        "equal to float32 rounding, not to the byte"
-    )
+    told = other_layout(then, {**then, "mesh": [1, 8], "processes": 1})
+    assert "(mesh [2, 4], layout auto, processes 2; now mesh [1, 8], layout auto, processes 1)" in told
+    assert told.endswith(": equal to float32 rounding, not to the byte")

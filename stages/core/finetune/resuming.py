@@ -80,7 +80,7 @@ def _meet(store: Store) -> None:
             file.touch()
     group.share()
     deadline = time.monotonic() + SHOWS
-    while not (there := file.exists()) and time.monotonic() < deadline:
+    while not (there := _is_there(file)) and time.monotonic() < deadline:
         time.sleep(0.2)
     group.report(file.name, there)
     shared = group.share(all(group.reports(file.name, group.count)) if group.first else None)
@@ -88,6 +88,14 @@ def _meet(store: Store) -> None:
     if group.first:
         with optional("a file is left among the checkpoints"):
             file.unlink(missing_ok=True)
+
+
+def _is_there(file: Path) -> bool:
+    """Whether a file exists in a folder that this process may look into."""
+    try:
+        return file.exists()
+    except OSError:
+        return False
 
 
 def _problem_of(folder: Path, readers: int) -> str | None:
