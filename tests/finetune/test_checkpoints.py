@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 
 import ml_dtypes
@@ -13,6 +14,7 @@ from stages.core.finetune import callback, checkpoint
 from stages.core.finetune.checkpoint import Store
 from stages.core.finetune.pieces import Piece, PieceFiles, write_pieces
 from stages.core.finetune.trainer import other_layout
+from tests.support.processes import Job
 from tests.support.tiny_models import AUTO
 from tests.support.tiny_runs import distance, settings, train
 
@@ -104,3 +106,46 @@ def test_another_layout_is_told_in_a_line_and_the_same_is_not():
     told = other_layout(then, {**then, "mesh": [1, 8], "processes": 1})
     assert "(mesh [2, 4], layout auto, processes 2; now mesh [1, 8], layout auto, processes 1)" in told
     assert told.endswith(": equal to float32 rounding, not to the byte")
+
+
+def kept_by(folder, count, *, steps=(), own_cache=(), **environment):
+    """What each of some processes found and kept: small ones, see tests/support/keeping_process.py."""
+    each = {number: {"environment": {"GEMMA_TUNING_CACHE": str(folder / f"own-{number}")}} for number in own_cache}
+    environment |= {"GEMMA_TUNING_CACHE": str(folder), "STEPS": json.dumps(steps)}
+    with Job(folder, "keeping_process", count=count, each=each, module="tests.support", **environment) as job:
+        job.done()
+        lines = [job.text(number).splitlines() for number in range(count)]
+    return [json.loads(each[-1]) for each in lines], [line for each in lines for line in each[:-1]]
+
+
+def test_processes_keep_and_find_checkpoints_of_any_number_of_them(tmp_path):
+    told, said = kept_by(tmp_path, 2, steps=(1, 2, 3))
+    assert told == [{"writers": 2, "step": None, "saved": 3}] * 2
+    assert not said
+    folder = tmp_path / "checkpoints/a-run"
+    names = ["SHA256SUMS", "arrays-00000-of-00002.safetensors", "arrays-00001-of-00002.safetensors", "state.json"]
+    assert {each.name: sorted(file.name for file in each.iterdir()) for each in folder.iterdir()} == {
+        "step-00000002": names,
+        "step-00000003": names,
+    }
+
+    # The second's part is damaged; then the disk of one of three is full, once.
+    part = folder / "step-00000003" / names[2]
+    part.write_bytes(part.read_bytes()[:-1] + b"\x55")
+    (folder / ".writing-killed-00000004").mkdir()
+    told, said = kept_by(tmp_path, 3, steps=(4, 5), DISK_FULL="2:4")
+    found = {"writers": 3, "step": 2, "written by": 2, "state": {"rows": 2}, "values": [2.0], "saved": 5}
+    assert told == [found] * 3
+    assert len(said) == 2
+    assert f"step-00000003 is damaged and not used ({names[2]} does not have its SHA-256)" in said[0]
+    assert "the checkpoint after step 4 is not kept (File too large on process 2: " in said[1]
+    assert sorted(each.name for each in folder.iterdir()) == ["step-00000002", "step-00000005"]
+
+    # Of two that share no folder the first has all; alone it has all too.
+    told, said = kept_by(tmp_path, 2, steps=(6,), own_cache=(1,))
+    assert [each.pop("values") for each in told] == [[5.0], None]
+    assert told == [{"writers": 1, "step": 5, "written by": 3, "state": {"rows": 5}, "saved": 6}] * 2
+    assert not (tmp_path / "own-1").exists()
+    told, said = kept_by(tmp_path, 1)
+    assert (told[0]["step"], told[0]["values"], told[0]["written by"]) == (6, [6.0], 2)
+    assert not said

@@ -145,7 +145,7 @@ class Store:
             try:
                 report = self._write_own(folder, step, pieces)
             except OSError as error:
-                report = {"failed": [error.errno, error.strerror or str(error), error.filename]}
+                report = {"failed": [error.errno, error.strerror or str(error), error.filename or str(self.folder)]}
             group.report(topic, report)
             if group.first:
                 self._complete(step, folder, content, group.reports(topic, self.writers))
