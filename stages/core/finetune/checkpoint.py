@@ -65,7 +65,8 @@ class Store:
             layout: what JSON can hold.
         """
         self.folder = cache_folder() / "checkpoints" / fingerprint
-        self.layout = dict(layout or {})
+        # As it comes back from a file, to be compared.
+        self.layout: dict[str, Any] = json.loads(json.dumps(dict(layout or {})))
         self.writers = 1
         self.saved: int | None = None
         self.not_finite: tuple[int, str] | None = None

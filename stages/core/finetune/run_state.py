@@ -22,7 +22,7 @@ class RunState:
         """Take the model; it has no best weights yet."""
         self._model = model
         self._best: dict[str, HostCopy] | None = None
-        self._metrics: list[jax.Array] | None = None
+        self._metrics: list[np.ndarray] | None = None
 
     def pieces(self, *, gathered: bool) -> list[Piece]:
         """Return copies of what this process is to write: its devices' parts, or on the first all.
@@ -59,7 +59,7 @@ class RunState:
             if not name.startswith("metric/"):
                 set_value(variable, restored(checkpoint, name, variable.value))
             elif within_epoch:
-                self._metrics = [*(self._metrics or []), restored(checkpoint, name, variable.value)]
+                self._metrics = [*(self._metrics or []), hosts.whole(restored(checkpoint, name, variable.value))]
         if best:
             self._best = {}
             for variable in model.trainable_variables:
@@ -73,7 +73,7 @@ class RunState:
         """Set the metrics to the sums of the checkpoint, once: Keras resets them when an epoch begins."""
         if self._metrics is not None:
             for variable, value in zip(self._model.metrics_variables, self._metrics, strict=True):
-                set_value(variable, value)
+                put(variable, value)
             self._metrics = None
 
     def keep_best(self) -> None:
