@@ -73,18 +73,19 @@ class TrainingCallback(keras.callbacks.Callback):
     It may be told of a step's end when later ones have begun (`late_logs.LateLogs`), unless `is_due` after it.
     """
 
-    def __init__(self, setup: FitSetup, history: History, interruption: Interruption) -> None:
+    def __init__(self, setup: FitSetup, history: History, interruption: Interruption, state: RunState) -> None:
         """Continue a history.
 
         Args:
             setup: the run.
             history: of the steps done so far; it is written into.
             interruption: holds the signal that stops the process, if one was received.
+            state: of the model that is trained.
         """
         super().__init__()
         self.history = history
         self.batches: Batches
-        self._state: RunState
+        self._state = state
         self._setup = setup
         self._interruption = interruption
         self._first_step: int | None = None
@@ -95,13 +96,6 @@ class TrainingCallback(keras.callbacks.Callback):
         self._growth: Growth | None = None
         self._curve_shown = -math.inf
         self._progress = ProgressLog("Step", setup.steps, history.steps)
-
-    def set_model(self, model: keras.Model) -> None:
-        """Take the compiled model, as Keras says it."""
-        super().set_model(model)
-        if not hasattr(self, "_state"):
-            # Keras says it before each of its epochs' calls; the best weights stay.
-            self._state = RunState(model)
 
     @property
     def finished(self) -> bool:

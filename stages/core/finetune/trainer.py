@@ -25,6 +25,7 @@ from stages.core.finetune.late_logs import LateLogs
 from stages.core.finetune.optimizer import Schedule, build_slots, make_optimizer
 from stages.core.finetune.result import Result, result_of
 from stages.core.finetune.resuming import Checkpoint
+from stages.core.finetune.run_state import RunState
 from stages.core.finetune.signals import Interruption
 from stages.core.generate import prompting
 from stages.core.generate.sampling import Sampler, SamplerSettings
@@ -254,7 +255,7 @@ def _train(
 ) -> None:
     """Run all steps that are left after the checkpoint; with early stopping restore the best weights."""
     with Interruption(enabled=setup.store is not None) as interruption:
-        callback = TrainingCallback(setup, history, interruption)
+        callback = TrainingCallback(setup, history, interruption, RunState(causal))
         callback.set_model(causal)
         if checkpoint:
             callback.restore(checkpoint)

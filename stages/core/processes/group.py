@@ -25,6 +25,7 @@ class Group:
     Attributes:
         index: this process, from 0; it writes the outputs if it is 0.
         count: processes of the run.
+        inbox: what was reported to this process.
     """
 
     index = 0
@@ -32,7 +33,7 @@ class Group:
 
     def __init__(self) -> None:
         """Begin without reports."""
-        self._reports = Reports()
+        self.inbox = Reports()
 
     @property
     def first(self) -> bool:
@@ -74,11 +75,11 @@ class Group:
             topic: what it is about: each process reports once on it.
             content: what is told.
         """
-        self._reports.put(self.index, topic, content)
+        self.inbox.put(self.index, topic, content)
 
     def reports(self, topic: str, count: int) -> list[Any]:
         """Wait until the first `count` processes have reported on a topic, and return what; on the first process."""
-        return self._reports.take(topic, count)
+        return self.inbox.take(topic, count)
 
 
 ALONE = Group()

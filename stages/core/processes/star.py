@@ -211,7 +211,7 @@ class Hub(Star):
             elif "done" in message:
                 self._done.add(number)
             elif "report" in message:
-                self._reports.put(number, message["report"], message["content"])
+                self.inbox.put(number, message["report"], message["content"])
             elif "failed" in message:
                 reason = f"{self._names[number]} ended: {message['failed']}"
                 if message["certain"]:
