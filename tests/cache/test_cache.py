@@ -13,8 +13,10 @@ import pytest
 from click.testing import CliRunner
 
 from stages.cache import main
+from stages.core.finetune import resuming
 from stages.core.finetune.checkpoint import Store, lock_of
 from tests.support import warm
+from tests.support.kept import keep
 from tests.support.repository import ROOT
 
 PROGRAM = """
@@ -76,7 +78,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache folder with what old, killed and running runs leave, and a download."""
     monkeypatch.setenv("GEMMA_TUNING_CACHE", str(tmp_path))
     for run in ("old", "new"):
-        Store(run, keep=2).save(5, {"a": np.ones(4, "f4")}, {})
+        keep(Store(run, keep=2), 5, {"a": np.ones(4, "f4")})
     half = tmp_path / "checkpoints/new/.writing-abc/arrays.safetensors"
     names = ("plans/old", "plans/new", "xla/old-cache", "xla/.half.1", "presets/p")
     for path in (half, *(tmp_path / name for name in names)):
@@ -109,7 +111,7 @@ def test_leftovers_are_shown_and_go_only_when_asked(cache: Path, logged):
     assert removed == LEFT and last.startswith("Removed 5 leftovers, ")
     assert not any((cache / name).exists() for name in LEFT)
     assert (cache / "plans/new").exists() and (cache / "presets/p").exists()
-    assert Store("new", keep=2).newest().step == 5
+    assert resuming.newest(Store("new", keep=2)).step == 5
     assert logged() == []
     assert run()[0] == set()
 

@@ -21,10 +21,12 @@ from ruamel.yaml import YAML
 from stages.core.common import code
 from stages.core.common.errors import StageError
 from stages.core.common.paths import CURVE
+from stages.core.finetune import resuming
 from stages.core.finetune.checkpoint import Store
 from stages.core.finetune.fingerprint import ENTRY, fingerprint_of, record, with_program
 from stages.core.finetune.signals import Interruption, Stopped
 from tests.support import warm
+from tests.support.kept import keep
 from tests.support.repository import QUICK, ROOT
 from tests.support.tiny_presets import tiny_reviews
 
@@ -46,6 +48,7 @@ SETTINGS = {
     "checkpoint_every": 3,
     "checkpoint_keep": 2,
 }
+ARRAYS_FILE = "arrays-00000-of-00001.safetensors"
 WRITTEN = ("models/tuned/adapter.safetensors", "models/tuned/model.json", "data/plots/samples.jsonl")
 
 
@@ -134,7 +137,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(trial: Trial):
     assert len(left) == SETTINGS["checkpoint_keep"]
     written = [path for path in (trial.folder / "stopped").rglob("*") if path.is_file()]
     assert written == [trial.folder / "stopped" / CURVE], "nothing but the curve is written before the end"
-    damaged = left[-1] / "arrays.safetensors"
+    damaged = left[-1] / ARRAYS_FILE
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x55")
     last = trial.run("finetune", "--out-root", "stopped")
     assert last.returncode == 0, last.stderr
@@ -233,30 +236,30 @@ ARRAYS = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "n": np.array(7, np
 
 def test_what_was_saved_comes_back_and_only_the_newest_are_kept(store: Store, logged):
     for step in (5, 10, 15):
-        store.save(step, ARRAYS, {"rows": [{"loss": 0.1 + step}]})
-    found = store.newest()
+        keep(store, step, ARRAYS, {"rows": [{"loss": 0.1 + step}]})
+    found = resuming.newest(store)
     assert logged() == []
     assert found.step == 15
     assert found.state == {"rows": [{"loss": 15.1}]}
-    assert found.arrays["a"].tobytes() == ARRAYS["a"].tobytes()
-    assert found.arrays["n"].shape == () and found.arrays["n"] == 7
+    assert found.files.read("a").tobytes() == ARRAYS["a"].tobytes()
+    assert found.files.read("n").shape == () and found.files.read("n") == 7
     assert [path.name for path in sorted(store.folder.iterdir())] == ["step-00000010", "step-00000015"]
 
 
 def test_bfloat16_comes_back_as_bfloat16(store: Store, logged):
     array = np.arange(5, dtype=np.float32).astype(ml_dtypes.bfloat16)
-    store.save(1, {"b": array}, {})
-    found = store.newest().arrays["b"]
+    keep(store, 1, {"b": array})
+    found = resuming.newest(store).files.read("b")
     assert logged() == []
     assert found.dtype == ml_dtypes.bfloat16
     assert found.tobytes() == array.tobytes()
 
 
-@pytest.mark.parametrize("name", ["arrays.safetensors", "state.json", "SHA256SUMS"])
+@pytest.mark.parametrize("name", [ARRAYS_FILE, "state.json", "SHA256SUMS"])
 @pytest.mark.parametrize("damage", ["cut", "changed", "missing", "empty"])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(store: Store, logged, name: str, damage: str):
-    store.save(5, ARRAYS, {"rows": []})
-    store.save(10, ARRAYS, {"rows": []})
+    keep(store, 5, ARRAYS)
+    keep(store, 10, ARRAYS)
     path = store.folder / "step-00000010" / name
     content = path.read_bytes()
     path.unlink()
@@ -265,50 +268,50 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(store: Store, logged, 
             content[: len(content) // 2] + bytes([content[len(content) // 2] ^ 1]) + content[len(content) // 2 + 1 :]
         )
         path.write_bytes({"cut": content[:-3], "changed": changed, "empty": b""}[damage])
-    assert store.newest().step == 5
+    assert resuming.newest(store).step == 5
     assert len(logged()) == 1 and "step-00000010 is damaged" in logged()[0]
 
 
 def test_a_half_written_checkpoint_is_never_found_and_goes_with_the_rest(store: Store, logged):
     (store.folder / ".writing-abc").mkdir(parents=True)
-    (store.folder / ".writing-abc" / "arrays.safetensors").write_bytes(b"half")
-    assert store.newest() is None
+    (store.folder / ".writing-abc" / ARRAYS_FILE).write_bytes(b"half")
+    assert resuming.newest(store) is None
     assert logged() == []
     store.clear()
     assert not store.folder.exists()
 
 
 def test_a_checkpoint_that_does_not_fit_leaves_the_ones_before(store: Store, logged):
-    store.save(5, ARRAYS, {"rows": []})
+    keep(store, 5, ARRAYS)
     before, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
-        with pytest.raises(OSError, match="File too large"):
-            store.save(10, {"a": np.ones(10_000, "f4")}, {})
-        with pytest.raises(OSError, match="File too large"):
-            store.save(10, ARRAYS, {"rows": ["x" * 10_000]})
+        keep(store, 10, {"a": np.ones(10_000, "f4")})
+        keep(store, 10, ARRAYS, {"rows": ["x" * 10_000]})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (before, hard))
     assert [path.name for path in store.folder.iterdir()] == ["step-00000005"]
-    assert store.newest().step == 5
-    assert logged() == []
+    assert len(logged()) == 2
+    assert all("the checkpoint after step 10 is not kept (File too large" in line for line in logged())
+    assert resuming.newest(store).step == 5
 
 
 CONTEND = """
 import sys
 import numpy as np
-from stages.core.finetune import checkpoint
+from stages.core.finetune import checkpoint, resuming
 from stages.core.finetune.checkpoint import Store
+from tests.support.kept import keep
 
-checkpoint.logger.warning = sys.exit
+resuming.logger.warning = checkpoint.logger.warning = sys.exit
 
 for turn in range(15):
     store = Store("contended", keep=2)
     store.hold()
-    assert store.newest() is None, "the run before ended well"
+    assert resuming.newest(store) is None, "the run before ended well"
     for step in (1, 2, 3):
-        store.save(step, {"a": np.full(1000, step)}, {"turn": turn})
-    assert store.newest().state == {"turn": turn}
+        keep(store, step, {"a": np.full(1000, step)}, {"turn": turn})
+    assert resuming.newest(store).state == {"turn": turn}
     store.clear()
 """
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from stages.core.common.errors import StageError
-from stages.core.finetune import trainer
+from stages.core.finetune import resuming, trainer
 from stages.core.finetune.checkpoint import Store
 from stages.core.generate import sampling
 from stages.core.model.causal_lm import make_model
@@ -124,7 +124,7 @@ def test_weights_that_are_not_finite_are_never_kept(presets, tmp_path, monkeypat
     with pytest.raises(StageError, match="Training diverged"):
         train(presets["gemma3"], wanted, given, store=store)
     before = logged()
-    assert store.newest() is None
+    assert resuming.newest(store) is None
     assert logged() == before
 
 

@@ -52,30 +52,53 @@ def test_two_processes_train_what_one_does_with_the_model_axis_across_them(proje
     # As on a host with a disk of its own: the other has none of what `load` wrote, and writes nothing.
     read = project / "read"
     read.mkdir()
-    other = {1: {"arguments": ["--out-root", str(read)]}}
+    own = project / "cache of its own"
+    other = {1: {"arguments": ["--out-root", str(read)], "environment": {"GEMMA_TUNING_CACHE": str(own)}}}
     with Job(project, "load", *out, *shape) as job:
         job.done()
     with Job(project, "finetune", *out, "--set", "finetune.sample_every=4", each=other) as job:
         job.done()
     assert not any(read.iterdir())
+    assert not list(own.glob("checkpoints/*")), "it sends its parts to process 0, whose folder it does not see"
     assert losses(project / "two") == pytest.approx(losses(project / "alone"), rel=2e-6)
     alone = load_file(project / "alone/models/tuned/adapter.safetensors")
     two = load_file(project / "two/models/tuned/adapter.safetensors")
     assert max(np.abs(alone[path] - two[path]).max() for path in alone) < 1e-5
 
 
-def test_a_signal_to_one_process_stops_all_after_the_same_step_and_four_go_on(project: Path):
+def stopped_by_signal(project: Path, cache: str, count: int, victim: int = 0) -> tuple[Job, Path]:
+    """A long run that is told to stop when it has trained for a while, and its newest checkpoint."""
     long = ["--set", "finetune.steps=5000", "--set", "finetune.epochs=5000", "--out-root", str(project / "alone")]
-    with Job(project, "finetune", *long) as job:
+    with Job(project, "finetune", *long, count=count, GEMMA_TUNING_CACHE=str(project / cache)) as job:
         job.until(0, "batch_loss")
-        job.signal(1, signal.SIGTERM)
-        assert job.codes() == [143, 143]
-        steps = {re.search(r"after step (\d+) of", reason(job, number))[1] for number in (0, 1)}
-        assert len(steps) == 1
-        assert "SIGTERM to process 1 of 2" in reason(job, 0)
-    with Job(project, "finetune", *long, count=4) as job:
-        job.until(0, f"Resuming from the checkpoint after step {steps.pop()} of 5000")
-        job.until(0, "batch_loss")
+        job.signal(victim, signal.SIGTERM)
+        assert job.codes() == [143] * count
+    return job, max((project / cache).glob("checkpoints/*/step-*"))
+
+
+def curve_of(checkpoint: Path) -> list[float]:
+    """The losses of a run until a checkpoint."""
+    return [row["loss"] for row in json.loads((checkpoint / "state.json").read_text())["state"]["rows"]]
+
+
+def test_two_processes_stop_after_the_same_step_one_goes_on_and_then_four(project: Path):
+    _, alone = stopped_by_signal(project, "cache-alone", 1)
+    job, newest = stopped_by_signal(project, "cache", 2, victim=1)
+    steps = {re.search(r"after step (\d+) of", reason(job, number))[1] for number in (0, 1)}
+    assert steps == {str(int(newest.name[5:]))}
+    assert "SIGTERM to process 1 of 2" in reason(job, 0)
+    assert len(list(newest.glob("arrays-*-of-00002.safetensors"))) == 2, "each wrote its own parts"
+    for count in (1, 4):
+        # The part of the second process, or the only one.
+        part = max(newest.glob("arrays-*"))
+        part.write_bytes(part.read_bytes()[:-1] + b"\x55")
+        before = min(newest.parent.glob("step-*"))
+        job, newest = stopped_by_signal(project, "cache", count)
+        assert f"the checkpoint {part.parent.name} is damaged and not used ({part.name} does not" in job.text(0)
+        assert f"Resuming from the checkpoint after step {int(before.name[5:])} of 5000, written on" in job.text(0)
+        assert f"now mesh [2, 2], layout auto, processes {count}): equal to float32 rounding" in job.text(0)
+    found, wanted = curve_of(newest), curve_of(alone)
+    assert found[: len(wanted)] == pytest.approx(wanted[: len(found)], rel=1e-4)
 
 
 def small(folder: Path, count: int = 2, **environment: str) -> Job:

@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,16 +26,15 @@ from stages.core.common.host_memory import Growth
 from stages.core.common.paths import REVIEWS
 from stages.core.common.progress import ProgressLog
 from stages.core.config.schema import Finetune
-from stages.core.files import optional
-from stages.core.finetune.checkpoint import Checkpoint, Store
+from stages.core.finetune.checkpoint import Store
 from stages.core.finetune.history import History
 from stages.core.finetune.profile import StepProfile
+from stages.core.finetune.resuming import Checkpoint
+from stages.core.finetune.run_state import RunState, put
 from stages.core.finetune.signals import SIGNALS, Interruption, Stopped
 from stages.core.processes.group import COMPILE_LIMIT, SAMPLE_LIMIT, SAVE_LIMIT, STEP_LIMIT, VALIDATION_LIMIT, current
 from stages.core.records.finetune import Sample, Step
-from stages.core.sharding import hosts
-from stages.core.sharding.hosts import from_first, whole
-from stages.core.sharding.keras_internals import set_value
+from stages.core.sharding.hosts import whole
 from stages.core.tokenize.batches import Batches
 
 logger = logging.getLogger(__name__)
@@ -74,22 +73,21 @@ class TrainingCallback(keras.callbacks.Callback):
     It may be told of a step's end when later ones have begun (`late_logs.LateLogs`), unless `is_due` after it.
     """
 
-    def __init__(self, setup: FitSetup, history: History, interruption: Interruption) -> None:
+    def __init__(self, setup: FitSetup, history: History, interruption: Interruption, state: RunState) -> None:
         """Continue a history.
 
         Args:
             setup: the run.
             history: of the steps done so far; it is written into.
             interruption: holds the signal that stops the process, if one was received.
+            state: of the model that is trained.
         """
         super().__init__()
         self.history = history
-        self.best: list[np.ndarray] | None = None
         self.batches: Batches
+        self._state = state
         self._setup = setup
         self._interruption = interruption
-        self._metrics: list[np.ndarray] | None = None
-        self._saved: int | None = history.steps or None
         self._first_step: int | None = None
         # When each step in flight began, and when the last one's end was told.
         self._began: deque[float] = deque()
@@ -127,10 +125,7 @@ class TrainingCallback(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         """Choose the epoch's order, and restore the metrics' sums if the run resumes within an epoch."""
         self.batches.epoch = epoch
-        if self._metrics is not None:
-            for variable, value in zip(self.model.metrics_variables, self._metrics, strict=True):
-                put(variable, value)
-            self._metrics = None
+        self._state.restore_metrics()
 
     def on_train_batch_begin(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
         """Start the clock, and the profile at the process's second step (or its only one)."""
@@ -149,6 +144,7 @@ class TrainingCallback(keras.callbacks.Callback):
     def on_train_batch_end(self, batch: int, logs: Mapping[str, Any]) -> None:
         """Record the step, then do what is due after it; reading the loss waits for its computation."""
         setup, history = self._setup, self.history
+        self._check_saved()
         loss, accuracy = float(logs["batch_loss"]), float(logs["batch_accuracy"])
         now = time.perf_counter()
         seconds, self._told = now - max(self._began.popleft(), self._told), now
@@ -196,8 +192,9 @@ class TrainingCallback(keras.callbacks.Callback):
         if setup.store and not self.finished and (why or step % save_every == 0):
             self._save(setup.store)
         if why and not self.finished:
-            saved = "which is saved" if self._saved == step else f"and step {self._saved or 'none'} is saved"
-            resumes = "resumes from there" if self._saved else "starts over"
+            saved_step = self.wait_for_checkpoint()
+            saved = "which is saved" if saved_step == step else f"and step {saved_step or 'none'} is saved"
+            resumes = "resumes from there" if saved_step else "starts over"
             raise Stopped(
                 f"Stopped by {why} after step {step} of {setup.steps}, {saved}. The same command "
                 f"(or `dvc repro`) {resumes}.",
@@ -227,26 +224,16 @@ class TrainingCallback(keras.callbacks.Callback):
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Load a checkpoint's arrays into the model and its optimizer, each sharded as its variable."""
-
-        def read(name: str, variable: keras.Variable) -> np.ndarray:
-            return from_first(checkpoint.arrays.get(name), tuple(variable.shape), variable.dtype)
-
-        for name, variable in self._variables():
-            put(variable, read(name, variable))
-        self._metrics = [read(f"metric/{index}", each) for index, each in enumerate(self.model.metrics_variables)]
-        if self.history.steps % self._setup.steps_per_epoch == 0:
-            self._metrics = None
-        if self.history.best_loss is not None:
-            self.best = [read(f"best/{variable.path}", variable) for variable in self.model.trainable_variables]
-        if self.model.dropout_step is not None:
-            # It counts batches.
-            put(self.model.dropout_step, np.array(checkpoint.step * self._setup.settings.gradient_accumulation))
+        self._state.restore(
+            checkpoint,
+            batches=checkpoint.step * self._setup.settings.gradient_accumulation,
+            within_epoch=self.history.steps % self._setup.steps_per_epoch != 0,
+            best=self.history.best_loss is not None,
+        )
 
     def restore_best(self) -> None:
         """Restore the weights of the lowest validation loss, with early stopping."""
-        if self.best is not None:
-            for variable, value in zip(self.model.trainable_variables, self.best, strict=True):
-                put(variable, value)
+        self._state.restore_best()
 
     def check_finite(self) -> None:
         """Stop if a trained weight is not finite: the last step's loss was computed before it changed them.
@@ -258,31 +245,37 @@ class TrainingCallback(keras.callbacks.Callback):
             if not _is_finite(whole(variable.value)):
                 raise self._diverged(f"{variable.path} has values that are not finite", self.history.steps)
 
-    def _variables(self) -> Iterator[tuple[str, keras.Variable]]:
-        """What a checkpoint holds of model and optimizer, by name."""
-        for variable in self.model.trainable_variables:
-            yield f"trained/{variable.path}", variable
-        for index, variable in enumerate(self.model.optimizer.variables):
-            yield f"optimizer/{index}", variable
-
     def _save(self, store: Store) -> None:
-        """Save a checkpoint unless the state contains NaN or Inf; a failed write never ends the run."""
+        """Copy the state to the host and have it written in the background, after what is still being written."""
         current().doing(f"the checkpoint after step {self.history.steps}", SAVE_LIMIT)
         self.model.jax_state_sync()
         with self.history.timed("checkpoint"):
-            arrays = {name: whole(variable.value) for name, variable in self._variables()}
-            for name, array in arrays.items():
-                if not _is_finite(array):
-                    raise self._diverged(f"{name} has values that are not finite", self.history.steps)
-            for index, variable in enumerate(self.model.metrics_variables):
-                arrays[f"metric/{index}"] = whole(variable.value)
-            if self.best is not None:
-                for variable, value in zip(self.model.trainable_variables, self.best, strict=True):
-                    arrays[f"best/{variable.path}"] = value
-            with optional(f"the checkpoint after step {self.history.steps} is not kept"):
-                if current().first:
-                    store.save(self.history.steps, arrays, self.history.state())
-                self._saved = self.history.steps
+            # Before anything is copied: the host has room for one copy.
+            store.finish()
+            pieces = self._state.pieces(gathered=store.writers < current().count)
+            store.save(self.history.steps, pieces, self.history.state())
+
+    def wait_for_checkpoint(self) -> int | None:
+        """Wait for what is being written, and return the newest step that is kept; None: none is.
+
+        Raises:
+            StageError: it had values that are not finite, and was not kept.
+        """
+        store = self._setup.store
+        if store is None:
+            return None
+        current().doing("the end of the last checkpoint", SAVE_LIMIT)
+        with self.history.timed("checkpoint"):
+            saved = store.newest_saved()
+        self._check_saved()
+        return saved
+
+    def _check_saved(self) -> None:
+        """Stop if NaN or Inf was found in what was to be saved, which is looked at while steps go on."""
+        store = self._setup.store
+        if store is not None and store.not_finite is not None:
+            step, name = store.not_finite
+            raise self._diverged(f"{name} has values that are not finite", step)
 
     def _validate(self) -> None:
         """Measure the validation loss and record it with the step; track the lowest, for early stopping."""
@@ -303,7 +296,7 @@ class TrainingCallback(keras.callbacks.Callback):
             return
         if history.best_loss is None or loss < history.best_loss:
             history.best_loss, history.waited = float(loss), 0
-            self.best = [whole(variable.value) for variable in self.model.trainable_variables]
+            self._state.keep_best()
         else:
             history.waited += 1
         if history.waited >= patience:
@@ -339,11 +332,6 @@ def bit_sums(values: list[jax.Array]) -> jax.Array:
         return jnp.stack([jnp.sum(bits, dtype="uint32"), jnp.sum(bits * bits, dtype="uint32")])
 
     return jnp.stack([sums(value) for value in values])
-
-
-def put(variable: keras.Variable, value: np.ndarray) -> None:
-    """Set a variable's value, sharded as the variable is."""
-    set_value(variable, hosts.put(np.asarray(value, variable.dtype), variable.value.sharding))
 
 
 def _is_finite(array: np.ndarray) -> bool:

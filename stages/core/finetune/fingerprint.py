@@ -1,6 +1,7 @@
 """The fingerprint that identifies a training run, and what changed since a run that cannot be resumed.
 
 Purpose: a run may resume only from a checkpoint of the very same run: same settings, data, base, code and packages.
+Mesh, layout and the number of processes are no part of it: on others a run goes on the same to float32 rounding.
 Writes: `<cache folder>/checkpoints/<fingerprint>/run.json`, which holds the parts.
 """
 
@@ -30,7 +31,7 @@ def with_program(parts: Mapping[str, Any]) -> dict[str, Any]:
     """Return all that a run depends on: the parts, the code and the packages.
 
     Args:
-        parts: settings, data, base, mesh and the like; what JSON can hold.
+        parts: settings, data, base and the like; what JSON can hold.
     """
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     return {**parts, "versions": versions, "code": code.digests(ENTRY)}

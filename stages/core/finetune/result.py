@@ -57,7 +57,7 @@ class Result:
             train_seconds=round(sum(history.step_seconds), 2),
             validation_seconds=round(history.seconds["validation"], 2),
             sample_seconds=round(history.seconds["sample"], 2),
-            checkpoint_seconds=round(history.seconds["checkpoint"], 2),
+            checkpoint_seconds=round(history.seconds["checkpoint"], 4),
             peak_host_bytes=self.peak_host_bytes,
             peak_device_bytes=self.peak_device_bytes,
             state_bytes_per_device=self.state_bytes,

@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,13 +18,15 @@ from stages.core.common.paths import TOKENS, Paths
 from stages.core.config.schema import Finetune
 from stages.core.config.section import IN_FULL, IN_FULL_DTYPES, without
 from stages.core.files import sha256
-from stages.core.finetune import fingerprint
+from stages.core.finetune import fingerprint, resuming
 from stages.core.finetune.callback import FitSetup, TrainingCallback, bit_sums
-from stages.core.finetune.checkpoint import Checkpoint, Store, newest_of_first
+from stages.core.finetune.checkpoint import Store
 from stages.core.finetune.history import History
 from stages.core.finetune.late_logs import LateLogs
 from stages.core.finetune.optimizer import Schedule, build_slots, make_optimizer
 from stages.core.finetune.result import Result, result_of
+from stages.core.finetune.resuming import Checkpoint
+from stages.core.finetune.run_state import RunState
 from stages.core.finetune.signals import Interruption
 from stages.core.generate import prompting
 from stages.core.generate.sampling import Sampler, SamplerSettings
@@ -97,8 +100,9 @@ def checkpoints(
 ) -> Store | None:
     """Return this run's checkpoints, or None if it is to have none.
 
-    The run is identified by all that its weights depend on: settings, tokens, base, the adapter it starts from, dtype,
-    mesh, layout, platform, code and packages.
+    The run is identified by all that its weights depend on beyond float32 rounding: settings, tokens, base, the adapter
+    it starts from, dtype, platform, code and packages. Mesh, layout and the number of processes are where a run
+    computes, not what: it may resume on others.
 
     Args:
         paths: of the tokens.
@@ -113,14 +117,31 @@ def checkpoints(
         {
             "settings": without(settings, "display"),
             "tokens": {split: sha256(paths.read(file)) for split, file in TOKENS.items()},
-            **{key: config.content()[key] for key in ("base", "dtype", "mesh", "layout")},
+            **{key: config.content()[key] for key in ("base", "dtype")},
             "platform": platform,
             "start": None if start_from is None else start.digest(start_from),
         }
     )
-    store = Store(fingerprint.fingerprint_of(parts), settings.checkpoint_keep)
-    fingerprint.record(store.folder, parts)
+    layout = {"mesh": list(config.mesh.shape), "processes": current().count, "rules": config.content()["layout"]}
+    store = Store(fingerprint.fingerprint_of(parts), settings.checkpoint_keep, layout)
+    if current().first:
+        fingerprint.record(store.folder, parts)
     return store
+
+
+def other_layout(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Return what a user is to know of a checkpoint that was written on another layout, nothing of the same.
+
+    Args:
+        then: the layout of the checkpoint, as `checkpoints` gives it.
+        now: of this run.
+    """
+    if then == now:
+        return ""
+    was, is_now = (
+        f"mesh {each['mesh']}, layout {each['rules']['name']}, processes {each['processes']}" for each in (then, now)
+    )
+    return f", written on another layout ({was}; now {is_now}): equal to float32 rounding, not to the byte"
 
 
 def check_length(settings: Finetune, batches: int, steps: int) -> None:
@@ -195,7 +216,7 @@ def fit(
     warn_of_slow_network(model.jax_mesh, model.model_axis_bytes, epoch.positions_per_step // rows)
     _compile(causal, model, settings, steps)
     check_changed = _change_check(causal, settings, steps)
-    checkpoint = newest_of_first(store) if store else None
+    checkpoint = resuming.newest(store) if store else None
     history = History.from_state(checkpoint.state) if checkpoint else History()
     history.seconds["load"] += load_seconds
     held_out = {name: array[: settings.validate_sequences] for name, array in sequences["validation"].items()}
@@ -235,12 +256,16 @@ def _train(
 ) -> None:
     """Run all steps that are left after the checkpoint; with early stopping restore the best weights."""
     with Interruption(enabled=setup.store is not None) as interruption:
-        callback = TrainingCallback(setup, history, interruption)
+        callback = TrainingCallback(setup, history, interruption, RunState(causal))
         callback.set_model(causal)
         if checkpoint:
             callback.restore(checkpoint)
-            logger.info(f"Resuming from the checkpoint after step {checkpoint.step} of {setup.steps}.")
+            logger.info(
+                f"Resuming from the checkpoint after step {checkpoint.step} of {setup.steps}"
+                f"{other_layout(checkpoint.layout, setup.store.layout if setup.store else {})}."
+            )
         _run_steps(causal, callback, setup, make_batches)
+        callback.wait_for_checkpoint()
     current().doing("the end of the training", SAVE_LIMIT)
     callback.restore_best()
     callback.check_finite()

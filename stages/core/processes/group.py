@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from stages.core.processes.reports import Reports
+
 # Seconds without progress after which a process is taken for stuck, for what it says it is doing. What may compile has
 # the longest: XLA takes minutes for the largest models.
 STEP_LIMIT = 45.0
@@ -23,10 +25,15 @@ class Group:
     Attributes:
         index: this process, from 0; it writes the outputs if it is 0.
         count: processes of the run.
+        inbox: what was reported to this process.
     """
 
     index = 0
     count = 1
+
+    def __init__(self) -> None:
+        """Begin without reports."""
+        self.inbox = Reports()
 
     @property
     def first(self) -> bool:
@@ -60,6 +67,19 @@ class Group:
     def share(self, value: Any = None) -> Any:
         """Return the first process's value on all; what JSON can hold. The others' own is ignored."""
         return value
+
+    def report(self, topic: str, content: Any) -> None:
+        """Tell the first process something; what JSON can hold. Any thread may.
+
+        Args:
+            topic: what it is about: each process reports once on it.
+            content: what is told.
+        """
+        self.inbox.put(self.index, topic, content)
+
+    def reports(self, topic: str, count: int) -> list[Any]:
+        """Wait until the first `count` processes have reported on a topic, and return what; on the first process."""
+        return self.inbox.take(topic, count)
 
 
 ALONE = Group()

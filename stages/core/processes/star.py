@@ -42,6 +42,7 @@ class Star(Group):
             count: of all.
             name: of this process for messages.
         """
+        super().__init__()
         self.index, self.count, self.name = index, count, name
         self.leaving = False
         self._failing = False
@@ -209,6 +210,8 @@ class Hub(Star):
                 self._acknowledge(number, int(message["passed"]))
             elif "done" in message:
                 self._done.add(number)
+            elif "report" in message:
+                self.inbox.put(number, message["report"], message["content"])
             elif "failed" in message:
                 reason = f"{self._names[number]} ended: {message['failed']}"
                 if message["certain"]:
@@ -276,6 +279,10 @@ class Member(Star):
     def share(self, value: Any = None) -> Any:
         """Return what the first process shares."""
         return self._shared.get()
+
+    def report(self, topic: str, content: Any) -> None:
+        """Tell the first process something; see `Group`."""
+        self._wire.send(report=topic, content=content)
 
     def ask_stop(self, why: str) -> None:
         """Ask the first process to stop all."""

@@ -47,7 +47,8 @@ class FinetuneMetrics(FileRecord):
     The first step of a process holds the compilation; what it took beyond a usual step is `compile_seconds`. First and
     last loss are means over the tokens of up to 10 steps, since single batches scatter. `tokens_per_second` counts the
     trained tokens, `positions_per_second` all that the devices compute: prompts and padding too.
-    `validation_seconds` and `sample_seconds` hold their own compilations. `peak_device_bytes` is there only if the
+    `validation_seconds` and `sample_seconds` hold their own compilations; `checkpoint_seconds` is what steps waited for
+    checkpoints, which are written beside them. `peak_device_bytes` is there only if the
     backend reports it. `flops_share_of_peak` is the model flops per second of a usual step over what the devices'
     float32 matrix products reach together, measured after the training. `state_bytes_per_device` is what the first
     device holds of weights, optimizer and metrics; `step_growth_bytes` how far the process's memory grew within one
