@@ -61,7 +61,8 @@ PLACES: tuple[tuple[str, str, str | None], ...] = (
     (r"model/rotary\.py", "", "attention"),
     (r"model/tensor_parallel\.py|model/lora\.py", "", None),
     (r"model/decoder\.py", "_norm", "norms"),
-    (r"model/(decoder|attention\w*)\.py", "_mix|_attention", "attention"),
+    (r"model/attention\w*\.py", "", "attention"),
+    (r"model/decoder\.py", "_attention", "attention"),
     # Keras' and keras-hub's
     (r"rms_normalization\.py", "", "norms"),
     (r"layers/core/(dense|einsum_dense)\.py", "", None),
