@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import keras
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
-from stages.core.model import attention, attention_blocks, decoder
+from stages.core.model import attention, attention_blocks, attention_splash, decoder
 from stages.core.model.attention_blocks import Scope
 from stages.core.model.causal_lm import make_model
 from tests.support.repository import FAMILIES
@@ -116,6 +119,47 @@ def test_no_array_is_of_length_times_length():
     collect(jax.make_jaxpr(jax.grad(loss))(query).jaxpr)
     assert len(sizes) > 100
     assert max(sizes) == length * 2 * 16
+
+
+@pytest.mark.parametrize(("window", "soft_cap", "parts"), [(None, 2.0, 2), (200, None, 1)])
+def test_the_tpus_kernel_gives_the_plain_values_and_gradients(window, soft_cap, parts):
+    """In JAX's interpreter of kernels; four heads that share two groups, and queries of two devices."""
+    length, scope = 512, Scope(window, soft_cap, 128, parts)
+    generator = np.random.default_rng(0)
+    query, key, value, weights = (
+        jnp.asarray(generator.normal(0, 1, (1, length, heads, 128)), jnp.float32) for heads in (4, 2, 2, 4)
+    )
+    query = query / 8
+    ids = jnp.asarray([[1] * 300 + [2] * 150 + [0] * 62], jnp.int32)
+    kernel = attention_splash.kernel(scope, length, 4, interpret=True)
+    mesh = jax.make_mesh((parts,), ("model",), devices=jax.devices()[:parts])
+    split = P(None, "model")
+
+    def by_kernel(query, key, value):
+        return jax.shard_map(
+            lambda *arrays: attention_splash.attend(*arrays, scope),
+            mesh=mesh,
+            in_specs=(attention_splash.kernel_spec(kernel, mesh, "model"), split, P(), P(), split, P()),
+            out_specs=split,
+            check_vma=False,
+        )(kernel, query, key, value, ids, ids)
+
+    def as_blocks(*arrays):
+        return attention_blocks.attend(*arrays, ids, ids, jnp.int32(0), dataclasses.replace(scope, parts=1))
+
+    expected = value_and_gradients(as_blocks, query, key, value, weights)
+    for one, other in zip(value_and_gradients(by_kernel, query, key, value, weights), expected, strict=True):
+        np.testing.assert_allclose(one, other, **TOLERANCE)
+
+
+def test_what_a_kernel_is_told_of_a_block_is_so():
+    for window in (None, 5):
+        band = attention_splash._Band(24, window)
+        places = np.arange(24)
+        mask = band.mask_function(places[:, None], places)
+        for row, column in np.ndindex(6, 3):
+            block = (slice(4 * row, 4 * row + 4), slice(8 * column, 8 * column + 8))
+            assert (band[block].any(), band[block].all()) == (mask[block].any(), mask[block].all())
 
 
 def step(model, batch):

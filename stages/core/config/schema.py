@@ -16,6 +16,8 @@ from stages.core.records.layout import LoraConfig, MeshShape, OverBatch
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 # No run counts further; beyond, integers of JAX and numpy overflow.
 Positive = Annotated[int, Field(ge=1, le=10**9)]
+# In tokens. No Gemma was trained on longer sequences.
+Length = Annotated[int, Field(ge=8, le=131072)]
 BatchSize = Annotated[int, Field(ge=1, le=65536)]
 Dtype = Literal["float32", "bfloat16", "mixed_bfloat16", "int8", "int8_table", "int8_float32", "int8_table_float32"]
 # AdamW works in the dtype of what it trains. Bfloat16 has 8 bits: 0.999 is 1.0 there, so that every step is exactly 0.
@@ -100,7 +102,7 @@ class Prepare(Section):
 class Tokenize(Section):
     """How reviews become sequences of tokens."""
 
-    length: Annotated[int, Field(ge=8, le=8192)]
+    length: Length
     packing: bool
     eos: Literal["end", "always", "never"]
     control_tokens: Literal["text", "tokens"]
@@ -253,7 +255,7 @@ class Evaluate(Section):
         | None
     )
     task_limit: Positive | None
-    max_length: Annotated[int, Field(ge=8, le=131072)]
+    max_length: Length
     batch_tokens: Annotated[int, Field(ge=1, le=2**24)]
 
 
@@ -281,7 +283,7 @@ class PlanStep(Section):
 
     preset: Annotated[str, Field(min_length=1)] | None = None
     dtype: Dtype | None = None
-    length: Annotated[int, Field(ge=8, le=8192)] | None = None
+    length: Length | None = None
     rank: Annotated[int, Field(ge=0, le=512)] | None = None
     lora_targets: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | None = None
     rematerialize: bool | None = None

@@ -7,13 +7,14 @@ for short sequences; by blocks (`attention_blocks`) no array grows with the squa
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from stages.core.model import attention_blocks
+from stages.core.model import attention_blocks, attention_splash
 from stages.core.model.activations import Activations
 from stages.core.model.attention_blocks import Scope
 from stages.core.model.products import product
@@ -91,27 +92,41 @@ class SelfAttention:
         keys_too = keys_too and heads
         ratio = query.shape[2] // key.shape[2]
         scope = Scope(window, soft_cap, BLOCK, devices if time else 1)
+        kernel = self._kernel(query, scope, devices if heads else 1)
+        split = axis if time else None
 
         def local(
-            query: jax.Array, key: jax.Array, value: jax.Array, own: jax.Array, others: jax.Array
+            kernel: Any, query: jax.Array, key: jax.Array, value: jax.Array, own: jax.Array, others: jax.Array
         ) -> jax.Array:
             device = jax.lax.axis_index(axis)
             if heads and not keys_too:
                 key, value = (groups_of(each, device, query.shape[2], ratio) for each in (key, value))
+            if kernel is not None:
+                return attention_splash.attend(kernel, query, key, value, own, others, scope)
             part = device if time else jnp.int32(0)
             return attention_blocks.attend(query, key, value, own, others, part, scope)
 
-        split = axis if time else None
         of_query = P("batch", split, axis if heads else None, None)
         of_key = P("batch", None, axis if keys_too else None, None)
+        of_kernel = P() if kernel is None else attention_splash.kernel_spec(kernel, mesh, split)
         return jax.shard_map(
             local,
             mesh=mesh,
-            in_specs=(of_query, of_key, of_key, P("batch", split), P("batch", None)),
+            in_specs=(of_kernel, of_query, of_key, of_key, P("batch", split), P("batch", None)),
             out_specs=of_query,
             # Its gradient is written by hand, and JAX sums what all devices have of the keys'.
             check_vma=False,
-        )(query, key, value, segments, segments)
+        )(kernel, query, key, value, segments, segments)
+
+    def _kernel(self, query: jax.Array, scope: Scope, head_parts: int) -> Any:
+        """Return the TPU's kernel of a pass, or None where there is no TPU or the kernel cannot express it."""
+        mesh = self._activations.mesh
+        _, length, heads, head = query.shape
+        if mesh is None or mesh.devices.flat[0].platform != "tpu":
+            return None
+        if not attention_splash.expresses(scope, length // scope.parts, head):
+            return None
+        return attention_splash.kernel(scope, length, heads // head_parts)
 
 
 def groups_of(key: jax.Array, device: jax.Array, heads: int, ratio: int) -> jax.Array:

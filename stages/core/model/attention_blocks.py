@@ -3,8 +3,8 @@
 Purpose: the logits grow with the square of the length: at 32,768 tokens those of one head are 4 GiB in float32. Here
 queries and keys are walked in blocks with a running maximum and sum (Milakov and Gimelshein, 2018,
 https://arxiv.org/abs/1805.02867), and the backward pass computes each block's weights again from the kept logarithm of
-the sum, as flash attention does (Dao et al., 2022, https://arxiv.org/abs/2205.14135). Only pairs of blocks in which some
-query may see some key are visited: up to the diagonal, and within the window.
+the sum, as flash attention does (Dao et al., 2022, https://arxiv.org/abs/2205.14135). Only pairs of blocks in which a
+query may see a key are visited: up to the diagonal, and within the window.
 
 Formulas, for a query q, keys k, values v, soft cap c (or none) and the loss' gradient g of the result o:
     z = c tanh(q.k / c)     s = log sum exp(z)     p = exp(z - s)     o = sum p v
@@ -129,9 +129,7 @@ def _attend_backward(scope: Scope, kept: Any, gradient: jax.Array) -> tuple[jax.
     along = jnp.sum(gradient.astype(jnp.float32) * result.astype(jnp.float32), axis=-1, keepdims=True)
     along = _heads_first(along, groups, scope.size)[..., 0]
     blocked = _heads_first(gradient, groups, scope.size)
-    of_query, of_key, of_value = _walk_backward(
-        arrays, blocked, along, log_sum, _pairs(query, key, part, scope), scope
-    )
+    of_query, of_key, of_value = _walk_backward(arrays, blocked, along, log_sum, _pairs(query, key, part, scope), scope)
     of_key, of_value = (each.swapaxes(1, 2)[:, : key.shape[1]].astype(like.dtype) for each in (of_key, of_value))
     return _as_given(of_query, query).astype(query.dtype), of_key, of_value, None, None, None
 
