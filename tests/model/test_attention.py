@@ -132,7 +132,7 @@ def test_the_tpus_kernel_gives_the_plain_values_and_gradients(window, soft_cap, 
     query = query / 8
     ids = jnp.asarray([[1] * 300 + [2] * 150 + [0] * 62], jnp.int32)
     kernel = attention_splash.kernel(scope, length, 4, interpret=True)
-    mesh = jax.make_mesh((parts,), ("model",), devices=jax.devices()[:parts])
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:parts]), ("model",))
     split = P(None, "model")
 
     def by_kernel(query, key, value):

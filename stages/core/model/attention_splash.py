@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -23,7 +23,7 @@ from stages.core.model.attention_blocks import Scope, list_pairs
 LANES = 128
 
 
-class _Band(splash_attention_mask.Mask):
+class _Band(splash_attention.Mask):
     """A causal mask, of a window or of all: as JAX's own, but what is asked of a block is worked out from its corners.
 
     Those compute every element of every block, which takes minutes for 32,768 tokens.
@@ -73,11 +73,11 @@ def kernel(scope: Scope, length: int, heads: int, interpret: bool = False) -> An
         interpret: run it without a TPU, for tests.
     """
     size = scope.size
-    sizes = splash_attention_kernel.BlockSizes(size, size, size, size, size, size, size, size)
-    mask = splash_attention_mask.MultiHeadMask([_Band(length, scope.window)] * heads)
+    sizes = splash_attention.BlockSizes(size, size, size, size, size, size, size, size)
+    mask = splash_attention.MultiHeadMask([_Band(length, scope.window)] * heads)
     # Kept for the next block of the model, so no part of the program that is being traced.
     with jax.ensure_compile_time_eval():
-        return splash_attention_kernel.make_splash_mha(
+        return splash_attention.make_splash_mha(
             mask,
             block_sizes=sizes,
             attn_logits_soft_cap=scope.soft_cap,
@@ -99,32 +99,30 @@ def attend(
     heads_first = (each.swapaxes(1, 2) for each in (query, key.astype(query.dtype), value.astype(query.dtype)))
     pairs = max(len(list_pairs(query.shape[1], part, scope)) for part in range(scope.parts))
     flops = 2 * pairs * scope.size**2 * query.shape[0] * query.shape[2] * query.shape[3]
-    return _attend(flops, kernel, *heads_first, own, others).swapaxes(1, 2)
+    # Its tree cannot be hashed, as that of an argument would be.
+    blocks, tree = jax.tree.flatten(kernel)
 
+    def forward(
+        blocks: list[jax.Array], own: jax.Array, others: jax.Array, *arrays: jax.Array
+    ) -> tuple[jax.Array, Any]:
+        sequence = jax.tree.unflatten(tree, blocks)
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(
-    flops: int, kernel: Any, query: jax.Array, key: jax.Array, value: jax.Array, own: jax.Array, others: jax.Array
-) -> jax.Array:
-    return _attend_forward(flops, kernel, query, key, value, own, others)[0]
+        def every(*arrays: jax.Array) -> jax.Array:
+            return jax.vmap(lambda own, others, *each: sequence(*each, splash_attention.SegmentIds(own, others)))(
+                own, others, *arrays
+            )
 
+        with _precision(query.dtype), _counted(flops):
+            return jax.vjp(every, *arrays)
 
-def _attend_forward(
-    flops: int, kernel: Any, query: jax.Array, key: jax.Array, value: jax.Array, own: jax.Array, others: jax.Array
-) -> tuple[jax.Array, Any]:
-    def each(query: jax.Array, key: jax.Array, value: jax.Array, own: jax.Array, others: jax.Array) -> jax.Array:
-        return kernel(query, key, value, splash_attention_kernel.SegmentIds(own, others))
+    def backward(pull_back: Any, gradient: jax.Array) -> tuple[Any, ...]:
+        with _precision(query.dtype), _counted(flops):
+            return (None, None, None, *pull_back(gradient))
 
-    with _precision(query.dtype), _counted(flops):
-        return jax.vjp(lambda *arrays: jax.vmap(each)(*arrays, own, others), query, key, value)
-
-
-def _attend_backward(flops: int, pull_back: Any, gradient: jax.Array) -> tuple[jax.Array | None, ...]:
-    with _precision(gradient.dtype), _counted(flops):
-        return (None, *pull_back(gradient), None, None)
-
-
-_attend.defvjp(_attend_forward, _attend_backward)
+    # The kernel has a gradient of its own, which JAX would trace later, where the two are not set.
+    mix = jax.custom_vjp(lambda *arguments: forward(*arguments)[0])
+    mix.defvjp(forward, backward)
+    return mix(blocks, own, others, *heads_first).swapaxes(1, 2)
 
 
 def _precision(dtype: Any) -> contextlib.AbstractContextManager[Any]:
