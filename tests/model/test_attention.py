@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -160,6 +162,51 @@ def test_what_a_kernel_is_told_of_a_block_is_so():
         for row, column in np.ndindex(6, 3):
             block = (slice(4 * row, 4 * row + 4), slice(8 * column, 8 * column + 8))
             assert (band[block].any(), band[block].all()) == (mask[block].any(), mask[block].all())
+
+
+class Laid(NamedTuple):
+    """Activations that lie on a mesh as a test says, not as weights do."""
+
+    mesh: jax.sharding.Mesh
+    query: P
+    key: P
+
+    def spec(self, array, role, block):
+        return getattr(self, role)
+
+
+WHOLE, HEADS, TIME = P("batch", None, None, None), P("batch", None, "model", None), P("batch", "model", None, None)
+
+
+# Heads of queries, of keys, devices of the model axis; keys that are split beside whole queries are gathered.
+@pytest.mark.parametrize(
+    ("heads", "groups", "devices", "query", "key"),
+    [
+        (4, 2, 2, HEADS, HEADS),
+        (4, 2, 4, HEADS, WHOLE),
+        (6, 2, 2, HEADS, WHOLE),
+        (12, 6, 4, HEADS, WHOLE),
+        (3, 1, 4, TIME, WHOLE),
+        (3, 3, 3, WHOLE, HEADS),
+    ],
+)
+def test_devices_find_their_heads_and_keys_however_the_mesh_splits_them(
+    monkeypatch, heads, groups, devices, query, key
+):
+    monkeypatch.setattr(attention, "LONG", 40)
+    monkeypatch.setattr(attention, "BLOCK", 4)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[: 2 * devices]).reshape(2, devices), ("batch", "model"))
+    generator = np.random.default_rng(0)
+    sizes = (heads, groups, groups, heads)
+    arrays = [jnp.asarray(generator.normal(0, 1, (2, 40, size, 8)), jnp.float32) for size in sizes]
+    ids = jnp.asarray([[1] * 17 + [2] * 23, [1] * 33 + [0] * 7], jnp.int32)
+    kind = SimpleNamespace(window=9)
+    by_blocks = attention.SelfAttention(ids, Laid(mesh, query, key)).of_block(0, kind, 2.0)
+    monkeypatch.setattr(attention, "LONG", 41)
+    plain = attention.SelfAttention(ids, Laid(mesh, query, key)).of_block(0, kind, 2.0)
+    expected = value_and_gradients(plain, *arrays)
+    for one, other in zip(value_and_gradients(by_blocks, *arrays), expected, strict=True):
+        np.testing.assert_allclose(one, other, **TOLERANCE)
 
 
 def step(model, batch):
