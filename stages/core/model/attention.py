@@ -124,7 +124,7 @@ class SelfAttention:
         _, length, heads, head = query.shape
         if mesh is None or mesh.devices.flat[0].platform != "tpu":
             return None
-        if not attention_splash.expresses(scope, length // scope.parts, head):
+        if not attention_splash.expresses(scope, length // scope.parts, head, query.dtype):
             return None
         return attention_splash.kernel(scope, length, heads // head_parts)
 

@@ -21,6 +21,8 @@ from stages.core.model.attention_blocks import Scope, list_pairs
 
 # Lanes of a TPU's vector registers, of which blocks and heads are multiples.
 LANES = 128
+# The largest head for which blocks of 512 tokens were seen to fit into the chip's own memory, in bfloat16.
+LARGEST_HEAD = 256
 
 
 class _Band(splash_attention.Mask):
@@ -51,15 +53,17 @@ class _Band(splash_attention.Mask):
         return np.array([[some, first >= end and last - begin < window]])
 
 
-def expresses(scope: Scope, queries: int, head: int) -> bool:
-    """Return whether the kernel can do it: whole registers of tokens of a device, and of a head's numbers.
+def expresses(scope: Scope, queries: int, head: int, dtype: Any) -> bool:
+    """Return whether the kernel can do it: whole registers of tokens and of a head's numbers, which fit.
 
     Args:
         scope: whose blocks the kernel takes.
         queries: of a device.
         head: the size of one.
+        dtype: of the queries.
     """
-    return head % LANES == 0 and scope.size % LANES == 0 and queries % scope.size == 0
+    fits = head <= LARGEST_HEAD and dtype == jnp.bfloat16
+    return fits and head % LANES == 0 and scope.size % LANES == 0 and queries % scope.size == 0
 
 
 @functools.lru_cache
