@@ -154,6 +154,13 @@ def test_the_tpus_kernel_gives_the_plain_values_and_gradients(window, soft_cap, 
         np.testing.assert_allclose(one, other, **TOLERANCE)
 
 
+def test_a_kernel_is_asked_only_for_what_it_can_do():
+    scope = Scope(window=512, soft_cap=50.0, size=512)
+    assert attention_splash.expresses(scope, 4096, 256, jnp.bfloat16)
+    refused = [(4096, 256, jnp.float32), (4096, 512, jnp.bfloat16), (4096, 96, jnp.bfloat16), (4000, 256, jnp.bfloat16)]
+    assert not any(attention_splash.expresses(scope, *each) for each in refused)
+
+
 def test_what_a_kernel_is_told_of_a_block_is_so():
     for window in (None, 5):
         band = attention_splash._Band(24, window)
