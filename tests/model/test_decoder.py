@@ -37,7 +37,7 @@ def forward(model, batch):
             hidden = decoder.hidden_states(
                 model.backbone,
                 tied_table.embed(table, batch["token_ids"], causal.head_plan),
-                decoder.causal_mask(batch["segment_ids"]),
+                batch["segment_ids"],
                 constrain=causal.constrain,
             )
         return hidden

@@ -37,6 +37,27 @@ def test_collectives_are_counted_with_what_goes_over_the_wire(devices):
     assert found["all-gather"] == program_costs.Collective(1, 8 * 256, 7 * 256)
 
 
+def test_a_tpus_attention_kernels_count_the_products_that_they_are_known_to_do():
+    """Their metadata are JSON of several lines, after which the computation goes on."""
+    text = """HloModule m
+ENTRY %main (p: s8[1,4,4], q: bf16[2,512,128]) -> bf16[2,512,128] {
+  %p = s8[1,4,4]{2,1,0} parameter(0)
+  %q = bf16[2,512,128]{2,1,0} parameter(1)
+  %a = bf16[2,512,128]{2,1,0} custom-call(%p, %p, %q), custom_call_target="tpu_custom_call", \
+frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 128}"
+}}, metadata={op_name="jit(f)/kernel_product_flops_100/splash_mha_fwd_segmented_residuals/pallas_call"}
+  ROOT %b = bf16[2,512,128]{2,1,0} custom-call(%p, %p, %a), custom_call_target="tpu_custom_call", \
+frontend_attributes={kernel_metadata={
+"xprof_metadata":"{}"
+}}, metadata={op_name="jit(f)/kernel_product_flops_100/splash_mha_dkv_segmented_no_residuals/pallas_call"}
+}
+"""
+    assert costs(text).matrix_flops == (2 + 4) * 100
+    assert costs(text).pass_flops == (2 + 4) * 100
+    assert costs(text.replace("bf16", "f32")).pass_flops == 6 * (2 + 4) * 100
+
+
 GROUPS = {
     "{{0,1,2,3},{4,5,6,7}}": 4,
     "[2,4]<=[8]": 4,

@@ -47,8 +47,7 @@ def logits(model: LoadedModel, ids: list[int]) -> np.ndarray:
     @jax.jit
     def forward(tokens: jax.Array) -> jax.Array:
         embedded = tied_table.embed(table, tokens, plan, model.backbone.token_embedding.compute_dtype)
-        mask = decoder.causal_mask(jnp.ones_like(tokens))
-        hidden = decoder.hidden_states(model.backbone, embedded, mask)
+        hidden = decoder.hidden_states(model.backbone, embedded, jnp.ones_like(tokens))
         return tied_table.logits(hidden[0], tied_table.padded(table, plan), table.shape[0], plan)
 
     return np.asarray(forward(jnp.array([ids], jnp.int32)))

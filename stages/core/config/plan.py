@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from stages.core.config.section import BatchSize, Dtype, Positive, Rule, Section
+from stages.core.config.section import BatchSize, Dtype, Length, Positive, Rule, Section
 from stages.core.records.layout import OverBatch
 
 MeshList = Annotated[list[Positive], Field(min_length=2, max_length=2)]
@@ -18,7 +18,7 @@ class PlanStep(Section):
 
     preset: Annotated[str, Field(min_length=1)] | None = None
     dtype: Dtype | None = None
-    length: Annotated[int, Field(ge=8, le=8192)] | None = None
+    length: Length | None = None
     rank: Annotated[int, Field(ge=0, le=512)] | None = None
     lora_targets: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | None = None
     rematerialize: bool | None = None

@@ -20,6 +20,7 @@ from stages.core.config.section import (
     RUN,
     BatchSize,
     Dtype,
+    Length,
     Positive,
     Rule,
     Section,
@@ -91,7 +92,7 @@ class Prepare(Section):
 class Tokenize(Section):
     """How reviews become sequences of tokens."""
 
-    length: Annotated[int, Field(ge=8, le=8192)]
+    length: Length
     packing: bool
     eos: Literal["end", "always", "never"]
     control_tokens: Literal["text", "tokens"]
@@ -237,7 +238,7 @@ class Evaluate(Section):
         | None
     )
     task_limit: Positive | None
-    max_length: Annotated[int, Field(ge=8, le=131072)]
+    max_length: Length
     batch_tokens: Annotated[int, Field(ge=1, le=2**24)]
 
 

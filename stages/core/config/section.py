@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 # No run counts further; beyond, integers of JAX and numpy overflow.
 Positive = Annotated[int, Field(ge=1, le=10**9)]
+# In tokens. No Gemma was trained on longer sequences.
+Length = Annotated[int, Field(ge=8, le=131072)]
 BatchSize = Annotated[int, Field(ge=1, le=65536)]
 Dtype = Literal["float32", "bfloat16", "mixed_bfloat16", "int8", "int8_table", "int8_float32", "int8_table_float32"]
 # AdamW works in the dtype of what it trains. Bfloat16 has 8 bits: 0.999 is 1.0 there, so that every step is exactly 0.

@@ -132,8 +132,8 @@ def read(architecture: Architecture, weights: WeightSource, ids: list[int], lora
         give(variable)
     found = {number: table(slice(number, number + 1))[0] for number in set(ids)}
     embedded = jnp.asarray(np.stack([found[number] for number in ids])[None])
-    mask = decoder.causal_mask(jnp.ones((1, len(ids)), jnp.int32))
-    hidden = decoder.hidden_states(backbone, embedded, mask, before_block=give_block)
+    segment_ids = jnp.ones((1, len(ids)), jnp.int32)
+    hidden = decoder.hidden_states(backbone, embedded, segment_ids, before_block=give_block)
     return Reading(np.asarray(hidden[0, -COMPARED:]), table, architecture.config.get("final_logit_soft_cap"))
 
 

@@ -7,7 +7,6 @@ what its rank says.
 
 from __future__ import annotations
 
-import functools
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,11 +20,12 @@ from jax.sharding import PartitionSpec as P
 
 from stages.core.common.errors import StageError
 from stages.core.model import cross_entropy, decoder, tied_table
+from stages.core.model.activations import UNCONSTRAINED, Activations
 from stages.core.model.lora import Dropout
 from stages.core.model.tensor_parallel import Projections
 from stages.core.sharding.hosts import on_every_process, put
 from stages.core.sharding.keras_internals import embedding_table, set_value, update_metrics
-from stages.core.sharding.layout import Placement, axes_of
+from stages.core.sharding.layout import Placement
 
 
 class CausalModel(keras.Model):
@@ -45,7 +45,7 @@ class CausalModel(keras.Model):
         self,
         backbone: keras.Model,
         plan: tied_table.HeadPlan,
-        constrain: decoder.Constrain = decoder.unconstrained,
+        constrain: Activations = UNCONSTRAINED,
         projections: Projections = decoder.SINGLE,
         rematerialize: bool = False,
         dropout: float = 0.0,
@@ -80,7 +80,7 @@ class CausalModel(keras.Model):
         hidden = decoder.hidden_states(
             self.backbone,
             embedded,
-            decoder.causal_mask(inputs["segment_ids"]),
+            inputs["segment_ids"],
             constrain=self.constrain,
             projections=self.projections,
             dropout=self._drop() if training and self.dropout_step is not None else None,
@@ -256,46 +256,8 @@ def make_model(
         gathered_dimension=table.over_batch if table.used[0] == "model" or mesh.shape["model"] == 1 else None,
     )
     projections = Projections(mesh, placements, keep_gathered=rematerialize)
-    constrain = activation_layout(mesh, placements)
+    constrain = Activations(mesh, placements)
     return CausalModel(backbone, plan, constrain, projections, rematerialize, dropout, seed)
-
-
-def activation_layout(mesh: jax.sharding.Mesh, placements: Sequence[Placement]) -> decoder.Constrain:
-    """Return where activations go, from how the weights are split.
-
-    - Between blocks hidden states are split over time, so that norms and residuals are computed once, not on every
-      device; `stages.core.model.tensor_parallel` gathers and sums them.
-    - Queries, keys and values are held by whole heads, since norms and rotary embeddings need those. Where heads do not
-      divide, every device would compute all of the attention; each takes its share of the query positions instead. On
-      eight simulated devices the two took the step of Gemma 3 270M from 3.7 to 2.6 s.
-    - What enters the output projection is split as its kernel's input is.
-
-    Time is split only where the axis divides it: not for the single tokens of a sampler.
-    """
-    specs = {placement.weight.path: placement.used for placement in placements}
-
-    @functools.cache
-    def roles(block: int) -> dict[str, tuple[Any, ...]]:
-        layers = ("query", "key", "attention_output")
-        query, key, output = (specs[f"decoder_block_{block}/attention/{layer}/kernel"] for layer in layers)
-        return {
-            "hidden": ("model", None),
-            "query": ("model" if query[0] is None else None, query[0], None),
-            "key": (None, key[0], None),
-            # Heads before tokens, of which there are as many as the axis divides.
-            "cache": (key[0], None, None),
-            "mixed": (None, output[0], output[1]),
-        }
-
-    def constrain(array: jax.Array, role: str, block: int = 0) -> jax.Array:
-        time, *rest = roles(block)[role]
-        if array.shape[1] % mesh.shape["model"]:
-            time = None
-        # A rule of the user's own may split a weight over the batch axis too, which activations have spent already.
-        axes = [None if "batch" in axes_of(axis) else axis for axis in (time, *rest)]
-        return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, P("batch", *axes)))
-
-    return constrain
 
 
 def pin_to_mesh(model: CausalModel, mesh: jax.sharding.Mesh) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,32 +18,17 @@ import keras
 import numpy as np
 
 from stages.core.model import kv_cache
+from stages.core.model.activations import UNCONSTRAINED, Activations
+from stages.core.model.attention import Attend, SelfAttention
 from stages.core.model.kv_cache import Cache
 from stages.core.model.lora import Dropout
-from stages.core.model.products import product
 from stages.core.model.rotary import Rotary
 from stages.core.model.tensor_parallel import Projections
 from stages.core.presets.architecture import of_backbone
 from stages.core.presets.layer_kinds import LayerKind
 
-# Takes a block's queries, keys and values (batch, length, heads, head) and returns what each query attends to.
-Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-
-
-class Constrain(Protocol):
-    """Constrains an activation's sharding by its role, and its block if it has one: see causal_lm.activation_layout."""
-
-    def __call__(self, array: jax.Array, role: str, block: int = 0) -> jax.Array:
-        """Return the activation."""
-
-
 # One device: nothing is split.
 SINGLE = Projections()
-
-
-def unconstrained(array: jax.Array, role: str, block: int = 0) -> jax.Array:
-    """Leave an activation where the compiler puts it."""
-    return array
 
 
 class _Block(NamedTuple):
@@ -59,32 +44,18 @@ class _Pass:
     """What all blocks of one forward pass share."""
 
     blocks: list[_Block]
-    constrain: Constrain
+    constrain: Activations
     projections: Projections
     rotary: Rotary
     dropout: Dropout | None
 
 
-def causal_mask(segment_ids: jax.Array) -> jax.Array:
-    """Return which positions each position may attend to: those up to itself within its own segment.
-
-    Args:
-        segment_ids: int32 (batch, length); padding has a number of its own (0) and sees only itself.
-
-    Returns:
-        bool (batch, length, length), true where the query (second axis) may attend to the key (third).
-    """
-    length = segment_ids.shape[1]
-    same = segment_ids[:, :, None] == segment_ids[:, None, :]
-    return same & jnp.tril(jnp.ones((length, length), bool))
-
-
 def hidden_states(
     backbone: keras.Model,
     token_embeddings: jax.Array,
-    mask: jax.Array,
+    segment_ids: jax.Array,
     *,
-    constrain: Constrain = unconstrained,
+    constrain: Activations = UNCONSTRAINED,
     projections: Projections = SINGLE,
     dropout: Dropout | None = None,
     rematerialize: bool = False,
@@ -95,8 +66,9 @@ def hidden_states(
     Args:
         backbone: a GemmaBackbone or Gemma3Backbone.
         token_embeddings: (batch, length, hidden), rows of the embedding table, not yet scaled.
-        mask: bool (batch, length, length), see `causal_mask`. Rotary embeddings only see differences of positions
-            within a segment, so packed segments need no positions of their own.
+        segment_ids: int32 (batch, length), not negative; a token sees those of its own segment up to itself. Rotary
+            embeddings only see differences of positions within a segment, so packed segments need no positions of
+            their own.
         constrain: sets the sharding of activations.
         dropout: applied to what goes into an adapter.
         rematerialize: recompute each block in the backward pass instead of keeping its activations.
@@ -106,16 +78,14 @@ def hidden_states(
     Returns:
         (batch, length, hidden) in the compute dtype.
     """
-    # A constant with one row for the whole batch: the compiler folds the sliding windows once.
-    positions = np.arange(mask.shape[1], dtype=np.int32)[None, :]
+    attention = SelfAttention(segment_ids, constrain)
+    positions = np.arange(segment_ids.shape[1], dtype=np.int32)[None, :]
     run = _begin(backbone, positions, constrain, projections, dropout)
     x = _scale(backbone, token_embeddings)
     for each in run.blocks:
 
         def block(x: jax.Array, each: _Block = each) -> jax.Array:
-            window = _window(each.kind, positions, positions)
-            allowed = mask if window is None else mask & window
-            return _block(run, each, x, _among_themselves(each.layer, allowed))
+            return _block(run, each, x, attention.of_block(each.number, each.kind, _soft_cap(each)))
 
         if before_block:
             before_block(each.layer)
@@ -129,7 +99,7 @@ def read_prompts(
     lengths: jax.Array,
     capacity: int,
     *,
-    constrain: Constrain = unconstrained,
+    constrain: Activations = UNCONSTRAINED,
     projections: Projections = SINGLE,
 ) -> tuple[jax.Array, tuple[Cache, ...]]:
     """Return the hidden state of each prompt's last token, and the caches to continue from.
@@ -147,17 +117,14 @@ def read_prompts(
         sliding window where that is smaller. A row's padding counts among its tokens.
     """
     width = token_embeddings.shape[1]
-    # The same row for the whole batch: the compiler folds the sliding windows once.
     places = np.arange(width, dtype=np.int32)[None, :]
     padding = (width - lengths)[:, None]
-    mask = causal_mask((places >= padding).astype(jnp.int32))
+    attention = SelfAttention((places >= padding).astype(jnp.int32), constrain)
     run = _begin(backbone, places - padding, constrain, projections)
     x = _scale(backbone, token_embeddings)
     caches: list[Cache] = []
     for each in run.blocks:
-        window = _window(each.kind, places, places)
-
-        mix = _among_themselves(each.layer, mask if window is None else mask & window)
+        mix = attention.of_block(each.number, each.kind, _soft_cap(each))
 
         def attend(
             query: jax.Array, key: jax.Array, value: jax.Array, kind: LayerKind = each.kind, mix: Attend = mix
@@ -177,7 +144,7 @@ def read_token(
     padding: jax.Array,
     caches: tuple[Cache, ...],
     *,
-    constrain: Constrain = unconstrained,
+    constrain: Activations = UNCONSTRAINED,
     projections: Projections = SINGLE,
 ) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array]]]:
     """Return the hidden states of one new token a row, and its key and value in each block, to be added to the cache.
@@ -217,7 +184,7 @@ def read_token(
 def _begin(
     backbone: keras.Model,
     positions: jax.Array,
-    constrain: Constrain,
+    constrain: Activations,
     projections: Projections,
     dropout: Dropout | None = None,
 ) -> _Pass:
@@ -227,6 +194,12 @@ def _begin(
     blocks = [_Block(number, *pair) for number, pair in enumerate(pairs)]
     rotary = Rotary(architecture.kinds, positions, interleaved=architecture.family.interleaved)
     return _Pass(blocks, constrain, projections, rotary, dropout)
+
+
+def _soft_cap(block: _Block) -> float | None:
+    """Return the soft cap of a block's logits, or None."""
+    cap: float | None = block.layer.attention.logit_soft_cap
+    return cap
 
 
 def _scale(backbone: keras.Model, token_embeddings: jax.Array) -> jax.Array:
@@ -241,23 +214,6 @@ def _norm(layer: Any, x: jax.Array) -> jax.Array:
     its gradient.
     """
     return layer.call(x)
-
-
-def _window(kind: LayerKind, queries: jax.Array, keys: jax.Array) -> jax.Array | None:
-    """Return the sliding window (batch, queries, keys), or None for a block that sees everything."""
-    if kind.window is None:
-        return None
-    return queries[:, :, None] - keys[:, None, :] < kind.window
-
-
-def _among_themselves(layer: Any, mask: jax.Array) -> Attend:
-    """Return attention of the queries of a pass to its own keys, as the mask (batch, queries, keys) allows."""
-
-    def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-        # Logits and their softmax grow with the square of the length, and are soon computed again: they are not kept.
-        return jax.checkpoint(_mix, static_argnums=4)(query, key, value, mask, layer.attention.logit_soft_cap)
-
-    return attend
 
 
 def _block(run: _Pass, block: _Block, x: jax.Array, attend: Attend) -> jax.Array:
@@ -303,18 +259,3 @@ def _attention(run: _Pass, block: _Block, x: jax.Array, attend: Attend) -> jax.A
         query = query * jnp.asarray(kind.query_scale, query.dtype)
     mixed = held(held(attend(query, key, value), "query"), "mixed")
     return run.constrain(run.projections.rows(attention.output_dense, mixed, run.dropout), "hidden")
-
-
-def _mix(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, soft_cap: float | None) -> jax.Array:
-    """Return the values that each query attends to: (batch, length, heads, head), keys and values by group of heads."""
-    batch, length, heads, head = query.shape
-    groups = key.shape[2]
-    query = query.reshape(batch, length, groups, heads // groups, head)
-    # The gradients of keys and values are sums over queries, which devices may have a part of each.
-    key, value = key.astype(jnp.float32), value.astype(jnp.float32)
-    logits = product("btkgh,bskh->bkgts", query, key).astype(jnp.float32)
-    if soft_cap is not None:
-        logits = soft_cap * jnp.tanh(logits / soft_cap)
-    logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
-    return product("bkgts,bskh->btkgh", weights, value).reshape(batch, length, heads, head)

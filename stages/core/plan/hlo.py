@@ -22,6 +22,8 @@ BITS = {"pred": 8, "s4": 4, "u4": 4, "token": 0, "opaque": 0, "bf16": 16}
 _ENTRY = re.compile(r"(\d+) (?:\"(.*)\"|\{(.*)\})$")
 _ARRAY = re.compile(r"([a-z]+[0-9]*[a-z0-9]*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.\-]+) = (.*)")
+# JSON that is the one thing in an instruction with lines of its own.
+_KERNEL_METADATA = re.compile(r"kernel_metadata=\{\n(?:\".*\n)*\}")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{")
 
 
@@ -99,7 +101,7 @@ def parse(text: str, cache_bytes: int = 0) -> Program:
     computations: dict[str, Computation] = {}
     tables: dict[str, dict[int, str]] = {}
     entry, current, heading = "", None, ""
-    for line in text.splitlines():
+    for line in _KERNEL_METADATA.sub(lambda found: found[0].replace("\n", ""), text).splitlines():
         if current is None:
             if found := _COMPUTATION.match(line):
                 current = computations[found[2]] = Computation(found[2])

@@ -39,6 +39,10 @@ FREE = frozenset(
 
 # A matrix product of a GPU's library (cuBLAS), with the dimensions of the first operand that it sums over.
 _LIBRARY = re.compile(r'custom_call_target="__cublas.*?"lhs_contracting_dimensions":\[([^\]]*)\]')
+# A kernel of model/attention_splash.py: the flops of one product of its queries and keys, and which kernel it is.
+_KERNEL = re.compile(r"kernel_product_flops_(\d+).*splash_\w*?_(fwd|dq|dkv)_")
+# Products of that size in each: of queries and keys, of weights and values; and with the gradient, of each of the four.
+KERNEL_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 
 
 @dataclass(frozen=True)
@@ -83,10 +87,10 @@ def costs(program: Program) -> ProgramCosts:
     for computation, times, fused in reached(program):
         for instruction in computation.instructions.values():
             if product := times * _matrix_flops(instruction, computation):
-                passes = _passes(instruction, computation)
+                times_more = passes(instruction, computation)
                 flops += product
-                pass_flops += product * passes
-                float32_flops += product if passes > 1 else 0
+                pass_flops += product * times_more
+                float32_flops += product if times_more > 1 else 0
             kind = instruction.opcode.removesuffix("-start")
             if kind in COLLECTIVES and _begins(instruction, chains):
                 size, wire = collective_bytes(instruction, computation, kind)
@@ -136,6 +140,8 @@ def _begins(instruction: Instruction, chains: set[str]) -> bool:
 
 def _matrix_flops(instruction: Instruction, computation: Computation) -> int:
     """Return the flops of a matrix product (2 for a multiplication and an addition), 0 for anything else."""
+    if kernel := kernel_flops(instruction):
+        return kernel
     library = instruction.opcode == "custom-call" and _LIBRARY.search(instruction.attributes)
     if instruction.opcode not in ("dot", "convolution") and not library:
         return 0
@@ -169,12 +175,22 @@ def _matrix_flops(instruction: Instruction, computation: Computation) -> int:
     return 2 * products
 
 
-def _passes(instruction: Instruction, computation: Computation) -> int:
+def kernel_flops(instruction: Instruction) -> int:
+    """Return the flops of an attention kernel, which is opaque to XLA; 0 for anything else."""
+    found = instruction.opcode == "custom-call" and _KERNEL.search(instruction.attributes)
+    return int(found[1]) * KERNEL_PRODUCTS[found[2]] if found else 0
+
+
+def passes(instruction: Instruction, computation: Computation) -> int:
     """Return how often a TPU multiplies for a matrix product: its units take bfloat16 numbers.
 
     At the highest precision a float32 number is three of them, and of nine products the three smallest are left out
     (https://docs.jax.dev/en/latest/jax.lax.html#jax.lax.Precision); otherwise it is rounded to one.
     """
+    if kernel_flops(instruction):
+        # After the numbers of the blocks to visit come the queries, of the dtype of all that is multiplied.
+        query = array_of(instruction.operands[2], computation)
+        return 6 if query is not None and query.bits == 32 else 1
     if "operand_precision={highest,highest}" not in instruction.attributes:
         return 1
     arrays = (array_of(name, computation) for name in instruction.operands[:2])

@@ -9,6 +9,8 @@ scheduled, so its instructions run in their order:
     a collective that is started and awaited later holds the core up only for what is left of it then
     (Thakur et al., 2005, https://doi.org/10.1177/1094342005051521: a ring's time by latency and rate)
 
+    an attention kernel (model/attention_splash.py), of which the compiler estimates nothing: its products at the peak
+
 Not in it: the host's part of a step, congestion between collectives, clocks below the nominal one. How far off that is,
 docs/planning.md tells beside published measurements.
 """
@@ -20,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from stages.core.plan.hlo import Computation, Instruction, Program, trip_count
-from stages.core.plan.program_costs import COLLECTIVES, collective_bytes, group_size
+from stages.core.plan.program_costs import COLLECTIVES, collective_bytes, group_size, kernel_flops, passes
 from stages.core.plan.topology import Topology
 from stages.core.records.plan import StepTime
 
@@ -61,7 +63,8 @@ PLACES: tuple[tuple[str, str, str | None], ...] = (
     (r"model/rotary\.py", "", "attention"),
     (r"model/tensor_parallel\.py|model/lora\.py", "", None),
     (r"model/decoder\.py", "_norm", "norms"),
-    (r"model/(decoder|attention\w*)\.py", "_mix|_attention", "attention"),
+    (r"model/attention\w*\.py", "", "attention"),
+    (r"model/decoder\.py", "_attention", "attention"),
     # Keras' and keras-hub's
     (r"rms_normalization\.py", "", "norms"),
     (r"layers/core/(dense|einsum_dense)\.py", "", None),
@@ -142,7 +145,7 @@ class _Timer:
         elif kind in COLLECTIVES or opcode == "async-start":
             self._collectives(run, instruction, computation)
         else:
-            self._on_the_core(run, instruction, last)
+            self._on_the_core(run, instruction, computation, last)
 
     def _inner(self, run: _Run, names: list[str], times: int) -> None:
         for name in names:
@@ -165,7 +168,7 @@ class _Timer:
             else:
                 run.wait(done)
 
-    def _on_the_core(self, run: _Run, instruction: Instruction, last: dict[str, str]) -> None:
+    def _on_the_core(self, run: _Run, instruction: Instruction, computation: Computation, last: dict[str, str]) -> None:
         """Let the core run a fusion, a copy, or a kernel; collectives inside a fusion run beside it."""
         ends = []
         for each, where in self._inside(instruction):
@@ -175,6 +178,8 @@ class _Timer:
                 ends += [chain] if last.get(chain) == instruction.name else []
         if found := re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes):
             run.spend(self._part(instruction), int(found[1]) / self._clock)
+        elif (flops := kernel_flops(instruction)) and self._topology.flops:
+            run.spend("attention", flops * passes(instruction, computation) / self._topology.flops)
         for chain in ends:
             run.wait(run.ready[chain])
 

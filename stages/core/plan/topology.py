@@ -64,6 +64,11 @@ class Topology:
         return None if self.chip is None else self.chip.memory_bytes // self.devices_per_chip
 
     @property
+    def flops(self) -> float | None:
+        """A device's matrix operations per second in bfloat16, or None for CPU devices."""
+        return None if self.chip is None else self.chip.flops / self.devices_per_chip
+
+    @property
     def device_kind(self) -> str:
         """What JAX calls a device of this kind, there and where it is real."""
         return str(self.devices[0].device_kind)
