@@ -234,9 +234,11 @@ def _blocked(
     query: jax.Array, key: jax.Array, value: jax.Array, own: jax.Array, others: jax.Array, part: jax.Array, scope: Scope
 ) -> _Blocked:
     groups = key.shape[2]
+    keys, values = (_filled(each.astype(query.dtype), scope.size).swapaxes(1, 2) for each in (key, value))
     return _Blocked(
         _heads_first(query, groups, scope.size),
-        *(_filled(each.astype(query.dtype), scope.size).swapaxes(1, 2) for each in (key, value)),
+        keys,
+        values,
         _filled(own, scope.size, NOWHERE),
         _filled(others, scope.size, NOWHERE),
         part * query.shape[1],

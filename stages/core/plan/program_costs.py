@@ -160,15 +160,15 @@ def _matrix_flops(instruction: Instruction, computation: Computation) -> int:
     labels = re.search(r"dim_labels=([\w]+)_([\w]+)->([\w]+)", instruction.attributes)
     if labels is None:
         raise ValueError(f"a convolution names its dimensions. Received: {instruction.attributes}")
-    inputs, kernel, outputs = labels.groups()
+    inputs, weights, outputs = labels.groups()
     window = _window(instruction.attributes)
     products = out.dimensions[outputs.index("b")] * out.dimensions[outputs.index("f")]
-    products *= right.dimensions[kernel.index("i")]
+    products *= right.dimensions[weights.index("i")]
     for axis in range(len(inputs) - 2):
         label = str(axis)
         products *= _valid_positions(
             left.dimensions[inputs.index(label)],
-            right.dimensions[kernel.index(label)],
+            right.dimensions[weights.index(label)],
             out.dimensions[outputs.index(label)],
             {key: values[axis] for key, values in window.items() if axis < len(values)},
         )
