@@ -40,6 +40,7 @@ def main(run: Run, variant: str | None, prompt: tuple[str, ...], chat: bool) -> 
     from stages.core.load import variants
     from stages.core.presets.formats import format_of
     from stages.core.records.generate import Generation
+    from stages.core.tokenize.chat import ChatTemplate
 
     def write(text: str) -> None:
         click.echo(text, nl=False)
@@ -54,12 +55,16 @@ def main(run: Run, variant: str | None, prompt: tuple[str, ...], chat: bool) -> 
     texts, samples = list(prompt or settings.prompts), settings.samples
     preset = variants.open_preset(run.paths)
     tokenizer = format_of(preset.manifest.format).load_tokenizer(preset.folder)
-    prompts, stops = prompting.encode(tokenizer, texts, chat_template=chat or settings.chat_template)
+    template = None
+    if chat or settings.chat_template:
+        thought = preset.architecture.empty_thought
+        template = ChatTemplate(tokenizer, empty_thought=thought, thinking=settings.thinking)
+    prompts, stops = prompting.encode(tokenizer, texts, template, settings.system)
     trying = bool(prompt) or chat
     sides = open_sides(run.paths, preset, tokenizer, names, run.params.variants, settings, stops, trying=trying)
-    if chat:
+    if chat and template:
         logger.info("An empty line begins a new conversation; Ctrl-D ends.")
-        converse(sides, ask, write, settings.max_tokens, settings.seed)
+        converse(sides, template, ask, write, settings.max_tokens, settings.seed, settings.system)
         return
     headings = [text + "\n" * settings.chat_template for text in texts for _ in range(samples)]
     for side in sides:
