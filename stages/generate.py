@@ -52,13 +52,10 @@ def main(run: Run, variant: str | None, prompt: tuple[str, ...], chat: bool) -> 
             return None
 
     settings = run.params.generate
-    texts, samples = list(prompt or settings.prompts), settings.samples
-    preset = variants.open_preset(run.paths)
+    texts, samples, preset = list(prompt or settings.prompts), settings.samples, variants.open_preset(run.paths)
     tokenizer = format_of(preset.manifest.format).load_tokenizer(preset.folder)
-    template = None
-    if chat or settings.chat_template:
-        thought = preset.architecture.empty_thought
-        template = ChatTemplate(tokenizer, empty_thought=thought, thinking=settings.thinking)
+    turns = {"empty_thought": preset.architecture.empty_thought, "thinking": settings.thinking}
+    template = ChatTemplate(tokenizer, **turns) if chat or settings.chat_template else None
     prompts, stops = prompting.encode(tokenizer, texts, template, settings.system)
     trying = bool(prompt) or chat
     sides = open_sides(run.paths, preset, tokenizer, names, run.params.variants, settings, stops, trying=trying)
