@@ -40,6 +40,7 @@ def main(run: Run, variant: str | None, prompt: tuple[str, ...], chat: bool) -> 
     from stages.core.load import variants
     from stages.core.presets.formats import format_of
     from stages.core.records.generate import Generation
+    from stages.core.tokenize.chat import ChatTemplate
 
     def write(text: str) -> None:
         click.echo(text, nl=False)
@@ -51,15 +52,16 @@ def main(run: Run, variant: str | None, prompt: tuple[str, ...], chat: bool) -> 
             return None
 
     settings = run.params.generate
-    texts, samples = list(prompt or settings.prompts), settings.samples
-    preset = variants.open_preset(run.paths)
+    texts, samples, preset = list(prompt or settings.prompts), settings.samples, variants.open_preset(run.paths)
     tokenizer = format_of(preset.manifest.format).load_tokenizer(preset.folder)
-    prompts, stops = prompting.encode(tokenizer, texts, chat_template=chat or settings.chat_template)
+    turns = {"empty_thought": preset.architecture.empty_thought, "thinking": settings.thinking}
+    template = ChatTemplate(tokenizer, **turns) if chat or settings.chat_template else None
+    prompts, stops = prompting.encode(tokenizer, texts, template, settings.system)
     trying = bool(prompt) or chat
     sides = open_sides(run.paths, preset, tokenizer, names, run.params.variants, settings, stops, trying=trying)
-    if chat:
+    if chat and template:
         logger.info("An empty line begins a new conversation; Ctrl-D ends.")
-        converse(sides, ask, write, settings.max_tokens, settings.seed)
+        converse(sides, template, ask, write, settings.max_tokens, settings.seed, settings.system)
         return
     headings = [text + "\n" * settings.chat_template for text in texts for _ in range(samples)]
     for side in sides:

@@ -1,6 +1,7 @@
 """Tokenize reviews, or pairs of prompt and response, into sequences for training; held-out ones also untruncated.
 
-Reads: models/preset/manifest.json and the preset's vocabulary, data/imdb/train.parquet, data/imdb/validation.parquet.
+Reads: models/preset/manifest.json and the preset's vocabulary and configuration, data/imdb/train.parquet,
+data/imdb/validation.parquet.
 Writes: data/tokens/train.npz, data/tokens/validation.npz, data/tokens/held_out.npz, data/metrics/tokenize.json.
 Command: python -m stages.tokenize
 """
@@ -25,18 +26,21 @@ def main(run: Run) -> None:
     settings = run.params.tokenize
     sources = {split: run.paths.read(path) for split, path in REVIEWS.items()}
     manifest = read_manifest(run.paths.read(MANIFEST))
-    # Only the vocabulary: a large preset's weights need not be hashed to split text.
-    vocabulary = [file.name for file in manifest.files if holds_vocabulary(file.name)]
-    folder = verified_folder(manifest, run.paths.root, only=vocabulary)
-    tokenizer = format_of(manifest.format).load_tokenizer(folder)
+    # Not the weights: a large preset's need not be hashed to split text.
+    names = [file.name for file in manifest.files]
+    pairs, preset = holds_pairs(sources["train"]), format_of(manifest.format)
+    needed = [name for name in names if holds_vocabulary(name) or (pairs and name == "config.json")]
+    folder = verified_folder(manifest, run.paths.root, only=needed)
+    tokenizer = preset.load_tokenizer(folder)
+    thought = pairs and preset.read_architecture(folder).empty_thought
     metrics: dict[str, object] = {}
-    if holds_pairs(sources["train"]) and manifest.source != "path" and is_base(manifest.preset):
+    if pairs and manifest.source != "path" and is_base(manifest.preset):
         logger.warning(
             f"these are pairs of prompt and response, and {manifest.preset} is a base preset, which does not "
             "know Gemma's chat template. An instruct preset learns from fewer of them."
         )
     for split, source in sources.items():
-        laid_out = lay_out(source, split, tokenizer, settings)
+        laid_out = lay_out(source, split, tokenizer, settings, empty_thought=thought)
         write_sequences(run.paths.write(TOKENS[split]), laid_out.sequences)
         metrics[split] = laid_out.counts
         if split == "train":

@@ -130,6 +130,29 @@ def test_a_chat_model_lays_turns_out_as_in_training_and_ends_with_its_turn(cases
     assert (model.generation_config.top_k, model.generation_config.top_p) == (64, 0.95)
 
 
+def test_a_chat_model_of_gemma_4_lays_its_turns_out_as_in_training(cases, tmp_path):
+    case = cases["gemma4", "lora"]
+    own = format_of("keras").load_tokenizer(case.tuned.preset.folder)
+    template = ChatTemplate(own, empty_thought=case.tuned.preset.architecture.empty_thought)
+    thinking = ChatTemplate(own, empty_thought=True, thinking=True)
+    job = case.job("huggingface", chat=True)
+    assert job.ends == [own.piece_id(piece) for piece in ("<eos>", "<turn|>", "<|tool_response>")]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(write(case, tmp_path, chat=True, ends=tuple(job.ends)))
+    turns = ["  What is it? ", "A film.\n", "Good?", "See it twice!"]
+    messages = [{"role": "assistant" if place % 2 else "user", "content": text} for place, text in enumerate(turns)]
+
+    def ids(given, **more):
+        return tokenizer.apply_chat_template(given, return_dict=False, **more)
+
+    (laid_out,) = template.conversations([turns], ["Be kind."])
+    system = {"role": "system", "content": " Be kind. "}
+    assert ids([system, *messages]) == [*(number for turn in laid_out for number in turn), *own.encode("\n")]
+    for given, said in ((messages[:1], None), ([system, messages[0]], "Be kind.")):
+        assert ids(given, add_generation_prompt=True) == template.prompts(turns[:1], [said])[0]
+        asked = ids(given, add_generation_prompt=True, enable_thinking=True)
+        assert asked == thinking.prompts(turns[:1], [said])[0]
+
+
 def test_a_preset_with_a_tokenizer_json_keeps_it(cases, tmp_path):
     case = cases["gemma", "lora"]
     given = write_hugging_face(case.tuned.preset.folder, tmp_path / "given", "gemma")

@@ -88,14 +88,14 @@ def test_merged_adapters_are_keras_own_sum_and_change_no_text(presets, sampler, 
         assert merged(PROMPTS, settings(), values=before) == sampler("gemma3", shape)(PROMPTS, settings()) != apart
 
 
-def test_each_of_two_stop_tokens_ends_a_continuation_where_it_comes_first(sampler):
+def test_each_of_several_stop_tokens_ends_a_continuation_where_it_comes_first(sampler):
     whole = sampler("gemma")(PROMPTS, settings())
     stop = whole[0][2]
     assert sampler("gemma")(PROMPTS, settings(stop_ids=(stop,)))[0] == whole[0][: whole[0].index(stop)]
     stops = (whole[0][3], whole[1][1])
     first = [min([ids.index(stop) for stop in stops if stop in ids], default=len(ids)) for ids in whole]
     assert min(first) < COUNT
-    for order in (stops, stops[::-1]):
+    for order in (stops, stops[::-1], (NO_STOP, *stops)):
         cut = sampler("gemma")(PROMPTS, settings(stop_ids=order))
         assert cut == [ids[:end] for ids, end in zip(whole, first, strict=True)]
 

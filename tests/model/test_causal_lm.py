@@ -18,29 +18,11 @@ from stages.core.config.schema import Layout
 from stages.core.model.causal_lm import make_model, pin_to_mesh
 from stages.core.tokenize.batches import Batches
 from tests.support import warm
+from tests.support.passes import loss_and_gradients
 from tests.support.repository import FAMILIES, ROOT
 from tests.support.tiny_models import AUTO, keras_inputs, load_tiny, sequences
 from tests.support.tiny_presets import write_tiny_preset
 from tests.support.tiny_runs import sampled
-
-
-def our_loss_and_gradients(model, batch, **options):
-    """Loss and gradients of the trainable weights, by path, from the model that `fit` trains."""
-    causal = make_model(model.backbone, model.jax_mesh, model.placements, **options)
-    causal.compile(optimizer=None, loss=None)
-
-    def loss(trainable, rest):
-        value, _ = causal.compute_loss_and_updates(
-            trainable, rest, [each.value for each in causal.metrics_variables], batch, None, None, training=True
-        )
-        return value
-
-    trainable = [variable.value for variable in causal.trainable_variables]
-    rest = [variable.value for variable in causal.non_trainable_variables]
-    value, gradients = jax.jit(jax.value_and_grad(loss))(trainable, rest)
-    paths = [variable.path for variable in causal.trainable_variables]
-    return float(value), {path: np.asarray(each) for path, each in zip(paths, gradients, strict=True)}
-
 
 TARGETS = ("query", "value", "ffw_gating", "attention_output")
 
@@ -108,7 +90,7 @@ def assert_same(found, wanted):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_and_gradients_are_plain_keras(presets, keras_says, family, full, shape):
     model = load_tiny(presets[family], shape, rank=0 if full else 2, targets=TARGETS)
-    assert_same(our_loss_and_gradients(model, whole_sequences()), keras_says(family, full))
+    assert_same(loss_and_gradients(model, whole_sequences()), keras_says(family, full))
 
 
 WEIGHTS = AUTO.model_copy(update={"shard_over_batch": "weights"})
@@ -120,7 +102,7 @@ WEIGHTS = AUTO.model_copy(update={"shard_over_batch": "weights"})
 )
 def test_weights_over_the_batch_axis_give_the_same_gradients(presets, keras_says, family, full, shape):
     model = load_tiny(presets[family], shape, rank=0 if full else 2, targets=TARGETS, layout=WEIGHTS)
-    assert_same(our_loss_and_gradients(model, whole_sequences()), keras_says(family, full))
+    assert_same(loss_and_gradients(model, whole_sequences()), keras_says(family, full))
 
 
 TUTORIAL = AUTO.model_copy(update={"name": "tutorial"})
@@ -155,7 +137,7 @@ def test_layouts_that_replicate_adapters_or_split_oddly_give_the_same_gradients(
     presets, keras_says, family, layout, shape
 ):
     model = load_tiny(presets[family], shape, rank=2, targets=TARGETS, layout=layout)
-    assert_same(our_loss_and_gradients(model, whole_sequences()), keras_says(family, False))
+    assert_same(loss_and_gradients(model, whole_sequences()), keras_says(family, False))
 
 
 # 60 hidden, 6 heads, 120 units: what 3, 5 or 6 devices divide of it differs, and they never divide the vocabulary.
@@ -187,7 +169,7 @@ def test_odd_meshes_lengths_batches_and_prompts_come_to_what_one_device_does(odd
                 odd_presets[family], mesh, rank=rank, targets=("query", "value", "ffw_gating", ".*output")
             )
             batch = sequences(2 * batches, length)
-            found.append((*our_loss_and_gradients(model, batch), sampled(model, [[2, *range(9, length)], [2, 5]])))
+            found.append((*loss_and_gradients(model, batch), sampled(model, [[2, *range(9, length)], [2, 5]])))
         (loss, gradients, text), (wanted, wanted_gradients, wanted_text) = found[::-1]
         assert loss == pytest.approx(wanted, rel=2e-6)
         assert text == wanted_text
@@ -252,7 +234,7 @@ def test_an_adapter_split_over_its_rank_gives_the_same_gradients(presets):
     found = []
     for shape, layout in (((1, 1), AUTO), ((1, 2), RANK_SPLIT)):
         model = load_tiny(presets["gemma3"], shape, rank=2, layout=layout)
-        found.append(our_loss_and_gradients(model, sequences(2)))
+        found.append(loss_and_gradients(model, sequences(2)))
     (wanted, wanted_gradients), (loss, gradients) = found
     assert loss == pytest.approx(wanted, rel=2e-6)
     for path, gradient in gradients.items():
@@ -262,8 +244,8 @@ def test_an_adapter_split_over_its_rank_gives_the_same_gradients(presets):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_recomputing_blocks_changes_no_gradient(presets, family):
     model = load_tiny(presets[family], (1, 4), rank=2)
-    loss, gradients = our_loss_and_gradients(model, sequences(2))
-    again, recomputed = our_loss_and_gradients(model, sequences(2), rematerialize=True)
+    loss, gradients = loss_and_gradients(model, sequences(2))
+    again, recomputed = loss_and_gradients(model, sequences(2), rematerialize=True)
     assert loss == pytest.approx(again, rel=1e-6)
     for path, gradient in gradients.items():
         np.testing.assert_allclose(gradient, recomputed[path], rtol=1e-4, atol=1e-6)

@@ -104,7 +104,7 @@ def test_pairs_are_kept_apart_in_the_table(tmp_path):
 
 
 def exchanges(tmp_path, suffix, rows, **changes):
-    """Read rows, and return (prompt, response) of each that is used, or all turns, and the counts."""
+    """Read rows, and return (prompt, response) of each that is used, or all turns with a system's, and the counts."""
     path = tmp_path / f"mine{suffix}"
     if suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(rows), path)
@@ -114,7 +114,9 @@ def exchanges(tmp_path, suffix, rows, **changes):
         write_jsonl(path, rows)
     parts, tally = prepare(tmp_path, **OWN, train_file=path.name, **{"validation": 1, **changes})
     found = {
-        int(review.id.rpartition(":")[2]): (*review.earlier, review.prompt, review.text)
+        int(review.id.rpartition(":")[2]): tuple(
+            filter(None, (review.system, *review.earlier, review.prompt, review.text))
+        )
         for part in parts.values()
         for review in part
     }
@@ -185,7 +187,7 @@ def test_conversations_are_read_by_name_and_those_of_another_order_are_counted(t
     found, tally = exchanges(tmp_path, suffix, rows, format=format)
     assert found == [
         ("How?", "So."),
-        ("Be brief.\n\nWhy?", "Because."),
+        ("Be brief.", "Why?", "Because."),
         ("One", "two", "three", "four"),
         ("One", "two", "three", "five"),
     ]

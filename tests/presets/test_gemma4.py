@@ -89,6 +89,37 @@ def test_a_vocabulary_of_another_family_is_refused(presets, tmp_path, family, tu
     assert len(str(caught.value).splitlines()) == 2
 
 
+@pytest.mark.parametrize("family", ["gemma3", "gemma4"])
+@pytest.mark.parametrize("file", ["chat_template.jinja", "tokenizer_config.json", "several"])
+def test_a_chat_template_of_another_family_is_refused(presets, tmp_path, family, file):
+    turns = {"gemma3": "<start_of_turn>", "gemma4": "<|turn>"}
+    folder = shutil.copytree(presets[family], tmp_path / "preset")
+
+    def write(template: str) -> None:
+        content = [{"name": "default", "template": template}] if file == "several" else template
+        if file == "chat_template.jinja":
+            (folder / file).write_text(template)
+        else:
+            (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": content}))
+
+    write(f"{{{{ '{turns[family]}user' }}}}")
+    fetch_local("tiny", "preset", tmp_path)
+    (other,) = turns.keys() - {family}
+    write(f"{{{{ '{turns[other]}user' }}}}")
+    with pytest.raises(ParamsError, match=r"(?s)chat template must be of the model's family.*Take the") as caught:
+        fetch_local("tiny", "preset", tmp_path)
+    assert len(str(caught.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize("thought", [True, False])
+def test_a_template_that_opens_answers_otherwise_than_ours_is_told(presets, tmp_path, thought, logged):
+    folder = shutil.copytree(presets["gemma4"], tmp_path / "preset")
+    empty = r"<|channel>thought\n<channel|>" if thought else ""
+    (folder / "chat_template.jinja").write_text(f"{{{{ '<|turn>model{empty}' }}}}")
+    fetch_local("tiny", "preset", tmp_path)
+    assert thought != any("no empty thought before an answer. Google's" in line for line in logged())
+
+
 @pytest.mark.parametrize("kind", ["gemma4_assistant", "gemma4_unified_assistant"])
 def test_an_assistant_is_refused_with_the_reason(tmp_path, kind):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, "text_config": {}}))

@@ -60,7 +60,7 @@ def config_of(family: str, arguments: dict[str, Any]) -> dict[str, Any]:
 def config_of_gemma4(arguments: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint of Gemma 4 has besides, in the form of Google's own files."""
     rope = {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1000000.0}
-    kinds = ["sliding_attention", "full_attention"]
+    every = arguments["sliding_window_pattern"]
     del config["rope_theta"]
     return config | {
         "architectures": ["Gemma4ForCausalLM"],
@@ -68,9 +68,12 @@ def config_of_gemma4(arguments: dict[str, Any], config: dict[str, Any]) -> dict[
         "global_head_dim": arguments["global_head_dim"],
         "num_global_key_value_heads": arguments["num_global_key_value_heads"],
         "attention_k_eq_v": True,
-        "layer_types": [kinds[number % 2] for number in range(arguments["num_layers"])],
+        "layer_types": [
+            "sliding_attention" if number % every else "full_attention"
+            for number in range(1, arguments["num_layers"] + 1)
+        ],
         "sliding_window": arguments["sliding_window_size"],
-        "final_logit_softcapping": arguments["final_logit_soft_cap"],
+        "final_logit_softcapping": float(arguments["final_logit_soft_cap"]),
         "rope_parameters": {
             "full_attention": rope,
             "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},

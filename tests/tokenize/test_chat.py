@@ -181,10 +181,10 @@ def test_every_piece_that_is_special_for_the_model_counts_and_markup_does_not():
 
 
 def test_prompts_are_put_as_they_stand_or_in_turns_which_end_with_their_own_token():
-    plain, stops = prompting.encode(FOUND_IN_TEXT, ["This was", " so"], chat_template=False)
+    plain, stops = prompting.encode(FOUND_IN_TEXT, ["This was", " so"], None)
     assert plain == [[FOUND_IN_TEXT.bos, *FOUND_IN_TEXT.encode(text)] for text in ("This was", " so")]
     assert stops == (FOUND_IN_TEXT.eos,)
-    put, stops = prompting.encode(FOUND_IN_TEXT, ["This was", " so"], chat_template=True)
+    put, stops = prompting.encode(FOUND_IN_TEXT, ["This was", " so"], ChatTemplate(FOUND_IN_TEXT))
     assert put == ChatTemplate(FOUND_IN_TEXT).prompts(["This was", " so"])
     assert stops == (FOUND_IN_TEXT.eos, ChatTemplate(FOUND_IN_TEXT).end)
 
@@ -398,7 +398,8 @@ def project(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GEMMA_TUNING_CACHE", str(tmp_path / "cache"))
     (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
-    files = list_files(make_preset(tmp_path / "cache" / "tiny"), ["assets/tokenizer/vocabulary.spm"])
+    names = ["assets/tokenizer/vocabulary.spm", "config.json"]
+    files = list_files(make_preset(tmp_path / "cache" / "tiny"), names)
     for name in ("models/preset", "data/imdb"):
         (tmp_path / name).mkdir(parents=True)
 

@@ -213,6 +213,8 @@ class Generate(Section):
 
     prompts: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
     chat_template: bool
+    thinking: bool
+    system: Annotated[str, Field(min_length=1)] | None
     max_tokens: Annotated[int, Field(ge=1, le=8192)]
     temperature: Annotated[float, Field(ge=0, le=10)]
     top_k: Positive | None
@@ -222,6 +224,13 @@ class Generate(Section):
     samples: Annotated[int, Field(ge=1, le=1024)]
     stop_strings: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | None
     seed: Seed
+
+    @model_validator(mode="after")
+    def _turns_are_of_the_template(self) -> Generate:
+        for name, wanted in (("thinking", self.thinking), ("system", self.system)):
+            if wanted and not self.chat_template:
+                raise ValueError(f"{name} needs chat_template: true, of which it is a part")
+        return self
 
     @model_validator(mode="after")
     def _logits_over_temperature_are_finite(self) -> Generate:

@@ -19,7 +19,7 @@ from stages.core.export.tuned import SeparateWeights, Tuned
 from stages.core.presets.architecture import Architecture
 from stages.core.presets.formats import WeightSource, format_of
 from stages.core.presets.tokenizer import Tokenizer
-from stages.core.tokenize.chat import END
+from stages.core.tokenize.chat import stops_of
 
 TOLERANCE = 1e-3
 """Largest difference of two logits of a model and of the same weights read back: the order of sums differs."""
@@ -43,7 +43,7 @@ class Job:
     Attributes:
         tuned: the variant.
         settings: the section `export`.
-        chat: the model answers in turns: with the chat template, and ending at `<end_of_turn>`.
+        chat: the model answers in turns: with the chat template, and ending where a turn does.
     """
 
     tuned: Tuned
@@ -63,8 +63,7 @@ class Job:
     @property
     def ends(self) -> list[int]:
         """Ids of the tokens that end a generation."""
-        turn = self.tokenizer.piece_id(END) if self.chat else None
-        return [self.tokenizer.eos, *([] if turn is None else [turn])]
+        return stops_of(self.tokenizer) if self.chat else [self.tokenizer.eos]
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 from stages.core.export.vocabulary import json_of_preset, sentencepiece_model
 from stages.core.files import atomic_path, write_json, write_text
 from stages.core.load.variants import Preset
+from stages.core.presets.architecture import Architecture
 from stages.core.presets.tokenizer import HUGGING_FACE_VOCABULARY, JSON_VOCABULARY
 
 CHAT_TEMPLATE = """\
@@ -34,13 +35,44 @@ CHAT_TEMPLATE = """\
 """
 """Gemma's turns as `stages.core.tokenize.chat` lays them out, a system's text before the first prompt."""
 
+CHAT_TEMPLATE_OF_GEMMA4 = """\
+{{ bos_token }}
+{%- set thinking = enable_thinking is defined and enable_thinking -%}
+{%- set system = messages[0]['role'] in ['system', 'developer'] -%}
+{%- if thinking or system -%}
+    {{ '<|turn>system\\n' + ('<|think|>\\n' if thinking else '') }}
+    {{- messages[0]['content'] | trim if system else '' }}
+    {{- '<turn|>\\n' }}
+{%- endif -%}
+{%- set thought = '' if thinking else 'EMPTY_THOUGHT' -%}
+{%- for message in (messages[1:] if system else messages) -%}
+    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
+        {{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}
+    {%- endif -%}
+    {%- set begin = 'user\\n' if message['role'] == 'user' else 'model\\n' + thought -%}
+    {{ '<|turn>' + begin + (message['content'] | trim) + '<turn|>\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{ '<|turn>model\\n' + thought }}
+{%- endif -%}
+"""
+"""Gemma 4's turns, to be filled with the empty thought of models that have one."""
+EMPTY_THOUGHT = "<|channel>thought\\n<channel|>"
 
-def tokenizer_config(added: list[dict[str, Any]], chat: bool) -> dict[str, Any]:
+
+def chat_template(architecture: Architecture) -> str:
+    """Return the template of the turns that a model was trained on, in Jinja."""
+    if architecture.class_name != "Gemma4Backbone":
+        return CHAT_TEMPLATE
+    return CHAT_TEMPLATE_OF_GEMMA4.replace("EMPTY_THOUGHT", EMPTY_THOUGHT if architecture.empty_thought else "")
+
+
+def tokenizer_config(added: list[dict[str, Any]], template: str | None) -> dict[str, Any]:
     """Return the content of `tokenizer_config.json`.
 
     Args:
         added: the tokens that `tokenizer.json` adds; llama.cpp's converter takes from here which are control tokens.
-        chat: with the chat template.
+        template: of chats; None: the model has none.
     """
     decoder = {str(each["id"]): {key: value for key, value in each.items() if key != "id"} for each in added}
     return {
@@ -57,7 +89,7 @@ def tokenizer_config(added: list[dict[str, Any]], chat: bool) -> dict[str, Any]:
         "sp_model_kwargs": None,
         "model_max_length": 10**30,
         "added_tokens_decoder": decoder,
-        **({"chat_template": CHAT_TEMPLATE} if chat else {}),
+        **({"chat_template": template} if template else {}),
     }
 
 
@@ -69,4 +101,5 @@ def write_tokenizer(folder: Path, preset: Preset, chat: bool) -> None:
         temporary.write_bytes(model.SerializeToString(deterministic=True))
     # On one line: indented it would be twice the size.
     write_text(folder / JSON_VOCABULARY, json.dumps(content, ensure_ascii=False))
-    write_json(folder / "tokenizer_config.json", tokenizer_config(content["added_tokens"], chat))
+    template = chat_template(preset.architecture) if chat else None
+    write_json(folder / "tokenizer_config.json", tokenizer_config(content["added_tokens"], template))

@@ -7,8 +7,9 @@ form: https://docs.ollama.com/modelfile; of the template: that of `gemma3` in Ol
 from __future__ import annotations
 
 from stages.core.records.manifest import License
-from stages.core.tokenize.chat import END, START
+from stages.core.tokenize.chat import GEMMA
 
+START, END = GEMMA.start, GEMMA.end
 # In Go's language: of each message a turn (a system message is a user's, as Gemma was trained), the last one left open.
 TURNS = f"""{{{{- range $i, $_ := .Messages }}}}
 {{{{- $last := eq (len (slice $.Messages $i)) 1 }}}}

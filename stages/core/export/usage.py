@@ -10,6 +10,7 @@ from stages.core.export.gguf_folder import ADAPTER, MODEL
 from stages.core.export.hugging_face_config import CLASSES, model_type
 from stages.core.export.names import public_name
 from stages.core.export.peft import VLLM_RANKS, vllm_rank
+from stages.core.tokenize.chat import turns_of
 
 LIBRARIES = {"peft": "peft", "huggingface": "transformers", "keras": "keras-hub", "gguf": "gguf"}
 """Hugging Face's `library_name` of each format."""
@@ -50,9 +51,10 @@ that readers which know one rank for all layers (vLLM, llama.cpp) are right too.
 
 
 def _hugging_face(job: Job) -> str:
-    chat = (
-        " Generation ends at `<end_of_turn>`; `tokenizer.apply_chat_template` lays out the turns." if job.chat else ""
-    )
+    chat = ""
+    if job.chat:
+        end = turns_of(job.tokenizer).end
+        chat = f" Generation ends at `{end}`; `tokenizer.apply_chat_template` lays out the turns."
     return f"""\
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -18,11 +18,14 @@ from stages.core.fetch.check import Check
 from stages.core.presets import hf_config, keras_config, keras_h5, safetensors
 from stages.core.presets.architecture import Architecture
 from stages.core.presets.formats import format_of
+from stages.core.presets.hf_tokenizer import own_template
 from stages.core.presets.manifest import LICENSE, sha256_with_progress
 from stages.core.presets.tokenizer import (
     HUGGING_FACE_VOCABULARY,
     JSON_VOCABULARY,
     KERAS_VOCABULARY,
+    TURNS,
+    TURNS_OF_GEMMA4,
 )
 from stages.core.presets.untrusted import read_object, refuse_pointer
 from stages.core.records.manifest import Manifest, PresetFile
@@ -160,6 +163,7 @@ def check_contents(folder: Path, file_format: str) -> None:
         architecture = reader.read_architecture(folder)
         reader.check_weights(folder, architecture)
         check_vocabulary(folder, file_format, architecture)
+        _check_template(folder, architecture)
         _tell_of_towers(folder)
     except ParamsError:
         raise
@@ -190,6 +194,29 @@ def check_vocabulary(folder: Path, file_format: str, architecture: Architecture)
         raise StageError(
             f"The vocabulary must be that of the model: as many pieces as its table has rows, or up to "
             f"{MOST_SURPLUS_ROWS} fewer. Received: {pieces:,} pieces, {rows:,} rows in {folder}"
+        )
+
+
+def _check_template(folder: Path, architecture: Architecture) -> None:
+    """Check that a chat template beside the model is of its family, and that the model's turns are as it has them.
+
+    Raises:
+        StageError: a Gemma 4 has the template of an earlier Gemma, or the other way round.
+    """
+    template = own_template(folder)
+    gemma4 = architecture.class_name == "Gemma4Backbone"
+    own, other = (TURNS_OF_GEMMA4, TURNS) if gemma4 else (TURNS, TURNS_OF_GEMMA4)
+    if other in template and own not in template:
+        raise StageError(
+            f"The chat template must be of the model's family, in which a turn begins with {own}. Received: one "
+            f"with {other}, with a {architecture.class_name}\nTake the tokenizer's files from the checkpoint that the "
+            "weights are from."
+        )
+    opens = "<|channel>thought\\n<channel|>" in template
+    if gemma4 and own in template and opens != architecture.empty_thought:
+        logger.warning(
+            f"the preset's chat template has {'an' if opens else 'no'} empty thought before an answer. Google's for a "
+            f"model of these layers has {'none' if opens else 'one'}, and prompts and training data are as in that."
         )
 
 

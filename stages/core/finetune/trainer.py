@@ -33,6 +33,7 @@ from stages.core.generate.sampling import Sampler, SamplerSettings
 from stages.core.load import adapter, lora_kernels, weight_loading
 from stages.core.load.variants import LoadedModel, Preset, declare_model, fill_model
 from stages.core.model.causal_lm import CausalModel, make_model, pin_to_mesh
+from stages.core.presets.architecture import of_backbone
 from stages.core.presets.tokenizer import Tokenizer
 from stages.core.processes.group import SAVE_LIMIT, current
 from stages.core.records.finetune import Step
@@ -41,6 +42,7 @@ from stages.core.records.model_config import ModelConfig, TunedWeights
 from stages.core.sharding.hosts import whole
 from stages.core.sharding.mesh import warn_of_slow_network
 from stages.core.tokenize.batches import Batches
+from stages.core.tokenize.chat import ChatTemplate
 
 logger = logging.getLogger(__name__)
 
@@ -328,7 +330,10 @@ def _change_check(causal: CausalModel, settings: Finetune, steps: int) -> Callab
 
 def _sampler(causal: CausalModel, tokenizer: Tokenizer, settings: Finetune, chat_template: bool) -> Callable[[], str]:
     """Return a function that continues the sample prompt, compiled once."""
-    prompts, stops = prompting.encode(tokenizer, [settings.sample_prompt], chat_template=chat_template)
+    template = None
+    if chat_template:
+        template = ChatTemplate(tokenizer, empty_thought=of_backbone(causal.backbone).empty_thought)
+    prompts, stops = prompting.encode(tokenizer, [settings.sample_prompt], template)
     sampler = Sampler(causal)
     greedy = SamplerSettings(settings.sample_tokens, stops, pieces=tokenizer.vocabulary_size)
     return lambda: tokenizer.decode(sampler(prompts, greedy)[0])

@@ -16,18 +16,25 @@ LONGEST = 8192
 
 
 def converse(
-    sides: Sequence[Side], ask: Callable[[], str | None], write: Callable[[str], None], max_tokens: int, seed: int
+    sides: Sequence[Side],
+    template: ChatTemplate,
+    ask: Callable[[], str | None],
+    write: Callable[[str], None],
+    max_tokens: int,
+    seed: int,
+    system: str | None = None,
 ) -> None:
     """Answer messages until there are none.
 
     Args:
         sides: those who answer, each in its own conversation.
+        template: of their turns.
         ask: returns the next message, None at the end; an empty one begins a new conversation.
         write: puts out a piece of text.
         max_tokens: of an answer.
         seed: of the first answer's sampling; that of answer n (from 0) is `seed` + n.
+        system: what the system says before the first message.
     """
-    template = ChatTemplate(sides[0].tokenizer)
     histories: list[list[int]] = [[] for _ in sides]
     asked = 0
     while (message := ask()) is not None:
@@ -37,9 +44,10 @@ def converse(
             continue
         for place, side in enumerate(sides):
             before = histories[place]
-            prompt = [*before, *(template.later_prompts if before else template.prompts)([message])[0]]
+            begun = template.prompts([message], [system])[0]
+            prompt = [*before, *template.later_prompts([message])[0]] if before else begun
             if len(prompt) + max_tokens > LONGEST:
-                prompt = template.prompts([message])[0]
+                prompt = begun
                 write(f"({side.variant}: the conversation had more than {LONGEST:,} tokens and begins anew.)\n")
             if len(prompt) + max_tokens > LONGEST:
                 write(f"The message is too long: {len(prompt):,} tokens, of at most {LONGEST - max_tokens:,}.\n")
@@ -47,5 +55,5 @@ def converse(
             write(f"{side.variant}: ")
             _, rows = side.continued([prompt], (seed + asked) % 2**32, show=lambda _, text, __: write(visible(text)))
             write("\n")
-            histories[place] = [*prompt, *rows[0], template.end]
+            histories[place] = template.answered(prompt, rows[0])
         asked += 1

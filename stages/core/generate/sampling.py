@@ -31,8 +31,8 @@ CHUNK = 8
 SHORTEST = 16
 # Rows that are continued together: a pass reads all weights once for all of them.
 MOST_ROWS = 16
-# Ids that end a text: `<eos>` and `<end_of_turn>`. One number of them is one program.
-MOST_STOPS = 2
+# Ids that end a text: `<eos>` and `<end_of_turn>`; a Gemma 4 in turns has one more. One number of them is one program.
+STOPS = 2
 GREEDY = Drawing()
 
 # Called with a row's number, its new tokens, and whether they are its last; returns whether the row is to end here.
@@ -45,7 +45,7 @@ class SamplerSettings:
 
     Attributes:
         max_tokens: new tokens of a row at most.
-        stop_ids: each ends a text; at most `MOST_STOPS`.
+        stop_ids: each ends a text; more than `STOPS` are another program.
         drawing: how the next token is chosen.
         pieces: size of the vocabulary; rows of the table beyond it have no text and are never chosen. None: all have.
     """
@@ -60,7 +60,7 @@ class Rows(NamedTuple):
     """What does not change while rows are continued.
 
     `padding` int32 (rows,), before each prompt; `streams` uint32 (rows, 3), seed, prompt and sample; `stops` int32
-    (`MOST_STOPS`,).
+    (`STOPS` or more,).
     """
 
     padding: Any
@@ -182,10 +182,9 @@ class Sampler:
             ids[row, padding[row] :] = prompt
             streams[row] = (seed, *number)
             seen[row, list(prompt)] = True
-        if len(settings.stop_ids) > MOST_STOPS:
-            raise RuntimeError(f"at most {MOST_STOPS} stop ids, not {settings.stop_ids}")
         # The first one fills the places that are left.
-        stops = np.array((settings.stop_ids + settings.stop_ids[:1] * MOST_STOPS)[:MOST_STOPS], np.int32)
+        missing = max(0, STOPS - len(settings.stop_ids))
+        stops = np.array(settings.stop_ids + settings.stop_ids[:1] * missing, np.int32)
         choice = settings.drawing.as_choice(table.shape[0], settings.pieces)
         return ids, Rows(padding, streams, stops, choice), seen
 

@@ -23,7 +23,8 @@ class RawReview(NamedTuple):
     """A review as its source has it; a missing text or prompt is None.
 
     The prompt counts only where `is_pair` says so: a pair's cell may be empty too. `earlier` are the turns of a
-    conversation before its last prompt, prompts and responses in turn. `other` marks a conversation of another order.
+    conversation before its last prompt, prompts and responses in turn, `system` what a system said before all of them.
+    `other` marks a conversation of another order.
     """
 
     text: str | None
@@ -33,12 +34,14 @@ class RawReview(NamedTuple):
     is_pair: bool = False
     other: bool = False
     earlier: tuple[str | None, ...] = ()
+    system: str | None = None
 
 
 class Review(NamedTuple):
     """A review that is used; the id names its source and its row there, from 0. Only a pair has a prompt.
 
-    `earlier` are the turns of a conversation before its last prompt, prompts and responses in turn.
+    `earlier` are the turns of a conversation before its last prompt, prompts and responses in turn, `system` what a
+    system said before all of them.
     """
 
     text: str
@@ -46,11 +49,12 @@ class Review(NamedTuple):
     id: str
     prompt: str | None = None
     earlier: tuple[str, ...] = ()
+    system: str | None = None
 
     @property
     def content(self) -> tuple[str, ...]:
-        """What must not occur twice: all turns and the text, so that a prompt may have several responses."""
-        return (*self.earlier, self.prompt or "", self.text)
+        """What must not occur twice: all that is said, so that a prompt may have several responses."""
+        return (*([self.system] if self.system else []), *self.earlier, self.prompt or "", self.text)
 
 
 @dataclass
@@ -111,16 +115,18 @@ def clean(
         parts = [clean_text(part or "", html_breaks) for part in raw_parts]
         lengths = [len(part.strip()) for part in parts]
         prompt = parts[-2] if review.is_pair else None
-        used = Review(parts[-1], review.label, review.id, prompt, tuple(parts[:-2]))
+        # A conversation without what a system says is whole.
+        system = clean_text(review.system or "", html_breaks).strip()
+        used = Review(parts[-1], review.label, review.id, prompt, tuple(parts[:-2]), system or None)
         # A text of breaks only is empty.
         if not all(lengths):
             tally.empty += 1
-        elif sum(lengths) < min_characters:
+        elif sum(lengths) + len(system) < min_characters:
             tally.too_short += 1
         elif used.content in seen:
             tally.duplicates += 1
         else:
             if duplicates == "drop":
                 seen.add(used.content)
-            tally.changed += parts != raw_parts
+            tally.changed += [system, *parts] != [review.system or "", *raw_parts]
             yield used

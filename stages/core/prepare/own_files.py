@@ -165,7 +165,7 @@ def file_reviews(paths: Sequence[Path], setting: str, columns: Columns) -> list[
         read += [(f"{name}:{row}", each) for row, each in enumerate(cells)]
     labels = labels_of([cells.label for _, cells in read])
     return [
-        RawReview(cells.text, label, id, cells.prompt, columns.pairs, cells.other, cells.earlier)
+        RawReview(cells.text, label, id, cells.prompt, columns.pairs, cells.other, cells.earlier, cells.system)
         for (id, cells), label in zip(read, labels, strict=True)
     ]
 
@@ -173,8 +173,8 @@ def file_reviews(paths: Sequence[Path], setting: str, columns: Columns) -> list[
 class Cells(NamedTuple):
     """What a row has, None for what it does not.
 
-    Of a conversation, prompt and text are the last exchange, and `earlier` the turns before it; `other`: it is one in
-    which prompts and responses do not alternate.
+    Of a conversation, prompt and text are the last exchange, `earlier` the turns before it, and `system` what a system
+    says before all; `other`: it is one in which prompts and responses do not alternate.
     """
 
     text: str | None
@@ -182,6 +182,7 @@ class Cells(NamedTuple):
     label: str | None = None
     other: bool = False
     earlier: tuple[str | None, ...] = ()
+    system: str | None = None
 
 
 def _folder(path: Path, setting: str) -> Iterator[Cells]:
@@ -258,7 +259,7 @@ def _turns(value: Any, columns: Columns, path: Path, place: str) -> list[tuple[s
 
 
 def _conversation(turns: list[tuple[str, str | None]]) -> Cells:
-    """Return the turns of a conversation; a system's text comes before the first prompt, as in Gemma's template."""
+    """Return the turns of a conversation, and what a system says before them."""
     if not turns:
         return Cells(None)
     system = turns[0][1] if turns[0][0] in ("system", "developer") else None
@@ -268,9 +269,7 @@ def _conversation(turns: list[tuple[str, str | None]]) -> Cells:
     if not known or not speakers or speakers != [False, True] * (len(turns) // 2):
         return Cells(None, other=True)
     texts = [text for _, text in turns]
-    if system and system.strip() and texts[0] and texts[0].strip():
-        texts[0] = f"{system.strip()}\n\n{texts[0]}"
-    return Cells(texts[-1], texts[-2], earlier=tuple(texts[:-2]))
+    return Cells(texts[-1], texts[-2], earlier=tuple(texts[:-2]), system=(system or "").strip() or None)
 
 
 def is_file(path: Path) -> bool:

@@ -1,4 +1,5 @@
-"""The Parquet files of reviews: columns text, label, id; of pairs: prompt, response, label, id; of longer ones earlier.
+"""The Parquet files of reviews: columns text, label, id; of pairs: prompt, response, label, id; of longer ones earlier,
+and of those that a system begins system.
 
 Purpose: the same reviews give the same bytes. A file's columns show which of the two it is.
 Writes: `data/imdb/train.parquet`, `data/imdb/validation.parquet`.
@@ -20,7 +21,8 @@ def write_reviews(path: Path, reviews: Sequence[Review]) -> None:
     """Write reviews in order.
 
     Columns: `text`, or `prompt` and `response` of pairs (string), with `earlier` where there are conversations of more
-    than one prompt and response (the turns before these, prompts and responses in turn; list of string), `label` (int8
+    than one prompt and response (the turns before these, prompts and responses in turn; list of string) and `system`
+    where a system says something before one (string, null where not), `label` (int8
     where the labels are small whole numbers or there are none, else int64 or string; null where a review has none),
     `id` (string).
     """
@@ -35,6 +37,8 @@ def write_reviews(path: Path, reviews: Sequence[Review]) -> None:
     prompts = {"prompt": pa.array([review.prompt for review in reviews], pa.string())} if pairs else {}
     if any(review.earlier for review in reviews):
         prompts = {"earlier": pa.array([review.earlier for review in reviews], pa.list_(pa.string())), **prompts}
+    if any(review.system for review in reviews):
+        prompts = {"system": pa.array([review.system for review in reviews], pa.string()), **prompts}
     table = pa.table(
         {
             **prompts,

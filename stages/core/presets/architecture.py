@@ -217,6 +217,14 @@ class Architecture:
         return FAMILIES[self.class_name]
 
     @property
+    def empty_thought(self) -> bool:
+        """Whether the model's chat template opens an answer without thinking with an empty thought.
+
+        Of Gemma 4 that of the 12B, 26B and 31B does, in whose full attention values are keys, and no smaller one's.
+        """
+        return any(kind.keys_are_values for kind in self.kinds)
+
+    @property
     def ffw_dim(self) -> int:
         """Columns of one gate matrix."""
         return self.config["intermediate_dim"] // self.family.gates

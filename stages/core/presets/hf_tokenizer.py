@@ -26,6 +26,23 @@ def vocabulary_files(folder: Path) -> list[str]:
     return [HUGGING_FACE_VOCABULARY, *([ADDED_TOKENS] if (folder / ADDED_TOKENS).is_file() else [])]
 
 
+def own_template(folder: Path) -> str:
+    """Return the text of a folder's chat template, of several all; nothing where it has none.
+
+    Raises:
+        StageError: a file of it cannot be read.
+    """
+    try:
+        texts = [path.read_text("utf-8") for path in [folder / "chat_template.jinja"] if path.is_file()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise StageError(f"A chat template must be text. Received: {shown(error)} in {folder}") from error
+    path = folder / "tokenizer_config.json"
+    stated = read_object(path).get("chat_template") if path.is_file() else None
+    named = stated if isinstance(stated, list) else [stated]
+    texts += [each["template"] if isinstance(each, dict) and "template" in each else each for each in named]
+    return "\n".join(text for text in texts if isinstance(text, str))
+
+
 def load_tokenizer(folder: Path) -> Tokenizer:
     """Return the tokenizer of a Hugging Face folder.
 

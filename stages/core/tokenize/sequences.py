@@ -43,7 +43,9 @@ def holds_pairs(source: Path) -> bool:
     return "prompt" in parquet.read_schema(source).names
 
 
-def lay_out(source: Path, split: str, tokenizer: Tokenizer, settings: Tokenize) -> LaidOut:
+def lay_out(
+    source: Path, split: str, tokenizer: Tokenizer, settings: Tokenize, *, empty_thought: bool = False
+) -> LaidOut:
     """Turn a split into sequences.
 
     Args:
@@ -51,12 +53,13 @@ def lay_out(source: Path, split: str, tokenizer: Tokenizer, settings: Tokenize) 
         split: its name, for messages.
         tokenizer: of the preset.
         settings: the section `tokenize`.
+        empty_thought: as for `ChatTemplate`.
 
     Raises:
         StageError: there is no token to train on, or the data are pairs and the vocabulary has no chat template.
     """
     if holds_pairs(source):
-        return _pairs(source, split, tokenizer, settings)
+        return _pairs(source, split, tokenizer, settings, ChatTemplate(tokenizer, empty_thought=empty_thought))
     texts = parquet.read_table(source, columns=["text"])["text"].to_pylist()
     control = ControlTokens(tokenizer)
     spelled = control.spelled_in(texts)
@@ -87,18 +90,18 @@ def lay_out(source: Path, split: str, tokenizer: Tokenizer, settings: Tokenize) 
     )
 
 
-def _pairs(source: Path, split: str, tokenizer: Tokenizer, settings: Tokenize) -> LaidOut:
+def _pairs(source: Path, split: str, tokenizer: Tokenizer, settings: Tokenize, template: ChatTemplate) -> LaidOut:
     """Turn a split of pairs into sequences."""
     table = parquet.read_table(source)
-    template = ChatTemplate(tokenizer)
     conversations = list(zip(table["prompt"].to_pylist(), table["response"].to_pylist(), strict=True))
     if "earlier" in table.column_names:
         earlier = table["earlier"].to_pylist()
         conversations = [(*before, *last) for before, last in zip(earlier, conversations, strict=True)]
-    texts = [text for each in conversations for text in each]
+    systems = table["system"].to_pylist() if "system" in table.column_names else None
+    texts = [text for each in conversations for text in each] + [text for text in systems or [] if text]
     spelled = ControlTokens(tokenizer).spelled_in(texts)
     trimmed = sum(text != text.strip() for text in texts)
-    pairs = template.conversations(conversations)
+    pairs = template.conversations(conversations, systems)
     laid_out = pair_packing.lay_out(pairs, settings.length, packing=settings.packing, pad=tokenizer.pad)
     counts = pair_packing.pair_metrics(laid_out, pairs)
     counts |= {"control_tokens_spelled": spelled, "texts_trimmed": trimmed}
