@@ -27,7 +27,7 @@ from stages.core.presets.architecture import EPSILON, Architecture
 from stages.core.presets.gguf_architecture import BLOCKS_OF_27B, GLOBAL_ROPE_WAVELENGTH
 from stages.core.presets.weight_table import StoredWeight, weight_table
 from stages.core.records.manifest import License
-from stages.core.tokenize.chat import END
+from stages.core.tokenize.chat import GEMMA
 from stages.core.tokenize.control_tokens import NAMES
 
 FILE_TYPES = {
@@ -220,8 +220,8 @@ def _add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Any, rows: int, chat_te
     writer.add_eos_token_id(ids["<eos>"])
     writer.add_pad_token_id(ids["<pad>"])
     writer.add_unk_token_id(types.index(Piece.UNKNOWN))
-    if END in ids:
-        writer.add_eot_token_id(ids[END])
+    if GEMMA.end in ids:
+        writer.add_eot_token_id(ids[GEMMA.end])
     writer.add_add_bos_token(True)
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(False)

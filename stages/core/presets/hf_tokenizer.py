@@ -39,8 +39,8 @@ def own_template(folder: Path) -> str:
     path = folder / "tokenizer_config.json"
     stated = read_object(path).get("chat_template") if path.is_file() else None
     named = stated if isinstance(stated, list) else [stated]
-    texts += [each["template"] if isinstance(each, dict) and "template" in each else each for each in named]
-    return "\n".join(text for text in texts if isinstance(text, str))
+    stated_texts = (each.get("template") if isinstance(each, dict) else each for each in named)
+    return "\n".join([*texts, *(text for text in stated_texts if isinstance(text, str))])
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
