@@ -79,7 +79,7 @@ def of_steps(count: int, every: int, rounds: int, hidden: int) -> None:
                 found[name].append(run())
     for name, each in found.items():
         step, checkpoint = (statistics.median(values) for values in zip(*each, strict=True))
-        click.echo(f"{name}: {1e3 * step:.1f} ms a step; a checkpoint held it up for {1e3 * checkpoint:.1f} ms")
+        click.echo(f"{name}: {1e3 * step:.1f} ms per step; a checkpoint held it up for {1e3 * checkpoint:.1f} ms")
 
 
 def memory(process: int) -> int:

@@ -216,7 +216,7 @@ class LlamaModel:
         Args:
             ids: at least one token.
             adapter: a GGUF adapter to put on the model.
-            last: only of so many tokens at the end; None for all.
+            last: only of this many tokens at the end; None for all.
 
         Returns:
             float32 (tokens, vocabulary).

@@ -1,7 +1,7 @@
-"""Steps handed to the devices ahead of reading what the ones before gave.
+"""Dispatches steps ahead: a step's numbers are read while later steps run.
 
-Purpose: Keras' callbacks are told each step's loss, and reading it waits for the device, which then idles until the
-host has handed it the next step. On a chip that takes 5 ms for a step that is a good part of it.
+Purpose: Keras passes each step's loss to its callbacks, and reading it waits for the device, which then idles until the
+host dispatches the next step. On a chip with steps of 5 ms that is a good part of the time.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ AHEAD_ELSEWHERE = 2
 
 
 class LateLogs(keras.callbacks.CallbackList):
-    """Keras' list of callbacks, told of a step's end when its numbers are there, at most some steps later.
+    """Keras' list of callbacks, called at a step's end once its numbers are there, at most a few steps later.
 
-    Their order stays: each step's end is told once, and before the epoch's. Where the training callback has something
-    to do after a step, all steps up to it are told first.
+    The order stays: once for each step, and before the epoch's end. Where the training callback has something to do
+    after a step, the calls for all steps up to it come first.
     """
 
     def __init__(self, training: TrainingCallback, **options: Any) -> None:
         """Take a run's callback; the options are those of Keras' list."""
         super().__init__([training], add_history=True, **options)
         self._training = training
-        # Several processes agree after each step whether one was told to stop.
+        # Several processes agree after each step whether one of them received a signal to stop.
         several = current().count > 1
         self._ahead = 0 if several else AHEAD.get(jax.default_backend(), AHEAD_ELSEWHERE)
         self._late: deque[tuple[int, Mapping[str, jax.Array]]] = deque()

@@ -109,7 +109,7 @@ class Sampler:
             settings: how to continue.
             seed: of the sampling; sample j of prompt i has the stream (seed, i, j).
             samples: continuations of each prompt.
-            listen: told of new tokens as they come, and asked whether a row ends there.
+            listen: called with new tokens as they come; returns whether the row ends there.
             values: weights other than the model's own, one for each of the backbone's variables.
 
         Returns:

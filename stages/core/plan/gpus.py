@@ -70,7 +70,7 @@ GPUS = {
 
 
 def describe(name: str) -> tuple[Any, ...]:
-    """Return the devices of a `h100:8`: so many GPUs of one host.
+    """Return the devices of a topology such as `h100:8`: eight GPUs of one host.
 
     Raises:
         StageError: more than a host has, or XLA's compiler for GPUs is not installed.

@@ -104,7 +104,7 @@ class Family:
         query_key_norm: whether queries and keys are normalised where no argument says otherwise.
         interleaved: whether rotary embeddings alternate between the halves of a head, as in the original checkpoints.
         block: the name of a block in Keras' weight files.
-        full_every: of so many blocks with windows the last has none.
+        full_every: the last of each group of this many blocks has no sliding window.
         scale_from_one: whether norms multiply by one more than the scale that is stored, but in GGUF files.
         towers: whether presets hold a vision or audio tower beside the text model, which is left out.
     """

@@ -72,7 +72,7 @@ def summary(placements: Sequence[Placement], mesh: MeshShape, layout: NamedLayou
         "",
         f"Mesh: {mesh}, {mesh.devices} devices. Layout: {layout.name}{_over_batch(layout)}.",
         f"Parameters: {count_parameters(placements):,}. Trainable ({method}): {count_trainable(placements):,}.",
-        f"Bytes a device: {sum(held.values()):,} (weights {held['weight']:,}, LoRA {held['lora']:,}, "
+        f"Bytes per device: {sum(held.values()):,} (weights {held['weight']:,}, LoRA {held['lora']:,}, "
         f"optimizer {held['optimizer']:,}).",
         f"Replicated fraction of the weights' bytes: {replicated_fraction(weights, mesh):.6f}.",
     ]

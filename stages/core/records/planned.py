@@ -34,7 +34,7 @@ def targets_of(plan: PlanFile, run: RunKey, platform: str, measured: FinetuneMet
     """
     for target in plan.targets.values():
         kinds = {target.device_kind, measured.device_kind}
-        # Files of before the kind was told know the platform alone.
+        # Files written before the kind was recorded have the platform alone.
         here = len(kinds) == 1 or not all(kinds)
         if here and target.topology.startswith("cpu:") == (platform == "cpu") and run.matches(target):
             yield target
@@ -43,7 +43,7 @@ def targets_of(plan: PlanFile, run: RunKey, platform: str, measured: FinetuneMet
 def beside(target: Target, measured: FinetuneMetrics) -> list[Beside]:
     """Return what a target plans next to what its run measured.
 
-    Simulated devices share the host's processor: their temporaries are told together, and their time is at least what
+    Simulated devices share the host's processor: their temporaries are reported together, and their time is at least what
     all their matrix products take at the rate of the one that the run measured.
     """
     found = []
