@@ -31,8 +31,8 @@ class Texts:
             tokenizer: of the preset.
             rows: number of rows.
             stop_strings: each ends a text where it first occurs.
-            show: called with each row's text as it grows; what may yet turn out to be another character, or the beginning
-                of a stop string, is held back until that is known.
+            show: called with each row's text as it grows; what may turn out to be another character, or the start of
+                a stop string, is held back until that is known.
         """
         self.texts = [""] * rows
         self._tokenizer = tokenizer

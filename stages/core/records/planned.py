@@ -43,8 +43,8 @@ def targets_of(plan: PlanFile, run: RunKey, platform: str, measured: FinetuneMet
 def beside(target: Target, measured: FinetuneMetrics) -> list[Beside]:
     """Return what a target plans next to what its run measured.
 
-    Simulated devices share the host's processor: their temporaries are reported together, and their time is at least what
-    all their matrix products take at the rate of the one that the run measured.
+    Simulated devices share the host's processor: their temporaries are reported together, and their time is at least
+    what all their matrix products take at the rate of the one that the run measured.
     """
     found = []
     if target.argument_bytes_per_device:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from stages.core.presets.tokenizer import Tokenizer
 
-# Names that no ordinary text contains by chance. Markup such as <table>, also in Gemma's vocabularies, is not among them.
+# Names that no ordinary text contains by chance; not markup such as <table>, which Gemma's vocabularies have too.
 NAMES = re.compile(
     r"<(?:pad|eos|bos|unk|mask|unused\d+|(?:start|end)_of_\w+|\w+_soft_token)>|\[(?:multimodal|@BOS@)\]"
     # Gemma 4's, with the vertical bars part of them.
