@@ -20,6 +20,7 @@ FileNames
 2 "/somewhere/stages/core/model/products.py"
 3 "/somewhere/stages/core/model/cross_entropy.py"
 4 "/somewhere/keras/src/layers/normalization/rms_normalization.py"
+5 "/somewhere/stages/core/model/attention.py"
 
 FunctionNames
 1 "_block"
@@ -30,7 +31,7 @@ FunctionNames
 
 FileLocations
 1 {file_name_id=1 function_name_id=1 line=7 end_line=7 column=4 end_column=9}
-2 {file_name_id=1 function_name_id=2 line=8 end_line=8 column=4 end_column=9}
+2 {file_name_id=5 function_name_id=2 line=8 end_line=8 column=4 end_column=9}
 3 {file_name_id=2 function_name_id=3 line=9 end_line=9 column=4 end_column=9}
 4 {file_name_id=3 function_name_id=4 line=9 end_line=9 column=4 end_column=9}
 5 {file_name_id=4 function_name_id=5 line=9 end_line=9 column=4 end_column=9}
