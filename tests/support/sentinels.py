@@ -6,6 +6,7 @@ import base64
 import threading
 from pathlib import Path
 
+# Of no account: made up, in the form of real ones.
 KAGGLE_TOKEN, HF_TOKEN = "KGAT_a-sentinel-of-nobodys-account", "hf_aSentinelOfNobodysAccount"
 
 
@@ -21,7 +22,14 @@ def forms(token):
     return found
 
 
-SENTINELS = [form for token in (KAGGLE_TOKEN, HF_TOKEN) for form in forms(token)]
+SENTINELS = [
+    form
+    for token in (  # Of no account: made up, in the form of real ones.
+        KAGGLE_TOKEN,
+        HF_TOKEN,
+    )
+    for form in forms(token)
+]
 
 
 def leaks(folder):

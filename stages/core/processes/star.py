@@ -3,11 +3,12 @@
 Purpose: JAX's heartbeats see a dead process after minutes and a stuck one never; here a process that is killed, stopped
 or raises, or is behind the others for too long, ends all within seconds, with its number and the reason on each.
 A connection that closes is a process that died. One that is silent belongs to a process that is stopped, or whose host
-is gone. A process that talks and does not get on is told by the count of what it has begun.
+is gone. A process that talks but makes no progress shows in the count of what it has begun.
 """
 
 from __future__ import annotations
 
+import abc
 import functools
 import os
 import queue
@@ -31,7 +32,7 @@ KILLED = "ended without a word: it was killed."
 STOPPED = f"has been silent for {SILENT:.0f} s: it is stopped, or its host is gone."
 
 
-class Star(Group):
+class Star(Group, abc.ABC):
     """What the first process and the others have in common."""
 
     def __init__(self, index: int, count: int, name: str) -> None:
@@ -84,14 +85,15 @@ class Star(Group):
             self._passed = step
         return None
 
+    @abc.abstractmethod
     def start(self) -> None:
         """Begin to watch and to be watched."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def ask_stop(self, why: str) -> None:
         """Ask the first process to stop all."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def fail(self, reason: str, certain: bool) -> None:
         """Tell all that this process ends.
 
@@ -100,11 +102,10 @@ class Star(Group):
             certain: an error of the user's or the system's; else an exception that another process's end may have
                 caused: that process is named, if one is found.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def finish(self) -> None:
         """Say that this process has done its work, and wait until all have."""
-        raise NotImplementedError
 
     def hold_steps(self, why: str) -> int:
         """Let no step pass from now on until `go_to` is called, and return the last that did."""

@@ -63,8 +63,7 @@ def _within_group(devices: list[Any], axis: int) -> np.ndarray:
     """Return (rows, axis) of the devices of a group."""
     shape = (len(devices) // axis, axis)
     if devices[0].platform == "tpu" and len(devices) > TPU_HOST:
-        # Of a part of a slice, or one that no axis fits, JAX can tell no better order than its own.
-        with contextlib.suppress(NotImplementedError, ValueError, AssertionError):
+        with contextlib.suppress(NotImplementedError, ValueError, AssertionError):  # JAX has no order for a part
             return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return np.array(devices).reshape(shape)
 
