@@ -75,7 +75,7 @@ def assert_close(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray], cl
         ((1, 8), AUTO, (None, None, "model")),
         ((4, 1), AUTO, (None, None, None)),
         ((2, 4), GATHERED, ("model", "batch", None)),
-        ((8, 1), GATHERED, (None, "batch", None)),
+        ((4, 1), GATHERED, (None, "batch", None)),
     ],
     ids=["experts", "units", "batch", "experts, gathered", "batch, gathered"],
 )

@@ -268,8 +268,7 @@ def _alike(*arrays: jax.Array | None) -> list[jax.Array | None]:
     Inside `shard_map` a function with a gradient of its own needs that.
     """
     given = [each for each in arrays if each is not None]
-    found = [None if each is None else functools.reduce(varying_as, given, each) for each in arrays]
-    return found
+    return [None if each is None else functools.reduce(varying_as, given, each) for each in arrays]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -284,7 +283,7 @@ def _ragged(
 ) -> jax.Array:
     """Multiply rows, sorted by expert, each with the matrix of its expert; the gradient of `w` is in its own dtype."""
     with _counted(flops):
-        y = jax.lax.ragged_dot(x, w.astype(x.dtype), sizes)
+        y = jax.lax.ragged_dot(x, w.astype(x.dtype), sizes, _precision(x))
     return y if scale is None else _scaled(y, scale, of_row)
 
 
@@ -306,10 +305,10 @@ def _ragged_backward(trained: bool, flops: int, kept: Any, gradient: jax.Array) 
     w, gradient = jax.lax.optimization_barrier((w, gradient))
     with _counted(flops):
         scaled = gradient if scale is None else _scaled(gradient, scale, of_row)
-        of_x = jax.lax.ragged_dot(scaled, jnp.swapaxes(w, 1, 2).astype(gradient.dtype), sizes)
+        of_x = jax.lax.ragged_dot(scaled, jnp.swapaxes(w, 1, 2).astype(scaled.dtype), sizes, _precision(scaled))
         of_w = None
         if trained:
-            of_w = jax.lax.ragged_dot_general(x, gradient, sizes, _CONTRACTED, preferred_element_type=w.dtype)
+            of_w = jax.lax.ragged_dot_general(x, gradient, sizes, _CONTRACTED, _precision(x), w.dtype)
     return of_x, of_w, None, None, None
 
 
@@ -320,6 +319,11 @@ def _scaled(rows: jax.Array, scale: jax.Array, of_row: jax.Array) -> jax.Array:
     """Multiply each row with its expert's scales, in float32."""
     of_row = jnp.minimum(of_row, scale.shape[0] - 1)
     return (rows.astype(jnp.float32) * scale[:, 0][of_row]).astype(rows.dtype)
+
+
+def _precision(x: jax.Array) -> jax.lax.Precision | None:
+    """Return the precision of products: the TPU's kernel refuses to make float32 ones of bfloat16 numbers."""
+    return None if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
 def _counted(flops: int) -> Any:
