@@ -15,7 +15,6 @@ whose size the router decides, and no token is dropped.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -24,7 +23,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from stages.core.model.products import gathered, varying_as
+from stages.core.model.products import gathered
+from stages.core.model.sorted_products import alike, collect, ragged, spread
 from stages.core.presets.architecture import EPSILON
 from stages.core.presets.layer_kinds import Experts
 from stages.core.sharding.keras_internals import kernel_of
@@ -35,8 +35,6 @@ MATRICES = ("gate_proj", "up_proj", "down_proj")
 BY_EXPERT = (("model", None, None), ("model", None, None))
 WITHIN = ((None, None, "model"), (None, "model", None))
 WHOLE = ((None, None, None), (None, None, None))
-
-_CONTRACTED = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
 
 
 class Router(NamedTuple):
@@ -231,13 +229,13 @@ def mix(
 
     def times(rows: jax.Array, matrix: Matrix, trains: bool) -> jax.Array:
         flops = 2 * rows.shape[0] * matrix.values.shape[1] * matrix.values.shape[2] // parts
-        return own(_ragged(trains, flops, *_alike(rows, *matrix, of_row, sizes)))
+        return own(ragged(trains, flops, *alike(rows, *matrix, of_row, sizes)))
 
-    rows = own(_spread(chosen, *_alike(y, order, back)))
+    rows = own(spread(chosen, *alike(y, order, back)))
     wide = jax.nn.gelu(times(rows, gate, trained[0]), approximate=True) * times(rows, up, trained[1])
     # Weighed here and not after the product: what is kept for the gradient of a weight is as wide as an expert.
     wide = (wide.astype(jnp.float32) * choice.weights.reshape(-1)[order][:, None]).astype(y.dtype)
-    return _collect(chosen, *_alike(times(wide, down, trained[2]), order, back))
+    return collect(chosen, *alike(times(wide, down, trained[2]), order, back))
 
 
 def busiest_share(sent: Sequence[jax.Array], counted: jax.Array) -> jax.Array:
@@ -260,96 +258,3 @@ def _sent(choice: Choice, counted: jax.Array, experts: int) -> jax.Array:
 def _rows(x: jax.Array) -> jax.Array:
     """Return (batch, length, n) as (tokens, n)."""
     return x.reshape(-1, x.shape[-1])
-
-
-def _alike(*arrays: jax.Array | None) -> list[jax.Array | None]:
-    """Mark arrays as ones of each device, over all mesh axes that any of them is one of each device over.
-
-    Inside `shard_map` a function with a gradient of its own needs that.
-    """
-    given = [each for each in arrays if each is not None]
-    return [None if each is None else functools.reduce(varying_as, given, each) for each in arrays]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _ragged(
-    trained: bool,
-    flops: int,
-    x: jax.Array,
-    w: jax.Array,
-    scale: jax.Array | None,
-    of_row: jax.Array,
-    sizes: jax.Array,
-) -> jax.Array:
-    """Multiply rows, sorted by expert, each with the matrix of its expert; the gradient of `w` is in its own dtype."""
-    with _counted(flops):
-        y = jax.lax.ragged_dot(x, w.astype(x.dtype), sizes, _precision(x))
-    return y if scale is None else _scaled(y, scale, of_row)
-
-
-def _ragged_forward(
-    trained: bool,
-    flops: int,
-    x: jax.Array,
-    w: jax.Array,
-    scale: jax.Array | None,
-    of_row: jax.Array,
-    sizes: jax.Array,
-) -> tuple[jax.Array, Any]:
-    return _ragged(trained, flops, x, w, scale, of_row, sizes), (x if trained else None, w, scale, of_row, sizes)
-
-
-def _ragged_backward(trained: bool, flops: int, kept: Any, gradient: jax.Array) -> tuple[Any, ...]:
-    x, w, scale, of_row, sizes = kept
-    # Without the barrier XLA keeps what it converted in the forward pass: a copy of all experts in the compute dtype.
-    w, gradient = jax.lax.optimization_barrier((w, gradient))
-    with _counted(flops):
-        scaled = gradient if scale is None else _scaled(gradient, scale, of_row)
-        of_x = jax.lax.ragged_dot(scaled, jnp.swapaxes(w, 1, 2).astype(scaled.dtype), sizes, _precision(scaled))
-        of_w = None
-        if trained:
-            of_w = jax.lax.ragged_dot_general(x, gradient, sizes, _CONTRACTED, _precision(x), w.dtype)
-    return of_x, of_w, None, None, None
-
-
-_ragged.defvjp(_ragged_forward, _ragged_backward)
-
-
-def _scaled(rows: jax.Array, scale: jax.Array, of_row: jax.Array) -> jax.Array:
-    """Multiply each row with its expert's scales, in float32."""
-    of_row = jnp.minimum(of_row, scale.shape[0] - 1)
-    return (rows.astype(jnp.float32) * scale[:, 0][of_row]).astype(rows.dtype)
-
-
-def _precision(x: jax.Array) -> jax.lax.Precision | None:
-    """Return the precision of products: the TPU's kernel refuses to make float32 ones of bfloat16 numbers."""
-    return None if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-
-
-def _counted(flops: int) -> Any:
-    """Name a product by its flops, which are all that a compiled program tells of the kernel; `plan` reads them."""
-    return jax.named_scope(f"ragged_product_flops_{flops}")
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _spread(chosen: int, y: jax.Array, order: jax.Array, back: jax.Array) -> jax.Array:
-    """Return the row of its token for each of the sorted places; `back` is where each place was sorted to."""
-    return y[order // chosen]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _collect(chosen: int, rows: jax.Array, order: jax.Array, back: jax.Array) -> jax.Array:
-    """Return the sum of the sorted rows of each token, summed in float32: `_spread` transposed."""
-    apart = rows[back].reshape(-1, chosen, rows.shape[-1])
-    return jnp.sum(apart.astype(jnp.float32), axis=1).astype(rows.dtype)
-
-
-# XLA would derive a scatter for each, which adds rows one after the other, rounded to the rows' dtype.
-_spread.defvjp(
-    lambda chosen, y, order, back: (_spread(chosen, y, order, back), (order, back)),
-    lambda chosen, places, gradient: (_collect(chosen, gradient, *places), None, None),
-)
-_collect.defvjp(
-    lambda chosen, rows, order, back: (_collect(chosen, rows, order, back), (order, back)),
-    lambda chosen, places, gradient: (_spread(chosen, gradient, *places), None, None),
-)
