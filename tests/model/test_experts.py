@@ -2,6 +2,11 @@
 
 The comparisons with transformers and keras-hub are those of test_gemma4.py, on a model with experts in every block: its
 fixtures take this module's `folder`.
+
+Measured, relative to the largest number of its kind: hidden states, logits, gradients of all weights, of the adapter
+    noise of 1e-7 on the weights        2.3e-6  3.0e-6  8.0e-6  1.5e-5
+    ours against transformers 5.23      1.6e-6  1.8e-6  5.9e-6  1.7e-5, logits decoded with caches 1.4e-6
+    ours against keras-hub 0.32         1.7e-6  1.7e-6  6.2e-6  1.1e-5
 """
 
 from __future__ import annotations
