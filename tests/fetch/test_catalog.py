@@ -88,7 +88,7 @@ REFUSED = {
     "medgemma_4b": r"has a vision tower\. .*\nkeras-hub has no text preset of it\.",
     "embedding_gemma3_300m": r"embedding model without a language head\. ",
     "gemma3n_e2b": r"Gemma 3n has another architecture",
-    "gemma4_instruct_2b": r"has per-layer embeddings and shared keys, .*\nOf Gemma 4 it runs gemma4_31b",
+    "gemma4_instruct_2b": r"has per-layer embeddings and shared keys, .*\nOf Gemma 4 it runs gemma4_26b_a4b, ",
     "gemma4_instruct_31b_assistant": r"only drafts tokens for another .*\nThe model itself is gemma4_instruct_31b\.",
     "gemma_7b": r"Received: fetch\.preset=gemma_7b\nDid you mean gemma_7b_en\?",
     "gemma-3-270m": r"Did you mean gemma3_270m or ",

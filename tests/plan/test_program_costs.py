@@ -58,6 +58,20 @@ frontend_attributes={kernel_metadata={
     assert costs(text.replace("bf16", "f32")).pass_flops == 6 * (2 + 4) * 100
 
 
+def test_a_tpus_products_of_experts_count_the_flops_that_they_are_named_by():
+    text = """HloModule m
+ENTRY %main (p: bf16[64,16], q: bf16[4,16,8]) -> bf16[64,8] {
+  %p = bf16[64,16]{1,0} parameter(0)
+  %q = bf16[4,16,8]{2,1,0} parameter(1)
+  %t = bf16[4,16,8]{2,1,0} copy(%q), metadata={op_name="jit(f)/ragged_product_flops_300/convert"}
+  ROOT %r = bf16[64,8]{1,0} custom-call(%p, %t), custom_call_target="tpu_custom_call", \
+metadata={op_name="jit(f)/transpose(jvp(ragged_product_flops_300))/ragged_dot_general/ragged-dot-none"}
+}
+"""
+    assert (costs(text).matrix_flops, costs(text).pass_flops, costs(text).float32_flops) == (300, 300, 0)
+    assert costs(text.replace("bf16", "f32")).pass_flops == 6 * 300
+
+
 GROUPS = {
     "{{0,1,2,3},{4,5,6,7}}": 4,
     "[2,4]<=[8]": 4,

@@ -17,7 +17,7 @@ from stages.core.presets.hf_config import read_architecture
 from stages.core.presets.tokenizer import KERAS_VOCABULARY
 from stages.core.presets.weight_table import weight_table
 from tests.support.hf_folder import change_config, write_hugging_face
-from tests.support.tiny_presets import CONFIGS, TURNS_OF_GEMMA4, tiny_backbone, tiny_proto, write_tiny_preset
+from tests.support.tiny_presets import CONFIGS, EXPERTS, TURNS_OF_GEMMA4, tiny_backbone, tiny_proto, write_tiny_preset
 
 TOLD = "the preset has a vision tower, whose weights are not read: only its text model is used."
 HIDDEN = CONFIGS["gemma4"]["hidden_dim"]
@@ -131,7 +131,7 @@ def test_an_assistant_is_refused_with_the_reason(tmp_path, kind):
     ("change", "said"),
     [
         ({"hidden_size_per_layer_input": 256}, "hidden_size_per_layer_input"),
-        ({"enable_moe_block": True}, "26B-A4B is not supported yet"),
+        ({"enable_moe_block": True, "num_experts": 4}, "must state num_experts, top_k_experts and moe_intermediate"),
         ({"use_bidirectional_attention": "all"}, "use_bidirectional_attention"),
         ({"attention_k_eq_v": False, "per_layer_config": {"1": {"num_key_value_heads": 1}}}, "attention_k_eq_v: true"),
         ({"per_layer_config": {"0": {"head_dim": 32}}}, "must give all layers of full attention"),
@@ -143,6 +143,22 @@ def test_a_configuration_that_computes_something_else_is_refused(presets, tmp_pa
     folder = write_hugging_face(presets["gemma4"], tmp_path / "hf", "gemma4")
     with pytest.raises(StageError, match=said):
         read_architecture(change_config(folder, **change))
+
+
+def test_experts_are_the_same_in_a_hugging_face_checkpoint_whole_and_in_slices(devices, tmp_path):
+    preset = write_tiny_preset(tmp_path / "keras", "gemma4", **EXPERTS)
+    folder = write_hugging_face(preset, tmp_path / "hf", "gemma4")
+    assert read_architecture(folder).kinds == format_of("keras").read_architecture(preset).kinds
+    assert same_weights(folder, "safetensors", preset)
+    architecture, cut = read_architecture(folder), (slice(1, 3), slice(5, 60), slice(7, 20))
+    with (
+        format_of("safetensors").open_weights(folder, architecture) as found,
+        format_of("keras").open_weights(preset, architecture) as wanted,
+    ):
+        for matrix in ("gate_proj", "up_proj", "down_proj"):
+            path = f"decoder_block_1/moe_expert_bank/{matrix}"
+            index = cut if matrix != "down_proj" else (cut[0], cut[2], cut[1])
+            assert np.array_equal(found.read(path, index), wanted.read(path, index)), matrix
 
 
 def test_what_transformers_5_writes_of_full_attention_says_the_same(presets, tmp_path):

@@ -14,7 +14,7 @@ from stages.core.presets.architecture import Architecture, of_backbone
 from stages.core.presets.layer_kinds import of_blocks, period
 from stages.core.presets.weight_table import weight_table
 from tests.support.repository import ROOT
-from tests.support.tiny_presets import BACKBONES, CONFIGS
+from tests.support.tiny_presets import BACKBONES, CONFIGS, EXPERTS
 
 pytestmark = pytest.mark.usefixtures("devices")
 
@@ -40,7 +40,7 @@ def architectures() -> dict[str, Architecture]:
         class_name = BACKBONES.get(family, "GemmaBackbone")
         found[f"tiny {family}"] = Architecture(class_name, CONFIGS[family])
         found[f"unusual {family}"] = Architecture(class_name, {**CONFIGS[family], **unusual})
-    return found
+    return found | {"with experts": Architecture("Gemma4Backbone", {**CONFIGS["gemma4"], **EXPERTS})}
 
 
 @pytest.mark.parametrize("name", architectures())
@@ -64,6 +64,11 @@ def test_each_block_is_what_keras_hub_makes_of_it(name):
         assert hasattr(attention, "query_norm") == kind.query_key_norm
         assert hasattr(attention, "value_norm") == kind.value_norm
         assert hasattr(layer, "layer_scalar") == kind.scaled
+        assert hasattr(layer, "moe_router") == (kind.experts is not None)
+        if kind.experts:
+            bank, router = layer.moe_expert_bank, layer.moe_router
+            wanted = (kind.experts.count, kind.experts.width, kind.experts.chosen)
+            assert (bank.num_experts, bank.expert_intermediate_dim, router.num_experts_per_token) == wanted
 
 
 @pytest.mark.parametrize("name", architectures())
@@ -77,7 +82,7 @@ def test_the_table_of_weights_has_their_paths_shapes_and_order(name):
 def test_shapes_repeat_every_six_blocks_of_gemma_4_and_in_every_block_of_the_others():
     assert {name: period(catalog.architecture(name)) for name in catalog.GEMMAS} == {
         **dict.fromkeys(catalog.GEMMAS, 1),
-        "gemma4_31b": 6,
+        **dict.fromkeys(("gemma4_26b_a4b", "gemma4_31b"), 6),
     }
 
 
@@ -87,7 +92,11 @@ def test_shapes_repeat_every_six_blocks_of_gemma_4_and_in_every_block_of_the_oth
         ({"num_kv_shared_layers": 2}, "an assistant, which drafts for another model"),
         ({"num_kv_shared_layers": 1}, "E2B and E4B are not supported yet"),
         ({"hidden_size_per_layer_input": 256}, "hidden_size_per_layer_input 0"),
-        ({"enable_moe_block": True}, "26B-A4B is not supported yet"),
+        ({"enable_moe_block": True}, "num_experts a number"),
+        (
+            {"num_experts_per_token": 5, **{key: EXPERTS[key] for key in EXPERTS if "per_token" not in key}},
+            "at most num_",
+        ),
         ({"layer_types": ["full_attention"]}, "a name for each of its 2 blocks"),
         ({"layer_types": ["full_attention", "chunked_attention"]}, "layer_types"),
         ({"num_global_key_value_heads": 3}, r"a divisor of num_query_heads \(4\)"),

@@ -48,7 +48,9 @@ def test_auto_splits_nearly_everything_of_every_gemma_on_every_mesh(devices: int
             assert fallback.used == "head_dim", (shape, fallback)
             assert f"{shape[1]} devices do not divide" in fallback.reason
         if shape[1] > 1:
-            kernels = [each for each in placements if each.weight.path.endswith("/kernel")]
+            kernels = [each for each in placements if each.weight.path.endswith(("/kernel", "gate_proj", "down_proj"))]
+            # Every device chooses the experts of its own tokens.
+            kernels = [each for each in kernels if "moe_router" not in each.weight.path]
             assert all(each.splits("model") for each in kernels)
 
 
@@ -76,6 +78,17 @@ def test_auto_splits_each_kind_of_block_by_its_own_heads():
     assert found[f"{full}/attention/(key|value)/kernel"] == (None, None, "model")
     assert found[r"decoder_block_\d+/attention/query/kernel"] == ("model", None, None)
     assert [each.reason for each in layout.fallbacks] == ["8 devices do not divide 4 key/value heads"]
+
+
+@pytest.mark.parametrize(("axis", "gate"), [(16, ("model", None, None)), (11, (None, None, "model"))])
+def test_auto_splits_the_experts_or_where_they_do_not_divide_each_of_them(axis, gate):
+    layout = auto(architecture("gemma4_26b_a4b"), MeshShape((1, axis)))
+    found = {rule.pattern: rule.spec for rule in layout.rules if "moe" in rule.pattern}
+    down = gate if axis == 16 else (None, "model", None)
+    block = r"decoder_block_\d+/moe_expert_bank"
+    assert found == {f"{block}/(gate|up)_proj": gate, f"{block}/down_proj": down}
+    told = [each.reason for each in layout.fallbacks if "moe" in each.pattern]
+    assert told == ([] if axis == 16 else ["11 devices do not divide 128 experts"] * 2)
 
 
 def test_auto_splits_heads_where_they_divide():

@@ -80,7 +80,10 @@ def config_of_gemma4(arguments: dict[str, Any], config: dict[str, Any]) -> dict[
         },
         "hidden_size_per_layer_input": 0,
         "num_kv_shared_layers": 0,
-        "enable_moe_block": False,
+        "enable_moe_block": arguments.get("enable_moe_block", False),
+        "num_experts": arguments.get("num_experts"),
+        "top_k_experts": arguments.get("num_experts_per_token"),
+        "moe_intermediate_size": arguments.get("expert_intermediate_dim"),
         "use_bidirectional_attention": "vision",
     }
 
@@ -94,6 +97,11 @@ def tensors_of(family: str, weights: dict[str, np.ndarray], prefix: str = "model
         "post_ffw_norm": "post_feedforward_layernorm",
         "query_norm": "self_attn.q_norm",
         "key_norm": "self_attn.k_norm",
+    }
+    norms |= {
+        "pre_ffw_norm_moe": "pre_feedforward_layernorm_2",
+        "post_ffw_norm_dense": "post_feedforward_layernorm_1",
+        "post_ffw_norm_moe_path": "post_feedforward_layernorm_2",
     }
     heads = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
     linear = {"ffw_gating": "gate_proj", "ffw_gating_2": "up_proj", "ffw_linear": "down_proj"}
@@ -109,6 +117,9 @@ def tensors_of(family: str, weights: dict[str, np.ndarray], prefix: str = "model
             if path.endswith("/layer_scalar"):
                 tensors[f"{prefix}layers.{block}.layer_scalar"] = np.reshape(value, (1,))
                 continue
+            if "/moe_" in path:
+                tensors |= experts_of(path, weights, f"{prefix}layers.{block}.")
+                continue
             if layer in norms:
                 name = norms[layer]
             elif layer in heads:
@@ -120,6 +131,20 @@ def tensors_of(family: str, weights: dict[str, np.ndarray], prefix: str = "model
             name = f"layers.{block}.{name}"
         tensors[f"{prefix}{name}.weight"] = np.ascontiguousarray(value)
     return tensors
+
+
+def experts_of(path: str, weights: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    """The tensor of a router or of its experts; the gates and the matrices beside them are one, of each expert."""
+    value, (layer, name) = weights[path], path.rsplit("/", 2)[-2:]
+    if layer == "proj":
+        return {f"{prefix}router.proj.weight": np.ascontiguousarray(value.T)}
+    if name in ("per_dim_scale", "per_expert_scale"):
+        return {f"{prefix}router.{name.removeprefix('per_dim_')}": value}
+    if name == "down_proj":
+        return {f"{prefix}experts.down_proj": np.ascontiguousarray(value.transpose(0, 2, 1))}
+    both = [weights[path.replace(name, each)] for each in ("gate_proj", "up_proj")]
+    joined = [np.concatenate([gate.T, up.T]) for gate, up in zip(*both, strict=True)]
+    return {f"{prefix}experts.gate_up_proj": np.ascontiguousarray(np.stack(joined))}
 
 
 def write_hugging_face(

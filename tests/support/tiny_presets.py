@@ -62,6 +62,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "audio_encoder": None,
     },
 }
+EXPERTS = {"enable_moe_block": True, "num_experts": 4, "num_experts_per_token": 2, "expert_intermediate_dim": 24}
+"""Arguments that give a Gemma 4 experts beside the dense feed-forward."""
 """Backbone arguments of each family. Of every six layers Gemma 3 makes five local: `num_layers=6` adds a global one."""
 
 BACKBONES = {"gemma3": "Gemma3Backbone", "gemma4": "Gemma4Backbone"}
@@ -158,7 +160,7 @@ def tiny_backbone(family: str, *, seed: int = 0, **overrides: Any) -> Any:
         values = random.standard_normal(weight.shape).astype("float32")
         # Sizes such that soft caps and softmaxes are well off their linear range, and that the blocks outweigh the
         # embedding in the residual stream: else a tied head only repeats the last token.
-        if name in ("embeddings", "scale", "layer_scalar"):
+        if name in ("embeddings", "scale", "layer_scalar", "per_dim_scale", "per_expert_scale"):
             values *= 0.3
             values += 2.0 if layer.startswith("post_") else 0.0
             if family == "gemma4" and name != "embeddings":
@@ -168,7 +170,8 @@ def tiny_backbone(family: str, *, seed: int = 0, **overrides: Any) -> Any:
         else:
             fan_in = values.shape[0] * values.shape[1] if layer == "attention_output" else values.shape[-2]
             values *= {"query": 2.0, "key": 2.0, "attention_output": 4.0, "ffw_linear": 4.0}.get(layer, 1.0)
-            values /= fan_in**0.5
+            # A router divides by the root of the hidden size itself: its choices are to be clear ones.
+            values /= 0.5 if layer == "proj" else fan_in**0.5
         weight.assign(values)
     return backbone
 

@@ -126,6 +126,7 @@ def _of_gemma4(architecture: Architecture) -> dict[str, Any]:
     """Return what sets the configuration of a Gemma 4 apart; of a kind that no block is of, transformers' defaults."""
     given, kinds = architecture.config, {kind.name: kind for kind in architecture.kinds}
     full, local = kinds.get("full_attention"), kinds.get("sliding_attention")
+    experts = architecture.kinds[0].experts
     rope: dict[str, Any] = {}
     for name, kind, wavelength in (
         ("full_attention", full, GLOBAL_WAVELENGTH),
@@ -151,7 +152,10 @@ def _of_gemma4(architecture: Architecture) -> dict[str, Any]:
         "hidden_size_per_layer_input": 0,
         "vocab_size_per_layer_input": given["vocabulary_size"],
         "num_kv_shared_layers": 0,
-        "enable_moe_block": False,
+        "enable_moe_block": experts is not None,
+        "num_experts": experts and experts.count,
+        "top_k_experts": experts and experts.chosen,
+        "moe_intermediate_size": experts and experts.width,
         "use_double_wide_mlp": False,
         "use_bidirectional_attention": None,
     }

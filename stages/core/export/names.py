@@ -9,7 +9,7 @@ from stages.core.records.manifest import Manifest
 
 PRESET = re.compile(
     r"(?P<family>code_gemma|shieldgemma|gemma[234]?)_(?:(?P<version>1\.1)_)?(?P<instruct>instruct_)?"
-    r"(?P<size>\d+[bm])(?:_en|_text)?"
+    r"(?P<size>\d+[bm](?:_a4b)?)(?:_en|_text)?"
 )
 FAMILIES = {"code_gemma": "codegemma", "gemma2": "gemma-2", "gemma3": "gemma-3", "gemma4": "gemma-4"}
 OTHERS = {
@@ -38,7 +38,7 @@ def public_name(manifest: Manifest) -> str:
     version = f"-{found['version']}" if found["version"] else ""
     # Of Gemma 3 the base is "pt" (pre-trained), but for the 270M.
     base = "-pt" if family == "gemma-3" and found["size"] != "270m" else ""
-    return f"google/{family}{version}-{found['size']}{'-it' if found['instruct'] else base}"
+    return f"google/{family}{version}-{found['size'].replace('_', '-')}{'-it' if found['instruct'] else base}"
 
 
 def is_instruct(manifest: Manifest) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,5 +38,11 @@ def hugging_face_tensors(weights: MergedWeights, dtype: Any = np.float32) -> Ite
         ...     for name, tensor in hugging_face_tensors(weights):
         ...         print(name, tensor.shape)  # model.layers.0.self_attn.q_proj.weight (1024, 640)
     """
-    for path, weight in weights.table.items():
-        yield PREFIX + weight.hugging_face, as_matrix(weight, functools.partial(weights.read, path), dtype)
+    for name, group in itertools.groupby(weights.table.items(), lambda row: row[1].hugging_face):
+        # Of a block's experts two weights are one tensor.
+        tensor: np.ndarray | None = None
+        for path, weight in group:
+            tensor = as_matrix(weight, functools.partial(weights.read, path), dtype, tensor)
+        if tensor is not None:
+            yield PREFIX + name, tensor
+        del tensor

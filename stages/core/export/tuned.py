@@ -215,7 +215,10 @@ def pieces(shape: tuple[int, ...], most: int = PIECE) -> Iterator[slice]:
 
 
 def as_matrix(
-    weight: StoredWeight, read: Callable[[tuple[slice, ...]], np.ndarray], dtype: Any = np.float32
+    weight: StoredWeight,
+    read: Callable[[tuple[slice, ...]], np.ndarray],
+    dtype: Any = np.float32,
+    begun: np.ndarray | None = None,
 ) -> np.ndarray:
     """Return a weight in the shape that PyTorch's layers have (outputs x inputs), filled piece by piece.
 
@@ -223,15 +226,19 @@ def as_matrix(
         weight: its row of the weight table.
         read: returns a piece of keras-hub's weight, see `parts`.
         dtype: of the result; rounds to nearest, ties to even.
+        begun: a result that holds another weight of the same tensor already; None: a new one.
 
     Returns:
         An array of `weight.matrix_shape`, contiguous.
     """
-    result = np.empty(weight.matrix_shape, dtype)
+    result = np.empty(weight.matrix_shape, dtype) if begun is None else begun
     for part in parts(weight.shape):
         values, piece = read(part), part[0] if part else slice(None)
         if weight.kind in ("scale", "vector", "rows", "scalar"):
             result[piece] = values
+        elif weight.kind.startswith("experts"):
+            start = weight.shape[2] if weight.kind == "experts_up" else 0
+            result[piece, start : start + weight.shape[2]] = values.transpose(0, 2, 1)
         elif weight.kind == "transposed":
             result[:, piece] = values.T
         elif weight.kind == "heads_out":

@@ -94,6 +94,7 @@ REGISTRY: dict[str, Registered] = {
     **_presets("keras/gemma3", 27009002240, "gemma3_27b_text", gemma3_27b_text=4, gemma3_instruct_27b_text=3),
     **_presets("keras/function-gemma", 268098176, "gemma3_270m", function_gemma_instruct_270m=1),
     **_presets("keras/medgemma", 27009002240, "gemma3_27b_text", HEALTH, medgemma_instruct_27b_text=1),
+    **_presets("keras/gemma4", 26000000000, "gemma4_26b_a4b", gemma4_26b_a4b=2, gemma4_instruct_26b_a4b=2),
     **_presets("keras/gemma4", 31000000000, "gemma4_31b", gemma4_31b=2, gemma4_instruct_31b=2),
 }
 """By keras-hub's preset name. A tuned form (instruct, 1.1, CodeGemma, ShieldGemma, C2S, MedGemma's text model) has the
@@ -102,7 +103,7 @@ architecture, and the number of parameters, of the preset that it was tuned from
 BACKBONES = {"gemma3": "Gemma3Backbone", "gemma4": "Gemma4Backbone"}
 """By how the names of presets begin; of others it is GemmaBackbone."""
 
-BASE = re.compile(r"gemma-(2b|7b|2-(2b|9b|27b)|3-270m|3-(1b|4b|12b|27b)-pt|4-31[bB])")
+BASE = re.compile(r"gemma-(2b|7b|2-(2b|9b|27b)|3-270m|3-(1b|4b|12b|27b)-pt|4-(31[bB]|26[bB]-[aA]4[bB]))")
 """Names of Google's base models at Hugging Face, those that are not instruction-tuned (`-it`)."""
 
 VISION: dict[str, str | None] = {
@@ -128,7 +129,6 @@ EMBEDDING = ("embedding_gemma3_300m", "harrier_embedding_oss_270m")
 NOT_YET = {
     "gemma4_2b": "per-layer embeddings and shared keys",
     "gemma4_4b": "per-layer embeddings and shared keys",
-    "gemma4_26b_a4b": "experts",
 }
 """Sizes of Gemma 4 that are not supported yet, by the base preset's name, and what they have beside the others."""
 
@@ -170,7 +170,7 @@ def registered(preset: str, asked_by: str) -> Registered:
     if lacking := NOT_YET.get(name.replace("gemma4_instruct_", "gemma4_")):
         raise ParamsError(
             f"{asked_by} must be a Gemma that this project runs, and {name} has {lacking}, which it does not. "
-            f"{received}\nOf Gemma 4 it runs gemma4_31b and gemma4_instruct_31b."
+            f"{received}\nOf Gemma 4 it runs gemma4_26b_a4b, gemma4_31b and their instruct forms."
         )
     for prefix, family in OTHERS.items():
         if name.startswith(prefix):
@@ -264,6 +264,7 @@ _FOUR = {
     **{"image_size": None, "vision_encoder": None, "audio_encoder": None, "global_head_dim": 512},
     **{"global_rope_partial_rotary_factor": 0.25, "final_logit_soft_cap": 30, "sliding_window_size": 1024},
 }
+_EXPERTS = {"enable_moe_block": True, "num_experts": 128, "num_experts_per_token": 8, "expert_intermediate_dim": 704}
 _PER_HEAD = {"query_head_dim_normalize": False}
 
 GEMMAS: dict[str, dict[str, Any]] = {
@@ -277,6 +278,9 @@ GEMMAS: dict[str, dict[str, Any]] = {
     "gemma3_4b_text": _gemma(3880099328, 262144, 34, 8, 4, 2560, 10240, 256, **_LARGE),
     "gemma3_12b_text": _gemma(11765788416, 262144, 48, 16, 8, 3840, 15360, 256, **_LARGE),
     "gemma3_27b_text": _gemma(27009002240, 262144, 62, 32, 16, 5376, 21504, 128, **_LARGE, **_PER_HEAD),
+    "gemma4_26b_a4b": _gemma(
+        *(25233141790, 262144, 30, 16, 8, 2816, 2112, 256), **_FOUR, **_EXPERTS, num_global_key_value_heads=2
+    ),
     "gemma4_31b": _gemma(30697345340, 262144, 60, 32, 16, 5376, 21504, 256, **_FOUR, num_global_key_value_heads=4),
 }
 """By keras-hub's preset name: `params`, the parameter count that keras-hub's own registry states

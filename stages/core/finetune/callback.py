@@ -32,6 +32,7 @@ from stages.core.finetune.profile import StepProfile
 from stages.core.finetune.resuming import Checkpoint
 from stages.core.finetune.run_state import RunState, put
 from stages.core.finetune.signals import SIGNALS, Interruption, Stopped
+from stages.core.model.causal_lm import BUSIEST
 from stages.core.processes.group import COMPILE_LIMIT, SAMPLE_LIMIT, SAVE_LIMIT, STEP_LIMIT, VALIDATION_LIMIT, current
 from stages.core.records.finetune import Sample, Step
 from stages.core.sharding.hosts import whole
@@ -159,6 +160,8 @@ class TrainingCallback(keras.callbacks.Callback):
         if tokens != given:
             raise StageError(f"Step {step} must train all {given} tokens of its sequences. Received: tokens={tokens}.")
         history.step_seconds.append(seconds)
+        if BUSIEST in logs:
+            history.busiest_expert.append(float(logs[BUSIEST]))
         history.rows.append(
             Step(
                 step=step,

@@ -30,6 +30,7 @@ def step_flops(backbone: keras.Model, batch: int, length: int) -> int:
     - each weight that a product touches: 2 forward, 2 for the gradient in its input, and 2 more for its own gradient
       unless it is frozen. The embedding table is touched once, as the output head. A LoRA kernel B on queries, keys and
       values serves every head.
+    - experts: those that it is sent to, of their number.
     - attention: 4 x length x heads x head dimension a block forward (scores and mixing, over the whole square, as
       there), and twice that backward.
 
@@ -38,18 +39,22 @@ def step_flops(backbone: keras.Model, batch: int, length: int) -> int:
         batch: sequences per step, without padding of the batch.
         length: tokens per sequence.
     """
-    tokens = batch * length
+    tokens, kinds = batch * length, of_backbone(backbone).kinds
+    experts = kinds[0].experts
     shapes = {variable.path: variable.shape for variable in backbone.variables}
     a_token = 0
     for variable in backbone.variables:
         layer, _, name = variable.path.rpartition("/")
+        forward_and_back = 6 if variable.trainable else 4
+        if experts and name in ("gate_proj", "up_proj", "down_proj"):
+            a_token += forward_and_back * math.prod(variable.shape) // experts.count * experts.chosen
         if name not in ("kernel", "embeddings", "lora_kernel_a", "lora_kernel_b"):
             continue
         times = 1
         if name == "lora_kernel_b" and layer.endswith(("query", "key", "value")):
             times = shapes[f"{layer}/kernel"][0]
-        a_token += (6 if variable.trainable else 4) * times * math.prod(variable.shape)
-    attention = 12 * length * sum(kind.query_heads * kind.head for kind in of_backbone(backbone).kinds)
+        a_token += forward_and_back * times * math.prod(variable.shape)
+    attention = 12 * length * sum(kind.query_heads * kind.head for kind in kinds)
     return tokens * (a_token + attention)
 
 

@@ -22,6 +22,7 @@ class History:
     `rows` is the curve; `step_seconds` has one entry per step and `first_steps` lists those that began a process and
     include a compilation. `seconds` are of all other work, by kind. `waited` counts validations since the lowest loss.
     `step_growth` is the growth in bytes of the process's memory within a step on CPU devices, if it can be measured.
+    `busiest_expert` has an entry per step of a model with experts: see `causal_lm.BUSIEST`.
     """
 
     rows: list[Step] = field(default_factory=list)
@@ -33,6 +34,7 @@ class History:
     waited: int = 0
     stopped_early: bool = False
     step_growth: int | None = None
+    busiest_expert: list[float] = field(default_factory=list)
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> History:

@@ -39,7 +39,7 @@ class Result:
     def metrics(self) -> FinetuneMetrics:
         """Return `data/metrics/finetune.json`, over all processes of the run."""
         history = self.history
-        first = set(history.first_steps)
+        first, busiest = set(history.first_steps), history.busiest_expert
         steady = [i for i in range(history.steps) if i not in first] or list(range(history.steps))
         median = statistics.median(history.step_seconds[i] for i in steady)
         return FinetuneMetrics(
@@ -66,6 +66,7 @@ class Result:
             flops_per_second_of_matrix_product=round(self.matrix_product_rate),
             flops_share_of_peak=round(self.flops_per_step / median / (self.matrix_product_rate * self.devices), 4),
             device_kind=self.device_kind,
+            busiest_expert_share=round(statistics.fmean(busiest), 4) if busiest else None,
         )
 
 

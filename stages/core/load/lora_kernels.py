@@ -21,6 +21,9 @@ from stages.core.sharding.keras_internals import declared_only, layers_within
 # Every matrix of a block, in the model's order.
 PROJECTIONS = ("query", "key", "value", "attention_output", "ffw_gating", "ffw_gating_2", "ffw_linear")
 
+EXPERTS = ("moe_router", "moe_expert_bank")
+"""Layers with matrices that get no adapter."""
+
 
 def target_layers(backbone: keras.Model, targets: Sequence[str]) -> list[Any]:
     """Return the projections that match a target, in the model's order.
@@ -45,6 +48,11 @@ def target_layers(backbone: keras.Model, targets: Sequence[str]) -> list[Any]:
             ) from error
         found = {path for path in paths if pattern.fullmatch(path)}
         if not found:
+            if any(pattern.fullmatch(layer.path) for layer in layers_within(backbone) if layer.name in EXPERTS):
+                raise StageError(
+                    "LoRA on a router or its experts is not supported: there would be an adapter of each expert. "
+                    f"Received: targets={target!r}. Choose of: {', '.join(PROJECTIONS)}."
+                )
             blocks = len({path.split("/")[0] for path in paths})
             names = ", ".join(dict.fromkeys(path.split("/", 1)[1] for path in paths))
             raise StageError(

@@ -59,7 +59,8 @@ def policy_of(dtype: str) -> str:
 def declare(backbone: keras.Model, form: Form) -> None:
     """Make the declared matrices of the blocks, and by choice the token table, weights of codes with their scales.
 
-    Norms stay floats: they are a few thousand numbers, and no products.
+    Norms stay floats: they are a few thousand numbers, and no products; so do routers, by whose last bits experts are
+    chosen.
     """
     with declared_only():
         if form.table:
@@ -72,6 +73,10 @@ def declare(backbone: keras.Model, form: Form) -> None:
                 kernel = kernel_of(layer)
                 shape = zip(axes, kernel.shape, strict=True)
                 declare_codes(layer, kernel, tuple(size if axis in result else 1 for axis, size in shape))
+            if layer.name == "moe_expert_bank":
+                for matrix in (layer.gate_proj, layer.up_proj, layer.down_proj):
+                    experts, _, outputs = matrix.shape
+                    declare_codes(layer, matrix, (experts, 1, outputs))
 
 
 def largest(values: np.ndarray, scale_shape: tuple[int, ...]) -> np.ndarray:

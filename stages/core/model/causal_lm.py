@@ -21,11 +21,15 @@ from jax.sharding import PartitionSpec as P
 from stages.core.common.errors import StageError
 from stages.core.model import cross_entropy, decoder, tied_table
 from stages.core.model.activations import UNCONSTRAINED, Activations
+from stages.core.model.experts import busiest_share
 from stages.core.model.lora import Dropout
 from stages.core.model.tensor_parallel import Projections
 from stages.core.sharding.hosts import on_every_process, put
 from stages.core.sharding.keras_internals import embedding_table, set_value, update_metrics
 from stages.core.sharding.layout import Placement
+
+BUSIEST = "busiest_expert"
+"""Of a model with experts, the largest share of a batch's tokens that an expert of any block was sent."""
 
 
 class CausalModel(keras.Model):
@@ -72,11 +76,15 @@ class CausalModel(keras.Model):
         self.built = True
 
     def call(self, inputs: Mapping[str, jax.Array], training: bool = False) -> dict[str, jax.Array]:
-        """Return each token's loss in nats and whether its target was the most likely token."""
+        """Return each token's loss in nats and whether its target was the most likely token.
+
+        In training, of a model with experts, also the share of the tokens that the busiest expert was sent.
+        """
         embedding = self.backbone.token_embedding
         table = tied_table.table_of(self.backbone)
         embedded = tied_table.embed(table, inputs["token_ids"], self.head_plan, embedding.compute_dtype)
         embedded = self.constrain(embedded, "hidden")
+        sent: list[jax.Array] = []
         hidden = decoder.hidden_states(
             self.backbone,
             embedded,
@@ -85,9 +93,12 @@ class CausalModel(keras.Model):
             projections=self.projections,
             dropout=self._drop() if training and self.dropout_step is not None else None,
             rematerialize=self._rematerialize and training,
+            sent=sent if training else None,
         )
         loss, correct = cross_entropy.token_losses(hidden, table, inputs["target_ids"], self.head_plan)
-        return {"loss": loss, "correct": correct}
+        found = {"loss": loss, "correct": correct}
+        # What Keras' `predict` returns has a row for each sequence.
+        return found | ({BUSIEST: busiest_share(sent, inputs["segment_ids"] > 0)} if sent else {})
 
     @property
     def table(self) -> keras.Variable:
@@ -137,7 +148,7 @@ class CausalModel(keras.Model):
         (gradients, rest, metrics), logs = jax.lax.scan(add, (zeros, rest, metrics), batches)
         trainable, optimizer = self.optimizer.stateless_apply(optimizer, gradients, trainable)
         # The group's own numbers are sums of its batches' parts; the means since the epoch began are the last ones.
-        logs = {name: each.sum() if name.startswith("batch_") else each[-1] for name, each in logs.items()}
+        logs = {name: _of_group(name, each) for name, each in logs.items()}
         return logs, (trainable, rest, optimizer, metrics)
 
     def predict_step(self, state: Any, data: Any) -> tuple[Any, Any]:
@@ -158,6 +169,7 @@ class CausalModel(keras.Model):
             "batch_loss": jnp.sum(y_pred["loss"] * weights) / _total(x),
             "batch_accuracy": jnp.sum(correct * weights) / _total(x),
             "batch_tokens": jnp.sum(trained_on),
+            **({BUSIEST: y_pred[BUSIEST]} if BUSIEST in y_pred else {}),
         }
 
     def measure(self, batches: keras.utils.PyDataset, tokens: int, verbose: int = 0) -> dict[str, float]:
@@ -220,6 +232,13 @@ class CausalModel(keras.Model):
     def get_config(self) -> dict[str, Any]:
         """Refuse: the model is a run's, and what is kept of it are the trained weights."""
         raise TypeError("CausalModel is not saved; save the trained weights (stages.core.load.adapter)")
+
+
+def _of_group(name: str, values: jax.Array) -> jax.Array:
+    """Return a group's number of those of its batches, by its name."""
+    if name == BUSIEST:
+        return values.max()
+    return values.sum() if name.startswith("batch_") else values[-1]
 
 
 def _total(x: Mapping[str, jax.Array]) -> jax.Array:

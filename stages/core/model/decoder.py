@@ -9,7 +9,7 @@ names inside a block, and `tests/model/test_decoder.py` holds it to the backbone
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -48,6 +48,9 @@ class _Pass:
     projections: Projections
     rotary: Rotary
     dropout: Dropout | None
+    # How many of the counted tokens, bool (batch, length), the experts of each block so far were sent.
+    counted: jax.Array
+    sent: list[jax.Array] = field(default_factory=list)
 
 
 def hidden_states(
@@ -60,6 +63,7 @@ def hidden_states(
     dropout: Dropout | None = None,
     rematerialize: bool = False,
     before_block: Callable[[Any], None] | None = None,
+    sent: list[jax.Array] | None = None,
 ) -> jax.Array:
     """Return the final normalised hidden states.
 
@@ -74,22 +78,27 @@ def hidden_states(
         rematerialize: recompute each block in the backward pass instead of keeping its activations.
         before_block: called with each block's layer before it runs, outside of a compiled function: it can give the
             layer its weights, so that those of one block are in memory.
+        sent: takes, block by block, how many tokens each of its experts was sent, padding not counted, int32
+            (experts,).
 
     Returns:
         (batch, length, hidden) in the compute dtype.
     """
     attention = SelfAttention(segment_ids, constrain)
     positions = np.arange(segment_ids.shape[1], dtype=np.int32)[None, :]
-    run = _begin(backbone, positions, constrain, projections, dropout)
+    run = _begin(backbone, positions, segment_ids > 0, constrain, projections, dropout)
     x = _scale(backbone, token_embeddings)
     for each in run.blocks:
 
-        def block(x: jax.Array, each: _Block = each) -> jax.Array:
-            return _block(run, each, x, attention.of_block(each.number, each.kind, _soft_cap(each)))
+        def block(x: jax.Array, each: _Block = each) -> tuple[jax.Array, list[jax.Array]]:
+            own = replace(run, sent=[])
+            return _block(own, each, x, attention.of_block(each.number, each.kind, _soft_cap(each))), own.sent
 
         if before_block:
             before_block(each.layer)
-        x = jax.checkpoint(block)(x) if rematerialize else block(x)
+        x, found = jax.checkpoint(block)(x) if rematerialize else block(x)
+        if sent is not None:
+            sent += found
     return _norm(backbone.layer_norm, x)
 
 
@@ -120,7 +129,7 @@ def read_prompts(
     places = np.arange(width, dtype=np.int32)[None, :]
     padding = (width - lengths)[:, None]
     attention = SelfAttention((places >= padding).astype(jnp.int32), constrain)
-    run = _begin(backbone, places - padding, constrain, projections)
+    run = _begin(backbone, places - padding, places >= padding, constrain, projections)
     x = _scale(backbone, token_embeddings)
     caches: list[Cache] = []
     for each in run.blocks:
@@ -160,7 +169,8 @@ def read_token(
     Returns:
         (batch, hidden), and a pair of (batch, 1, key/value heads, head) a block.
     """
-    run = _begin(backbone, (place - padding)[:, None], constrain, projections)
+    positions = (place - padding)[:, None]
+    run = _begin(backbone, positions, positions >= 0, constrain, projections)
     x = _scale(backbone, token_embeddings)
     found: list[tuple[jax.Array, jax.Array]] = []
     for each, cache in zip(run.blocks, caches, strict=True):
@@ -184,6 +194,7 @@ def read_token(
 def _begin(
     backbone: keras.Model,
     positions: jax.Array,
+    counted: jax.Array,
     constrain: Activations,
     projections: Projections,
     dropout: Dropout | None = None,
@@ -193,7 +204,7 @@ def _begin(
     pairs = zip(backbone.transformer_layers, architecture.kinds, strict=True)
     blocks = [_Block(number, *pair) for number, pair in enumerate(pairs)]
     rotary = Rotary(architecture.kinds, positions, interleaved=architecture.family.interleaved)
-    return _Pass(blocks, constrain, projections, rotary, dropout)
+    return _Pass(blocks, constrain, projections, rotary, dropout, counted)
 
 
 def _soft_cap(block: _Block) -> float | None:
@@ -229,6 +240,10 @@ def _block(run: _Pass, block: _Block, x: jax.Array, attend: Attend) -> jax.Array
     h = run.constrain(
         run.projections.rows(layer.ffw_linear, jax.nn.gelu(gate, approximate=True) * up, run.dropout), "hidden"
     )
+    if kind.experts:
+        mixed, sent = run.projections.experts(layer, kind.experts, x, _norm(layer.pre_ffw_norm_moe, x), run.counted)
+        h = _norm(layer.post_ffw_norm_dense, h) + _norm(layer.post_ffw_norm_moe_path, run.constrain(mixed, "hidden"))
+        run.sent.append(sent)
     if kind.post_ffw_norm:
         h = _norm(layer.post_ffw_norm, h)
     x = x + h

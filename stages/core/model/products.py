@@ -64,7 +64,7 @@ def product(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
     if w.dtype == x.dtype:
         return jnp.einsum(equation, x, w)
     # Inside `shard_map` the sum over devices is this cast's backward pass, so it must be of `w` in its own dtype.
-    return _product(equation, _varying_as(x, w), _varying_as(w, x))
+    return _product(equation, varying_as(x, w), varying_as(w, x))
 
 
 def gathered(w: jax.Array, dimension: int, dtype: Any) -> jax.Array:
@@ -91,10 +91,10 @@ def gathered_product(equation: str, x: jax.Array, w: jax.Array, dimension: int, 
         dimension: that it is split in.
         again: gather the weight once more in the backward pass; else it is kept until then.
     """
-    return _gathered_product(equation, dimension, again, _varying_as(x, w), _varying_as(w, x))
+    return _gathered_product(equation, dimension, again, varying_as(x, w), varying_as(w, x))
 
 
-def _varying_as(array: jax.Array, other: jax.Array) -> jax.Array:
+def varying_as(array: jax.Array, other: jax.Array) -> jax.Array:
     """Mark an array as one of each device, over the mesh axes that another is one of each device over."""
     own, wanted = (jax.typeof(each).manual_axis_type.varying for each in (array, other))
     return jax.lax.pcast(array, tuple(sorted(wanted - own)), to="varying")

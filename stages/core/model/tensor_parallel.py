@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from stages.core.model.experts import ExpertBanks
 from stages.core.model.lora import Dropout, Gathering, apply, arrays_of, base, narrowed, widen
 from stages.core.model.products import gathered
 from stages.core.sharding.keras_internals import kernel_of
@@ -32,7 +33,11 @@ KERNELS = ("kernel", "kernel_scale", "lora_kernel_a", "lora_kernel_b")
 
 
 class Projections:
-    """Applies groups of `EinsumDense` layers, each as its kernel is split."""
+    """Applies groups of `EinsumDense` layers, each as its kernel is split.
+
+    Attributes:
+        experts: the same of a block's experts.
+    """
 
     def __init__(
         self, mesh: Mesh | None = None, placements: Sequence[Placement] = (), *, keep_gathered: bool = False
@@ -49,6 +54,7 @@ class Projections:
         self._divides = mesh is not None and mesh.shape["model"] > 1
         self._placed = {placement.weight.path: placement for placement in placements}
         self._again = not keep_gathered
+        self.experts = ExpertBanks(mesh, placements, keep_gathered=keep_gathered)
 
     def columns(self, layers: Sequence[Any], x: jax.Array, dropout: Dropout | None = None) -> list[jax.Array]:
         """Apply several layers to the same hidden states (batch, length, hidden), split over time or whole.

@@ -41,6 +41,8 @@ FREE = frozenset(
 _LIBRARY = re.compile(r'custom_call_target="__cublas.*?"lhs_contracting_dimensions":\[([^\]]*)\]')
 # A kernel of model/attention_splash.py: the flops of one product of its queries and keys, and which kernel it is.
 _KERNEL = re.compile(r"kernel_product_flops_(\d+).*splash_\w*?_(fwd|dq|dkv)_")
+# A TPU's kernel for a product of model/experts.py, which tells its flops.
+_RAGGED = re.compile(r'custom_call_target="tpu_custom_call".*ragged_product_flops_(\d+)')
 # Products of that size in each: of queries and keys, of weights and values; and with the gradient, of each of the four.
 KERNEL_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 
@@ -176,9 +178,18 @@ def _matrix_flops(instruction: Instruction, computation: Computation) -> int:
 
 
 def kernel_flops(instruction: Instruction) -> int:
-    """Return the flops of an attention kernel, which is opaque to XLA; 0 for anything else."""
-    found = instruction.opcode == "custom-call" and _KERNEL.search(instruction.attributes)
+    """Return the flops of an attention kernel or a product of experts, opaque to XLA; 0 for anything else."""
+    if instruction.opcode != "custom-call":
+        return 0
+    if ragged := _RAGGED.search(instruction.attributes):
+        return int(ragged[1])
+    found = _KERNEL.search(instruction.attributes)
     return int(found[1]) * KERNEL_PRODUCTS[found[2]] if found else 0
+
+
+def multiplies_experts(instruction: Instruction) -> bool:
+    """Return whether a kernel is a product of experts."""
+    return _RAGGED.search(instruction.attributes) is not None
 
 
 def passes(instruction: Instruction, computation: Computation) -> int:
@@ -187,6 +198,8 @@ def passes(instruction: Instruction, computation: Computation) -> int:
     At the highest precision a float32 number is three of them, and of nine products the three smallest are left out
     (https://docs.jax.dev/en/latest/jax.lax.html#jax.lax.Precision); otherwise it is rounded to one.
     """
+    if multiplies_experts(instruction):
+        return 6 if instruction.arrays[0].bits == 32 else 1
     if kernel_flops(instruction):
         # After the numbers of the blocks to visit come the queries, of the dtype of all that is multiplied.
         query = array_of(instruction.operands[2], computation)

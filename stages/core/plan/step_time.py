@@ -9,7 +9,8 @@ scheduled, so its instructions run in their order:
     a collective that is started and awaited later holds the core up only for what is left of it then
     (Thakur et al., 2005, https://doi.org/10.1177/1094342005051521: a ring's time by latency and rate)
 
-    an attention kernel (model/attention_splash.py), of which the compiler estimates nothing: its products at the peak
+    a kernel (model/attention_splash.py, products of model/experts.py), of which the compiler estimates nothing: its
+    products at the peak
 
 Not in it: the host's part of a step, congestion between collectives, clocks below the nominal one. How far off that is,
 docs/planning.md tells beside published measurements.
@@ -22,7 +23,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from stages.core.plan.hlo import Computation, Instruction, Program, trip_count
-from stages.core.plan.program_costs import COLLECTIVES, collective_bytes, group_size, kernel_flops, passes
+from stages.core.plan.program_costs import (
+    COLLECTIVES,
+    collective_bytes,
+    group_size,
+    kernel_flops,
+    multiplies_experts,
+    passes,
+)
 from stages.core.plan.topology import Topology
 from stages.core.records.plan import StepTime
 
@@ -179,7 +187,8 @@ class _Timer:
         if found := re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes):
             run.spend(self._part(instruction), int(found[1]) / self._clock)
         elif (flops := kernel_flops(instruction)) and self._topology.flops:
-            run.spend("attention", flops * passes(instruction, computation) / self._topology.flops)
+            part = "products" if multiplies_experts(instruction) else "attention"
+            run.spend(part, flops * passes(instruction, computation) / self._topology.flops)
         for chain in ends:
             run.wait(run.ready[chain])
 

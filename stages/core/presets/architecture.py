@@ -89,9 +89,9 @@ class _Gemma4(_Later):
     vocab_size_per_layer_input: int | None = None
     use_double_wide_mlp: bool = False
     enable_moe_block: bool = False
-    num_experts: int | None = None
-    expert_intermediate_dim: int | None = None
-    num_experts_per_token: int = 8
+    num_experts: Heads | None = None
+    expert_intermediate_dim: Size | None = None
+    num_experts_per_token: Heads = 8
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,11 @@ class Architecture:
         )
         need(config.num_kv_shared_layers == 0, "num_kv_shared_layers", "0: E2B and E4B are not supported yet")
         need(config.hidden_size_per_layer_input == 0, "hidden_size_per_layer_input", "0, for the same reason")
-        need(not config.enable_moe_block, "enable_moe_block", "false: 26B-A4B is not supported yet")
+        if config.enable_moe_block:
+            experts = config.num_experts or 0
+            need(experts > 0, "num_experts", "a number, with enable_moe_block")
+            need(config.expert_intermediate_dim is not None, "expert_intermediate_dim", "a number, for the same reason")
+            need(config.num_experts_per_token <= experts, "num_experts_per_token", f"at most num_experts ({experts})")
         need(len(config.layer_types or ()) in (0, count), "layer_types", f"a name for each of its {count} blocks")
         alike = config.num_global_key_value_heads
         need(

@@ -44,9 +44,9 @@ class Gemma4Text(Typed):
     num_kv_shared_layers: int = 0
     enable_moe_block: bool = False
     use_double_wide_mlp: bool = False
-    num_experts: int | None = None
-    top_k_experts: int | None = None
-    moe_intermediate_size: int | None = None
+    num_experts: Heads | None = None
+    top_k_experts: Heads | None = None
+    moe_intermediate_size: Size | None = None
     global_head_dim: HeadSize = 512
     num_global_key_value_heads: Heads | None = None
     per_layer_config: dict[str, _Overrides] | None = None
@@ -114,10 +114,26 @@ def read(config: Gemma4Text, path: Path) -> Architecture:
             "num_kv_shared_layers": config.num_kv_shared_layers,
             "hidden_size_per_layer_input": config.hidden_size_per_layer_input,
             "enable_moe_block": config.enable_moe_block,
+            **(_experts(config, path) if config.enable_moe_block else {}),
             "vision_encoder": None,
             "audio_encoder": None,
         },
     )
+
+
+def _experts(config: Gemma4Text, path: Path) -> dict[str, int]:
+    """Return the arguments of a model with experts, whose numbers transformers has no defaults for."""
+    named = {
+        "num_experts": config.num_experts,
+        "num_experts_per_token": config.top_k_experts,
+        "expert_intermediate_dim": config.moe_intermediate_size,
+    }
+    if None in named.values():
+        raise StageError(
+            "A Gemma 4 with enable_moe_block must state num_experts, top_k_experts and moe_intermediate_size. "
+            f"Received: {brief([config.num_experts, config.top_k_experts, config.moe_intermediate_size])} in {path}."
+        )
+    return {key: value for key, value in named.items() if value is not None}
 
 
 def _full_layers(config: Gemma4Text, names: list[Name], path: Path) -> tuple[int, int | None]:

@@ -33,6 +33,21 @@ class _Architecture(Protocol):
 
 
 @dataclass(frozen=True)
+class Experts:
+    """A block's experts, beside its dense feed-forward.
+
+    Attributes:
+        count: how many there are.
+        chosen: how many of them a token is sent to.
+        width: units of one.
+    """
+
+    count: int
+    chosen: int
+    width: int
+
+
+@dataclass(frozen=True)
 class LayerKind:
     """A block's attention and what surrounds it.
 
@@ -47,6 +62,7 @@ class LayerKind:
         query_key_norm, value_norm: whether these are normalised, values without a scale of their own.
         post_attention_norm, post_ffw_norm: whether what a block adds is normalised.
         scaled: whether the block's output is multiplied with a number of its own.
+        experts: beside the dense feed-forward; None: none.
     """
 
     name: Name
@@ -64,6 +80,7 @@ class LayerKind:
     post_attention_norm: bool
     post_ffw_norm: bool
     scaled: bool
+    experts: Experts | None = None
 
     @property
     def rope(self) -> tuple[float, float, int, int]:
@@ -174,4 +191,12 @@ def _gemma4(architecture: _Architecture, name: Name) -> LayerKind:
         post_attention_norm=True,
         post_ffw_norm=True,
         scaled=True,
+        experts=_experts(config),
     )
+
+
+def _experts(config: dict[str, Any]) -> Experts | None:
+    """Return the experts that every block of a Gemma 4 has, if it has any."""
+    if not config.get("enable_moe_block"):
+        return None
+    return Experts(config["num_experts"], config.get("num_experts_per_token", 8), config["expert_intermediate_dim"])

@@ -293,6 +293,9 @@ class SafetensorsWeights:
             return stored[tuple(cuts)]
         if kind == "transposed":
             return stored[cuts[1], cuts[0]].T
+        if kind.startswith("experts"):
+            before = shape[2] if kind == "experts_up" else 0
+            return stored[cuts[0], before + cuts[2].start : before + cuts[2].stop, cuts[1]].transpose(0, 2, 1)
         # A head's rows (or columns) lie together in a matrix of PyTorch's order, outputs x inputs.
         heads = range(cuts[0].start, cuts[0].stop)
         if kind == "heads_out":

@@ -30,6 +30,45 @@ BLOCK = [
     ("ffw_gating_2/kernel", "hidden wide", "transposed", "gating_ffw_2", "ffn_up", "mlp.up_proj"),
     ("ffw_linear/kernel", "wide hidden", "transposed", "ffw_linear", "ffn_down", "mlp.down_proj"),
 ]
+# The same of a block's experts, beside which the dense feed-forward's output has a norm of its own. A Hugging Face file
+# has the gates and the other matrices that take hidden states one below the other in one tensor.
+EXPERTS = [
+    ("pre_ffw_norm_moe/scale", "hidden", "scale", "pre_ffw_norm_moe", "pre_ffw_norm_2", "pre_feedforward_layernorm_2"),
+    (
+        *("post_ffw_norm_dense/scale", "hidden", "scale"),
+        *("post_ffw_norm_dense", "post_ffw_norm_1", "post_feedforward_layernorm_1"),
+    ),
+    (
+        *("post_ffw_norm_moe_path/scale", "hidden", "scale"),
+        *("post_ffw_norm_moe_path", "post_ffw_norm_2", "post_feedforward_layernorm_2"),
+    ),
+    ("moe_router/per_dim_scale", "hidden", "vector", "moe_router", "ffn_gate_inp.scale", "router.scale"),
+    ("moe_router/proj/kernel", "hidden experts", "transposed", "moe_router/proj", "ffn_gate_inp", "router.proj"),
+    (
+        *("moe_expert_bank/gate_proj", "experts hidden narrow", "experts_gate"),
+        *("moe_expert_bank/vars/0", "ffn_gate_up_exps", "experts.gate_up_proj"),
+    ),
+    (
+        *("moe_expert_bank/up_proj", "experts hidden narrow", "experts_up"),
+        *("moe_expert_bank/vars/1", "ffn_gate_up_exps", "experts.gate_up_proj"),
+    ),
+    (
+        *("moe_expert_bank/down_proj", "experts narrow hidden", "experts"),
+        *("moe_expert_bank/vars/2", "ffn_down_exps", "experts.down_proj"),
+    ),
+    (
+        *("moe_expert_bank/per_expert_scale", "experts", "vector"),
+        *("moe_expert_bank/vars/3", "ffn_down_exps.scale", "router.per_expert_scale"),
+    ),
+]
+WITHOUT_SUFFIX = (
+    "layer_scalar",
+    "router.scale",
+    "router.per_expert_scale",
+    "experts.gate_up_proj",
+    "experts.down_proj",
+)
+"""Names in a Hugging Face file that do not end in `.weight`."""
 
 
 class StoredWeight(NamedTuple):
@@ -41,7 +80,8 @@ class StoredWeight(NamedTuple):
             outputs x inputs: `scale`, `vector` and `rows` are the same (but for the one that GGUF files add to a
             `scale`), `scalar` is a vector of one number, `transposed` is the transposed matrix, `heads_out` (heads,
             inputs, head size) has heads one after the other in the matrix's outputs, and `heads_in` (heads, head size,
-            outputs) in its inputs.
+            outputs) in its inputs. `experts` (experts, inputs, outputs) is a transposed matrix an expert, and
+            `experts_gate` and `experts_up` are the first and second half of the outputs of such a tensor.
         keras: the dataset in a weights file; Keras names layers by their classes and counts them.
         gguf: the tensor in a GGUF file.
         hugging_face: the tensor in a Hugging Face folder, without what its name begins with there.
@@ -63,6 +103,9 @@ class StoredWeight(NamedTuple):
         """The shape of the tensor, as PyTorch states it."""
         if self.kind == "scalar":
             return (1,)
+        if self.kind.startswith("experts"):
+            experts, inputs, outputs = self.shape
+            return (experts, outputs if self.kind == "experts" else 2 * outputs, inputs)
         if self.kind == "heads_out":
             heads, hidden, head = self.shape
             return (heads * head, hidden)
@@ -94,9 +137,9 @@ def weight_table(architecture: Architecture) -> dict[str, StoredWeight]:
             found[f"decoder_block_{number}/{path}"] = StoredWeight(
                 tuple(sizes[axis] for axis in shape.split()),
                 vector if kind == "scale" else kind,
-                "/".join(part for part in (layer, keras, "vars/0") if part),
-                f"blk.{number}.{gguf}.weight",
-                name if kind == "scalar" else f"{name}.weight",
+                "/".join(part for part in (layer, keras, "" if "/vars/" in keras else "vars/0") if part),
+                f"blk.{number}.{gguf}" if "." in gguf else f"blk.{number}.{gguf}.weight",
+                name if hugging_face in WITHOUT_SUFFIX else f"{name}.weight",
             )
     found["final_normalization/scale"] = StoredWeight(
         (hidden,), vector, "layers/rms_normalization/vars/0", "output_norm.weight", "norm.weight"
@@ -112,6 +155,7 @@ def _sizes(architecture: Architecture, kind: LayerKind) -> dict[str, int]:
         "heads": kind.query_heads,
         "keys": kind.key_heads,
         "wide": architecture.ffw_dim,
+        **({"experts": kind.experts.count, "narrow": kind.experts.width} if kind.experts else {}),
     }
 
 
@@ -125,6 +169,8 @@ def _rows(kind: LayerKind) -> list[tuple[str, str, str, str, str, str]]:
         "attention/value/kernel": not kind.keys_are_values,
     }
     rows = [row for row in BLOCK if there.get(row[0], True)]
+    if kind.experts:
+        rows += EXPERTS
     if kind.scaled:
         rows.insert(0, SCALAR)
     if kind.value_norm:

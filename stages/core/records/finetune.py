@@ -53,6 +53,8 @@ class FinetuneMetrics(FileRecord):
     float32 matrix products reach together, measured after the training. `state_bytes_per_device` is what the first
     device holds of weights, optimizer and metrics; `step_growth_bytes` how far the process's memory grew within one
     step: on simulated devices, the temporaries of all of them. `device_kind` is what JAX calls the devices.
+    `busiest_expert_share` is there only of a model with experts: of each step the largest share of its tokens that an
+    expert of any block was sent, the mean over the steps; sent evenly, it would be chosen / experts (26B-A4B: 0.0625).
     """
 
     total_parameters: int
@@ -78,6 +80,7 @@ class FinetuneMetrics(FileRecord):
     flops_per_second_of_matrix_product: int
     flops_share_of_peak: float
     device_kind: OrAbsent[str] = None
+    busiest_expert_share: OrAbsent[float] = None
 
 
 def write_curve(path: Path, steps: Iterable[Step]) -> None:

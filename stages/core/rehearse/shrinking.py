@@ -36,6 +36,9 @@ def tiny(architecture: Architecture, model_axis: int) -> Architecture:
     config["intermediate_dim"] = gates * _small(architecture.ffw_dim, FEED_FORWARD, model_axis, 2)
     config["vocabulary_size"] = _small(config["vocabulary_size"], VOCABULARY, model_axis, 1)
     config["num_layers"] = min(config["num_layers"], LAYERS)
+    if experts := architecture.kinds[0].experts:
+        config["num_experts"] = _small(experts.count, 2 * experts.chosen, model_axis, 1)
+        config["expert_intermediate_dim"] = _small(experts.width, FEED_FORWARD, model_axis, 1)
     if "sliding_window_size" in config:
         config["sliding_window_size"] = min(config["sliding_window_size"], WINDOW)
     return Architecture(architecture.class_name, config)

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4, "int8": 1}
 # The scales of int8 codes: see load/quantizing.py.
-SCALE = re.compile(r"(.*/(?:kernel|embeddings))_scale")
+SCALE = re.compile(r"(.*/(?:kernel|embeddings|gate_proj|up_proj|down_proj))_scale")
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,10 @@ those of the block's kind:
     decoder_block_*/attention/attention_output/kernel (N, H, D)
     decoder_block_*/(ffw_gating|ffw_gating_2)/kernel  (D, F)
     decoder_block_*/ffw_linear/kernel             (F, D)
+    decoder_block_*/moe_expert_bank/(gate|up)_proj    (experts, D, an expert's F), down_proj (experts, its F, D)
     .../<kernel's layer>/lora_kernel_a, lora_kernel_b
     decoder_block_*/.../scale, decoder_block_*/layer_scalar, final_normalization/scale  replicated: a few thousand bytes
+    decoder_block_*/moe_router/...                    replicated: every device chooses the experts of its own tokens
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from collections.abc import Callable, Sequence
 
 from stages.core.config.schema import Layout
 from stages.core.presets.architecture import Architecture
-from stages.core.presets.layer_kinds import LayerKind
+from stages.core.presets.layer_kinds import Experts, LayerKind
 from stages.core.records.layout import Fallback, MeshShape, NamedLayout, Rule, Spec
 from stages.core.sharding.layout import Placement, as_spec, replicated_fraction, resolve
 
@@ -128,7 +130,26 @@ def auto(architecture: Architecture, mesh: MeshShape) -> NamedLayout:
             # A (heads, D, rank) and B (rank, head_dim) follow the kernel; what is left is a few kilobytes a layer.
             rules.append(Rule(f"{blocks}/{layers}/lora_kernel_a", (*spec[:-1], None), optional=True))
             rules.append(Rule(f"{blocks}/{layers}/lora_kernel_b", (None, spec[-1]), optional=True))
+    if experts := architecture.kinds[0].experts:
+        for matrices, choices in _choices_of_experts(hidden, experts).items():
+            split(f"{BLOCK}/moe_expert_bank/{matrices}", choices)
     return NamedLayout("auto", tuple(rules), tuple(fallbacks))
+
+
+def _choices_of_experts(hidden: int, experts: Experts) -> dict[str, list[Choice]]:
+    """Return how the matrices of a block's experts could be split; split over `hidden_dim` they are gathered."""
+    return {
+        "(gate|up)_proj": [
+            ("experts", experts.count, ("model", None, None)),
+            ("expert units", experts.width, (None, None, "model")),
+            ("hidden_dim", hidden, (None, "model", None)),
+        ],
+        "down_proj": [
+            ("experts", experts.count, ("model", None, None)),
+            ("expert units", experts.width, (None, "model", None)),
+            ("hidden_dim", hidden, (None, None, "model")),
+        ],
+    }
 
 
 def _pattern(architecture: Architecture, kinds: Sequence[LayerKind]) -> str:

@@ -1,0 +1,134 @@
+"""Products of rows that are sorted by expert, each row with the matrix of its expert, and the sorting itself.
+
+Purpose: `jax.lax.ragged_dot` with gradients that a step can afford: that of a matrix is summed in the matrix' own
+dtype, no copy of the matrices in the compute dtype lives until the backward pass, and rows are gathered on the way back
+too, where JAX would derive a scatter.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from stages.core.model.products import varying_as
+
+_CONTRACTED = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
+
+
+def alike(*arrays: jax.Array | None) -> list[jax.Array | None]:
+    """Mark arrays as ones of each device, over all mesh axes that any of them is one of each device over.
+
+    Inside `shard_map` a function with a gradient of its own needs that.
+    """
+    given = [each for each in arrays if each is not None]
+    return [None if each is None else functools.reduce(varying_as, given, each) for each in arrays]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def ragged(
+    trained: bool,
+    flops: int,
+    x: jax.Array,
+    w: jax.Array,
+    scale: jax.Array | None,
+    of_row: jax.Array,
+    sizes: jax.Array,
+) -> jax.Array:
+    """Multiply rows, each with the matrix of its expert.
+
+    Args:
+        trained: whether the matrices have a gradient, which is computed and summed in their dtype.
+        flops: of the product, as far as its rows are of the experts here.
+        x: (rows, inputs), sorted by expert, in the compute dtype.
+        w: (experts, inputs, outputs), floats or int8 codes.
+        scale: of codes, float32 (experts, 1, outputs).
+        of_row: int32 (rows,), the expert of each row; their number for a row of none of them, which comes last.
+        sizes: int32 (experts,), rows of each.
+
+    Returns:
+        (rows, outputs) in the compute dtype; not defined in rows of no expert.
+    """
+    with _counted(flops):
+        y = jax.lax.ragged_dot(x, w.astype(x.dtype), sizes, _precision(x))
+    return y if scale is None else _scaled(y, scale, of_row)
+
+
+def _ragged_forward(
+    trained: bool,
+    flops: int,
+    x: jax.Array,
+    w: jax.Array,
+    scale: jax.Array | None,
+    of_row: jax.Array,
+    sizes: jax.Array,
+) -> tuple[jax.Array, Any]:
+    return ragged(trained, flops, x, w, scale, of_row, sizes), (x if trained else None, w, scale, of_row, sizes)
+
+
+def _ragged_backward(trained: bool, flops: int, kept: Any, gradient: jax.Array) -> tuple[Any, ...]:
+    x, w, scale, of_row, sizes = kept
+    # Without the barrier XLA keeps what it converted in the forward pass: a copy of all experts in the compute dtype.
+    w, gradient = jax.lax.optimization_barrier((w, gradient))
+    with _counted(flops):
+        scaled = gradient if scale is None else _scaled(gradient, scale, of_row)
+        of_x = jax.lax.ragged_dot(scaled, jnp.swapaxes(w, 1, 2).astype(scaled.dtype), sizes, _precision(scaled))
+        of_w = None
+        if trained:
+            of_w = jax.lax.ragged_dot_general(x, gradient, sizes, _CONTRACTED, _precision(x), w.dtype)
+    return of_x, of_w, None, None, None
+
+
+ragged.defvjp(_ragged_forward, _ragged_backward)
+
+
+def _scaled(rows: jax.Array, scale: jax.Array, of_row: jax.Array) -> jax.Array:
+    """Multiply each row with its expert's scales, in float32."""
+    of_row = jnp.minimum(of_row, scale.shape[0] - 1)
+    return (rows.astype(jnp.float32) * scale[:, 0][of_row]).astype(rows.dtype)
+
+
+def _precision(x: jax.Array) -> jax.lax.Precision | None:
+    """Return the precision of products: the TPU's kernel refuses to make float32 ones of bfloat16 numbers."""
+    return None if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+
+
+def _counted(flops: int) -> Any:
+    """Name a product by its flops, which are all that a compiled program tells of the kernel; `plan` reads them."""
+    return jax.named_scope(f"ragged_product_flops_{flops}")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def spread(chosen: int, y: jax.Array, order: jax.Array, back: jax.Array) -> jax.Array:
+    """Return the row of its token for each of the sorted places.
+
+    Args:
+        chosen: places of a token, which follow each other before they are sorted.
+        y: (tokens, n).
+        order: int32 (places,), the place that is sorted to each.
+        back: int32 (places,), where each place is sorted to.
+
+    Returns:
+        (places, n).
+    """
+    return y[order // chosen]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def collect(chosen: int, rows: jax.Array, order: jax.Array, back: jax.Array) -> jax.Array:
+    """Return the sum of the sorted rows of each token, summed in float32: `spread` transposed."""
+    apart = rows[back].reshape(-1, chosen, rows.shape[-1])
+    return jnp.sum(apart.astype(jnp.float32), axis=1).astype(rows.dtype)
+
+
+# XLA would derive a scatter for each, which adds rows one after the other, rounded to the rows' dtype.
+spread.defvjp(
+    lambda chosen, y, order, back: (spread(chosen, y, order, back), (order, back)),
+    lambda chosen, places, gradient: (collect(chosen, gradient, *places), None, None),
+)
+collect.defvjp(
+    lambda chosen, rows, order, back: (collect(chosen, rows, order, back), (order, back)),
+    lambda chosen, places, gradient: (spread(chosen, gradient, *places), None, None),
+)
