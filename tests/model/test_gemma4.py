@@ -281,7 +281,7 @@ def test_packed_texts_longer_than_the_window_are_computed_as_each_alone_and_all_
 def test_an_adapter_has_the_gradients_that_follow_from_those_of_the_merged_weights(read, models, ours, noise):
     values = values_of(models["lora"])
     said = read(merged(values))
-    assert sum("value/lora" in path for path in values) == 2 * 5, "values of five blocks of six have weights"
+    assert sum("value/lora" in path for path in values) == 2 * sum(path.endswith("value/kernel") for path in values)
     gradients = {}
     for path in values:
         if path.endswith("lora_kernel_a"):

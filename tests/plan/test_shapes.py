@@ -26,6 +26,8 @@ from tests.support.repository import REAL_CACHE, ROOT
 from tests.support.tiny_models import AUTO, load_tiny, open_tiny
 
 LORA = LoraConfig(4, None, ("query", "value"))
+OF_TRANSFORMERS = {"gemma4_2b": 4_628_569_344, "gemma4_4b": 7_463_013_376, "gemma4_31b": 30_697_345_280}
+"""Parameters of Gemma 4's text models by transformers' own count."""
 
 
 @pytest.mark.parametrize("preset", GEMMAS)
@@ -36,10 +38,9 @@ def test_the_parameter_count_of_every_preset_is_the_registrys(devices, preset):
     placements = resolve_shapes(architecture(preset), mesh, auto(architecture(preset), mesh), "bfloat16")
     assert count_parameters(placements) == GEMMAS[preset]["params"]
     registry = keras_hub.models.GemmaBackbone.presets | keras_hub.models.Gemma3Backbone.presets
-    if preset == "gemma4_31b":
-        # The registry rounds, and counts the vision tower; the number is transformers' of its text model, and keras-hub
-        # has one more a block.
-        assert GEMMAS[preset]["params"] == 30_697_345_280 + 60
+    if preset in OF_TRANSFORMERS:
+        # The registry rounds, and counts the towers; keras-hub has one number more a block.
+        assert GEMMAS[preset]["params"] == OF_TRANSFORMERS[preset] + GEMMAS[preset]["num_layers"]
     else:
         assert registry[preset]["metadata"]["params"] == GEMMAS[preset]["params"]
 

@@ -130,7 +130,8 @@ def test_an_assistant_is_refused_with_the_reason(tmp_path, kind):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"hidden_size_per_layer_input": 256}, "hidden_size_per_layer_input"),
+        ({"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 8}, "vocab_size_per_layer_input"),
+        ({"num_kv_shared_layers": 1}, "num_kv_shared_layers"),
         ({"enable_moe_block": True}, "26B-A4B is not supported yet"),
         ({"use_bidirectional_attention": "all"}, "use_bidirectional_attention"),
         ({"attention_k_eq_v": False, "per_layer_config": {"1": {"num_key_value_heads": 1}}}, "attention_k_eq_v: true"),
