@@ -80,6 +80,7 @@ REFUSED = {
     "gemma3_4b": r"gemma3_4b has a vision tower\. .*\nIts text preset is gemma3_4b_text\.",
     "gemma3_instruct_27b": r"has a vision tower\. .*\nIts text preset is gemma3_instruct_27b_text\.",
     "medgemma_4b": r"has a vision tower\. .*\nOf its plain checkpoint the text model is read: .*hf://google/medgemma-4b-pt",
+    "translategemma_4b_it": r"the text model is read: fetch\.source=huggingface, hf://google/translategemma-4b-it\.",
     "embedding_gemma3_300m": r"embedding model without a language head\. ",
     "gemma3n_e2b": r"Gemma 3n has another architecture",
     "gemma4_instruct_31b_assistant": r"only drafts tokens for another .*\nThe model itself is gemma4_instruct_31b\.",

@@ -4,7 +4,7 @@
     x = x + norm( (gelu(x Wg) * p_i) Wu )                                  last in block i
 
 x0 are the scaled token embeddings, D the hidden size. The table (vocabulary, blocks x P) has half of E2B's parameters
-and is looked up, never multiplied: each device holds its rows, as of the token table. Source: transformers 5.23,
+and is looked up, never multiplied: each device holds its rows of it, as of the token table. Source: transformers 5.23,
 `modeling_gemma4.py`.
 """
 
@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import keras
+from jax.sharding import PartitionSpec as P
 
 from stages.core.model import tied_table
 from stages.core.model.activations import Activations
@@ -34,10 +35,37 @@ def look_up(backbone: keras.Model, token_ids: jax.Array, plan: tied_table.HeadPl
     Returns:
         (batch, length, blocks x P) in the compute dtype, split over time where hidden states are.
     """
-    layer = layer_table(backbone)
-    if layer is None or plan.of_blocks is None:
+    layer, plan_of_table = layer_table(backbone), plan.of_blocks
+    if layer is None or plan_of_table is None:
         return None
-    return tied_table.embed(tied_table.rows_of(layer), token_ids, plan.of_blocks, layer.compute_dtype)
+    table, dtype = tied_table.rows_of(layer), layer.compute_dtype
+    if plan_of_table.gathered_dimension == 0 and not isinstance(table, tied_table.Codes):
+        # The fewer rows travel: those of the tokens, or those that a device's part of the model axis has.
+        parts = 1 if plan_of_table.mesh is None else plan_of_table.mesh.shape[plan_of_table.vocabulary_axis]
+        if token_ids.size < table.shape[0] // parts:
+            return _from_everywhere(table, token_ids, plan_of_table, dtype)
+    return tied_table.embed(table, token_ids, plan_of_table, dtype)
+
+
+def _from_everywhere(table: jax.Array, token_ids: jax.Array, plan: tied_table.HeadPlan, dtype: Any) -> jax.Array:
+    """Return rows of a table of which each device has its own: the ids go to all, the rows to where the tokens are."""
+    batch, model = plan.batch_axis, plan.vocabulary_axis
+    split_time = tied_table.splits_time(token_ids.shape[1], plan)
+
+    def local(table: jax.Array, ids: jax.Array) -> jax.Array:
+        ids = jax.lax.all_gather(ids, batch, axis=0, tiled=True)
+        device = jax.lax.axis_index(model) * jax.lax.axis_size(batch) + jax.lax.axis_index(batch)
+        # Of the parts all but one are zero: their sum is exact in any dtype.
+        rows = tied_table.lookup(table, ids - device * table.shape[0], dtype).astype(dtype)
+        rows = jax.lax.psum_scatter(rows, batch, scatter_dimension=0, tiled=True)
+        return tied_table.sum_parts(rows, split_time, plan)
+
+    return jax.shard_map(
+        local,
+        mesh=plan.mesh,
+        in_specs=(plan.kept, P(batch, None)),
+        out_specs=P(batch, model if split_time else None, None),
+    )(table, token_ids)
 
 
 def inputs(

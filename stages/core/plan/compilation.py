@@ -67,10 +67,7 @@ class CompileRequest:
         if self.blocks is None:
             return self.step
         architecture, blocks = self.step.architecture, self.blocks
-        if isinstance(blocks, tuple):
-            config = of_both_parts(architecture, *blocks)
-        else:
-            config = of_blocks(architecture, blocks)
+        config = of_both_parts(architecture, *blocks) if isinstance(blocks, tuple) else of_blocks(architecture, blocks)
         fewer = dataclasses.replace(architecture, config=config)
         return dataclasses.replace(self.step, architecture=fewer)
 
