@@ -39,6 +39,9 @@ def tiny(architecture: Architecture, model_axis: int) -> Architecture:
     gates = architecture.family.gates
     config["intermediate_dim"] = gates * _small(architecture.ffw_dim, FEED_FORWARD, model_axis, 2)
     config["vocabulary_size"] = _small(config["vocabulary_size"], VOCABULARY, model_axis, 1)
+    if config.get("hidden_size_per_layer_input"):
+        config["hidden_size_per_layer_input"] = _small(config["hidden_size_per_layer_input"], HEAD, model_axis, 1)
+        config["vocab_size_per_layer_input"] = config["vocabulary_size"]
     if "sliding_window_size" in config:
         config["sliding_window_size"] = min(config["sliding_window_size"], WINDOW)
     return Architecture(architecture.class_name, config)
