@@ -1,8 +1,8 @@
 """Gemma 4's text models in the shape of E2B and E4B: against transformers and keras-hub, and on meshes.
 
 The last blocks attend to keys and values of earlier ones, in E2B with wider feed-forward layers, and every block adds
-numbers of each token's own (embeddings for each layer). The comparisons with the readers are those of test_gemma4.py, whose fixtures take this
-module's `folder` and `models`.
+numbers of each token's own (embeddings for each layer). The comparisons with the readers are those of test_gemma4.py,
+whose fixtures take this module's `folder` and `models`.
 
 Measured, relative to the largest number of its kind: hidden states, logits, gradients of all weights, of the adapter
     E2B  noise of 1e-7 on the weights   1.1e-5  1.6e-5  2.7e-4  3.2e-4
