@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import gc
 import logging
 import os
 import signal
@@ -82,6 +83,8 @@ def stage(function: Callable[..., None]) -> click.Command:
     @click.option("-v", "--verbose", is_flag=True, help="Show the traceback of an error.")
     @functools.wraps(function)
     def command(overrides: tuple[str, ...], out_root: Path | None, verbose: bool, **options: Any) -> None:
+        # Each look for cycles goes through all objects of JAX and Keras, half a second of a start: look seldom.
+        gc.set_threshold(100_000, 20, 100)
         with ended_with_others(), mistakes_in_lines(verbose):
             root = Path.cwd()
             params = read_params(root / "params.yaml", overrides)

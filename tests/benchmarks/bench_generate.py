@@ -53,7 +53,9 @@ def decoding(shape: tuple[int, int], root: Path) -> tuple[Callable[[], float], i
     paths = Paths(root, root)
     preset = variants.open_preset(paths)
     mesh = MeshShape(shape, device_kind="simulated")
-    auto = Layout(name="auto", rules=None, shard_over_batch="none", max_replicated_fraction=1.0)
+    # Earlier commits' layouts lack it.
+    over_batch = {"shard_over_batch": "none"} if "shard_over_batch" in Layout.model_fields else {}
+    auto = Layout(name="auto", rules=None, max_replicated_fraction=1.0, **over_batch)
     config = variants.read_config(paths, "tuned")
     config = config.model_copy(update={"mesh": mesh, "layout": make_layout(auto, preset.architecture, mesh)})
     model = variants.declare_model(config, preset.architecture, config.tuned.lora)

@@ -11,10 +11,12 @@ import dataclasses
 import numpy as np
 import pytest
 
+from stages.core.export import proof
 from stages.core.export.adapter import common_rank, lora_modules, peft_tensors
 from stages.core.export.gguf_adapter import write_gguf_adapter
 from stages.core.export.llama_cpp import opened
 from stages.core.export.tuned import TrainedWeights
+from stages.core.export.vocabulary import SPACE
 from stages.core.presets.formats import format_of
 from stages.core.tokenize.control_tokens import ControlTokens
 from tests.export.test_gguf import SPELLED, TEXTS, written
@@ -105,3 +107,11 @@ def test_token_ids_are_ours_and_no_text_spells_a_control_token(exported, family)
         assert llama.ends_generation(ends)
         assert llama.chat_template() == "{{ bos_token }}"
         assert not [number for number in llama.encode(SPELLED) if llama.is_control(number)]
+
+
+def test_the_embedded_model_s_tokens_are_ours_but_for_what_its_own_file_has_for_spaces(real_gguf):
+    ours = format_of("gguf").load_tokenizer(real_gguf.parent)
+    text = proof.TEXT.replace(SPACE, "")
+    with opened(real_gguf, vocabulary_only=True) as llama:
+        assert llama.encode(text, parse_special=True) == ControlTokens(ours).as_tokens([text])[0]
+        assert llama.encode(f"{SPACE}{SPACE}x") != ours.encode(f"{SPACE}{SPACE}x")

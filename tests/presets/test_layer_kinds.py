@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from stages.core.common.errors import StageError
@@ -10,6 +13,7 @@ from stages.core.load.backbone import build_backbone
 from stages.core.presets.architecture import Architecture, of_backbone
 from stages.core.presets.layer_kinds import of_blocks, of_both_parts, period
 from stages.core.presets.weight_table import weight_table
+from tests.support.repository import ROOT
 from tests.support.tiny_presets import BACKBONES, CONFIGS, EDGE
 
 pytestmark = pytest.mark.usefixtures("devices")
@@ -104,3 +108,17 @@ def test_shapes_repeat_every_six_blocks_of_gemma_4_and_in_every_block_of_the_oth
 def test_a_gemma_4_that_the_forward_pass_does_not_compute_is_refused(change, said):
     with pytest.raises(StageError, match=said):
         Architecture("Gemma4Backbone", {**CONFIGS["gemma4"], **change})
+
+
+def test_a_backbone_is_built_and_its_config_read_without_tensorflow():
+    program = (
+        "import sys; from stages.core.load.backbone import build_backbone\n"
+        "from stages.core.presets.architecture import Architecture, of_backbone\n"
+        "from tests.support.tiny_presets import CONFIGS\n"
+        "import keras\n"
+        "backbone = build_backbone(Architecture('Gemma3Backbone', CONFIGS['gemma3']), 'float32')\n"
+        "of_backbone(backbone), keras.saving.serialize_keras_object(backbone)\n"
+        "sys.exit('tensorflow' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import struct
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -163,10 +164,27 @@ def _write_values(
         raise ValueError(f"expected {left[-1]}. Received: no more tensors")
 
 
+class _Writer(gguf.GGUFWriter):
+    """The package's writer, which takes seconds over 262,144 tokens, value by value: here an array is packed whole."""
+
+    def _pack_val(self, val: Any, vtype: Any, add_vtype: bool, sub_type: Any = None) -> bytes:
+        kinds = {type(item) for item in val} if isinstance(val, list) else set()
+        if len(kinds) != 1 or (kind := kinds.pop()) not in (str, int, float):
+            return super()._pack_val(val, vtype, add_vtype, sub_type)
+        # The head, element type and count included, is that of an array of the first value.
+        first = super()._pack_val(val[:1], vtype, add_vtype, sub_type)
+        code = None if kind is str else self._simple_value_packing[sub_type or gguf.GGUFValueType.get_type(val[0])]
+        size = 8 + len(val[0].encode()) if code is None else struct.calcsize(f"<{code}")
+        head = first[: -size - 8] + struct.pack("<Q", len(val))
+        if code:
+            return head + struct.pack(f"<{len(val)}{code}", *val)
+        return head + b"".join(struct.pack("<Q", len(text)) + text for text in (item.encode() for item in val))
+
+
 def quiet_writer(path: Path, family: str) -> gguf.GGUFWriter:
-    """Return the package's writer, which logs what it does through the root logger's handlers."""
+    """Return the writer, without what it logs through the root logger's handlers."""
     logging.getLogger("gguf").setLevel(logging.WARNING)
-    return gguf.GGUFWriter(path, family)
+    return _Writer(path, family)
 
 
 def _add_sizes(writer: gguf.GGUFWriter, family: str, architecture: Architecture) -> None:

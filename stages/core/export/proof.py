@@ -57,18 +57,23 @@ TEXT = (
 what is no character of any, Gemma's control tokens spelled out, mark-up and code."""
 
 
-def text_ids(tokenizer: Tokenizer, architecture: Architecture) -> list[int]:
-    """Return the ids of the text, from BOS on: once, or as often as it takes to go beyond a sliding window."""
+def text_ids(tokenizer: Tokenizer, architecture: Architecture, text: str = TEXT) -> list[int]:
+    """Return the ids of a text, from BOS on: once, or as often as it takes to go beyond a sliding window."""
     # As `ControlTokens.as_tokens`, which looks for thousands of names where there are few.
-    names = sorted({name for name in NAMES.findall(TEXT) if tokenizer.piece_id(name) is not None})
-    parts = re.split(f"({'|'.join(map(re.escape, names))})", TEXT)
+    names = sorted({name for name in NAMES.findall(text) if tokenizer.piece_id(name) is not None})
+    parts = re.split(f"({'|'.join(map(re.escape, names))})", text)
     encoded = zip(parts, tokenizer.encode_all(parts), strict=True)
     once = [number for part, ids in encoded for number in ([tokenizer.piece_id(part)] if part in names else ids)]
     window = architecture.config.get("sliding_window_size", 0)
     if not architecture.config.get("use_sliding_window_attention"):
         window = 0
     length = max(len(once), window + BEYOND)
-    return [tokenizer.bos, *(once * (length // len(once) + 1))[: length - 1]]
+    return again([tokenizer.bos, *once], length)
+
+
+def again(ids: list[int], length: int) -> list[int]:
+    """Return so many ids: BOS, which is the first one, then the others over and over."""
+    return [ids[0], *(ids[1:] * (length // (len(ids) - 1) + 1))[: length - 1]]
 
 
 class Logits(Protocol):

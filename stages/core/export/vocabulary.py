@@ -6,6 +6,7 @@ of them, or the tokens within a GGUF file.
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -46,20 +47,26 @@ def sentencepiece_model(preset: Preset) -> Any:
     Raises:
         StageError: the preset has no vocabulary, or not one of a Gemma.
     """
+    names = frozenset(file.name for file in preset.manifest.files)
     model = sentencepiece_model_pb2.ModelProto()
-    held = {file.name for file in preset.manifest.files}
-    if preset.manifest.format == "gguf":
-        model.ParseFromString(gguf_tokenizer.tokenizer_proto(gguf_file.only_file(preset.folder)))
-    elif preset.manifest.format == "keras":
-        model.ParseFromString((preset.folder / KERAS_VOCABULARY).read_bytes())
-    elif JSON_VOCABULARY in held:
-        model = model_of_json(read_object(preset.folder / JSON_VOCABULARY))
-    else:
-        model.ParseFromString((preset.folder / HUGGING_FACE_VOCABULARY).read_bytes())
+    model.ParseFromString(_own_model(preset.folder, preset.manifest.format, names, preset.fingerprint))
     for piece in model.pieces:
         if piece.type == Piece.CONTROL and piece.piece not in SPECIAL:
             piece.type = Piece.USER_DEFINED
     return model
+
+
+@functools.lru_cache(maxsize=1)
+def _own_model(folder: Path, form: str, names: frozenset[str], fingerprint: str) -> bytes:
+    """Return the SentencePiece model of a preset's files, whose content the fingerprint stands for: read once."""
+    if form == "gguf":
+        return gguf_tokenizer.tokenizer_proto(gguf_file.only_file(folder))
+    if form == "keras":
+        return (folder / KERAS_VOCABULARY).read_bytes()
+    if JSON_VOCABULARY in names:
+        found: bytes = model_of_json(read_object(folder / JSON_VOCABULARY)).SerializeToString(deterministic=True)
+        return found
+    return (folder / HUGGING_FACE_VOCABULARY).read_bytes()
 
 
 def model_of_json(content: dict[str, Any]) -> Any:

@@ -41,6 +41,9 @@ def import_keras_hub() -> ModuleType:
     if "keras_hub" not in sys.modules:
         with hidden(OPTIONAL):
             import keras_hub
+
+            # Keras looks for TensorFlow, once, when it first writes a config: within this block it finds none.
+            keras.dtype_policies.serialize(keras.DTypePolicy("float32"))
     import keras_hub
 
     return keras_hub

@@ -6,6 +6,7 @@ project.
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
 from pathlib import Path
@@ -132,19 +133,34 @@ def only_file(folder: Path) -> Path:
 
 
 def open_file(path: Path) -> gguf.GGUFReader:
-    """Open a GGUF file of a Gemma.
+    """Open a GGUF file of a Gemma; the same file is read once, for architecture, tokenizer and weights.
 
     Raises:
         StageError: it cannot be read, or holds another architecture, or says something that changes the computation.
     """
     refuse_pointer(path)
     try:
+        found = path.stat()
+    except OSError as error:
+        raise _damaged(path, error) from error
+    return _opened(path, (found.st_ino, found.st_size, found.st_mtime_ns))
+
+
+def _damaged(path: Path, error: Exception) -> StageError:
+    """Return what is said of a file that cannot be read."""
+    return StageError(
+        f"The model file must be a complete GGUF file ({shown(error)}). Received: path={path}. "
+        "Delete it and run `python -m stages.fetch`."
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _opened(path: Path, _version: tuple[int, ...]) -> gguf.GGUFReader:
+    """Open a file of which this is the version."""
+    try:
         reader = _Reader(path)
     except (OSError, ValueError, KeyError, IndexError, OverflowError, struct.error) as error:
-        raise StageError(
-            f"The model file must be a complete GGUF file ({shown(error)}). Received: path={path}. "
-            "Delete it and run `python -m stages.fetch`."
-        ) from error
+        raise _damaged(path, error) from error
     architecture = field_of(reader, "general.architecture")
     if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise StageError(
