@@ -228,9 +228,11 @@ def test_the_configuration_of_every_public_gemma_says_what_its_architecture_says
     write_config(tmp_path, wanted, "bfloat16")
     found = read_architecture(tmp_path)
     assert found.class_name == wanted.class_name
-    assert {key: found.config[key] for key in wanted.config} == wanted.config
+    # Which blocks have windows is said by their names.
+    given = {key: value for key, value in wanted.config.items() if key != "sliding_window_pattern"}
+    assert {key: found.config[key] for key in given} == given and found.kinds == wanted.kinds
     config = config_of(wanted, "bfloat16")
-    if not preset.startswith(("gemma_", "gemma4")):
+    if not preset.startswith(("gemma_", "gemma4", "vault")):
         assert config["query_pre_attn_scalar"] == {"gemma2_27b_en": 144, "gemma3_27b_text": 168}.get(preset, 256)
     # What readers before transformers 5 take instead of rope_parameters and layer_types.
     assert config["torch_dtype"] == "bfloat16"

@@ -99,6 +99,23 @@ def test_the_flops_of_gemma_3_270m_are_those_of_a_count_by_hand(devices):
     assert step_flops(whole, 2, 128) == 256 * (6 * (blocks + head) + attention)
 
 
+def test_the_flops_of_gemma_4_e2b_count_no_look_up_and_the_kernels_that_each_block_has(devices):
+    def attention(head: int, *, keys: bool) -> int:
+        return 1536 * head * (2 * 8 + (2 if keys else 0))
+
+    # Every fifth of 35 blocks sees everything; the last 20 have no keys and values.
+    blocks = 12 * attention(256, keys=True) + 3 * attention(512, keys=True)
+    blocks += 16 * attention(256, keys=False) + 4 * attention(512, keys=False)
+    blocks += 3 * 1536 * (15 * 6144 + 20 * 12288) + 35 * 2 * 1536 * 256
+    once = 1536 * 35 * 256
+    adapters = 35 * 8 * 1536 * 4 + 8 * 4 * (28 * 256 + 7 * 512)
+    squares = 12 * 128 * 8 * (28 * 256 + 7 * 512)
+    backbone = build_backbone(architecture("gemma4_2b"), "float32")
+    lora_kernels.declare(backbone, LoraConfig(4, None, ("query",)))
+    expected = 4 * (blocks + 262_144 * 1536) + 2 * once + 6 * adapters + squares
+    assert step_flops(backbone, 1, 128) == 128 * expected
+
+
 @pytest.mark.parametrize("rank", [0, 2])
 def test_the_formula_agrees_with_the_products_in_the_program(presets, rank):
     """Counted in the step's own program; the first block needs no gradient in its frozen inputs, hence the margin."""

@@ -287,7 +287,7 @@ def test_packed_texts_longer_than_the_window_are_computed_as_each_alone_and_all_
 def test_an_adapter_has_the_gradients_that_follow_from_those_of_the_merged_weights(read, models, ours, noise):
     values = values_of(models["lora"])
     said = read(merged(values))
-    assert sum("value/lora" in path for path in values) == 2 * 5, "values of five blocks of six have weights"
+    assert sum("value/lora" in path for path in values) == 2 * sum(path.endswith("value/kernel") for path in values)
     gradients = {}
     for path in values:
         if path.endswith("lora_kernel_a"):
@@ -321,6 +321,6 @@ def assert_within(found: dict[str, float], noise: dict[str, float]) -> None:
     """No difference is larger than what the weights' last bit makes."""
     print({kind: f"{found[kind]:.1e} (noise {noise[kind]:.1e})" for kind in found})
     assert found.keys() == noise.keys()
-    # Noise can leave the last bit of a single number as it is.
-    least = float(np.finfo(np.float32).eps)
+    # Noise can leave the last bits of a single number as they are, of a loss those that the order of its sum makes.
+    least = 2 * float(np.finfo(np.float32).eps)
     assert all(found[kind] <= MARGIN * max(noise[kind], least) for kind in found), (found, noise)

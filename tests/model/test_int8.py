@@ -34,8 +34,8 @@ class Rounded:
     def read(self, path, index):
         whole = self._files.read(path, tuple(slice(0, size) for size in self.shape(path))).astype("f4")
         layer, name = path.split("/")[-2:]
-        if name == "kernel" or (name == "embeddings" and self._table):
-            axes = {"attention_output": (0, 1), "token_embedding": (1,)}.get(layer, (0,) if "ffw" in layer else (1,))
+        if (name == "kernel" and layer != "per_layer_model_projection") or (name == "embeddings" and self._table):
+            axes = {"attention_output": (0, 1)}.get(layer, (0,) if whole.ndim == 2 and name == "kernel" else (1,))
             step = np.abs(whole).max(axis=axes, keepdims=True) / np.float32(127)
             whole = np.rint(whole / step) * step
         return whole[index]

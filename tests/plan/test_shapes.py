@@ -16,7 +16,10 @@ import pytest
 from stages.core.common.errors import ParamsError, StageError
 from stages.core.fetch.catalog import GEMMAS, architecture
 from stages.core.fetch.local import fetch_local
+from stages.core.plan.search import small_programs
 from stages.core.plan.shapes import count_parameters, count_trainable, resolve_shapes
+from stages.core.presets.architecture import Architecture
+from stages.core.presets.layer_kinds import first_sharing, of_blocks, of_both_parts
 from stages.core.records.layout import LoraConfig, MeshShape
 from stages.core.sharding.layout import Rule, Weight, resolve
 from stages.core.sharding.named_layouts import auto, make_layout, tutorial
@@ -26,6 +29,8 @@ from tests.support.repository import REAL_CACHE, ROOT
 from tests.support.tiny_models import AUTO, load_tiny, open_tiny
 
 LORA = LoraConfig(4, None, ("query", "value"))
+OF_TRANSFORMERS = {"gemma4_2b": 4_628_569_344, "gemma4_4b": 7_463_013_376, "gemma4_31b": 30_697_345_280}
+"""Parameters of Gemma 4's text models by transformers' own count."""
 
 
 @pytest.mark.parametrize("preset", GEMMAS)
@@ -36,13 +41,25 @@ def test_the_parameter_count_of_every_preset_is_the_registrys(devices, preset):
     placements = resolve_shapes(architecture(preset), mesh, auto(architecture(preset), mesh), "bfloat16")
     assert count_parameters(placements) == GEMMAS[preset]["params"]
     registry = keras_hub.models.GemmaBackbone.presets | keras_hub.models.Gemma3Backbone.presets
-    # Of these the registry rounds, and counts the vision tower; the numbers are transformers' of their text models, and
-    # keras-hub has one more a block.
-    of_text = {"gemma4_31b": 30_697_345_280 + 60, "gemma4_26b_a4b": 25_233_141_760 + 30}
-    if preset in of_text:
-        assert GEMMAS[preset]["params"] == of_text[preset]
+    if preset in OF_TRANSFORMERS:
+        # The registry rounds, and counts the towers; keras-hub has one number more a block.
+        assert GEMMAS[preset]["params"] == OF_TRANSFORMERS[preset] + GEMMAS[preset]["num_layers"]
     else:
         assert registry[preset]["metadata"]["params"] == GEMMAS[preset]["params"]
+
+
+@pytest.mark.parametrize("preset", GEMMAS)
+def test_small_programs_add_up_to_the_blocks_of_the_model(preset):
+    whole = architecture(preset)
+    first = first_sharing(whole)
+    programs = [(each if isinstance(each, tuple) else (each, 0), often) for each, often in small_programs(whole)]
+    for part, wanted in enumerate((first, whole.config["num_layers"] - first)):
+        least = programs[0][0][part]
+        assert least + sum(often * (blocks[part] - least) for blocks, often in programs) == pytest.approx(wanted)
+    for blocks, _ in programs:
+        small = of_both_parts(whole, *blocks) if blocks[1] else of_blocks(whole, blocks[0])
+        kinds = Architecture(whole.class_name, small).kinds
+        assert {each.shapes for each in kinds} == {each.shapes for each in whole.kinds}
 
 
 def test_gemma_7b_at_rank_4_has_the_tutorials_counts(devices):

@@ -130,8 +130,9 @@ def test_an_assistant_is_refused_with_the_reason(tmp_path, kind):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"hidden_size_per_layer_input": 256}, "hidden_size_per_layer_input"),
         ({"enable_moe_block": True, "num_experts": 4}, "must state num_experts, top_k_experts and moe_intermediate"),
+        ({"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 8}, "vocab_size_per_layer_input"),
+        ({"num_kv_shared_layers": 1}, "num_kv_shared_layers"),
         ({"use_bidirectional_attention": "all"}, "use_bidirectional_attention"),
         ({"attention_k_eq_v": False, "per_layer_config": {"1": {"num_key_value_heads": 1}}}, "attention_k_eq_v: true"),
         ({"per_layer_config": {"0": {"head_dim": 32}}}, "must give all layers of full attention"),

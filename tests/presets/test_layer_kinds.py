@@ -11,10 +11,11 @@ from stages.core.common.errors import StageError
 from stages.core.fetch import catalog
 from stages.core.load.backbone import build_backbone
 from stages.core.presets.architecture import Architecture, of_backbone
-from stages.core.presets.layer_kinds import of_blocks, period
+from stages.core.presets.layer_kinds import of_blocks, of_both_parts, period
 from stages.core.presets.weight_table import weight_table
 from tests.support.repository import ROOT
-from tests.support.tiny_presets import BACKBONES, CONFIGS, EXPERTS
+from tests.support.repository import ROOT
+from tests.support.tiny_presets import BACKBONES, CONFIGS, EDGE, EXPERTS
 
 pytestmark = pytest.mark.usefixtures("devices")
 
@@ -40,6 +41,11 @@ def architectures() -> dict[str, Architecture]:
         class_name = BACKBONES.get(family, "GemmaBackbone")
         found[f"tiny {family}"] = Architecture(class_name, CONFIGS[family])
         found[f"unusual {family}"] = Architecture(class_name, {**CONFIGS[family], **unusual})
+    for name, edge in EDGE.items():
+        found[f"tiny {name}"] = Architecture("Gemma4Backbone", {**CONFIGS["gemma4"], **edge})
+    # The first blocks of these share nothing: here are some of both parts.
+    for name in ("gemma4_2b", "gemma4_4b"):
+        found[f"both parts of {name}"] = Architecture("Gemma4Backbone", of_both_parts(found[name], 6, 6))
     return found | {"with experts": Architecture("Gemma4Backbone", {**CONFIGS["gemma4"], **EXPERTS})}
 
 
@@ -51,14 +57,18 @@ def test_each_block_is_what_keras_hub_makes_of_it(name):
     assert of_backbone(backbone).kinds == small.kinds
     for layer, kind in zip(backbone.transformer_layers, small.kinds, strict=True):
         attention = layer.attention
-        kernels = [attention.query_dense.kernel, attention.key_dense.kernel]
-        assert [each.shape[0] for each in kernels] == [kind.query_heads, kind.key_heads]
+        shares = getattr(attention, "is_kv_shared_layer", False)
+        assert getattr(layer, "kv_shared_layer_index", None) == kind.keys_of and shares == (kind.keys_of is not None)
+        kernels = [attention.query_dense.kernel, *([] if shares else [attention.key_dense.kernel])]
+        assert [each.shape[0] for each in kernels] == [kind.query_heads, kind.key_heads][: len(kernels)]
         assert {each.shape[2] for each in kernels} == {kind.head}
+        assert layer.gating_ffw.kernel.shape[1] == kind.ffw
+        assert getattr(layer, "hidden_size_per_layer_input", 0) == kind.layer_input
         window = attention.sliding_window_size if attention.use_sliding_window_attention else None
         rope = attention.rope_layer
         assert (window, rope.max_wavelength, rope.scaling_factor) == (kind.window, kind.wavelength, kind.rope_scaling)
         assert getattr(attention, "rotary_dim", kind.head) == 2 * kind.turned
-        assert (attention.value_dense is None) == kind.keys_are_values
+        assert (attention.value_dense is None) == (kind.keys_are_values or shares)
         assert getattr(layer, "use_post_ffw_norm", True) == kind.post_ffw_norm
         assert getattr(layer, "use_post_attention_norm", True) == kind.post_attention_norm
         assert hasattr(attention, "query_norm") == kind.query_key_norm
@@ -82,7 +92,7 @@ def test_the_table_of_weights_has_their_paths_shapes_and_order(name):
 def test_shapes_repeat_every_six_blocks_of_gemma_4_and_in_every_block_of_the_others():
     assert {name: period(catalog.architecture(name)) for name in catalog.GEMMAS} == {
         **dict.fromkeys(catalog.GEMMAS, 1),
-        **dict.fromkeys(("gemma4_26b_a4b", "gemma4_31b"), 6),
+        **{"gemma4_2b": 5, "gemma4_4b": 6, "gemma4_26b_a4b": 6, "gemma4_31b": 6},
     }
 
 
@@ -90,8 +100,9 @@ def test_shapes_repeat_every_six_blocks_of_gemma_4_and_in_every_block_of_the_oth
     ("change", "said"),
     [
         ({"num_kv_shared_layers": 2}, "an assistant, which drafts for another model"),
-        ({"num_kv_shared_layers": 1}, "E2B and E4B are not supported yet"),
-        ({"hidden_size_per_layer_input": 256}, "hidden_size_per_layer_input 0"),
+        ({"num_kv_shared_layers": 1}, "the blocks with keys of their own are of all the others' kinds"),
+        ({"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 8}, r"the vocabulary's size \(512\)"),
+        ({"hidden_size_per_layer_input": -1}, "hidden_size_per_layer_input"),
         ({"enable_moe_block": True}, "num_experts a number"),
         (
             {"num_experts_per_token": 5, **{key: EXPERTS[key] for key in EXPERTS if "per_token" not in key}},

@@ -67,8 +67,9 @@ def config_of_gemma4(arguments: dict[str, Any], config: dict[str, Any]) -> dict[
         "hidden_activation": "gelu_pytorch_tanh",
         "global_head_dim": arguments["global_head_dim"],
         "num_global_key_value_heads": arguments["num_global_key_value_heads"],
-        "attention_k_eq_v": True,
-        "layer_types": [
+        "attention_k_eq_v": arguments["num_global_key_value_heads"] is not None,
+        "layer_types": arguments.get("layer_types")
+        or [
             "sliding_attention" if number % every else "full_attention"
             for number in range(1, arguments["num_layers"] + 1)
         ],
@@ -78,8 +79,10 @@ def config_of_gemma4(arguments: dict[str, Any], config: dict[str, Any]) -> dict[
             "full_attention": rope,
             "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
         },
-        "hidden_size_per_layer_input": 0,
-        "num_kv_shared_layers": 0,
+        "hidden_size_per_layer_input": arguments.get("hidden_size_per_layer_input", 0),
+        "vocab_size_per_layer_input": arguments["vocabulary_size"],
+        "num_kv_shared_layers": arguments.get("num_kv_shared_layers", 0),
+        "use_double_wide_mlp": arguments.get("use_double_wide_mlp", False),
         "enable_moe_block": arguments.get("enable_moe_block", False),
         "num_experts": arguments.get("num_experts"),
         "top_k_experts": arguments.get("num_experts_per_token"),
@@ -97,6 +100,7 @@ def tensors_of(family: str, weights: dict[str, np.ndarray], prefix: str = "model
         "post_ffw_norm": "post_feedforward_layernorm",
         "query_norm": "self_attn.q_norm",
         "key_norm": "self_attn.k_norm",
+        "post_per_layer_input_norm": "post_per_layer_input_norm",
     }
     norms |= {
         "pre_ffw_norm_moe": "pre_feedforward_layernorm_2",
@@ -105,13 +109,20 @@ def tensors_of(family: str, weights: dict[str, np.ndarray], prefix: str = "model
     }
     heads = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
     linear = {"ffw_gating": "gate_proj", "ffw_gating_2": "up_proj", "ffw_linear": "down_proj"}
+    linear = {layer: f"mlp.{name}" for layer, name in linear.items()}
+    linear |= {"per_layer_input_gate": "per_layer_input_gate", "per_layer_up_proj": "per_layer_projection"}
+    of_model = {
+        "token_embedding": "embed_tokens",
+        "final_normalization": "norm",
+        "per_layer_token_embedding": "embed_tokens_per_layer",
+        "per_layer_model_projection": "per_layer_model_projection",
+        "per_layer_projection_norm": "per_layer_projection_norm",
+    }
     tensors = {}
     for path, value in weights.items():
         layer = path.split("/")[-2]
-        if path == "token_embedding/embeddings":
-            name = "embed_tokens"
-        elif path == "final_normalization/scale":
-            name = "norm"
+        if layer in of_model:
+            name, value = of_model[layer], value.T if path.endswith("kernel") else value
         else:
             block = path.split("/")[0].removeprefix("decoder_block_")
             if path.endswith("/layer_scalar"):
@@ -127,7 +138,7 @@ def tensors_of(family: str, weights: dict[str, np.ndarray], prefix: str = "model
             elif layer == "attention_output":
                 name, value = "self_attn.o_proj", np.concatenate(list(value)).T
             else:
-                name, value = f"mlp.{linear[layer]}", value.T
+                name, value = linear[layer], value.T
             name = f"layers.{block}.{name}"
         tensors[f"{prefix}{name}.weight"] = np.ascontiguousarray(value)
     return tensors

@@ -15,7 +15,7 @@ import keras
 import numpy as np
 
 from stages.core.load.variants import LoadedModel
-from stages.core.model import decoder, kv_cache, tied_table
+from stages.core.model import decoder, kv_cache, layer_embeddings, tied_table
 from stages.core.model.causal_lm import make_model
 from stages.core.model.kv_cache import Cache
 
@@ -69,6 +69,7 @@ def forward_of(model: LoadedModel) -> Callable[[Batch], np.ndarray]:
                 tied_table.embed(table, batch["token_ids"], causal.head_plan),
                 batch["segment_ids"],
                 constrain=causal.constrain,
+                layer_rows=layer_embeddings.look_up(model.backbone, batch["token_ids"], causal.head_plan),
             )
 
     return lambda batch: np.asarray(run([variable.value for variable in variables], batch))
@@ -98,19 +99,19 @@ def decoding_of(
     def embedded(ids):
         return tied_table.embed(model.backbone.token_embedding._embeddings.value, ids, causal.head_plan)
 
+    def options(ids):
+        rows = layer_embeddings.look_up(model.backbone, ids, causal.head_plan)
+        return {"constrain": causal.constrain, "layer_rows": rows}
+
     @functools.partial(jax.jit, static_argnums=2)
     def begin(values, ids, length):
         with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))):
-            return decoder.read_prompts(
-                model.backbone, embedded(ids), width - padding, length, constrain=causal.constrain
-            )
+            return decoder.read_prompts(model.backbone, embedded(ids), width - padding, length, **options(ids))
 
     @jax.jit
     def step(values, ids, place, caches):
         with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))):
-            hidden, news = decoder.read_token(
-                model.backbone, embedded(ids), place, padding, caches, constrain=causal.constrain
-            )
+            hidden, news = decoder.read_token(model.backbone, embedded(ids), place, padding, caches, **options(ids))
             return hidden, tuple(kv_cache.added(cache, *new, place) for cache, new in zip(caches, news, strict=True))
 
     def read(rows: np.ndarray) -> Iterator[tuple[np.ndarray, tuple[Cache, ...]]]:

@@ -66,6 +66,25 @@ EXPERTS = {"enable_moe_block": True, "num_experts": 4, "num_experts_per_token": 
 """Arguments that give a Gemma 4 experts beside the dense feed-forward."""
 """Backbone arguments of each family. Of every six layers Gemma 3 makes five local: `num_layers=6` adds a global one."""
 
+_SHARING = {
+    **{"num_query_heads": 8, "num_global_key_value_heads": None, "vocab_size_per_layer_input": VOCABULARY_SIZE},
+    "num_kv_shared_layers": 2,
+}
+EDGE: dict[str, dict[str, Any]] = {
+    "E2B": {
+        **_SHARING,
+        **{"num_layers": 4, "use_double_wide_mlp": True, "num_key_value_heads": 1, "hidden_size_per_layer_input": 8},
+    },
+    # The last of two blocks with windows is the one whose keys are shared.
+    "E4B": {
+        **_SHARING,
+        **{"num_layers": 5, "num_key_value_heads": 2, "hidden_size_per_layer_input": 16},
+        "layer_types": ["sliding_attention"] * 2 + ["full_attention", "sliding_attention", "full_attention"],
+    },
+}
+"""Arguments by which a "gemma4" is of the kind of E2B or E4B: blocks share keys and values, and add numbers of each
+token's own."""
+
 BACKBONES = {"gemma3": "Gemma3Backbone", "gemma4": "Gemma4Backbone"}
 """Classes of keras-hub; of the other families GemmaBackbone."""
 

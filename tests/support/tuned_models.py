@@ -12,7 +12,7 @@ from stages.core.export.tuned import TrainedWeights, Tuned
 from stages.core.finetune.trainer import trained_arrays
 from stages.core.load import adapter
 from stages.core.load.variants import LoadedModel
-from stages.core.model import decoder, tied_table
+from stages.core.model import decoder, layer_embeddings, tied_table
 from stages.core.model.causal_lm import make_model
 from stages.core.records.layout import LoraConfig
 from stages.core.records.model_config import TunedWeights
@@ -47,7 +47,8 @@ def logits(model: LoadedModel, ids: list[int]) -> np.ndarray:
     @jax.jit
     def forward(tokens: jax.Array) -> jax.Array:
         embedded = tied_table.embed(table, tokens, plan, model.backbone.token_embedding.compute_dtype)
-        hidden = decoder.hidden_states(model.backbone, embedded, jnp.ones_like(tokens))
+        rows = layer_embeddings.look_up(model.backbone, tokens, plan)
+        hidden = decoder.hidden_states(model.backbone, embedded, jnp.ones_like(tokens), layer_rows=rows)
         return tied_table.logits(hidden[0], tied_table.padded(table, plan), table.shape[0], plan)
 
     return np.asarray(forward(jnp.array([ids], jnp.int32)))

@@ -149,14 +149,14 @@ def _of_gemma4(architecture: Architecture) -> dict[str, Any]:
         "layer_types": [kind.name for kind in architecture.kinds],
         "final_logit_softcapping": _real(given.get("final_logit_soft_cap")),
         "rope_parameters": rope,
-        "hidden_size_per_layer_input": 0,
+        "hidden_size_per_layer_input": given.get("hidden_size_per_layer_input", 0),
         "vocab_size_per_layer_input": given["vocabulary_size"],
-        "num_kv_shared_layers": 0,
+        "num_kv_shared_layers": given.get("num_kv_shared_layers", 0),
         "enable_moe_block": experts is not None,
         "num_experts": experts and experts.count,
         "top_k_experts": experts and experts.chosen,
         "moe_intermediate_size": experts and experts.width,
-        "use_double_wide_mlp": False,
+        "use_double_wide_mlp": given.get("use_double_wide_mlp", False),
         "use_bidirectional_attention": None,
     }
 

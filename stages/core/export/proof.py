@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -22,6 +23,7 @@ from stages.core.model import decoder
 from stages.core.presets.architecture import Architecture
 from stages.core.presets.formats import WeightSource
 from stages.core.presets.tokenizer import Tokenizer
+from stages.core.presets.weight_table import LAYER_TABLE
 from stages.core.records.layout import LoraConfig
 from stages.core.sharding import devices
 from stages.core.sharding.keras_internals import set_value
@@ -133,12 +135,22 @@ def read(architecture: Architecture, weights: WeightSource, ids: list[int], lora
         for variable in held:
             give(variable)
 
-    for variable in backbone.layer_norm.weights:
-        give(variable)
-    found = {number: table(slice(number, number + 1))[0] for number in set(ids)}
-    embedded = jnp.asarray(np.stack([found[number] for number in ids])[None])
-    segment_ids = jnp.ones((1, len(ids)), jnp.int32)
-    hidden = decoder.hidden_states(backbone, embedded, segment_ids, before_block=give_block)
+    for variable in backbone.weights:
+        if not variable.path.startswith("decoder_block_") and not variable.path.endswith("/embeddings"):
+            give(variable)
+
+    def embedded(path: str) -> jax.Array:
+        columns = slice(0, weights.shape(path)[1])
+        found = {number: weights.read(path, (slice(number, number + 1), columns))[0] for number in set(ids)}
+        return jnp.asarray(np.stack([found[number] for number in ids])[None].astype(np.float32, copy=False))
+
+    hidden = decoder.hidden_states(
+        backbone,
+        embedded(TABLE),
+        jnp.ones((1, len(ids)), jnp.int32),
+        layer_rows=embedded(LAYER_TABLE) if architecture.kinds[0].layer_input else None,
+        before_block=give_block,
+    )
     return Reading(np.asarray(hidden[0, -COMPARED:]), table, architecture.config.get("final_logit_soft_cap"))
 
 

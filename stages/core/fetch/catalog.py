@@ -37,18 +37,18 @@ class Registered:
     Attributes:
         handle: at Kaggle, with its version.
         parameters: their number, as the registry states it: of Gemma 4 rounded, and with the towers.
-        like: the preset whose architecture it shares, by its name in `GEMMAS`; None where that is not known.
+        like: the preset whose architecture it shares, by its name in `GEMMAS`.
         license: the terms its weights come under.
     """
 
     handle: str
     parameters: int
-    like: str | None
+    like: str
     license: License
 
 
 def _presets(
-    folder: str, parameters: int, like: str | None, license: License = LICENSE, /, **versions: int
+    folder: str, parameters: int, like: str, license: License = LICENSE, /, **versions: int
 ) -> dict[str, Registered]:
     """Return presets that differ in name and version only."""
     return {
@@ -85,8 +85,7 @@ REGISTRY: dict[str, Registered] = {
     **_presets("google/shieldgemma", 27227128320, "gemma2_27b_en", shieldgemma_27b_en=2),
     **_presets("keras/cell2sentence", 2614341888, "gemma2_2b_en", CELL2SENTENCE, c2s_scale_gemma_2_2b_en=1),
     **_presets("keras/cell2sentence", 27227128320, "gemma2_27b_en", CELL2SENTENCE, c2s_scale_gemma_2_27b_en=1),
-    # Its soft caps and windows are not written down in keras-hub.
-    **_presets("keras/vaultgemma", 1038741120, None, vault_gemma_1b_en=2),
+    **_presets("keras/vaultgemma", 1038741120, "vault_gemma_1b_en", vault_gemma_1b_en=2),
     **_presets("keras/gemma3", 268098176, "gemma3_270m", gemma3_270m=3, gemma3_instruct_270m=4),
     **_presets("keras/gemma3", 999885952, "gemma3_1b", gemma3_1b=3, gemma3_instruct_1b=3),
     **_presets("keras/gemma3", 3880099328, "gemma3_4b_text", gemma3_4b_text=2, gemma3_instruct_4b_text=3),
@@ -95,6 +94,8 @@ REGISTRY: dict[str, Registered] = {
     **_presets("keras/function-gemma", 268098176, "gemma3_270m", function_gemma_instruct_270m=1),
     **_presets("keras/medgemma", 27009002240, "gemma3_27b_text", HEALTH, medgemma_instruct_27b_text=1),
     **_presets("keras/gemma4", 26000000000, "gemma4_26b_a4b", gemma4_26b_a4b=2, gemma4_instruct_26b_a4b=2),
+    **_presets("keras/gemma4", 5100000000, "gemma4_2b", gemma4_2b=2, gemma4_instruct_2b=2),
+    **_presets("keras/gemma4", 7900000000, "gemma4_4b", gemma4_4b=2, gemma4_instruct_4b=2),
     **_presets("keras/gemma4", 31000000000, "gemma4_31b", gemma4_31b=2, gemma4_instruct_31b=2),
 }
 """By keras-hub's preset name. A tuned form (instruct, 1.1, CodeGemma, ShieldGemma, C2S, MedGemma's text model) has the
@@ -103,34 +104,31 @@ architecture, and the number of parameters, of the preset that it was tuned from
 BACKBONES = {"gemma3": "Gemma3Backbone", "gemma4": "Gemma4Backbone"}
 """By how the names of presets begin; of others it is GemmaBackbone."""
 
-BASE = re.compile(r"gemma-(2b|7b|2-(2b|9b|27b)|3-270m|3-(1b|4b|12b|27b)-pt|4-(31[bB]|26[bB]-[aA]4[bB]))")
+BASE = re.compile(
+    r"gemma-(2b|7b|2-(2b|9b|27b)|3-270m|3-(1b|4b|12b|27b)-pt|4-(31[bB]|26[bB]-[aA]4[bB]|[eE][24][bB]))"
+)
 """Names of Google's base models at Hugging Face, those that are not instruction-tuned (`-it`)."""
 
-VISION: dict[str, str | None] = {
+VISION = {
     "gemma3_4b": "gemma3_4b_text",
     "gemma3_instruct_4b": "gemma3_instruct_4b_text",
     "gemma3_12b": "gemma3_12b_text",
     "gemma3_instruct_12b": "gemma3_instruct_12b_text",
     "gemma3_27b": "gemma3_27b_text",
     "gemma3_instruct_27b": "gemma3_instruct_27b_text",
-    "medgemma_4b": None,
-    "medgemma_instruct_4b": None,
-    "medgemma_1.5_instruct_4b": None,
+    "medgemma_4b": "hf://google/medgemma-4b-pt",
+    "medgemma_instruct_4b": "hf://google/medgemma-4b-it",
+    "medgemma_1.5_instruct_4b": "hf://google/medgemma-1.5-4b-it",
     "medgemma_instruct_27b": "medgemma_instruct_27b_text",
-    "translategemma_4b_it": None,
-    "translategemma_12b_it": None,
-    "translategemma_27b_it": None,
+    "translategemma_4b_it": "hf://google/translategemma-4b-it",
+    "translategemma_12b_it": "hf://google/translategemma-12b-it",
+    "translategemma_27b_it": "hf://google/translategemma-27b-it",
 }
-"""Presets of the same backbones with a vision tower, each with its text preset where there is one."""
+"""Presets of the same backbones with a vision tower, each with its text preset; where there is none, with the plain
+checkpoint, of which the text model alone is read."""
 
 EMBEDDING = ("embedding_gemma3_300m", "harrier_embedding_oss_270m")
 """Presets of the same backbones that give a text one vector and predict no token."""
-
-NOT_YET = {
-    "gemma4_2b": "per-layer embeddings and shared keys",
-    "gemma4_4b": "per-layer embeddings and shared keys",
-}
-"""Sizes of Gemma 4 that are not supported yet, by the base preset's name, and what they have beside the others."""
 
 ASSISTANTS = "_assistant"
 """How the names of presets end that draft tokens for another model and have no keys and values of their own."""
@@ -155,7 +153,9 @@ def registered(preset: str, asked_by: str) -> Registered:
         return REGISTRY[name]
     received = f"Received: {asked_by}={preset}"
     if name in VISION:
-        text = f"Its text preset is {VISION[name]}." if VISION[name] else "keras-hub has no text preset of it."
+        text = f"Its text preset is {VISION[name]}."
+        if VISION[name].startswith("hf://"):
+            text = f"Of its plain checkpoint the text model is read: fetch.source=huggingface, {VISION[name]}."
         raise ParamsError(f"{asked_by} must be a text Gemma, and {name} has a vision tower. {received}\n{text}")
     if name in EMBEDDING:
         raise ParamsError(
@@ -166,11 +166,6 @@ def registered(preset: str, asked_by: str) -> Registered:
         raise ParamsError(
             f"{asked_by} must be a text Gemma by itself, and {name} only drafts tokens for another model, whose keys "
             f"and values it reads. {received}\nThe model itself is {name.removesuffix(ASSISTANTS)}."
-        )
-    if lacking := NOT_YET.get(name.replace("gemma4_instruct_", "gemma4_")):
-        raise ParamsError(
-            f"{asked_by} must be a Gemma that this project runs, and {name} has {lacking}, which it does not. "
-            f"{received}\nOf Gemma 4 it runs gemma4_26b_a4b, gemma4_31b and their instruct forms."
         )
     for prefix, family in OTHERS.items():
         if name.startswith(prefix):
@@ -265,6 +260,11 @@ _FOUR = {
     **{"global_rope_partial_rotary_factor": 0.25, "final_logit_soft_cap": 30, "sliding_window_size": 1024},
 }
 _EXPERTS = {"enable_moe_block": True, "num_experts": 128, "num_experts_per_token": 8, "expert_intermediate_dim": 704}
+_SMALL_FOUR = {
+    **_FOUR,
+    **{"sliding_window_size": 512, "hidden_size_per_layer_input": 256, "vocab_size_per_layer_input": 262144},
+}
+_E2B = {"sliding_window_pattern": 5, "num_kv_shared_layers": 20, "use_double_wide_mlp": True}
 _PER_HEAD = {"query_head_dim_normalize": False}
 
 GEMMAS: dict[str, dict[str, Any]] = {
@@ -273,6 +273,9 @@ GEMMAS: dict[str, dict[str, Any]] = {
     "gemma2_2b_en": _gemma(2614341888, 256000, 26, 8, 4, 2304, 18432, 256, **_TWO),
     "gemma2_9b_en": _gemma(9241705984, 256000, 42, 16, 8, 3584, 28672, 256, **_TWO),
     "gemma2_27b_en": _gemma(27227128320, 256000, 46, 32, 16, 4608, 73728, 128, **_TWO, **_PER_HEAD),
+    # Trained on 1,024 tokens; keras-hub does not write down that it has neither soft caps nor windows, copies of
+    # Google's config.json do. A preset that was fetched is planned by its own.
+    "vault_gemma_1b_en": _gemma(1038741120, 256000, 26, 4, 4, 1152, 13824, 256),
     "gemma3_270m": _gemma(268098176, 262144, 18, 4, 1, 640, 2048, 256, **_SMALL),
     "gemma3_1b": _gemma(999885952, 262144, 26, 4, 1, 1152, 6912, 256, **_SMALL),
     "gemma3_4b_text": _gemma(3880099328, 262144, 34, 8, 4, 2560, 10240, 256, **_LARGE),
@@ -281,6 +284,8 @@ GEMMAS: dict[str, dict[str, Any]] = {
     "gemma4_26b_a4b": _gemma(
         *(25233141790, 262144, 30, 16, 8, 2816, 2112, 256), **_FOUR, **_EXPERTS, num_global_key_value_heads=2
     ),
+    "gemma4_2b": _gemma(4628569379, 262144, 35, 8, 1, 1536, 6144, 256, **_SMALL_FOUR, **_E2B),
+    "gemma4_4b": _gemma(7463013418, 262144, 42, 8, 2, 2560, 10240, 256, **_SMALL_FOUR, num_kv_shared_layers=18),
     "gemma4_31b": _gemma(30697345340, 262144, 60, 32, 16, 5376, 21504, 256, **_FOUR, num_global_key_value_heads=4),
 }
 """By keras-hub's preset name: `params`, the parameter count that keras-hub's own registry states
@@ -298,14 +303,8 @@ def architecture(preset: str, asked_by: str = "--preset") -> Architecture:
         asked_by: the option or setting that named it, for the message.
 
     Raises:
-        ParamsError: no text Gemma of this name, with the nearest; or one whose configuration is not known here.
+        ParamsError: no text Gemma of this name, with the nearest.
     """
     like = registered(preset, asked_by).like
-    if like is None:
-        raise ParamsError(
-            f"The configuration of {name_of(preset)} is known only from its files. Received: {asked_by}={preset}\n"
-            "Fetch it first; then `python -m stages.load --dry-run` shows it without --preset, and plan takes its "
-            "folder with fetch.source: path."
-        )
     arguments = {key: value for key, value in GEMMAS[like].items() if key != "params"}
     return Architecture(BACKBONES.get(like[:6], "GemmaBackbone"), arguments)

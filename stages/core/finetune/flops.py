@@ -34,6 +34,9 @@ def step_flops(backbone: keras.Model, batch: int, length: int) -> int:
     - attention: 4 x length x heads x head dimension a block forward (scores and mixing, over the whole square, as
       there), and twice that backward.
 
+    A table of numbers for each block is looked up, never multiplied. What is made of the token embeddings beside it has
+    no gradient in its input unless these are trained.
+
     Args:
         backbone: with its adapter, frozen as it is trained.
         batch: sequences per step, without padding of the batch.
@@ -50,9 +53,14 @@ def step_flops(backbone: keras.Model, batch: int, length: int) -> int:
             a_token += forward_and_back * math.prod(variable.shape) // experts.count * experts.chosen
         if name not in ("kernel", "embeddings", "lora_kernel_a", "lora_kernel_b"):
             continue
+        # Looked up, as the token table would be were it not the head too.
+        if layer == "per_layer_token_embedding":
+            continue
         times = 1
         if name == "lora_kernel_b" and layer.endswith(("query", "key", "value")):
             times = shapes[f"{layer}/kernel"][0]
+        if layer == "per_layer_model_projection" and not variable.trainable:
+            forward_and_back = 2
         a_token += forward_and_back * times * math.prod(variable.shape)
     attention = 12 * length * sum(kind.query_heads * kind.head for kind in kinds)
     return tokens * (a_token + attention)

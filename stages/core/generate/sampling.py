@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from stages.core.generate.choosing import Choice, Drawing, choose
-from stages.core.model import decoder, kv_cache, tied_table
+from stages.core.model import decoder, kv_cache, layer_embeddings, tied_table
 from stages.core.model.causal_lm import CausalModel
 from stages.core.sharding.hosts import whole
 
@@ -234,6 +234,7 @@ def _begin(
             capacity,
             constrain=model.constrain,
             projections=model.projections,
+            layer_rows=layer_embeddings.look_up(model.backbone, ids, model.head_plan),
         )
         token = _next(model, rows, table, hidden, seen, jnp.int32(0), live)
         return _laid_out(model, State(jnp.int32(width), jnp.int32(1), token, seen, caches))
@@ -261,6 +262,7 @@ def _go_on(
                 state.caches,
                 constrain=model.constrain,
                 projections=model.projections,
+                layer_rows=layer_embeddings.look_up(model.backbone, state.token[:, None], model.head_plan),
             )
             seen = state.seen | (jnp.arange(state.seen.shape[1]) == state.token[:, None])
             token = _next(model, rows, table, hidden, seen, state.made, state.token != stop)

@@ -19,7 +19,10 @@ from stages.core.records.layout import LoraConfig
 from stages.core.sharding.keras_internals import declared_only, layers_within
 
 # Every matrix of a block, in the model's order.
-PROJECTIONS = ("query", "key", "value", "attention_output", "ffw_gating", "ffw_gating_2", "ffw_linear")
+PROJECTIONS = (
+    *("query", "key", "value", "attention_output", "ffw_gating", "ffw_gating_2", "ffw_linear"),
+    *("per_layer_input_gate", "per_layer_up_proj"),
+)
 
 EXPERTS = ("moe_router", "moe_expert_bank")
 """Layers with matrices that get no adapter."""

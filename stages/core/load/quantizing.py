@@ -21,8 +21,11 @@ from stages.core.sharding.keras_internals import (
     declare_codes,
     declared_only,
     embedding_table,
+    equation_of,
     kernel_of,
+    layer_table,
     layers_within,
+    table_within,
 )
 
 LARGEST = 127
@@ -66,9 +69,11 @@ def declare(backbone: keras.Model, form: Form) -> None:
         if form.table:
             table = embedding_table(backbone)
             declare_codes(backbone.token_embedding, table, (table.shape[0], 1))
+            if (of_blocks := layer_table(backbone)) is not None:
+                declare_codes(of_blocks, table_within(of_blocks), (table.shape[0], 1))
         for layer in layers_within(backbone):
             if layer.name in PROJECTIONS and layer.weights:
-                operands, result = layer.equation.split("->")
+                operands, result = equation_of(layer).split("->")
                 axes = operands.split(",")[1]
                 kernel = kernel_of(layer)
                 shape = zip(axes, kernel.shape, strict=True)

@@ -74,7 +74,11 @@ class LoadedModel:
         """
         axis = self.mesh_shape.sizes["model"]
         state = self.backbone.hidden_dim * jnp.dtype(self.backbone.dtype_policy.compute_dtype).itemsize
-        return (8 * self.backbone.num_layers + 4) * state * (axis - 1) / axis
+        # What is looked up for each block is summed, and what is projected for each gathered and exchanged, both once:
+        # nothing of it is trained with an adapter.
+        rows = getattr(self.backbone, "hidden_size_per_layer_input", 0) * self.backbone.num_layers
+        of_blocks = (rows + rows / axis + self.backbone.hidden_dim if rows else 0) * state / self.backbone.hidden_dim
+        return ((8 * self.backbone.num_layers + 4) * state + of_blocks) * (axis - 1) / axis
 
     @property
     def jax_mesh(self) -> jax.sharding.Mesh:

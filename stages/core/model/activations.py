@@ -36,16 +36,20 @@ class Activations:
 
         @functools.cache
         def roles(block: int) -> dict[str, tuple[Any, ...]]:
-            layers = ("query", "key", "attention_output")
-            query, key, output = (specs[f"decoder_block_{block}/attention/{layer}/kernel"] for layer in layers)
-            return {
+            query, output = (
+                specs[f"decoder_block_{block}/attention/{each}/kernel"] for each in ("query", "attention_output")
+            )
+            key = specs.get(f"decoder_block_{block}/attention/key/kernel")
+            found: dict[str, tuple[Any, ...]] = {
                 "hidden": ("model", None),
                 "query": ("model" if query[0] is None else None, query[0], None),
-                "key": (None, key[0], None),
-                # Heads before tokens, of which there are as many as the axis divides.
-                "cache": (key[0], None, None),
                 "mixed": (None, output[0], output[1]),
             }
+            # A block that attends to another's keys has none.
+            if key is not None:
+                # Heads before tokens, of which there are as many as the axis divides.
+                found |= {"key": (None, key[0], None), "cache": (key[0], None, None)}
+            return found
 
         self._roles = roles
 

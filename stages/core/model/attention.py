@@ -56,7 +56,8 @@ class SelfAttention:
 
         def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
             if self._mask is None:
-                return self._by_blocks(query, key, value, number, kind.window, soft_cap)
+                keys_of = number if kind.keys_of is None else kind.keys_of
+                return self._by_blocks(query, key, value, (number, keys_of), kind.window, soft_cap)
             mask = self._mask
             if kind.window is not None:
                 mask = mask & (self._positions[:, :, None] - self._positions[:, None, :] < kind.window)
@@ -71,11 +72,14 @@ class SelfAttention:
         query: jax.Array,
         key: jax.Array,
         value: jax.Array,
-        number: int,
+        numbers: tuple[int, int],
         window: int | None,
         soft_cap: float | None,
     ) -> jax.Array:
-        """Return what each query attends to; each device computes it for the queries and heads that it has."""
+        """Return what each query attends to; each device computes it for the queries and heads that it has.
+
+        The numbers are those of the blocks that the queries and the keys are of.
+        """
         mesh = self._activations.mesh
         # The gradients of keys and values are sums over queries, which devices may have a part of each.
         key, value = key.astype(jnp.float32), value.astype(jnp.float32)
@@ -83,8 +87,8 @@ class SelfAttention:
         if mesh is None:
             scope = Scope(window, soft_cap, BLOCK)
             return attention_blocks.attend(query, key, value, segments, segments, jnp.int32(0), scope)
-        own = self._activations.spec(query, "query", number)
-        keys = self._activations.spec(key, "key", number)
+        own = self._activations.spec(query, "query", numbers[0])
+        keys = self._activations.spec(key, "key", numbers[1])
         axis = "model"
         devices = mesh.shape[axis]
         time, heads, keys_too = (axis in axes_of(each) for each in (own[1], own[2], keys[2]))

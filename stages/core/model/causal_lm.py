@@ -19,13 +19,13 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from stages.core.common.errors import StageError
-from stages.core.model import cross_entropy, decoder, tied_table
+from stages.core.model import cross_entropy, decoder, layer_embeddings, tied_table
 from stages.core.model.activations import UNCONSTRAINED, Activations
 from stages.core.model.experts import busiest_share
 from stages.core.model.lora import Dropout
 from stages.core.model.tensor_parallel import Projections
 from stages.core.sharding.hosts import on_every_process, put
-from stages.core.sharding.keras_internals import embedding_table, set_value, update_metrics
+from stages.core.sharding.keras_internals import embedding_table, layer_table, set_value, table_within, update_metrics
 from stages.core.sharding.layout import Placement
 
 BUSIEST = "busiest_expert"
@@ -91,6 +91,7 @@ class CausalModel(keras.Model):
             inputs["segment_ids"],
             constrain=self.constrain,
             projections=self.projections,
+            layer_rows=layer_embeddings.look_up(self.backbone, inputs["token_ids"], self.head_plan),
             dropout=self._drop() if training and self.dropout_step is not None else None,
             rematerialize=self._rematerialize and training,
             sent=sent if training else None,
@@ -265,14 +266,28 @@ def make_model(
         dropout: share of what goes into an adapter that is dropped in training (0.0 to below 1.0).
         seed: of the dropout.
     """
-    path = embedding_table(backbone).path
-    table = next(each for each in placements if each.weight.path == path)
+    by_path = {each.weight.path: each for each in placements}
+
+    def gathered_dimension(path: str) -> int | None:
+        # Another table than one whose rows the model axis splits is brought into that form by XLA.
+        table = by_path[path]
+        return table.over_batch if table.used[0] == "model" or mesh.shape["model"] == 1 else None
+
+    of_blocks = layer_table(backbone)
     plan = tied_table.HeadPlan(
         soft_cap=backbone.token_embedding.logit_soft_cap,
         mesh=mesh,
         table_is_trained=backbone.token_embedding.trainable,
-        # Another table than one whose rows the model axis splits is brought into that form by XLA.
-        gathered_dimension=table.over_batch if table.used[0] == "model" or mesh.shape["model"] == 1 else None,
+        gathered_dimension=gathered_dimension(embedding_table(backbone).path),
+        of_blocks=None
+        if of_blocks is None
+        # Only its rows are converted to the compute dtype, which a trained table's are.
+        else tied_table.HeadPlan(
+            None,
+            mesh,
+            table_is_trained=True,
+            gathered_dimension=gathered_dimension(table_within(of_blocks).path),
+        ),
     )
     projections = Projections(mesh, placements, keep_gathered=rematerialize)
     constrain = Activations(mesh, placements)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
-from stages.core.model import kv_cache
+from stages.core.model import kv_cache, layer_embeddings
 from stages.core.model.activations import UNCONSTRAINED, Activations
 from stages.core.model.attention import Attend, SelfAttention
 from stages.core.model.kv_cache import Cache
@@ -29,6 +29,8 @@ from stages.core.presets.layer_kinds import LayerKind
 
 # One device: nothing is split.
 SINGLE = Projections()
+# Keys and values of a block (batch, length, key/value heads, head).
+Keys = tuple[jax.Array, jax.Array]
 
 
 class _Block(NamedTuple):
@@ -41,14 +43,23 @@ class _Block(NamedTuple):
 
 @dataclass(frozen=True)
 class _Pass:
-    """What all blocks of one forward pass share."""
+    """What all blocks of one forward pass share.
+
+    Attributes:
+        parts: what each block adds of its own (`layer_embeddings`), by its number; empty where the model has nothing.
+        others: the numbers of the blocks whose keys and values others attend to.
+        counted: bool (batch, length), the tokens that `sent` counts.
+        sent: how many of them each expert of each block so far got.
+    """
 
     blocks: list[_Block]
+    x: jax.Array
+    parts: list[jax.Array]
+    others: frozenset[int]
     constrain: Activations
     projections: Projections
     rotary: Rotary
     dropout: Dropout | None
-    # How many of the counted tokens, bool (batch, length), the experts of each block so far were sent.
     counted: jax.Array
     sent: list[jax.Array] = field(default_factory=list)
 
@@ -61,6 +72,7 @@ def hidden_states(
     constrain: Activations = UNCONSTRAINED,
     projections: Projections = SINGLE,
     dropout: Dropout | None = None,
+    layer_rows: jax.Array | None = None,
     rematerialize: bool = False,
     before_block: Callable[[Any], None] | None = None,
     sent: list[jax.Array] | None = None,
@@ -75,6 +87,7 @@ def hidden_states(
             their own.
         constrain: sets the sharding of activations.
         dropout: applied to what goes into an adapter.
+        layer_rows: from `layer_embeddings.look_up`.
         rematerialize: recompute each block in the backward pass instead of keeping its activations.
         before_block: called with each block's layer before it runs, outside of a compiled function: it can give the
             layer its weights, so that those of one block are in memory.
@@ -86,17 +99,25 @@ def hidden_states(
     """
     attention = SelfAttention(segment_ids, constrain)
     positions = np.arange(segment_ids.shape[1], dtype=np.int32)[None, :]
-    run = _begin(backbone, positions, segment_ids > 0, constrain, projections, dropout)
-    x = _scale(backbone, token_embeddings)
+    run = _begin(backbone, token_embeddings, layer_rows, positions, segment_ids > 0, constrain, projections, dropout)
+    x = run.x
+    held: dict[int, Keys] = {}
     for each in run.blocks:
 
-        def block(x: jax.Array, each: _Block = each) -> tuple[jax.Array, list[jax.Array]]:
+        def block(
+            x: jax.Array, taken: Keys | None, each: _Block = each
+        ) -> tuple[jax.Array, Keys | None, list[jax.Array]]:
             own = replace(run, sent=[])
-            return _block(own, each, x, attention.of_block(each.number, each.kind, _soft_cap(each))), own.sent
+            attend = attention.of_block(each.number, each.kind, _soft_cap(each))
+            x, keys = _block(own, each, x, attend, taken)
+            return x, keys if each.number in run.others else None, own.sent
 
         if before_block:
             before_block(each.layer)
-        x, found = jax.checkpoint(block)(x) if rematerialize else block(x)
+        taken = None if each.kind.keys_of is None else held[each.kind.keys_of]
+        x, keys, found = jax.checkpoint(block)(x, taken) if rematerialize else block(x, taken)
+        if keys is not None:
+            held[each.number] = keys
         if sent is not None:
             sent += found
     return _norm(backbone.layer_norm, x)
@@ -110,6 +131,7 @@ def read_prompts(
     *,
     constrain: Activations = UNCONSTRAINED,
     projections: Projections = SINGLE,
+    layer_rows: jax.Array | None = None,
 ) -> tuple[jax.Array, tuple[Cache, ...]]:
     """Return the hidden state of each prompt's last token, and the caches to continue from.
 
@@ -120,29 +142,30 @@ def read_prompts(
         lengths: int32 (batch,), the tokens of each prompt, 1 to `width`.
         capacity: tokens that a row can have, padding included.
         constrain: sets the sharding of activations.
+        layer_rows: from `layer_embeddings.look_up`.
 
     Returns:
-        (batch, hidden), and a cache per block, in the compute dtype, with as many places as the capacity, or as the
-        sliding window where that is smaller. A row's padding counts among its tokens.
+        (batch, hidden), and a cache for each block with keys of its own, which come first, in the compute dtype, with
+        as many places as the capacity, or as the sliding window where that is smaller. A row's padding counts among its
+        tokens.
     """
     width = token_embeddings.shape[1]
     places = np.arange(width, dtype=np.int32)[None, :]
     padding = (width - lengths)[:, None]
     attention = SelfAttention((places >= padding).astype(jnp.int32), constrain)
-    run = _begin(backbone, places - padding, places >= padding, constrain, projections)
-    x = _scale(backbone, token_embeddings)
+    run = _begin(
+        backbone, token_embeddings, layer_rows, places - padding, places >= padding, constrain, projections
+    )
+    x = run.x
     caches: list[Cache] = []
-    for each in run.blocks:
-        mix = attention.of_block(each.number, each.kind, _soft_cap(each))
-
-        def attend(
-            query: jax.Array, key: jax.Array, value: jax.Array, kind: LayerKind = each.kind, mix: Attend = mix
-        ) -> jax.Array:
+    held: list[Keys] = []
+    for number, kind in ((each.number, each.kind) for each in run.blocks):
+        attend = attention.of_block(number, kind, _soft_cap(run.blocks[number]))
+        x, keys = _block(run, run.blocks[number], x, attend, None if kind.keys_of is None else held[kind.keys_of])
+        held.append(keys)
+        if kind.keys_of is None:
             size = capacity if kind.window is None else min(capacity, kind.window)
-            caches.append((kv_cache.latest(key, size), kv_cache.latest(value, size)))
-            return mix(query, key, value)
-
-        x = _block(run, each, x, attend)
+            caches.append((kv_cache.latest(keys[0], size), kv_cache.latest(keys[1], size)))
     return _norm(backbone.layer_norm, x[:, -1]), tuple(caches)
 
 
@@ -155,8 +178,9 @@ def read_token(
     *,
     constrain: Activations = UNCONSTRAINED,
     projections: Projections = SINGLE,
-) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array]]]:
-    """Return the hidden states of one new token a row, and its key and value in each block, to be added to the cache.
+    layer_rows: jax.Array | None = None,
+) -> tuple[jax.Array, list[Keys]]:
+    """Return the hidden states of one new token a row, and its key and value for each cache, to be added to it.
 
     Args:
         backbone: a GemmaBackbone or Gemma3Backbone.
@@ -165,15 +189,18 @@ def read_token(
         padding: int32 (batch,), how many of them are padding.
         caches: as `read_prompts` returns them.
         constrain: sets the sharding of activations.
+        layer_rows: from `layer_embeddings.look_up`.
 
     Returns:
-        (batch, hidden), and a pair of (batch, 1, key/value heads, head) a block.
+        (batch, hidden), and a pair of (batch, 1, key/value heads, head) a cache.
     """
     positions = (place - padding)[:, None]
-    run = _begin(backbone, positions, positions >= 0, constrain, projections)
-    x = _scale(backbone, token_embeddings)
-    found: list[tuple[jax.Array, jax.Array]] = []
-    for each, cache in zip(run.blocks, caches, strict=True):
+    run = _begin(backbone, token_embeddings, layer_rows, positions, positions >= 0, constrain, projections)
+    x = run.x
+    found: list[Keys] = []
+    for each in run.blocks:
+        source = each.number if each.kind.keys_of is None else each.kind.keys_of
+        cache = caches[source]
         mask = kv_cache.before(cache[0].shape[2], place, padding)
 
         def attend(
@@ -184,27 +211,42 @@ def read_token(
             cache: Cache = cache,
             mask: jax.Array = mask,
         ) -> jax.Array:
-            found.append((key, value))
             return kv_cache.attend(query, key, value, cache, mask, layer.attention.logit_soft_cap)
 
-        x = _block(run, each, x, attend)
+        x, keys = _block(run, each, x, attend, None if each.kind.keys_of is None else found[source])
+        if each.kind.keys_of is None:
+            found.append(keys)
     return _norm(backbone.layer_norm, x[:, 0]), found
 
 
 def _begin(
     backbone: keras.Model,
+    token_embeddings: jax.Array,
+    layer_rows: jax.Array | None,
     positions: jax.Array,
     counted: jax.Array,
     constrain: Activations,
     projections: Projections,
     dropout: Dropout | None = None,
 ) -> _Pass:
-    """Return what the blocks of a pass over tokens at these positions (batch or 1, length) share."""
+    """Return what the blocks of a pass over tokens at these positions (batch or 1, length) share, and what they begin
+    with, the scaled embeddings.
+
+    Raises:
+        ValueError: the blocks add something of their own, and there are no `layer_rows`.
+    """
     architecture = of_backbone(backbone)
+    x = _scale(backbone, token_embeddings)
+    parts: list[jax.Array] = []
+    if architecture.kinds[0].layer_input:
+        if layer_rows is None:
+            raise ValueError("a model with embeddings for each block takes the rows that the tokens have there")
+        parts = layer_embeddings.inputs(backbone, x, layer_rows, constrain, projections)
+    others = frozenset(kind.keys_of for kind in architecture.kinds if kind.keys_of is not None)
     pairs = zip(backbone.transformer_layers, architecture.kinds, strict=True)
     blocks = [_Block(number, *pair) for number, pair in enumerate(pairs)]
     rotary = Rotary(architecture.kinds, positions, interleaved=architecture.family.interleaved)
-    return _Pass(blocks, constrain, projections, rotary, dropout, counted)
+    return _Pass(blocks, x, parts, others, constrain, projections, rotary, dropout, counted)
 
 
 def _soft_cap(block: _Block) -> float | None:
@@ -227,11 +269,22 @@ def _norm(layer: Any, x: jax.Array) -> jax.Array:
     return layer.call(x)
 
 
-def _block(run: _Pass, block: _Block, x: jax.Array, attend: Attend) -> jax.Array:
-    """One decoder block: attention and feed-forward, each with its norms and residual."""
+def _block(run: _Pass, block: _Block, x: jax.Array, attend: Attend, taken: Keys | None) -> tuple[jax.Array, Keys]:
+    """One decoder block: attention and feed-forward, each with its norms and residual.
+
+    Args:
+        run: what all blocks share.
+        block: which.
+        x: its input (batch, length, hidden).
+        attend: what each query attends to.
+        taken: another block's keys and values, where it attends to these.
+
+    Returns:
+        Its output, and the keys and values that it attended to.
+    """
     layer, kind = block.layer, block.kind
     h = _norm(layer.pre_attention_norm, x)
-    h = _attention(run, block, h, attend)
+    h, keys = _attention(run, block, h, attend, taken)
     if kind.post_attention_norm:
         h = _norm(layer.post_attention_norm, h)
     x = x + h
@@ -247,30 +300,40 @@ def _block(run: _Pass, block: _Block, x: jax.Array, attend: Attend) -> jax.Array
     if kind.post_ffw_norm:
         h = _norm(layer.post_ffw_norm, h)
     x = x + h
-    return x * layer.layer_scalar.value.astype(x.dtype) if kind.scaled else x
+    if run.parts:
+        part = run.parts[block.number]
+        x = layer_embeddings.add(layer, x, part, run.constrain, run.projections, run.dropout)
+    return (x * layer.layer_scalar.value.astype(x.dtype) if kind.scaled else x), keys
 
 
-def _attention(run: _Pass, block: _Block, x: jax.Array, attend: Attend) -> jax.Array:
-    """Grouped-query attention: (batch, length, hidden) to the same."""
+def _attention(run: _Pass, block: _Block, x: jax.Array, attend: Attend, taken: Keys | None) -> tuple[jax.Array, Keys]:
+    """Grouped-query attention: (batch, length, hidden) to the same, and the keys and values."""
     attention, kind = block.layer.attention, block.kind
 
     def held(array: jax.Array, role: str) -> jax.Array:
         return run.constrain(array, role, block.number)
 
-    layers = [attention.query_dense, attention.key_dense]
-    layers += [] if kind.keys_are_values else [attention.value_dense]
-    query, key, *own = run.projections.columns(layers, x, run.dropout)
-    query, key = held(query, "query"), held(key, "key")
-    value = held(own[0], "key") if own else key
+    layers = [attention.query_dense] + ([] if taken else [attention.key_dense])
+    layers += [] if taken or kind.keys_are_values else [attention.value_dense]
+    query, *own = run.projections.columns(layers, x, run.dropout)
+    query = held(query, "query")
     if kind.query_key_norm:
         query = _norm(attention.query_norm, query)
+    # Constrain again after RoPE so that the backward pass reuses the gathered keys; XLA would gather them again.
+    query = held(run.rotary(kind, query), "query")
+    if kind.query_scale != 1.0:
+        query = query * jnp.asarray(kind.query_scale, query.dtype)
+    key, value = taken or _keys(run, block, [held(each, "key") for each in own])
+    mixed = held(held(attend(query, key, value), "query"), "mixed")
+    return run.constrain(run.projections.rows(attention.output_dense, mixed, run.dropout), "hidden"), (key, value)
+
+
+def _keys(run: _Pass, block: _Block, projected: list[jax.Array]) -> Keys:
+    """Return a block's keys, normalised and turned, and its values, from what the projections gave: one or both."""
+    attention, kind = block.layer.attention, block.kind
+    key, value = projected[0], projected[-1]
+    if kind.query_key_norm:
         key = _norm(attention.key_norm, key)
     if kind.value_norm:
         value = _norm(attention.value_norm, value)
-    # Constrain again after RoPE so that the backward pass reuses the gathered keys; XLA would gather them again.
-    query = held(run.rotary(kind, query), "query")
-    key = held(run.rotary(kind, key), "key")
-    if kind.query_scale != 1.0:
-        query = query * jnp.asarray(kind.query_scale, query.dtype)
-    mixed = held(held(attend(query, key, value), "query"), "mixed")
-    return run.constrain(run.projections.rows(attention.output_dense, mixed, run.dropout), "hidden")
+    return run.constrain(run.rotary(kind, key), "key", block.number), value

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import keras
 
 from stages.core.model.products import few_rows, gathered, gathered_product, product
-from stages.core.sharding.keras_internals import kernel_of, layers_within, set_value
+from stages.core.sharding.keras_internals import equation_of, kernel_of, layers_within, set_value
 
 # Drops out part of what goes into the adapter of the layer with a path.
 Dropout = Callable[["jax.Array", str], "jax.Array"]
@@ -92,22 +92,22 @@ def base(
         # The backward pass converts the codes anew: it would keep all of them in the compute dtype, the whole model.
         return jax.checkpoint(functools.partial(_base_of_codes, layer, divided))(x, kernel, arrays["kernel_scale"])
     if gathering and x.shape[1] > 1:
-        return gathered_product(layer.equation, x, kernel, gathering.dimension, again=gathering.again)
+        return gathered_product(equation_of(layer), x, kernel, gathering.dimension, again=gathering.again)
     if gathering:
         kernel = gathered(kernel, gathering.dimension, x.dtype)
     if x.shape[1] == 1 and not divided:
         return _of_one_token(layer, x, kernel.astype(x.dtype))
     # A frozen kernel has no gradient, for which x would be kept.
-    return product(layer.equation, x, kernel if kernel_of(layer).trainable else kernel.astype(x.dtype))
+    return product(equation_of(layer), x, kernel if kernel_of(layer).trainable else kernel.astype(x.dtype))
 
 
 def _base_of_codes(layer: Any, divided: bool, x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
     """Return x W of a frozen kernel of codes: (x codes) scale, in the compute dtype, scaled in float32."""
     kernel, one_token = codes.astype(x.dtype), x.shape[1] == 1 and not divided
-    y = _of_one_token(layer, x, kernel) if one_token else jnp.einsum(layer.equation, x, kernel)
+    y = _of_one_token(layer, x, kernel) if one_token else jnp.einsum(equation_of(layer), x, kernel)
     # A scale for each output, which are the kernel's dimensions that are not summed over, in their order.
     _, axes, _ = _equation(layer)
-    result = layer.equation.split("->")[1]
+    result = equation_of(layer).split("->")[1]
     outputs = [size for axis, size in zip(axes, codes.shape, strict=True) if axis in result]
     return (y.astype(jnp.float32) * scale.reshape(outputs)).astype(x.dtype)
 
@@ -142,7 +142,7 @@ def widen(layer: Any, narrow: jax.Array, arrays: dict[str, jax.Array], *, divide
     b = arrays["lora_kernel_b"]
     if divided:
         _, axes, low = _equation(layer)
-        return product(f"{low},r{axes[-1]}->{layer.equation.split('->')[1]}", narrow, b)
+        return product(f"{low},r{axes[-1]}->{equation_of(layer).split('->')[1]}", narrow, b)
     wide = product("nr,rh->nh", narrow.reshape(-1, narrow.shape[-1]), b)
     return wide.reshape(*narrow.shape[:-1], b.shape[-1])
 
@@ -220,6 +220,6 @@ def _merged(scales: tuple[float, ...], kernels: list[jax.Array], groups: list[di
 
 def _equation(layer: Any) -> tuple[str, str, str]:
     """Return the axes of the input, of the kernel, and of x A: there `r`, free in Gemma's equations, is the rank."""
-    operands, result = layer.equation.split("->")
+    operands, result = equation_of(layer).split("->")
     inputs, axes = operands.split(",")
     return inputs, axes, result.replace(axes[-1], "r")

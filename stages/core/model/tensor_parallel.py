@@ -69,7 +69,7 @@ class Projections:
             return [
                 self._hold(self._project(layer, x, dropout), "batch", None, *self._output(layer)) for layer in layers
             ]
-        split_time = self._splits_time(x)
+        split_time = self.splits_time(x)
 
         # Attention needs whole heads, which are exchanged over time where that can be split.
         gather = not split_time and all(len(each["kernel"]) == 3 and each["kernel"][-1] == "model" for each in specs)
@@ -107,7 +107,7 @@ class Projections:
         if dropout is not None or specs is None or specs["kernel"][-1] is not None:
             x = self._hold(x, "batch", None, *self._kernel(layer)[:-1])
             return self._hold(self._project(layer, x, dropout), "batch", None, None)
-        split_time = self._splits_time(x)
+        split_time = self.splits_time(x)
 
         def local(x: jax.Array, arrays: dict[str, jax.Array]) -> jax.Array:
             partial = apply(layer, x, self._whole_adapter(layer, arrays), gathering=self._gathering(layer))
@@ -121,6 +121,17 @@ class Projections:
             in_specs=(P("batch", None, *specs["kernel"][:-1]), self._array_specs([layer])[0]),
             out_specs=P("batch", "model" if split_time else None, None),
         )(x, arrays_of(layer))
+
+    def apart(self, layer: Any, x: jax.Array, dropout: Dropout | None = None) -> jax.Array:
+        """Apply a small layer to activations (batch, length, ...) that are split over time, and stay so.
+
+        Its arrays are gathered, which for many tokens is less than they are.
+        """
+        arrays = arrays_of(layer)
+        if not kernel_of(layer).trainable and "kernel_scale" not in arrays:
+            arrays["kernel"] = arrays["kernel"].astype(x.dtype)
+        whole = {name: self._hold(array, *(None,) * array.ndim) for name, array in arrays.items()}
+        return apply(layer, self._hold(x, "batch", "model", None), whole, dropout, divided=True)
 
     def _project(self, layer: Any, x: jax.Array, dropout: Dropout | None) -> jax.Array:
         """Apply a layer as XLA divides it, with its arrays whole over the batch axis."""
@@ -195,7 +206,8 @@ class Projections:
         """Whether a kernel that takes hidden states is split over them: its second last dimension."""
         return specs["kernel"][-2] is not None
 
-    def _splits_time(self, x: jax.Array) -> bool:
+    def splits_time(self, x: jax.Array) -> bool:
+        """Return whether hidden states (batch, length, hidden) between blocks are split over time."""
         return self._mesh is not None and self._divides and x.shape[1] % self._mesh.shape["model"] == 0
 
     def _array_specs(self, layers: Sequence[Any]) -> list[dict[str, P]]:

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from stages.core.model.products import few_rows_transposed, gathered
-from stages.core.sharding.keras_internals import embedding_table
+from stages.core.sharding.keras_internals import table_within
 
 # Rows of the table in one matrix product: large enough for full speed on a CPU core's share, small enough that a
 # block's logits (tokens x 4096) stay in the cache hierarchy. Measured by tests/benchmarks.
@@ -32,6 +32,7 @@ class HeadPlan:
 
     `mesh` None: one device. Else tokens are split over `batch_axis` and table rows over `vocabulary_axis`, whatever it
     has devices. The table is kept split over the batch axis too in `gathered_dimension`, if that is not None.
+    `of_blocks`: the same of the table that has numbers of each token for each block, if the model has one.
     """
 
     soft_cap: float | None
@@ -42,6 +43,7 @@ class HeadPlan:
     block_rows: int = BLOCK_ROWS
     most_tokens: int = MOST_TOKENS
     gathered_dimension: int | None = None
+    of_blocks: HeadPlan | None = None
 
     @property
     def kept(self) -> P:
@@ -76,10 +78,13 @@ Table: TypeAlias = jax.Array | Codes
 
 def table_of(backbone: keras.Model) -> Table:
     """Return the table of a backbone, in the dtype that it is kept in."""
-    table = embedding_table(backbone)
-    if table.dtype == "int8":
-        return Codes(table.value, backbone.token_embedding.embeddings_scale.value)
-    return table.value
+    return rows_of(backbone.token_embedding)
+
+
+def rows_of(layer: Any) -> Table:
+    """Return the table of a layer of embeddings, in the dtype that it is kept in."""
+    table = table_within(layer)
+    return Codes(table.value, layer.embeddings_scale.value) if table.dtype == "int8" else table.value
 
 
 def cast(table: Table, dtype: Any) -> Table:

@@ -2,8 +2,9 @@
 
 A full compilation of a 7B takes a minute or two, and a search needs dozens. All blocks are alike (Gemma 3's repeat
 every six, their shapes do not differ), so memory, flops and bytes are a constant plus a slope per block: two small
-programs give both. Gemma 4's shapes repeat every six blocks, so its programs are of six and of twelve. The arguments
-need no compiler at all. The best candidates are then compiled whole, and every figure says which of the two it is.
+programs give both. Gemma 4's shapes repeat every six blocks, so its programs are of six and of twelve; those of its
+sizes in which blocks share keys and values have a second slope, and a third program. The arguments need no compiler at
+all. The best candidates are then compiled whole, and every figure says which of the two it is.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from typing import Any
 
 from stages.core.common.errors import StageError
 from stages.core.config.plan import PlanScaling, PlanSearch
-from stages.core.plan.compilation import CompileRequest, compile_step
+from stages.core.plan.compilation import Blocks, CompileRequest, compile_step
 from stages.core.plan.roofline import Bound, lower_bound
 from stages.core.plan.shapes import resolve_shapes
 from stages.core.plan.targets import OVER_BATCH, Settings, architecture_of, step_of
 from stages.core.plan.topology import Topology, describe
 from stages.core.presets.architecture import Architecture
-from stages.core.presets.layer_kinds import period
+from stages.core.presets.layer_kinds import first_sharing, period
 from stages.core.records.layout import OverBatch
 from stages.core.records.plan import Estimate, Scaling, Search, StepTime
 from stages.core.sharding.mesh import MeshShape
@@ -193,14 +194,24 @@ def argument_bytes(request: CompileRequest) -> int:
     return sum(placement.bytes_per_device for placement in placements)
 
 
-def small_programs(architecture: Architecture) -> tuple[int, int]:
-    """Return the numbers of blocks of the two small programs."""
-    every = period(architecture)
-    return (FEW, MORE) if every == 1 else (every, 2 * every)
+def small_programs(architecture: Architecture) -> list[tuple[Blocks, float]]:
+    """Return the blocks of each small program, and how often its difference from the first is added to that."""
+    every, count, first = period(architecture), architecture.config["num_layers"], first_sharing(architecture)
+    if first == count:
+        few, more = (FEW, MORE) if every == 1 else (every, 2 * every)
+        return [(few, 0.0), (more, (count - few) / (more - few))]
+    sharing = count - first
+    one, other = (every, min(2 * every, first)), (min(every, sharing), min(2 * every, sharing))
+    programs: list[tuple[Blocks, float]] = [((one[0], other[0]), 0.0)]
+    if one[1] > one[0]:
+        programs.append(((one[1], other[0]), (first - one[0]) / (one[1] - one[0])))
+    if other[1] > other[0]:
+        programs.append(((one[0], other[1]), (sharing - other[0]) / (other[1] - other[0])))
+    return programs
 
 
 def estimate_step(request: CompileRequest, topology: Topology, held: int) -> Estimate:
-    """Return what a step needs, extrapolated from programs of two and four blocks.
+    """Return what a step needs, extrapolated from small programs.
 
     Args:
         request: the step and the topology's name.
@@ -208,8 +219,8 @@ def estimate_step(request: CompileRequest, topology: Topology, held: int) -> Est
         held: bytes of state per device, from `argument_bytes`.
     """
     step = request.step
-    counts_of_blocks = small_programs(step.architecture)
-    few, more = (compile_step(dataclasses.replace(request, blocks=blocks)) for blocks in counts_of_blocks)
+    programs = small_programs(step.architecture)
+    costs = [compile_step(dataclasses.replace(request, blocks=blocks)) for blocks, _ in programs]
     estimate = Estimate(
         mesh=list(step.mesh.shape),
         layout=step.layout.name,
@@ -218,29 +229,28 @@ def estimate_step(request: CompileRequest, topology: Topology, held: int) -> Est
         argument_bytes=held,
         fits=False,
     )
-    if not (few.fits and more.fits):
+    if not all(cost.fits for cost in costs):
         return estimate
 
-    def at_full_depth(few: float, more: float) -> float:
-        first, second = counts_of_blocks
-        return few + (more - few) * (step.architecture.config["num_layers"] - first) / (second - first)
+    def at_full_depth(values: Sequence[float]) -> float:
+        return values[0] + sum(often * (each - values[0]) for each, (_, often) in zip(values, programs, strict=True))
 
-    whole = {key: round(at_full_depth(getattr(few, key), getattr(more, key))) for key in EXTRAPOLATED}
-    time = None
-    if few.step_time and more.step_time:
+    whole = {key: round(at_full_depth([getattr(cost, key) for cost in costs])) for key in EXTRAPOLATED}
+    times, time = [cost.step_time for cost in costs], None
+    if all(times):
         # A part of a nearly empty slope may come out below zero.
-        parts = {key: max(0.0, at_full_depth(value, getattr(more.step_time, key))) for key, value in few.step_time}
+        parts = {key: max(0.0, at_full_depth([getattr(each, key) for each in times])) for key in StepTime.model_fields}
         time = StepTime(**parts)
-    counts = [{kind: found.count for kind, found in cost.collectives.items()} for cost in (few, more)]
-    kinds = sorted({*counts[0], *counts[1]})
-    needed = held + more.by_kind["batch"] + whole["temporary_bytes"] + whole["code_bytes"]
+    counts = [{kind: found.count for kind, found in cost.collectives.items()} for cost in costs]
+    kinds = sorted({kind for count in counts for kind in count})
+    needed = held + costs[0].by_kind["batch"] + whole["temporary_bytes"] + whole["code_bytes"]
     bound = lower_bound(topology, whole)
     return estimate.model_copy(
         update={
             **whole,
             "fits": topology.memory_bytes is None or needed <= topology.memory_bytes,
             "needed_bytes": needed,
-            "collectives": {kind: round(at_full_depth(*(count.get(kind, 0) for count in counts))) for kind in kinds},
+            "collectives": {kind: round(at_full_depth([count.get(kind, 0) for count in counts])) for kind in kinds},
             **_speed(request, bound, time),
         }
     )

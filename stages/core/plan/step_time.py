@@ -70,7 +70,7 @@ PLACES: tuple[tuple[str, str, str | None], ...] = (
     (r"model/tied_table\.py", "", "head"),
     (r"model/rotary\.py", "", "attention"),
     (r"model/tensor_parallel\.py|model/lora\.py", "", None),
-    (r"model/decoder\.py", "_norm", "norms"),
+    (r"model/(decoder|layer_embeddings)\.py", "_norm", "norms"),
     (r"model/attention\w*\.py", "", "attention"),
     (r"model/decoder\.py", "_attention", "attention"),
     # Keras' and keras-hub's

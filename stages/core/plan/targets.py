@@ -58,8 +58,7 @@ def architecture_of(params: Settings, step: PlanStep) -> tuple[str, Architecture
         folder = own_path(Path(), "fetch.path", params.fetch.path or "")
         return params.fetch.preset, format_of(folder_format(folder)).read_architecture(folder)
     name = step.preset or params.fetch.preset
-    known = REGISTRY.get(name_of(name))
-    if name.startswith("hf://") and (known is None or known.like is None):
+    if name.startswith("hf://") and name_of(name) not in REGISTRY:
         return name, huggingface.architecture(name, cache_folder())
     return name, catalog.architecture(name, "plan.preset")
 

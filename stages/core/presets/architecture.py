@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from stages.core.common.errors import StageError, shown
-from stages.core.presets.layer_kinds import LayerKind, layer_kinds
-from stages.core.presets.untrusted import Heads, HeadSize, Layers, Positive, Size, Typed, parse
+from stages.core.presets.layer_kinds import LayerKind, first_sharing, layer_kinds, names_of
+from stages.core.presets.untrusted import Count, Heads, HeadSize, InputSize, Layers, Positive, Size, Typed, parse
 
 # Keras' own bookkeeping, none of the backbone's arguments; dtype is ours to choose.
 BOOKKEEPING = ("name", "trainable", "dtype")
@@ -84,8 +84,8 @@ class _Gemma4(_Later):
     num_audio_tokens_per_clip: int | None = None
     # Of pixels only.
     use_vision_bidirectional_attention: bool = False
-    num_kv_shared_layers: int = 0
-    hidden_size_per_layer_input: int = 0
+    num_kv_shared_layers: Count = 0
+    hidden_size_per_layer_input: InputSize = 0
     vocab_size_per_layer_input: int | None = None
     use_double_wide_mlp: bool = False
     enable_moe_block: bool = False
@@ -190,14 +190,24 @@ class Architecture:
             "num_kv_shared_layers",
             f"below its {count} blocks: an assistant, which drafts for another model, has no keys of its own",
         )
-        need(config.num_kv_shared_layers == 0, "num_kv_shared_layers", "0: E2B and E4B are not supported yet")
-        need(config.hidden_size_per_layer_input == 0, "hidden_size_per_layer_input", "0, for the same reason")
         if config.enable_moe_block:
             experts = config.num_experts or 0
             need(experts > 0, "num_experts", "a number, with enable_moe_block")
             need(config.expert_intermediate_dim is not None, "expert_intermediate_dim", "a number, for the same reason")
             need(config.num_experts_per_token <= experts, "num_experts_per_token", f"at most num_experts ({experts})")
         need(len(config.layer_types or ()) in (0, count), "layer_types", f"a name for each of its {count} blocks")
+        names, first = names_of(self), first_sharing(self)
+        need(
+            {*names[first:]} <= {*names[:first]},
+            "num_kv_shared_layers",
+            "such that the blocks with keys of their own are of all the others' kinds",
+        )
+        need(
+            not config.hidden_size_per_layer_input
+            or config.vocab_size_per_layer_input in (None, config.vocabulary_size),
+            "vocab_size_per_layer_input",
+            f"the vocabulary's size ({config.vocabulary_size}): every token has numbers for each block",
+        )
         alike = config.num_global_key_value_heads
         need(
             alike is None or config.num_query_heads % alike == 0,

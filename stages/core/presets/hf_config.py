@@ -1,8 +1,8 @@
 """A Hugging Face folder's `config.json` as the class and arguments of a keras-hub backbone.
 
 Every key is understood, or on a list of harmless ones, or refused.
-Reads: `config.json` with `model_type` gemma, gemma2, gemma3_text or gemma4_text, or gemma3 or gemma4 (the text model
-alone).
+Reads: `config.json` with `model_type` gemma, gemma2, vaultgemma, gemma3_text or gemma4_text, or gemma3 or gemma4 (the
+text model alone).
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from stages.core.presets.hf_gemma4 import Gemma4Text
 from stages.core.presets.layer_kinds import GLOBAL_WAVELENGTH, LOCAL_WAVELENGTH
 from stages.core.presets.untrusted import Heads, HeadSize, Layers, Positive, Size, Typed, brief, parse, read_object
 
-MODEL_TYPES = ("gemma", "gemma2", "gemma3_text", "gemma3", "gemma4_text", "gemma4")
+MODEL_TYPES = ("gemma", "gemma2", "vaultgemma", "gemma3_text", "gemma3", "gemma4_text", "gemma4")
 WITH_TOWERS = {"gemma3": ("vision_config",), "gemma4": ("vision_config", "audio_config")}
 """Model types with towers beside the text model, and the keys of those."""
 # What a model is built as, by the last part of a name in `architectures`: all have the same tensors.
-CLASSES = re.compile(r"Gemma\d?(ForCausalLM|ForConditionalGeneration|(Text)?Model)")
+CLASSES = re.compile(r"(Vault)?Gemma\d?(ForCausalLM|ForConditionalGeneration|(Text)?Model)")
 # Keys that change nothing of what is computed or trained here: numbers of tokens, how weights are initialised, how
 # transformers runs or generates, who wrote the file.
 HARMLESS = {
@@ -95,6 +95,10 @@ class _Gemma2(_Gemma):
     attn_logit_softcapping: Positive | None = 50.0
 
 
+class _Vault(_Gemma2):
+    """VaultGemmaConfig: a Gemma 2 without norms after attention and feed-forward layers."""
+
+
 class _Gemma3(_Gemma2):
     """Gemma3TextConfig."""
 
@@ -115,7 +119,10 @@ class _Rope(Typed):
 
 
 OLDER_FIELDS = {*_Gemma3.model_fields, "_sliding_window_pattern"}
-SCHEMAS: dict[str, type[_Gemma]] = {"gemma": _Gemma, "gemma2": _Gemma2, "gemma3_text": _Gemma3, "gemma3": _Gemma3}
+SCHEMAS: dict[str, type[_Gemma]] = {
+    **{"gemma": _Gemma, "gemma2": _Gemma2, "vaultgemma": _Vault},
+    **{"gemma3_text": _Gemma3, "gemma3": _Gemma3},
+}
 
 
 def read_config(folder: Path) -> tuple[str, _Gemma | Gemma4Text]:
@@ -211,26 +218,7 @@ def read_architecture(folder: Path) -> Architecture:
         "layer_norm_epsilon": config.rms_norm_eps,
     }
     if isinstance(config, _Gemma2):
-        scalar = config.query_pre_attn_scalar
-        if scalar not in (head_dim, hidden / heads):
-            allowed = f"{head_dim} (head_dim) or {hidden / heads:g} (hidden_size / heads)"
-            _refuse("query_pre_attn_scalar", allowed, scalar, path)
-        period = 6 if gemma3 else 2
-        layers = range(1, config.num_hidden_layers + 1)
-        pattern = ["full_attention" if number % period == 0 else "sliding_attention" for number in layers]
-        if config.layer_types not in (None, pattern):
-            _refuse("layer_types", f"every {period}th full_attention", config.layer_types, path)
-        if config.sliding_window_pattern not in (None, period):
-            _refuse("sliding_window_pattern", period, config.sliding_window_pattern, path)
-        arguments |= {
-            "query_head_dim_normalize": scalar == head_dim,
-            "use_post_ffw_norm": True,
-            "use_post_attention_norm": True,
-            "final_logit_soft_cap": config.final_logit_softcapping,
-            "attention_logit_soft_cap": config.attn_logit_softcapping,
-            "use_sliding_window_attention": True,
-            "sliding_window_size": config.sliding_window,
-        }
+        arguments |= _of_gemma2(config, path, 6 if gemma3 else 2)
     rope = _rope(config, path)
     for layer_kind, (wavelength, factor, form) in rope.items():
         wanted = GLOBAL_WAVELENGTH if layer_kind == "full_attention" and gemma3 else LOCAL_WAVELENGTH
@@ -248,6 +236,39 @@ def read_architecture(folder: Path) -> Architecture:
             "global_rope_scaling_factor": rope["full_attention"][1],
         }
     return Architecture(class_name, arguments)
+
+
+def _of_gemma2(config: _Gemma2, path: Path, period: int) -> dict[str, Any]:
+    """Return the arguments that Gemma 2 has beside Gemma's, and those after it.
+
+    Args:
+        config: of the text model.
+        path: of its file, for messages.
+        period: the last of each group of this many layers has no window.
+    """
+    scalar = config.query_pre_attn_scalar
+    head_dim, by_heads = config.head_dim, config.hidden_size / config.num_attention_heads
+    if scalar not in (head_dim, by_heads):
+        allowed = f"{head_dim} (head_dim) or {by_heads:g} (hidden_size / heads)"
+        _refuse("query_pre_attn_scalar", allowed, scalar, path)
+    layers = range(1, config.num_hidden_layers + 1)
+    pattern = ["full_attention" if number % period == 0 else "sliding_attention" for number in layers]
+    # One that Google trained on 1,024 tokens has no windows.
+    vault = isinstance(config, _Vault)
+    windowed = not (vault and config.layer_types == ["full_attention"] * config.num_hidden_layers)
+    if windowed and config.layer_types not in (None, pattern):
+        _refuse("layer_types", f"every {period}th full_attention", config.layer_types, path)
+    if config.sliding_window_pattern not in (None, period):
+        _refuse("sliding_window_pattern", period, config.sliding_window_pattern, path)
+    return {
+        "query_head_dim_normalize": scalar == head_dim,
+        "use_post_ffw_norm": not vault,
+        "use_post_attention_norm": not vault,
+        "final_logit_soft_cap": config.final_logit_softcapping,
+        "attention_logit_soft_cap": config.attn_logit_softcapping,
+        "use_sliding_window_attention": windowed,
+        **({"sliding_window_size": config.sliding_window} if windowed else {}),
+    }
 
 
 def _rope(config: _Gemma, path: Path) -> dict[str, tuple[float, float, str]]:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from stages.core.common.errors import StageError
 from stages.core.presets.architecture import Architecture
 from stages.core.presets.layer_kinds import GLOBAL_WAVELENGTH, LOCAL_WAVELENGTH
-from stages.core.presets.untrusted import Heads, HeadSize, Layers, Positive, Size, Typed, brief, parse
+from stages.core.presets.untrusted import Count, Heads, HeadSize, InputSize, Layers, Positive, Size, Typed, brief, parse
 
 Name = Literal["sliding_attention", "full_attention"]
 
@@ -38,10 +38,10 @@ class Gemma4Text(Typed):
     sliding_window: Size = 512
     layer_types: list[Name] | None = None
     final_logit_softcapping: Positive | None = None
-    vocab_size_per_layer_input: int = 262144
-    hidden_size_per_layer_input: int = 256
+    vocab_size_per_layer_input: Size = 262144
+    hidden_size_per_layer_input: InputSize = 256
     attention_k_eq_v: bool = False
-    num_kv_shared_layers: int = 0
+    num_kv_shared_layers: Count = 0
     enable_moe_block: bool = False
     use_double_wide_mlp: bool = False
     num_experts: Heads | None = None
@@ -112,7 +112,11 @@ def read(config: Gemma4Text, path: Path) -> Architecture:
             "global_rope_scaling_factor": _factor(full),
             "global_rope_partial_rotary_factor": full.partial_rotary_factor,
             "num_kv_shared_layers": config.num_kv_shared_layers,
+            "use_double_wide_mlp": config.use_double_wide_mlp,
             "hidden_size_per_layer_input": config.hidden_size_per_layer_input,
+            "vocab_size_per_layer_input": (
+                config.vocab_size_per_layer_input if config.hidden_size_per_layer_input else None
+            ),
             "enable_moe_block": config.enable_moe_block,
             **(_experts(config, path) if config.enable_moe_block else {}),
             "vision_encoder": None,

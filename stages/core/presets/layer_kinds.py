@@ -1,15 +1,16 @@
 """What each block of a Gemma is: the one table that the forward pass, rotary embeddings, layouts, caches and the counts
 of flops read.
 
-Purpose: Gemma 3 differs between its blocks by windows and wavelengths, Gemma 4 by the number and size of heads too, so
-no number of the backbone's arguments holds for all blocks. tests/presets/test_layer_kinds.py compares the table with
-the attributes of keras-hub's layers.
+Purpose: Gemma 3 differs between its blocks by windows and wavelengths, Gemma 4 by the number and size of heads too, and
+its small sizes by whose keys a block attends to, so no number of the backbone's arguments holds for all blocks.
+tests/presets/test_layer_kinds.py compares the table with the attributes of keras-hub's layers.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 LOCAL_WAVELENGTH, GLOBAL_WAVELENGTH = 1.0e4, 1.0e6
@@ -63,6 +64,10 @@ class LayerKind:
         post_attention_norm, post_ffw_norm: whether what a block adds is normalised.
         scaled: whether the block's output is multiplied with a number of its own.
         experts: beside the dense feed-forward; None: none.
+        keys_of: the number of the earlier block whose keys and values it attends to, and has none of its own; None: its
+            own.
+        ffw: columns of one gate matrix.
+        layer_input: numbers of each token's embedding that the block alone adds to it; 0: none.
     """
 
     name: Name
@@ -80,6 +85,9 @@ class LayerKind:
     post_attention_norm: bool
     post_ffw_norm: bool
     scaled: bool
+    keys_of: int | None
+    ffw: int
+    layer_input: int
     experts: Experts | None = None
 
     @property
@@ -88,17 +96,29 @@ class LayerKind:
         return self.wavelength, self.rope_scaling, self.head, self.turned
 
     @property
-    def shapes(self) -> tuple[int, int, int, bool]:
+    def shapes(self) -> tuple[int, int, int, bool, bool, int]:
         """Return what the shapes of a block's weights follow from, beside what all blocks share."""
-        return self.query_heads, self.key_heads, self.head, self.keys_are_values
+        shares = self.keys_of is not None
+        return self.query_heads, self.key_heads, self.head, self.keys_are_values, shares, self.ffw
 
 
 def layer_kinds(architecture: _Architecture) -> tuple[LayerKind, ...]:
     """Return the kind of each block, in their order."""
-    names = _names(architecture)
+    names = names_of(architecture)
     of_kind = _gemma4 if architecture.class_name == "Gemma4Backbone" else _gemma
     found = {name: of_kind(architecture, name) for name in set(names)}
-    return tuple(found[name] for name in names)
+    kinds = [found[name] for name in names]
+    first = first_sharing(architecture)
+    wider = 2 if architecture.config.get("use_double_wide_mlp") else 1
+    for number, name in enumerate(names[first:], first):
+        earlier = next(each for each in range(first - 1, -1, -1) if names[each] == name)
+        kinds[number] = replace(found[name], keys_of=earlier, ffw=wider * found[name].ffw)
+    return tuple(kinds)
+
+
+def first_sharing(architecture: _Architecture) -> int:
+    """Return the number of the first block that attends to another's keys and values; of all blocks where none does."""
+    return architecture.config["num_layers"] - architecture.config.get("num_kv_shared_layers", 0)
 
 
 def period(architecture: _Architecture) -> int:
@@ -108,19 +128,39 @@ def period(architecture: _Architecture) -> int:
         >>> period(catalog.architecture("gemma4_31b"))
         6
     """
-    shapes = [kind.shapes for kind in layer_kinds(architecture)]
+    # Of the blocks with keys of their own: those that share them repeat with the same period.
+    shapes = [kind.shapes for kind in layer_kinds(architecture)[: first_sharing(architecture)]]
     return next(size for size in range(1, len(shapes) + 1) if shapes[size:] == shapes[:-size])
 
 
 def of_blocks(architecture: _Architecture, blocks: int) -> dict[str, Any]:
     """Return the arguments of a model with only the first `blocks` blocks."""
-    config = {**architecture.config, "num_layers": blocks}
-    if config.get("layer_types"):
-        config["layer_types"] = config["layer_types"][:blocks]
+    return _of_numbers(architecture, range(blocks))
+
+
+def of_both_parts(architecture: _Architecture, own: int, sharing: int) -> dict[str, Any]:
+    """Return the arguments of a model with only the first blocks of both parts.
+
+    Args:
+        architecture: of a model in which blocks share keys and values.
+        own: blocks with keys and values of their own, whole periods.
+        sharing: blocks that share these, whole periods.
+    """
+    first = first_sharing(architecture)
+    return _of_numbers(architecture, [*range(own), *range(first, first + sharing)])
+
+
+def _of_numbers(architecture: _Architecture, numbers: Sequence[int]) -> dict[str, Any]:
+    """Return the arguments of a model with only some of the blocks."""
+    config = {**architecture.config, "num_layers": len(numbers)}
+    if config.get("layer_types") or config.get("num_kv_shared_layers"):
+        names, first = names_of(architecture), first_sharing(architecture)
+        config["layer_types"] = [names[number] for number in numbers]
+        config["num_kv_shared_layers"] = sum(number >= first for number in numbers)
     return config
 
 
-def _names(architecture: _Architecture) -> list[Name]:
+def names_of(architecture: _Architecture) -> list[Name]:
     """Return transformers' name of each block's kind; without windowed attention those say where wavelengths differ."""
     config, count = architecture.config, architecture.config["num_layers"]
     if config.get("layer_types"):
@@ -159,6 +199,9 @@ def _gemma(architecture: _Architecture, name: Name) -> LayerKind:
         post_attention_norm=config.get("use_post_attention_norm", False),
         post_ffw_norm=config.get("use_post_ffw_norm", False),
         scaled=False,
+        keys_of=None,
+        ffw=config["intermediate_dim"] // architecture.family.gates,
+        layer_input=0,
     )
 
 
@@ -191,6 +234,9 @@ def _gemma4(architecture: _Architecture, name: Name) -> LayerKind:
         post_attention_norm=True,
         post_ffw_norm=True,
         scaled=True,
+        keys_of=None,
+        ffw=config["intermediate_dim"],
+        layer_input=config.get("hidden_size_per_layer_input", 0),
         experts=_experts(config),
     )
 

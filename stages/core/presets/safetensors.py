@@ -22,7 +22,7 @@ from stages.core.presets.architecture import Architecture
 from stages.core.presets.hf_config import WITH_TOWERS, read_architecture, read_config
 from stages.core.presets.hf_tokenizer import vocabulary_files
 from stages.core.presets.untrusted import Typed, brief, parse, parse_object, read_object
-from stages.core.presets.weight_table import StoredWeight, weight_table
+from stages.core.presets.weight_table import StoredWeight, of_vault, unread_of_sharing, weight_table
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # What has been read of a mapped file stays in this process's memory until the file is closed: after this many bytes.
@@ -180,10 +180,12 @@ def check_tensors(folder: Path, stored: Mapping[str, Stored]) -> dict[str, Store
             f"language_model. in it), and do not. Received: {_some(stored)}\n"
             "Save the model itself with transformers' `save_pretrained`, without a wrapper around it."
         )
+    architecture, vault = read_architecture(folder), kind == "vaultgemma"
     table = {
-        path: weight._replace(hugging_face=prefix + weight.hugging_face)
-        for path, weight in weight_table(read_architecture(folder)).items()
+        path: weight._replace(hugging_face=prefix + (of_vault(weight.hugging_face) if vault else weight.hugging_face))
+        for path, weight in weight_table(architecture).items()
     }
+    unread = {prefix + name for name in unread_of_sharing(architecture)}
     wanted = {weight.hugging_face for weight in table.values()}
     for path, weight in table.items():
         if (name := weight.hugging_face) not in stored:
@@ -205,7 +207,7 @@ def check_tensors(folder: Path, stored: Mapping[str, Stored]) -> dict[str, Store
                     f"The weights must be plain floats ({', '.join(PLAIN_FLOATS)}), not quantized. Received: {name} "
                     f"of {found.dtype} in {found.file}"
                 )
-        elif not BUFFERS.fullmatch(name) and not (kind in WITH_TOWERS and OTHER_TOWERS.fullmatch(name)):
+        elif not (name in unread or BUFFERS.fullmatch(name) or (kind in WITH_TOWERS and OTHER_TOWERS.fullmatch(name))):
             raise StageError(
                 f"The weight files hold a tensor that a text Gemma of this config.json does not have. "
                 f"Received: {shown(name)} in {found.file}"

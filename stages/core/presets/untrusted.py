@@ -17,6 +17,8 @@ from stages.core.common.errors import StageError, shown
 Layers = Annotated[int, Field(ge=1, le=512)]
 Heads = Annotated[int, Field(ge=1, le=1024)]
 HeadSize = Annotated[int, Field(ge=2, le=4096, multiple_of=2)]  # rotary embeddings turn pairs
+Count = Annotated[int, Field(ge=0, le=512)]  # of blocks
+InputSize = Annotated[int, Field(ge=0, le=4096)]
 Size = Annotated[int, Field(ge=1, le=1 << 22)]
 Positive = Annotated[float, Field(gt=0, le=1e9)]
 

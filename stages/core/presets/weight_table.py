@@ -69,6 +69,23 @@ WITHOUT_SUFFIX = (
     "experts.down_proj",
 )
 """Names in a Hugging Face file that do not end in `.weight`."""
+# What a block does with its own part of a token's embedding (`model/layer_embeddings.py`), and whence it is.
+LAYER_INPUT = [
+    (
+        "per_layer_input_gate/kernel",
+        "hidden input",
+        "transposed",
+        "per_layer_input_gate",
+        "inp_gate",
+        "per_layer_input_gate",
+    ),
+    ("per_layer_up_proj/kernel", "input hidden", "transposed", "per_layer_up_proj", "proj", "per_layer_projection"),
+    (
+        *("post_per_layer_input_norm/scale", "hidden", "scale"),
+        *("post_per_layer_input_norm", "post_norm", "post_per_layer_input_norm"),
+    ),
+]
+LAYER_TABLE = "per_layer_token_embedding/embeddings"
 
 
 class StoredWeight(NamedTuple):
@@ -129,6 +146,9 @@ def weight_table(architecture: Architecture) -> dict[str, StoredWeight]:
             *("rows", "layers/reversible_embedding/vars/0", "token_embd.weight", "embed_tokens.weight"),
         )
     }
+    inputs = architecture.kinds[0].layer_input
+    if inputs:
+        found |= _layer_embeddings(config["vocabulary_size"], hidden, config["num_layers"] * inputs, inputs)
     for number, layer_kind in enumerate(architecture.kinds):
         layer = f"layers/{family.block}{f'_{number}' if number else ''}"
         sizes = _sizes(architecture, layer_kind)
@@ -142,9 +162,40 @@ def weight_table(architecture: Architecture) -> dict[str, StoredWeight]:
                 name if hugging_face in WITHOUT_SUFFIX else f"{name}.weight",
             )
     found["final_normalization/scale"] = StoredWeight(
-        (hidden,), vector, "layers/rms_normalization/vars/0", "output_norm.weight", "norm.weight"
+        (hidden,),
+        *(vector, f"layers/rms_normalization{'_1' if inputs else ''}/vars/0", "output_norm.weight", "norm.weight"),
     )
     return found
+
+
+def _layer_embeddings(vocabulary: int, hidden: int, columns: int, inputs: int) -> dict[str, StoredWeight]:
+    """Return the weights that a token's numbers for each block are made of."""
+    name = "per_layer_model_projection"
+    return {
+        LAYER_TABLE: StoredWeight(
+            (vocabulary, columns),
+            *("rows", "layers/embedding/vars/0", "per_layer_token_embd.weight", "embed_tokens_per_layer.weight"),
+        ),
+        f"{name}/kernel": StoredWeight(
+            (hidden, columns), *("transposed", "layers/dense/vars/0", "per_layer_model_proj.weight", f"{name}.weight")
+        ),
+        "per_layer_projection_norm/scale": StoredWeight(
+            (inputs,),
+            *("vector", "layers/rms_normalization/vars/0", "per_layer_proj_norm.weight"),
+            "per_layer_projection_norm.weight",
+        ),
+    }
+
+
+def of_vault(hugging_face: str) -> str:
+    """Return what a VaultGemma's files call a tensor that a Gemma's call so; both have as many norms."""
+    return hugging_face.replace("post_attention_layernorm", "pre_feedforward_layernorm")
+
+
+def unread_of_sharing(architecture: Architecture) -> set[str]:
+    """Return Hugging Face's names of what files may have of blocks that share keys and values, and is never used."""
+    numbers = [number for number, kind in enumerate(architecture.kinds) if kind.keys_of is not None]
+    return {f"layers.{number}.self_attn.{name}.weight" for number in numbers for name in ("k_proj", "v_proj", "k_norm")}
 
 
 def _sizes(architecture: Architecture, kind: LayerKind) -> dict[str, int]:
@@ -154,7 +205,8 @@ def _sizes(architecture: Architecture, kind: LayerKind) -> dict[str, int]:
         "head": kind.head,
         "heads": kind.query_heads,
         "keys": kind.key_heads,
-        "wide": architecture.ffw_dim,
+        "wide": kind.ffw,
+        "input": kind.layer_input,
         **({"experts": kind.experts.count, "narrow": kind.experts.width} if kind.experts else {}),
     }
 
@@ -165,15 +217,18 @@ def _rows(kind: LayerKind) -> list[tuple[str, str, str, str, str, str]]:
         "post_attention_norm/scale": kind.post_attention_norm,
         "post_ffw_norm/scale": kind.post_ffw_norm,
         "attention/query_norm/scale": kind.query_key_norm,
-        "attention/key_norm/scale": kind.query_key_norm,
-        "attention/value/kernel": not kind.keys_are_values,
+        "attention/key_norm/scale": kind.query_key_norm and kind.keys_of is None,
+        "attention/key/kernel": kind.keys_of is None,
+        "attention/value/kernel": not kind.keys_are_values and kind.keys_of is None,
     }
     rows = [row for row in BLOCK if there.get(row[0], True)]
     if kind.experts:
         rows += EXPERTS
+    if kind.layer_input:
+        rows += LAYER_INPUT
     if kind.scaled:
         rows.insert(0, SCALAR)
-    if kind.value_norm:
+    if kind.value_norm and kind.keys_of is None:
         # keras-hub's Gemma 4 makes the norms of keys and values first.
         place = next(number for number, row in enumerate(rows) if row[0] == "attention/query_norm/scale")
         rows[place : place + 2] = rows[place + 1], rows[place]

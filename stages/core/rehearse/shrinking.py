@@ -12,6 +12,7 @@ import zlib
 import numpy as np
 
 from stages.core.presets.architecture import Architecture
+from stages.core.presets.layer_kinds import of_blocks, of_both_parts
 
 # About the least of each dimension. Two layers, since all are split alike, and each costs seconds of compilation.
 HIDDEN, HEAD, FEED_FORWARD, VOCABULARY, LAYERS, WINDOW = 64, 16, 64, 512, 2, 16
@@ -27,7 +28,10 @@ def tiny(architecture: Architecture, model_axis: int) -> Architecture:
     Example:
         A model axis of 3 divides none of Gemma 3 270M's dimensions (hidden_dim 640, head_dim 256), nor the tiny one's.
     """
-    config = dict(architecture.config)
+    # Of a model in which blocks share keys and values, as many that do.
+    sharing = min(architecture.config.get("num_kv_shared_layers", 0), LAYERS)
+    most = min(architecture.config["num_layers"], LAYERS)
+    config = of_both_parts(architecture, most, sharing) if sharing else of_blocks(architecture, most)
     # keras-hub needs heads that divide the hidden dimension where it scales queries by it, and rotates halves of heads.
     by_heads = 1 if config.get("query_head_dim_normalize", True) else config["num_query_heads"]
     config["hidden_dim"] = _small(config["hidden_dim"], HIDDEN, model_axis, by_heads)
@@ -35,10 +39,12 @@ def tiny(architecture: Architecture, model_axis: int) -> Architecture:
     gates = architecture.family.gates
     config["intermediate_dim"] = gates * _small(architecture.ffw_dim, FEED_FORWARD, model_axis, 2)
     config["vocabulary_size"] = _small(config["vocabulary_size"], VOCABULARY, model_axis, 1)
-    config["num_layers"] = min(config["num_layers"], LAYERS)
     if experts := architecture.kinds[0].experts:
         config["num_experts"] = _small(experts.count, 2 * experts.chosen, model_axis, 1)
         config["expert_intermediate_dim"] = _small(experts.width, FEED_FORWARD, model_axis, 1)
+    if config.get("hidden_size_per_layer_input"):
+        config["hidden_size_per_layer_input"] = _small(config["hidden_size_per_layer_input"], HEAD, model_axis, 1)
+        config["vocab_size_per_layer_input"] = config["vocabulary_size"]
     if "sliding_window_size" in config:
         config["sliding_window_size"] = min(config["sliding_window_size"], WINDOW)
     return Architecture(architecture.class_name, config)

@@ -73,6 +73,21 @@ def embedding_table(backbone: keras.Model) -> keras.Variable:
     return backbone.token_embedding._embeddings
 
 
+def layer_table(backbone: keras.Model) -> Any:
+    """Return the layer with the table of a token's numbers for each block, or None where the model has none."""
+    return getattr(backbone, "per_layer_token_embedding", None)
+
+
+def table_within(layer: Any) -> keras.Variable:
+    """Return the variable of a layer of embeddings."""
+    return layer._embeddings
+
+
+def equation_of(layer: Any) -> str:
+    """Return the product that a linear layer computes; Keras' `Dense` does not name its own."""
+    return getattr(layer, "equation", "btd,df->btf")
+
+
 def declare_codes(layer: Any, variable: keras.Variable, scale_shape: tuple[int, ...]) -> None:
     """Make a declared weight one of int8 codes, and declare float32 scales beside it, by Keras' own names for them.
 

@@ -2,15 +2,19 @@
 
 Purpose: which dimension of which weight goes over the mesh's `model` axis, with a reason where it is not the usual one.
 
-Weight paths and shapes of a block (N query heads, K key/value heads, D hidden, H head, F feed-forward); N, K and H are
-those of the block's kind:
+Weight paths and shapes of a block (N query heads, K key/value heads, D hidden, H head, F feed-forward); N, K, H and F
+are those of the block's kind. Of Gemma 4's small sizes each token has P numbers for each of L blocks:
     token_embedding/embeddings                    (vocabulary, D)
+    per_layer_token_embedding/embeddings          (vocabulary, L P)
+    per_layer_model_projection/kernel             (D, L P)
     decoder_block_*/attention/query/kernel        (N, D, H)
     decoder_block_*/attention/(key|value)/kernel  (K, D, H)
     decoder_block_*/attention/attention_output/kernel (N, H, D)
     decoder_block_*/(ffw_gating|ffw_gating_2)/kernel  (D, F)
     decoder_block_*/ffw_linear/kernel             (F, D)
     decoder_block_*/moe_expert_bank/(gate|up)_proj    (experts, D, an expert's F), down_proj (experts, its F, D)
+    decoder_block_*/per_layer_input_gate/kernel   (D, P)
+    decoder_block_*/per_layer_up_proj/kernel      (P, D)
     .../<kernel's layer>/lora_kernel_a, lora_kernel_b
     decoder_block_*/.../scale, decoder_block_*/layer_scalar, final_normalization/scale  replicated: a few thousand bytes
     decoder_block_*/moe_router/...                    replicated: every device chooses the experts of its own tokens
@@ -118,6 +122,13 @@ def auto(architecture: Architecture, mesh: MeshShape) -> NamedLayout:
         "token_embedding/embeddings",
         [("vocabulary rows", rows, ("model", None)), ("hidden_dim", hidden, (None, "model"))],
     )
+    if inputs := architecture.kinds[0].layer_input:
+        columns = ("numbers of all blocks", config["num_layers"] * inputs, (None, "model"))
+        split(
+            "per_layer_token_embedding/embeddings",
+            [("vocabulary rows", rows, ("model", None)), columns],
+        )
+        split("per_layer_model_projection/kernel", [columns, ("hidden_dim", hidden, ("model", None))])
     by_kind = {kind: _choices_within_block(architecture, kind) for kind in architecture.kinds}
     for layers in next(iter(by_kind.values())):
         # Kinds of blocks that are split alike have one rule.
@@ -160,7 +171,7 @@ def _pattern(architecture: Architecture, kinds: Sequence[LayerKind]) -> str:
 
 def _choices_within_block(architecture: Architecture, kind: LayerKind) -> dict[str, list[Choice]]:
     """Return how the kernels of a kind of block could be split, the best way first, by their layers."""
-    hidden, head, ffw = architecture.config["hidden_dim"], kind.head, architecture.ffw_dim
+    hidden, head, ffw = architecture.config["hidden_dim"], kind.head, kind.ffw
 
     def inputs(unit: str, count: int) -> list[Choice]:
         return [
@@ -169,6 +180,11 @@ def _choices_within_block(architecture: Architecture, kind: LayerKind) -> dict[s
             ("hidden_dim", hidden, (None, "model", None)),
         ]
 
+    own = ("numbers of a block", kind.layer_input)
+    of_layer_input: dict[str, list[Choice]] = {
+        "per_layer_input_gate": [(*own, (None, "model")), ("hidden_dim", hidden, ("model", None))],
+        "per_layer_up_proj": [(*own, ("model", None)), ("hidden_dim", hidden, (None, "model"))],
+    }
     return {
         "attention/query": inputs("query heads", kind.query_heads),
         "attention/(key|value)": inputs("key/value heads", kind.key_heads),
@@ -179,6 +195,7 @@ def _choices_within_block(architecture: Architecture, kind: LayerKind) -> dict[s
         ],
         "(ffw_gating|ffw_gating_2)": [("ffw units", ffw, (None, "model")), ("hidden_dim", hidden, ("model", None))],
         "ffw_linear": [("ffw units", ffw, ("model", None)), ("hidden_dim", hidden, (None, "model"))],
+        **(of_layer_input if kind.layer_input else {}),
     }
 
 
