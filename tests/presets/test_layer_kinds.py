@@ -14,7 +14,6 @@ from stages.core.presets.architecture import Architecture, of_backbone
 from stages.core.presets.layer_kinds import of_blocks, of_both_parts, period
 from stages.core.presets.weight_table import weight_table
 from tests.support.repository import ROOT
-from tests.support.repository import ROOT
 from tests.support.tiny_presets import BACKBONES, CONFIGS, EDGE, EXPERTS
 
 pytestmark = pytest.mark.usefixtures("devices")

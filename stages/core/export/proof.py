@@ -60,10 +60,11 @@ what is no character of any, Gemma's control tokens spelled out, mark-up and cod
 def text_ids(tokenizer: Tokenizer, architecture: Architecture, text: str = TEXT) -> list[int]:
     """Return the ids of a text, from BOS on: once, or as often as it takes to go beyond a sliding window."""
     # As `ControlTokens.as_tokens`, which looks for thousands of names where there are few.
-    names = sorted({name for name in NAMES.findall(text) if tokenizer.piece_id(name) is not None})
+    found = {name: tokenizer.piece_id(name) for name in NAMES.findall(text)}
+    names = {name: number for name, number in sorted(found.items()) if number is not None}
     parts = re.split(f"({'|'.join(map(re.escape, names))})", text)
     encoded = zip(parts, tokenizer.encode_all(parts), strict=True)
-    once = [number for part, ids in encoded for number in ([tokenizer.piece_id(part)] if part in names else ids)]
+    once = [number for part, ids in encoded for number in ([names[part]] if part in names else ids)]
     window = architecture.config.get("sliding_window_size", 0)
     if not architecture.config.get("use_sliding_window_attention"):
         window = 0

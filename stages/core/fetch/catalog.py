@@ -104,9 +104,7 @@ architecture, and the number of parameters, of the preset that it was tuned from
 BACKBONES = {"gemma3": "Gemma3Backbone", "gemma4": "Gemma4Backbone"}
 """By how the names of presets begin; of others it is GemmaBackbone."""
 
-BASE = re.compile(
-    r"gemma-(2b|7b|2-(2b|9b|27b)|3-270m|3-(1b|4b|12b|27b)-pt|4-(31[bB]|26[bB]-[aA]4[bB]|[eE][24][bB]))"
-)
+BASE = re.compile(r"gemma-(2b|7b|2-(2b|9b|27b)|3-270m|3-(1b|4b|12b|27b)-pt|4-(31[bB]|26[bB]-[aA]4[bB]|[eE][24][bB]))")
 """Names of Google's base models at Hugging Face, those that are not instruction-tuned (`-it`)."""
 
 VISION = {
@@ -259,7 +257,13 @@ _FOUR = {
     **{"image_size": None, "vision_encoder": None, "audio_encoder": None, "global_head_dim": 512},
     **{"global_rope_partial_rotary_factor": 0.25, "final_logit_soft_cap": 30, "sliding_window_size": 1024},
 }
-_EXPERTS = {"enable_moe_block": True, "num_experts": 128, "num_experts_per_token": 8, "expert_intermediate_dim": 704}
+_EXPERTS = {
+    "enable_moe_block": True,
+    "num_experts": 128,
+    "num_experts_per_token": 8,
+    "expert_intermediate_dim": 704,
+    "num_global_key_value_heads": 2,
+}
 _SMALL_FOUR = {
     **_FOUR,
     **{"sliding_window_size": 512, "hidden_size_per_layer_input": 256, "vocab_size_per_layer_input": 262144},
@@ -281,9 +285,7 @@ GEMMAS: dict[str, dict[str, Any]] = {
     "gemma3_4b_text": _gemma(3880099328, 262144, 34, 8, 4, 2560, 10240, 256, **_LARGE),
     "gemma3_12b_text": _gemma(11765788416, 262144, 48, 16, 8, 3840, 15360, 256, **_LARGE),
     "gemma3_27b_text": _gemma(27009002240, 262144, 62, 32, 16, 5376, 21504, 128, **_LARGE, **_PER_HEAD),
-    "gemma4_26b_a4b": _gemma(
-        *(25233141790, 262144, 30, 16, 8, 2816, 2112, 256), **_FOUR, **_EXPERTS, num_global_key_value_heads=2
-    ),
+    "gemma4_26b_a4b": _gemma(25233141790, 262144, 30, 16, 8, 2816, 2112, 256, **_FOUR, **_EXPERTS),
     "gemma4_2b": _gemma(4628569379, 262144, 35, 8, 1, 1536, 6144, 256, **_SMALL_FOUR, **_E2B),
     "gemma4_4b": _gemma(7463013418, 262144, 42, 8, 2, 2560, 10240, 256, **_SMALL_FOUR, num_kv_shared_layers=18),
     "gemma4_31b": _gemma(30697345340, 262144, 60, 32, 16, 5376, 21504, 256, **_FOUR, num_global_key_value_heads=4),

@@ -153,9 +153,7 @@ def read_prompts(
     places = np.arange(width, dtype=np.int32)[None, :]
     padding = (width - lengths)[:, None]
     attention = SelfAttention((places >= padding).astype(jnp.int32), constrain)
-    run = _begin(
-        backbone, token_embeddings, layer_rows, places - padding, places >= padding, constrain, projections
-    )
+    run = _begin(backbone, token_embeddings, layer_rows, places - padding, places >= padding, constrain, projections)
     x = run.x
     caches: list[Cache] = []
     held: list[Keys] = []

@@ -131,6 +131,11 @@ class ExpertBanks:
         )(x, y, counted, router, matrices)
 
 
+def _over_batch(placement: Placement | None) -> int | None:
+    """Return the dimension that a matrix, or its scales, is split in over the batch axis too; None: in none."""
+    return placement.over_batch if placement else None
+
+
 class _Held(NamedTuple):
     """How a block's matrices are split where they are used, their specs where they are kept, and the dimension in which
     each of them (and its scale) is gathered over the batch axis."""
@@ -149,7 +154,7 @@ class _Held(NamedTuple):
             specs = [Matrix(P(), None if scale is None else P()) for _, scale in placements]
             return cls(WHOLE, specs, [(None, None)] * len(specs))
         specs = [Matrix(*(each and P(*each.spec) for each in pair)) for pair in placements]
-        return cls(split, specs, [tuple(each and each.over_batch for each in pair) for pair in placements])
+        return cls(split, specs, [(_over_batch(values), _over_batch(scale)) for values, scale in placements])
 
     @property
     def over_batch(self) -> bool:

@@ -142,8 +142,8 @@ def auto(architecture: Architecture, mesh: MeshShape) -> NamedLayout:
             rules.append(Rule(f"{blocks}/{layers}/lora_kernel_a", (*spec[:-1], None), optional=True))
             rules.append(Rule(f"{blocks}/{layers}/lora_kernel_b", (None, spec[-1]), optional=True))
     if experts := architecture.kinds[0].experts:
-        for matrices, choices in _choices_of_experts(hidden, experts).items():
-            split(f"{BLOCK}/moe_expert_bank/{matrices}", choices)
+        for matrices, within in _choices_of_experts(hidden, experts).items():
+            split(f"{BLOCK}/moe_expert_bank/{matrices}", within)
     return NamedLayout("auto", tuple(rules), tuple(fallbacks))
 
 
