@@ -169,16 +169,15 @@ class _Writer(gguf.GGUFWriter):
 
     def _pack_val(self, val: Any, vtype: Any, add_vtype: bool, sub_type: Any = None) -> bytes:
         kinds = {type(item) for item in val} if isinstance(val, list) else set()
-        if len(kinds) != 1 or (kind := kinds.pop()) not in (str, int, float):
+        if sub_type is not None or kinds not in ({str}, {int}, {float}):
             return super()._pack_val(val, vtype, add_vtype, sub_type)
-        # The head, element type and count included, is that of an array of the first value.
-        first = super()._pack_val(val[:1], vtype, add_vtype, sub_type)
-        code = None if kind is str else self._simple_value_packing[sub_type or gguf.GGUFValueType.get_type(val[0])]
-        size = 8 + len(val[0].encode()) if code is None else struct.calcsize(f"<{code}")
-        head = first[: -size - 8] + struct.pack("<Q", len(val))
-        if code:
-            return head + struct.pack(f"<{len(val)}{code}", *val)
-        return head + b"".join(struct.pack("<Q", len(text)) + text for text in (item.encode() for item in val))
+        # The head, the element's type and the count of one, is that of an array of the first value.
+        if kinds == {str}:
+            packed = [struct.pack("<Q", len(text)) + text for text in (item.encode() for item in val)]
+        else:
+            packed = [struct.pack("<i" if kinds == {int} else "<f", item) for item in val]
+        first = super()._pack_val(val[:1], vtype, add_vtype)
+        return first[: -len(packed[0]) - 8] + struct.pack("<Q", len(val)) + b"".join(packed)
 
 
 def quiet_writer(path: Path, family: str) -> gguf.GGUFWriter:
