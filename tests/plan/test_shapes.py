@@ -29,7 +29,12 @@ from tests.support.repository import REAL_CACHE, ROOT
 from tests.support.tiny_models import AUTO, load_tiny, open_tiny
 
 LORA = LoraConfig(4, None, ("query", "value"))
-OF_TRANSFORMERS = {"gemma4_2b": 4_628_569_344, "gemma4_4b": 7_463_013_376, "gemma4_31b": 30_697_345_280}
+OF_TRANSFORMERS = {
+    "gemma4_2b": 4_628_569_344,
+    "gemma4_4b": 7_463_013_376,
+    "gemma4_26b_a4b": 25_233_141_760,
+    "gemma4_31b": 30_697_345_280,
+}
 """Parameters of Gemma 4's text models by transformers' own count."""
 
 
