@@ -207,7 +207,7 @@ def test_devices_find_their_heads_and_keys_however_the_mesh_splits_them(
     sizes = (heads, groups, groups, heads)
     arrays = [jnp.asarray(generator.normal(0, 1, (2, 40, size, 8)), jnp.float32) for size in sizes]
     ids = jnp.asarray([[1] * 17 + [2] * 23, [1] * 33 + [0] * 7], jnp.int32)
-    kind = SimpleNamespace(window=9)
+    kind = SimpleNamespace(window=9, keys_of=None)
     by_blocks = attention.SelfAttention(ids, Laid(mesh, query, key)).of_block(0, kind, 2.0)
     monkeypatch.setattr(attention, "LONG", 41)
     plain = attention.SelfAttention(ids, Laid(mesh, query, key)).of_block(0, kind, 2.0)
