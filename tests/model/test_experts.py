@@ -233,7 +233,9 @@ def test_the_share_of_the_busiest_expert_counts_no_padding(small):
 
 
 def test_a_run_tells_the_share_of_the_busiest_expert(small):
-    result, _ = train(small, settings(steps=3, gradient_accumulation=2, targets=list(EVERYWHERE)), shape=(2, 2))
+    result, _ = train(
+        small, settings(steps=3, epochs=2, gradient_accumulation=2, targets=list(EVERYWHERE)), shape=(2, 2)
+    )
     shares = result.history.busiest_expert
     assert len(shares) == 3 and all(0.5 <= each <= 1 for each in shares)
     assert result.metrics().busiest_expert_share == pytest.approx(np.mean(shares), abs=1e-4)
