@@ -185,5 +185,6 @@ def test_the_facts_table_is_the_one_beside_the_project_if_there_is_one():
     if not facts.exists():
         pytest.skip("the table that these figures were taken from is not part of a clone")
     table = YAML(typ="safe").load(facts.read_text())
-    ours = {name: row["params"] for name, row in GEMMAS.items() if not name.startswith("gemma4")}
+    # Later families have a file of their own there.
+    ours = {name: row["params"] for name, row in GEMMAS.items() if not name.startswith(("gemma4", "vault"))}
     assert {name: row["params"] for name, row in table.items()} == ours
