@@ -76,7 +76,7 @@ def test_the_architecture_is_what_keras_hubs_own_converter_makes_of_it(folders, 
     ours = read_architecture(folders[family])
     assert ours.class_name == type(theirs).__name__
     config = theirs.get_config()
-    # keras-hub keeps the size of images, and of a table for each block, where there is neither; nothing reads them then.
+    # keras-hub keeps the size of images, and of a table for each block, where there is none of these.
     unread = {"image_size"} | (
         {"vocab_size_per_layer_input"} if not config.get("hidden_size_per_layer_input") else set()
     )
