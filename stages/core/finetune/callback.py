@@ -71,7 +71,7 @@ class FitSetup:
 class TrainingCallback(keras.callbacks.Callback):
     """After each step: record, check, validate, sample, save a checkpoint, stop, in this order.
 
-    It may be told of a step's end when later ones have begun (`late_logs.LateLogs`), unless `is_due` after it.
+    It may be told of a step's end when later ones have begun (`late_logs.LateLogs`), unless something `is_due`.
     """
 
     def __init__(self, setup: FitSetup, history: History, interruption: Interruption, state: RunState) -> None:
@@ -109,15 +109,24 @@ class TrainingCallback(keras.callbacks.Callback):
         return self.history.steps + len(self._began)
 
     def is_due(self, step: int) -> bool:
-        """Whether something is done after a step (counted from 1) that no later one may have begun before."""
+        """Whether something is done after a step (counted from 1) that no later one may have begun before.
+
+        To be asked once each step is dispatched, before the next one is: several processes agree here where they stop.
+        """
         settings = self._setup.settings
+        stops = self._stops_after(step)
         due = [self._validate_every, settings.sample_every, settings.checkpoint_every]
         return (
             step == self._setup.steps
             or any(every and step % every == 0 for every in due)
             or step == self._profile.last
-            or self._interruption.received is not None
+            or stops is not None
         )
+
+    def _stops_after(self, step: int) -> str | None:
+        """Return why the run stops after a step, or None; of several processes all stop after the same one."""
+        signal = self._interruption.received
+        return current().stop_after(step, signal.name if signal else None)
 
     @property
     def _validate_every(self) -> int:
@@ -188,9 +197,7 @@ class TrainingCallback(keras.callbacks.Callback):
             with contextlib.suppress(OSError):
                 setup.show_curve(history.rows)
             self._curve_shown = time.monotonic()
-        signal = self._interruption.received
-        # Of several processes all stop after the same step, whichever received the signal.
-        why = current().stop_after(step, signal.name if signal else None)
+        why = self._stops_after(step)
         save_every = setup.settings.checkpoint_every or setup.steps
         if setup.store and not self.finished and (why or step % save_every == 0):
             self._save(setup.store)
@@ -201,7 +208,7 @@ class TrainingCallback(keras.callbacks.Callback):
             raise Stopped(
                 f"Stopped by {why} after step {step} of {setup.steps}, {saved}. The same command "
                 f"(or `dvc repro`) {resumes}.",
-                signal or SIGNALS[0],
+                self._interruption.received or SIGNALS[0],
             )
         self.model.stop_training = self.finished
 

@@ -14,7 +14,6 @@ import jax
 import keras
 
 from stages.core.finetune.callback import TrainingCallback
-from stages.core.processes.group import current
 
 # Steps in flight beside the one that is read. A simulated device works on the host's own cores: it gains nothing.
 AHEAD = {"cpu": 0}
@@ -32,9 +31,7 @@ class LateLogs(keras.callbacks.CallbackList):
         """Take a run's callback; the options are those of Keras' list."""
         super().__init__([training], add_history=True, **options)
         self._training = training
-        # Several processes agree after each step whether one of them received a signal to stop.
-        several = current().count > 1
-        self._ahead = 0 if several else AHEAD.get(jax.default_backend(), AHEAD_ELSEWHERE)
+        self._ahead = AHEAD.get(jax.default_backend(), AHEAD_ELSEWHERE)
         self._late: deque[tuple[int, Mapping[str, jax.Array]]] = deque()
 
     def on_train_batch_end(self, batch: int, logs: Mapping[str, jax.Array] | None = None) -> None:

@@ -56,10 +56,10 @@ class Group:
     def stop_after(self, step: int, asked: str | None) -> str | None:
         """Return why the run stops after a step, or None: the same on all processes for the same step.
 
-        To be called once after each step, in order.
+        To be called for each step, in order, before the next is dispatched; several times for one is allowed.
 
         Args:
-            step: the step done, from 1.
+            step: the step done or dispatched, from 1.
             asked: why this process is to stop, such as the name of a signal; None: it is not.
         """
         return asked
