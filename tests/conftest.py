@@ -21,7 +21,7 @@ from tests.support.servers import package_index
 
 DEVICES = 8
 # Folders of tests whose fixtures and compiled programs take longer than the tests.
-SHARING = {"evaluate", "finetune", "generate", "load", "model", "plan"}
+SHARING = {"adapters", "evaluate", "export", "finetune", "generate", "load", "model", "plan", "presets"}
 
 _IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 _CACHE = pytest.StashKey[str]()
@@ -76,6 +76,14 @@ def presets(devices: int, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
     base = tmp_path_factory.mktemp("presets")
     return {family: write_tiny_preset(base / family, family) for family in FAMILIES}
+
+
+@pytest.fixture(scope="session")
+def one_block(devices: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Gemma 3 of one block, for tests of what is around a model: its programs compile in half the time."""
+    from tests.support.tiny_presets import write_tiny_preset
+
+    return write_tiny_preset(tmp_path_factory.mktemp("presets") / "one_block", "gemma3", num_layers=1)
 
 
 @pytest.fixture

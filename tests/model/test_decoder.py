@@ -23,7 +23,8 @@ def keras_hub_says(presets: dict[str, Path]) -> dict[str, tuple[np.ndarray, np.n
     return {family: tuple(map(np.asarray, keras_hub_reads(folder)(ids))) for family, folder in presets.items()}
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (1, 4), (1, 8), (2, 4), (4, 2), (4, 1)], ids=str)
+# Those of other meshes are in the losses and gradients that test_causal_lm.py compares.
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (1, 4), (4, 2)], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_hidden_states_are_keras_hubs_on_every_mesh(keras_hub_says, presets, family, shape):
     batch = sequences(4, LENGTH)
