@@ -5,7 +5,8 @@ and size, and values that are its keys. Those of 26B-A4B have experts in every b
 test_gemma4_edge.py. Softmaxes of attention whose scale is 1 are steep, so that the last bit of a weight shows in the
 result: the tolerance is what noise of 1e-7 on every weight changes, measured here on the same model and batch.
 
-Measured (31B and 26B-A4B with six blocks), relative to the largest number of its kind: hidden states, logits, gradients of all weights, of the adapter
+Measured, of 31B and 26B-A4B with six blocks, relative to the largest number of its kind: hidden states,
+logits, gradients of all weights, of the adapter
     31B      noise of 1e-7 on the weights    2.0e-6  2.4e-6  7.0e-6  1.2e-5
              ours against transformers 5.23  1.3e-6  1.6e-6  3.3e-6  5.7e-6, logits decoded with caches 1.3e-6
              ours against keras-hub 0.32     1.1e-6  1.1e-6  2.9e-6  9.2e-6
