@@ -51,7 +51,7 @@ def settings_on(root: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def project(one_block: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def project(presets: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The pipeline's outputs, every stage run as its command runs it."""
     root = tmp_path_factory.mktemp("instruct")
     (root / "params.yaml").write_text((ROOT / "params.yaml").read_text())
@@ -59,7 +59,7 @@ def project(one_block: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     kinds = ["comedy", "drama", "picture", "film", "story"]
     rows = [{"question": f"What of the {kind} about {s}?", "answer": RESPONSE} for kind in kinds for s in subjects]
     (root / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (root / "preset").symlink_to(one_block)
+    (root / "preset").symlink_to(presets["gemma3"])
     settings = settings_on(root)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
