@@ -21,7 +21,11 @@ from tests.support.servers import package_index
 
 DEVICES = 8
 # Folders of tests whose fixtures and compiled programs take longer than the tests.
-SHARING = {"evaluate", "finetune", "generate", "load", "model", "plan"}
+SHARING = {"adapters", "evaluate", "export", "finetune", "generate", "load", "model", "plan", "presets"}
+
+# For this process, and for those that it starts; here, since the conftest.py of a folder imports JAX, which looks then.
+sys.path.append(str(QUICK))
+os.environ["PYTHONPATH"] = str(QUICK)
 
 _IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 _CACHE = pytest.StashKey[str]()
@@ -30,10 +34,9 @@ _CACHE = pytest.StashKey[str]()
 def pytest_configure(config: pytest.Config) -> None:
     """Give the session a cache folder of its own, compiled programs included; workers share it."""
     if not _IS_WORKER:
+        # The groups as they are sorted below, not by their number of tests.
+        config.option.loadscopereorder = False
         config.stash[_CACHE] = os.environ["GEMMA_TUNING_CACHE"] = tempfile.mkdtemp(prefix="gemma-tuning-tests-")
-    # For this process, and for those that it starts.
-    sys.path.append(str(QUICK))
-    os.environ["PYTHONPATH"] = str(QUICK)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -44,10 +47,20 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of a file that share models and programs in one worker; the others are handed out singly."""
+    """Keep the tests of a file that share models and programs in one worker; the others are handed out singly.
+
+    The longest come first, and the single ones last, so that all workers end at about the same time.
+    """
     for item in items:
         if item.path.parent.name in SHARING and not item.get_closest_marker("xdist_group"):
             item.add_marker(pytest.mark.xdist_group(f"{item.path.parent.name} {item.path.stem}"))
+    if _IS_WORKER:
+        items.sort(key=_place)
+
+
+def _place(item: pytest.Item) -> tuple[bool, bool, bool]:
+    single = item.get_closest_marker("xdist_group") is None
+    return item.get_closest_marker("slow") is None, single, item.path.parent.name != "pipeline"
 
 
 def pytest_collection_finish() -> None:
@@ -76,6 +89,14 @@ def presets(devices: int, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
     base = tmp_path_factory.mktemp("presets")
     return {family: write_tiny_preset(base / family, family) for family in FAMILIES}
+
+
+@pytest.fixture(scope="session")
+def one_block(devices: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Gemma 3 of one block, for tests of what is around a model: its programs compile in half the time."""
+    from tests.support.tiny_presets import write_tiny_preset
+
+    return write_tiny_preset(tmp_path_factory.mktemp("presets") / "one_block", "gemma3", num_layers=1)
 
 
 @pytest.fixture

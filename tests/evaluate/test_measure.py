@@ -57,9 +57,9 @@ def uniform(batches) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def whole(presets) -> ReviewLosses:
+def whole(one_block) -> ReviewLosses:
     """The sequences measured on one device, none cut."""
-    return measure(presets["gemma3"])
+    return measure(one_block)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -78,21 +78,21 @@ def test_each_review_is_measured_as_keras_hub_reads_it_alone(presets, family):
 
 
 @pytest.mark.parametrize(("shape", "batch_tokens"), [((1, 1), 1), ((1, 8), 4096), ((4, 2), 512)], ids=str)
-def test_mesh_and_batch_change_no_reviews_loss(presets, whole, shape, batch_tokens):
-    measured = measure(presets["gemma3"], shape, batch_tokens=batch_tokens)
+def test_mesh_and_batch_change_no_reviews_loss(one_block, whole, shape, batch_tokens):
+    measured = measure(one_block, shape, batch_tokens=batch_tokens)
     np.testing.assert_allclose(measured.loss, whole.loss, rtol=2e-5)
     assert measured.correct.tolist() == whole.correct.tolist()
     assert measured.targets.tolist() == whole.targets.tolist()
     assert measured.sequence.tolist() == whole.sequence.tolist()
 
 
-def test_the_lengths_that_reviews_are_padded_to_change_no_reviews_loss(presets, whole, monkeypatch):
+def test_the_lengths_that_reviews_are_padded_to_change_no_reviews_loss(one_block, whole, monkeypatch):
     monkeypatch.setattr(evaluation, "bucket_lengths", lambda sizes: [400])
-    np.testing.assert_allclose(measure(presets["gemma3"]).loss, whole.loss, rtol=2e-5)
+    np.testing.assert_allclose(measure(one_block).loss, whole.loss, rtol=2e-5)
 
 
-def test_a_longer_review_is_measured_up_to_the_maximum_and_what_is_cut_is_counted(presets, whole):
-    cut = measure(presets["gemma3"], max_length=130)
+def test_a_longer_review_is_measured_up_to_the_maximum_and_what_is_cut_is_counted(one_block, whole):
+    cut = measure(one_block, max_length=130)
     # Of the first 130 inputs, targets are the tokens 1 to 130.
     left = [max(0, min(131, prompt + response) - prompt) for prompt, response in SIZES]
     assert cut.targets.tolist() == left

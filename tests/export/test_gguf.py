@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import tracemalloc
-from pathlib import Path
 
 import gguf
 import numpy as np
@@ -25,21 +24,12 @@ from stages.core.presets.manifest import LICENSE
 from stages.core.presets.weight_table import weight_table
 from stages.core.tokenize.control_tokens import ControlTokens
 from tests.support import tiny_presets, tokenizer_json
+from tests.support.exported_gguf import SPELLED, TEXTS, written
 from tests.support.repository import GGUF_FAMILIES
 from tests.support.tiny_models import open_tiny
 from tests.support.tuned_models import EVERY_KIND, tuned
 
 pytestmark = pytest.mark.usefixtures("devices")
-
-TEXTS = [
-    *tiny_presets.tiny_reviews(8),
-    "",
-    "  two  spaces,   three \n\n\nand lines\r\n\t",
-    "\N{POPCORN}\N{WOMAN}\N{ZERO WIDTH JOINER}\N{ROCKET}\N{VARIATION SELECTOR-16} e\N{COMBINING ACUTE ACCENT}",
-    "\x00\x01\x07\x1b\x7f\x85\N{ZERO WIDTH NO-BREAK SPACE}\N{RIGHT-TO-LEFT OVERRIDE}",
-    "\N{CJK UNIFIED IDEOGRAPH-6620}\N{CYRILLIC CAPITAL LETTER EF} 3.14159 <br /> <table>",
-]
-SPELLED = "<bos>a<start_of_turn>user\nHi<end_of_turn>\n<eos><pad><unk>"
 
 
 @pytest.fixture(scope="module")
@@ -52,17 +42,6 @@ def tuned_models(devices, tmp_path_factory):
         preset = tiny_presets.write_tiny_preset(base / family / "preset", family, **EVERY_KIND[family])
         made[family] = tuned(preset, base / family)[1]
     return made
-
-
-def written(model, folder: Path, kind: str = "F32", **changes) -> Path:
-    """The tuned model as a GGUF file, alone in a folder."""
-    folder.mkdir(exist_ok=True)
-    path, preset = folder / "model.gguf", model.preset
-    pieces = sentencepiece_model(preset)
-    with model.open_merged() as weights:
-        tensors = hugging_face_tensors(weights)
-        write_gguf(path, preset.architecture, tensors, pieces, kind, name="tiny", terms=LICENSE, **changes)
-    return path
 
 
 @pytest.mark.parametrize("family", GGUF_FAMILIES)

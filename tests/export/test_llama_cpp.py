@@ -19,8 +19,8 @@ from stages.core.export.tuned import TrainedWeights
 from stages.core.export.vocabulary import SPACE
 from stages.core.presets.formats import format_of
 from stages.core.tokenize.control_tokens import ControlTokens
-from tests.export.test_gguf import SPELLED, TEXTS, written
 from tests.support import tiny_presets
+from tests.support.exported_gguf import SPELLED, TEXTS, written
 from tests.support.repository import GGUF_FAMILIES
 from tests.support.tiny_models import load_tiny
 from tests.support.tuned_models import EVERY_KIND, logits, tuned

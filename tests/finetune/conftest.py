@@ -8,6 +8,6 @@ from tests.support.tiny_runs import settings, train
 
 
 @pytest.fixture(scope="module")
-def plain(presets):
+def plain(one_block):
     """Four steps with the default options."""
-    return train(presets["gemma3"], settings(batch_size=2))
+    return train(one_block, settings(batch_size=2))

@@ -24,7 +24,7 @@ OVER_BATCH = AUTO.model_copy(update={"shard_over_batch": "weights"})
 
 
 @pytest.fixture(scope="module")
-def interrupted(presets, tmp_path_factory):
+def interrupted(one_block, tmp_path_factory):
     """A run on the mesh (2, 4), weights over both axes, whose second step's checkpoint is written during the third."""
     begun = threading.Event()
     real_write, real_begin = checkpoint.write_pieces, callback.TrainingCallback.on_train_batch_begin
@@ -44,16 +44,16 @@ def interrupted(presets, tmp_path_factory):
         patch.setattr(checkpoint, "write_pieces", write)
         patch.setattr(callback.TrainingCallback, "on_train_batch_begin", begin)
         store = Store("a-run", keep=2)
-        result, weights = train(presets["gemma3"], WANTED, shape=(2, 4), layout=OVER_BATCH, store=store)
+        result, weights = train(one_block, WANTED, shape=(2, 4), layout=OVER_BATCH, store=store)
         store._lock.release(force=True)
         assert waited == [True], "a step does not wait for the disk"
         yield store.folder, result, weights
 
 
-def resumed(presets, monkeypatch, folder, **options):
+def resumed(one_block, monkeypatch, folder, **options):
     monkeypatch.setenv("GEMMA_TUNING_CACHE", str(folder.parents[1]))
     store = Store(folder.name, keep=2)
-    result, weights = train(presets["gemma3"], WANTED, store=store, **options)
+    result, weights = train(one_block, WANTED, store=store, **options)
     store._lock.release(force=True)
     assert len(result.history.first_steps) == 2, "it went on"
     return result, weights

@@ -40,15 +40,15 @@ def without_times(result):
 
 
 @pytest.fixture(scope="module")
-def at_once(presets):
-    return train(presets["gemma3"], WANTED)
+def at_once(one_block):
+    return train(one_block, WANTED)
 
 
-def test_when_numbers_are_read_changes_none_of_them(presets, at_once, ahead, in_flight, tmp_path, monkeypatch):
+def test_when_numbers_are_read_changes_none_of_them(one_block, at_once, ahead, in_flight, tmp_path, monkeypatch):
     monkeypatch.setenv("GEMMA_TUNING_CACHE", str(tmp_path))
     saved = []
     monkeypatch.setattr(Store, "save", lambda self, step, arrays, state: saved.append((step, len(state["rows"]))))
-    result, weights = train(presets["gemma3"], WANTED, store=Store("a run", 2))
+    result, weights = train(one_block, WANTED, store=Store("a run", 2))
     assert without_times(result) == without_times(at_once[0])
     assert distance(weights, at_once[1]) == 0.0
     assert saved == [(4, 4), (8, 8), (12, 12)], "a checkpoint holds all steps up to it, and none after"
@@ -58,9 +58,9 @@ def test_when_numbers_are_read_changes_none_of_them(presets, at_once, ahead, in_
     assert {in_flight[step] for step in (0, 3, 4, 6, 8, 9, 12)} == {0}
 
 
-def test_a_step_that_diverges_is_named_however_late_it_is_read(presets, ahead):
+def test_a_step_that_diverges_is_named_however_late_it_is_read(one_block, ahead):
     given = data()
     given["train"]["weights"][5] = np.nan
     step = int(np.flatnonzero(np.random.default_rng([0, 0]).permutation(8) == 5)[0]) + 1
     with pytest.raises(StageError, match=rf"Training diverged.* Received: step={step},"):
-        train(presets["gemma3"], WANTED.model_copy(update={"validate_every": None}), given)
+        train(one_block, WANTED.model_copy(update={"validate_every": None}), given)

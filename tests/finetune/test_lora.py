@@ -65,16 +65,16 @@ def test_rules_that_do_not_divide_an_adapter_stop_finetune_before_anything_is_al
         trainer.load_trainable(preset, describe(preset, (1, 4), layout), settings(rank=2))
 
 
-def test_dropout_changes_training_and_not_what_is_measured(presets, plain):
-    result, weights = train(presets["gemma3"], settings(batch_size=2, lora_dropout=0.5, validate_every=1))
-    again = train(presets["gemma3"], settings(batch_size=2, lora_dropout=0.5))[1]
+def test_dropout_changes_training_and_not_what_is_measured(one_block, plain):
+    result, weights = train(one_block, settings(batch_size=2, lora_dropout=0.5, validate_every=1))
+    again = train(one_block, settings(batch_size=2, lora_dropout=0.5))[1]
     assert result.history.rows[0].loss != plain[0].history.rows[0].loss
     assert distance(weights, plain[1]) > 0.0
     assert distance(weights, again) == 0.0
     # Nearly no step at all: what is measured then is the model without dropout.
     small = {"batch_size": 2, "learning_rate": 1e-9, "validate_every": 1}
-    without = train(presets["gemma3"], settings(**small))[0].history.rows[0].validation_loss
-    with_it = train(presets["gemma3"], settings(**small, lora_dropout=0.5))[0].history.rows[0].validation_loss
+    without = train(one_block, settings(**small))[0].history.rows[0].validation_loss
+    with_it = train(one_block, settings(**small, lora_dropout=0.5))[0].history.rows[0].validation_loss
     assert with_it == pytest.approx(without, rel=1e-6)
 
 
@@ -94,8 +94,8 @@ def test_what_is_dropped_differs_by_layer_step_and_seed_and_is_the_named_share(p
         assert all(np.any(mask != other) for name, other in masks.items() if name != key)
 
 
-def test_dropout_is_the_same_on_every_mesh(presets):
+def test_dropout_is_the_same_on_every_mesh(one_block):
     wanted = settings(batch_size=2, steps=2, lora_dropout=0.5)
-    one = train(presets["gemma3"], wanted)[0].history.rows
-    many = train(presets["gemma3"], wanted, shape=(2, 4))[0].history.rows
+    one = train(one_block, wanted)[0].history.rows
+    many = train(one_block, wanted, shape=(2, 4))[0].history.rows
     assert [row.loss for row in many] == pytest.approx([row.loss for row in one], rel=1e-4)

@@ -27,7 +27,7 @@ from tests.support.tiny_runs import data, settings, train
 
 
 @pytest.fixture(scope="module")
-def measured(presets, tmp_path_factory):
+def measured(one_block, tmp_path_factory):
     """A run of six steps with everything on, its metrics and the folder of its profile."""
     folder = tmp_path_factory.mktemp("profile")
     wanted = settings(
@@ -36,10 +36,10 @@ def measured(presets, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GEMMA_TUNING_CACHE", str(tmp_path_factory.mktemp("cache")))
         result, _ = train(
-            presets["gemma3"],
+            one_block,
             wanted,
             store=Store("measured", 2),
-            tokenizer=format_of("keras").load_tokenizer(presets["gemma3"]),
+            tokenizer=format_of("keras").load_tokenizer(one_block),
             profile=folder,
             load_seconds=1.5,
         )
@@ -174,17 +174,17 @@ def test_a_run_in_two_processes_counts_two_compilations():
     assert metrics.positions_per_second == 64.0
 
 
-def test_prompts_and_padding_are_positions_and_no_trained_tokens(presets):
+def test_prompts_and_padding_are_positions_and_no_trained_tokens(one_block):
     given = data(6)
     given["train"]["weights"][:, 4:] = 0.0
-    result, _ = train(presets["gemma3"], settings(batch_size=3, gradient_accumulation=2), given, shape=(2, 1))
+    result, _ = train(one_block, settings(batch_size=3, gradient_accumulation=2), given, shape=(2, 1))
     (row,) = result.history.rows
     assert row.tokens == 6 * 4
     # Batches of 3 are padded to 4.
     assert row.positions_per_second / row.tokens_per_second == pytest.approx(2 * 4 * 32 / 24)
 
 
-def test_sequences_without_review_numbers_are_trained_on_too(presets):
+def test_sequences_without_review_numbers_are_trained_on_too(one_block):
     given = data()
     del given["train"]["review"]
-    assert train(presets["gemma3"], settings(batch_size=2, steps=1), given)[0].history.steps == 1
+    assert train(one_block, settings(batch_size=2, steps=1), given)[0].history.steps == 1

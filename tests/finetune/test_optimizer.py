@@ -14,9 +14,9 @@ from stages.core.finetune.trainer import check_length
 from tests.support.tiny_runs import data, distance, settings, train
 
 
-def test_the_same_settings_give_the_same_weights_and_another_seed_others(presets, plain):
-    assert distance(train(presets["gemma3"], settings(batch_size=2))[1], plain[1]) == 0.0
-    assert distance(train(presets["gemma3"], settings(batch_size=2, seed=1))[1], plain[1]) > 0.0
+def test_the_same_settings_give_the_same_weights_and_another_seed_others(one_block, plain):
+    assert distance(train(one_block, settings(batch_size=2))[1], plain[1]) == 0.0
+    assert distance(train(one_block, settings(batch_size=2, seed=1))[1], plain[1]) > 0.0
 
 
 def wanted_rate(shape, step, steps, warmup):
@@ -28,18 +28,18 @@ def wanted_rate(shape, step, steps, warmup):
 
 
 @pytest.mark.parametrize(("shape", "warmup"), [("constant", 3), ("linear", 0), ("linear", 2), ("cosine", 2)])
-def test_the_learning_rate_follows_its_schedule(presets, shape, warmup):
+def test_the_learning_rate_follows_its_schedule(one_block, shape, warmup):
     wanted = settings(batch_size=1, schedule=shape, warmup_steps=warmup)
-    rates = [row.learning_rate for row in train(presets["gemma3"], wanted)[0].history.rows]
+    rates = [row.learning_rate for row in train(one_block, wanted)[0].history.rows]
     assert len(rates) == 8
     assert rates == pytest.approx([wanted_rate(shape, step, 8, warmup) for step in range(8)], rel=1e-5)
 
 
-def test_a_schedule_reaches_the_optimizer(presets):
+def test_a_schedule_reaches_the_optimizer(one_block):
     """One step with a warm-up of 1000 moves the weights a thousandth of what one without moves them."""
-    start = train(presets["gemma3"], settings(batch_size=2, steps=1, learning_rate=1e-9))[1]
-    full = train(presets["gemma3"], settings(batch_size=2, steps=1))[1]
-    slow = train(presets["gemma3"], settings(batch_size=2, steps=1, warmup_steps=1000))[1]
+    start = train(one_block, settings(batch_size=2, steps=1, learning_rate=1e-9))[1]
+    full = train(one_block, settings(batch_size=2, steps=1))[1]
+    slow = train(one_block, settings(batch_size=2, steps=1, warmup_steps=1000))[1]
     assert distance(slow, start) == pytest.approx(distance(full, start) / 1000, rel=0.05)
 
 
@@ -68,13 +68,11 @@ def packed():
         (packed, 0, (1, 8)),
     ],
 )
-def test_accumulated_batches_are_one_batch_of_all_their_sequences(presets, given, rank, shape):
+def test_accumulated_batches_are_one_batch_of_all_their_sequences(one_block, given, rank, shape):
     """Seven sequences: the last step of an epoch has three of its four batches."""
     wanted = {"epochs": 2, "rank": rank, "epsilon": 1e-3, "validate_every": 1}
-    large, of_large = train(presets["gemma3"], settings(batch_size=4, **wanted), given(), shape=shape)
-    small, of_small = train(
-        presets["gemma3"], settings(batch_size=1, gradient_accumulation=4, **wanted), given(), shape=shape
-    )
+    large, of_large = train(one_block, settings(batch_size=4, **wanted), given(), shape=shape)
+    small, of_small = train(one_block, settings(batch_size=1, gradient_accumulation=4, **wanted), given(), shape=shape)
     assert large.history.steps == small.history.steps == 4
     for one, other in zip(large.history.rows, small.history.rows, strict=True):
         assert one.tokens == other.tokens
@@ -85,30 +83,30 @@ def test_accumulated_batches_are_one_batch_of_all_their_sequences(presets, given
 
 
 @pytest.mark.parametrize("wanted", [{"lora_dropout": 0.5}, {"clip_norm": 1e-3}], ids=str)
-def test_a_group_drops_and_clips_as_a_whole(presets, wanted):
+def test_a_group_drops_and_clips_as_a_whole(one_block, wanted):
     """Each batch of a group drops by a mask of its own; the norm is that of the group's gradient."""
     changes = {"epsilon": 1e-3, "steps": 1, "learning_rate": 0.1, **wanted}
-    large = train(presets["gemma3"], settings(batch_size=4, **changes), unequal())[1]
-    small = train(presets["gemma3"], settings(batch_size=1, gradient_accumulation=4, **changes), unequal())[1]
+    large = train(one_block, settings(batch_size=4, **changes), unequal())[1]
+    small = train(one_block, settings(batch_size=1, gradient_accumulation=4, **changes), unequal())[1]
     assert (distance(small, large) < 1e-5) == ("clip_norm" in wanted)
 
 
-def test_steps_schedule_warm_up_validation_and_samples_count_updates(presets):
+def test_steps_schedule_warm_up_validation_and_samples_count_updates(one_block):
     wanted = settings(
         batch_size=1, gradient_accumulation=3, epochs=2, schedule="linear", warmup_steps=2, validate_every=2
     )
-    rows = train(presets["gemma3"], wanted)[0].history.rows
+    rows = train(one_block, wanted)[0].history.rows
     assert [row.epoch for row in rows] == [1, 1, 1, 2, 2, 2]
     assert [row.learning_rate for row in rows] == pytest.approx(
         [wanted_rate("linear", step, 6, 2) for step in range(6)], rel=1e-5
     )
     assert [row.step for row in rows if row.validation_loss is not None] == [2, 4, 6]
-    assert train(presets["gemma3"], wanted.model_copy(update={"steps": 4}))[0].history.steps == 4
+    assert train(one_block, wanted.model_copy(update={"steps": 4}))[0].history.steps == 4
 
 
-def test_more_batches_than_an_epoch_has_are_not_accumulated(presets):
+def test_more_batches_than_an_epoch_has_are_not_accumulated(one_block):
     with pytest.raises(ParamsError, match=r"at most the batches of an epoch, 4\. Received: .*=5"):
-        train(presets["gemma3"], settings(batch_size=2, gradient_accumulation=5, epochs=3))
+        train(one_block, settings(batch_size=2, gradient_accumulation=5, epochs=3))
 
 
 @pytest.mark.parametrize(
@@ -136,8 +134,8 @@ def test_a_setting_that_does_nothing_in_a_run_of_this_length_is_told_in_one_line
 
 
 @pytest.mark.parametrize("changes", [{"beta_1": 0.5}, {"beta_2": 0.9}, {"epsilon": 1e-2}], ids=str)
-def test_adams_own_settings_reach_the_weights(presets, plain, changes):
-    assert distance(train(presets["gemma3"], settings(batch_size=2, **changes))[1], plain[1]) > 1e-4
+def test_adams_own_settings_reach_the_weights(one_block, plain, changes):
+    assert distance(train(one_block, settings(batch_size=2, **changes))[1], plain[1]) > 1e-4
 
 
 def test_an_update_is_keras_formula_with_epsilon_outside_of_the_bias_correction(devices):
@@ -155,9 +153,9 @@ def test_an_update_is_keras_formula_with_epsilon_outside_of_the_bias_correction(
     np.testing.assert_allclose(np.asarray(weight.value), value, rtol=1e-6)
 
 
-def test_gradients_beyond_the_norm_are_scaled_down(presets, plain):
+def test_gradients_beyond_the_norm_are_scaled_down(one_block, plain):
     # Far below Adam's epsilon of 1e-7 a gradient moves nothing.
-    start = train(presets["gemma3"], settings(batch_size=2, learning_rate=1e-9))[1]
-    clipped = train(presets["gemma3"], settings(batch_size=2, clip_norm=1e-12))[1]
+    start = train(one_block, settings(batch_size=2, learning_rate=1e-9))[1]
+    clipped = train(one_block, settings(batch_size=2, clip_norm=1e-12))[1]
     assert distance(clipped, start) < 1e-3
     assert distance(plain[1], start) > 1e-2

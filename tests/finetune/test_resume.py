@@ -87,13 +87,13 @@ class Trial:
 
 
 @pytest.fixture(scope="module")
-def trial(presets: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Trial:
+def trial(one_block: Path, tmp_path_factory: pytest.TempPathFactory) -> Trial:
     """A tiny pipeline up to finetune, which has run once without being disturbed, into `whole`."""
     trial = Trial(tmp_path_factory.mktemp("resume"))
     (trial.folder / "reviews.txt").write_text("\n".join(review.replace("\n", " ") for review in tiny_reviews(14)))
     yaml = YAML()
     content = yaml.load((ROOT / "params.yaml").read_text())
-    content["fetch"].update(source="path", preset="tiny", path=str(presets["gemma3"]))
+    content["fetch"].update(source="path", preset="tiny", path=str(one_block))
     content["prepare"].update(source="files", train_file="reviews.txt", validation=4, min_characters=1)
     content["tokenize"].update(length=32)
     content["mesh"].update(shape=[2, 4])

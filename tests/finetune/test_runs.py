@@ -19,15 +19,15 @@ from tests.support.tiny_runs import data, distance, settings, train
 
 
 @pytest.mark.parametrize("rank", [0, 2], ids=["full", "lora"])
-def test_a_run_that_changes_no_bit_fails(presets, rank, monkeypatch):
+def test_a_run_that_changes_no_bit_fails(one_block, rank, monkeypatch):
     monkeypatch.setattr(keras.optimizers.AdamW, "update_step", lambda *arguments: None)
     with pytest.raises(StageError, match=r"changed no bit.*Received: steps=1, learning_rate=0\.01.*Set a higher"):
-        train(presets["gemma3"], settings(batch_size=2, steps=1, rank=rank, weight_decay=0.0))
+        train(one_block, settings(batch_size=2, steps=1, rank=rank, weight_decay=0.0))
     if rank:
         # The decay alone moves A, and an adapter without B does nothing still.
         with pytest.raises(StageError, match="changed no bit"):
             load = settings(batch_size=2, steps=1, rank=rank, weight_decay=0.5)
-            finetuning_of_a_new_adapter(presets["gemma3"], load)
+            finetuning_of_a_new_adapter(one_block, load)
 
 
 def finetuning_of_a_new_adapter(preset, wanted):
@@ -35,26 +35,26 @@ def finetuning_of_a_new_adapter(preset, wanted):
     return trainer.fit(model, data(), wanted)
 
 
-def test_every_weight_in_bfloat16_is_refused_where_a_baseline_of_it_is_met(presets):
-    preset = open_tiny(presets["gemma3"])
+def test_every_weight_in_bfloat16_is_refused_where_a_baseline_of_it_is_met(one_block):
+    preset = open_tiny(one_block)
     with pytest.raises(StageError, match=r"must be mixed_bfloat16 .*finetune\.rank=0"):
         trainer.load_trainable(preset, describe(preset, (1, 1), dtype="bfloat16"), settings(rank=0))
 
 
-def test_every_weight_learns_in_mixed_bfloat16(presets):
-    result, weights = train(presets["gemma3"], settings(batch_size=4, epochs=4, rank=0), dtype="mixed_bfloat16")
+def test_every_weight_learns_in_mixed_bfloat16(one_block):
+    result, weights = train(one_block, settings(batch_size=4, epochs=4, rank=0), dtype="mixed_bfloat16")
     losses = [row.loss for row in result.history.rows]
     assert losses[-1] < losses[0] - 0.05
     assert {array.dtype.name for array in weights.values()} == {"float32"}
 
 
-def test_a_pass_that_keras_cuts_short_is_finished_in_training_and_fails_in_measuring(presets, plain, monkeypatch):
+def test_a_pass_that_keras_cuts_short_is_finished_in_training_and_fails_in_measuring(one_block, plain, monkeypatch):
     """As KERAS_MAX_STEPS_PER_EPOCH cuts it."""
     monkeypatch.setattr(Batches, "__len__", lambda self: 1)
-    result, weights = train(presets["gemma3"], settings(batch_size=2))
+    result, weights = train(one_block, settings(batch_size=2))
     assert result.history.steps == 4
     assert distance(weights, plain[1]) == 0.0
-    model = load_tiny(presets["gemma3"], (1, 1), rank=2)
+    model = load_tiny(one_block, (1, 1), rank=2)
     causal = make_model(model.backbone, model.jax_mesh, model.placements)
     causal.compile(optimizer=None, loss=None)
     with pytest.raises(StageError, match=r"expected 232 tokens\. Received: tokens=58"):
@@ -62,13 +62,13 @@ def test_a_pass_that_keras_cuts_short_is_finished_in_training_and_fails_in_measu
         causal.measure(batches, batches.tokens)
 
 
-def test_a_step_that_trains_fewer_tokens_than_its_sequences_have_fails(presets, monkeypatch):
+def test_a_step_that_trains_fewer_tokens_than_its_sequences_have_fails(one_block, monkeypatch):
     monkeypatch.setattr(Batches, "tokens_of", lambda self, epoch, step: 59)
     with pytest.raises(StageError, match=r"must train all 59 tokens of its sequences\. Received: tokens=58"):
-        train(presets["gemma3"], settings(batch_size=2))
+        train(one_block, settings(batch_size=2))
 
 
-def test_recomputing_blocks_keeps_less_for_the_backward_pass_and_gives_the_same_weights(presets, plain):
+def test_recomputing_blocks_keeps_less_for_the_backward_pass_and_gives_the_same_weights(presets, one_block, plain):
     def kept_bytes(rematerialize):
         """What the forward pass hands to the backward pass, weights left out, on any backend."""
         model = load_tiny(presets["gemma3"], (1, 1), rank=2)
@@ -86,12 +86,12 @@ def test_recomputing_blocks_keeps_less_for_the_backward_pass_and_gives_the_same_
 
     weights = sum(each.value.nbytes for each in load_tiny(presets["gemma3"], (1, 1), rank=2).backbone.weights)
     assert kept_bytes(True) - weights < 0.5 * (kept_bytes(False) - weights)
-    assert distance(train(presets["gemma3"], settings(batch_size=2, rematerialize=True))[1], plain[1]) < 1e-4
+    assert distance(train(one_block, settings(batch_size=2, rematerialize=True))[1], plain[1]) < 1e-4
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "mixed_bfloat16"])
-def test_the_adapter_learns_in_float32_whatever_the_models_dtype(presets, dtype):
-    result, weights = train(presets["gemma3"], settings(batch_size=4, epochs=6), dtype=dtype, shape=(1, 2))
+def test_the_adapter_learns_in_float32_whatever_the_models_dtype(one_block, dtype):
+    result, weights = train(one_block, settings(batch_size=4, epochs=6), dtype=dtype, shape=(1, 2))
     losses = [row.loss for row in result.history.rows]
     assert losses[-1] < losses[0] - 0.05
     assert {array.dtype.name for array in weights.values()} == {"float32"}
@@ -100,11 +100,11 @@ def test_the_adapter_learns_in_float32_whatever_the_models_dtype(presets, dtype)
     assert {variable.value.dtype.name for variable in slots} == {"float32"}
 
 
-def test_a_loss_that_is_not_finite_names_step_rate_and_reviews(presets):
+def test_a_loss_that_is_not_finite_names_step_rate_and_reviews(one_block):
     given = data()
     given["train"]["weights"][5] = np.nan
     with pytest.raises(StageError) as raised:
-        train(presets["gemma3"], settings(batch_size=2, schedule="linear"), given)
+        train(one_block, settings(batch_size=2, schedule="linear"), given)
     # The order of the first epoch, and so the step that has sequence 5, follow from the seed.
     order = np.random.default_rng([0, 0]).permutation(8)
     step = int(np.flatnonzero(order == 5)[0]) // 2
@@ -112,7 +112,7 @@ def test_a_loss_that_is_not_finite_names_step_rate_and_reviews(presets):
     assert f"step={step + 1}, learning_rate={0.01 * (1 - step / 4):.6g}, reviews={reviews}" in str(raised.value)
 
 
-def test_weights_that_are_not_finite_are_never_kept(presets, tmp_path, monkeypatch, logged):
+def test_weights_that_are_not_finite_are_never_kept(one_block, tmp_path, monkeypatch, logged):
     """A gradient may overflow where the loss does not; the step's own loss then tells nothing of it."""
     monkeypatch.setenv("GEMMA_TUNING_CACHE", str(tmp_path))
     store = Store("overflow", keep=2)
@@ -122,7 +122,7 @@ def test_weights_that_are_not_finite_are_never_kept(presets, tmp_path, monkeypat
     huge = given["train"]["weights"]
     huge[:] = huge * 3e38
     with pytest.raises(StageError, match="Training diverged"):
-        train(presets["gemma3"], wanted, given, store=store)
+        train(one_block, wanted, given, store=store)
     before = logged()
     assert resuming.newest(store) is None
     assert logged() == before

@@ -187,7 +187,7 @@ WHOLE, HEADS, TIME = P("batch", None, None, None), P("batch", None, "model", Non
 
 # Heads of queries, of keys, devices of the model axis; keys that are split beside whole queries are gathered.
 @pytest.mark.parametrize(
-    ("heads", "groups", "devices", "query", "key"),
+    ("heads", "groups", "parts", "query", "key"),
     [
         (4, 2, 2, HEADS, HEADS),
         (4, 2, 4, HEADS, WHOLE),
@@ -197,12 +197,10 @@ WHOLE, HEADS, TIME = P("batch", None, None, None), P("batch", None, "model", Non
         (3, 3, 3, WHOLE, HEADS),
     ],
 )
-def test_devices_find_their_heads_and_keys_however_the_mesh_splits_them(
-    monkeypatch, heads, groups, devices, query, key
-):
+def test_devices_find_their_heads_and_keys_however_the_mesh_splits_them(monkeypatch, heads, groups, parts, query, key):
     monkeypatch.setattr(attention, "LONG", 40)
     monkeypatch.setattr(attention, "BLOCK", 4)
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[: 2 * devices]).reshape(2, devices), ("batch", "model"))
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[: 2 * parts]).reshape(2, parts), ("batch", "model"))
     generator = np.random.default_rng(0)
     sizes = (heads, groups, groups, heads)
     arrays = [jnp.asarray(generator.normal(0, 1, (2, 40, size, 8)), jnp.float32) for size in sizes]

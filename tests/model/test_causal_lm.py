@@ -7,12 +7,10 @@ import json
 import re
 import subprocess
 
-import hypothesis
 import jax
 import keras
 import numpy as np
 import pytest
-from hypothesis import strategies as some
 
 from stages.core.config.schema import Layout
 from stages.core.model.causal_lm import make_model, pin_to_mesh
@@ -85,10 +83,17 @@ def assert_same(found, wanted):
         np.testing.assert_allclose(gradient, wanted_gradients[path], rtol=1e-3, atol=3e-5 * scale, err_msg=path)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 8), (2, 4), (4, 1)], ids=str)
-@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_loss_and_gradients_are_plain_keras(presets, keras_says, family, full, shape):
+# Of families, meshes and modes each pair.
+@pytest.mark.parametrize(
+    ("family", "shape", "full"),
+    [
+        (family, shape, bool((row + column) % 2))
+        for row, family in enumerate(FAMILIES)
+        for column, shape in enumerate([(1, 1), (1, 8), (2, 4), (4, 1)])
+    ],
+    ids=str,
+)
+def test_loss_and_gradients_are_plain_keras(presets, keras_says, family, shape, full):
     model = load_tiny(presets[family], shape, rank=0 if full else 2, targets=TARGETS)
     assert_same(loss_and_gradients(model, whole_sequences()), keras_says(family, full))
 
@@ -142,7 +147,14 @@ def test_layouts_that_replicate_adapters_or_split_oddly_give_the_same_gradients(
 
 # 60 hidden, 6 heads, 120 units: what 3, 5 or 6 devices divide of it differs, and they never divide the vocabulary.
 ODD = {"hidden_dim": 60, "num_query_heads": 6, "num_key_value_heads": 3, "intermediate_dim": 120}
-ODD_MESHES = [(1, 3), (1, 5), (2, 3), (1, 6), (1, 7)]
+# Each mesh; lengths, numbers of batches and ranks beside it.
+ODD_CASES = [
+    ("gemma", (1, 3), 9, 1, 0),
+    ("gemma2", (2, 3), 17, 3, 2),
+    ("gemma3", (1, 7), 13, 2, 0),
+    ("gemma4", (1, 5), 25, 1, 2),
+    ("gemma3", (1, 6), 10, 3, 2),
+]
 
 
 @pytest.fixture(scope="module")
@@ -152,32 +164,19 @@ def odd_presets(devices, tmp_path_factory):
     return {family: write_tiny_preset(base / family, family, num_layers=1, **ODD) for family in FAMILIES}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_odd_meshes_lengths_batches_and_prompts_come_to_what_one_device_does(odd_presets, family):
+@pytest.mark.parametrize(("family", "shape", "length", "batches", "rank"), ODD_CASES, ids=str)
+def test_odd_meshes_lengths_batches_and_prompts_come_to_what_one_device_does(
+    odd_presets, family, shape, length, batches, rank
+):
     """Trains (gradients, with an adapter or in full), measures (the loss) and generates."""
-
-    @hypothesis.settings(
-        max_examples=2, deadline=None, database=None, derandomize=True, phases=[hypothesis.Phase.generate]
-    )
-    @hypothesis.given(
-        some.sampled_from(ODD_MESHES), some.integers(9, 25), some.integers(1, 3), some.sampled_from([0, 2])
-    )
-    def check(shape, length, batches, rank):
-        found = []
-        for mesh in ((1, 1), shape):
-            model = load_tiny(
-                odd_presets[family], mesh, rank=rank, targets=("query", "value", "ffw_gating", ".*output")
-            )
-            batch = sequences(2 * batches, length)
-            found.append((*loss_and_gradients(model, batch), sampled(model, [[2, *range(9, length)], [2, 5]])))
-        (loss, gradients, text), (wanted, wanted_gradients, wanted_text) = found[::-1]
-        assert loss == pytest.approx(wanted, rel=2e-6)
-        assert text == wanted_text
-        for path, gradient in gradients.items():
-            scale = np.abs(wanted_gradients[path]).max()
-            np.testing.assert_allclose(gradient, wanted_gradients[path], rtol=1e-3, atol=3e-5 * scale, err_msg=path)
-
-    check()
+    found = []
+    for mesh in ((1, 1), shape):
+        model = load_tiny(odd_presets[family], mesh, rank=rank, targets=("query", "value", "ffw_gating", ".*output"))
+        text = sampled(model, [[2, *range(9, length)], [2, 5]])
+        found.append((loss_and_gradients(model, sequences(2 * batches, length)), text))
+    (wanted, wanted_text), (gradients, text) = found
+    assert_same(gradients, wanted)
+    assert text == wanted_text
 
 
 # Twelve devices need a process of their own; all families share it.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,8 @@ def keras_hub_says(presets: dict[str, Path]) -> dict[str, tuple[np.ndarray, np.n
     return {family: tuple(map(np.asarray, keras_hub_reads(folder)(ids))) for family, folder in presets.items()}
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (1, 4), (1, 8), (2, 4), (4, 2), (4, 1)], ids=str)
+# Those of other meshes are in the losses and gradients that test_causal_lm.py compares.
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (1, 4), (4, 2)], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_hidden_states_are_keras_hubs_on_every_mesh(keras_hub_says, presets, family, shape):
     batch = sequences(4, LENGTH)
@@ -63,8 +63,16 @@ def test_the_test_of_packing_can_fail(presets):
     assert np.abs(hidden_states(model, batch) - apart)[:, LENGTH // 2 :].max() > 0.01
 
 
-@pytest.mark.parametrize(("family", "shape"), list(itertools.product(FAMILIES, [(1, 1), (2, 4)])))
-@pytest.mark.parametrize("width", [5, 13], ids=["shorter than the window", "longer"])
+# Of families, meshes and widths (shorter than the window, longer) each pair.
+@pytest.mark.parametrize(
+    ("family", "shape", "width"),
+    [
+        (family, shape, (5, 13)[(row + column) % 2])
+        for row, family in enumerate(FAMILIES)
+        for column, shape in enumerate([(1, 1), (2, 4)])
+    ],
+    ids=str,
+)
 def test_one_token_at_a_time_with_a_cache_gives_the_same_hidden_states(presets, family, shape, width):
     """Rows of which one is padded; windows of 8, which no cache is longer than."""
     model = load_tiny(presets[family], shape)

@@ -1,12 +1,6 @@
-"""Gemma 4 with experts, in the shape of 26B-A4B: what it computes, its gradients, on one device and on meshes.
+"""Gemma 4 with experts: their products, their gradients, on one device and on meshes.
 
-The comparisons with transformers and keras-hub are those of test_gemma4.py, on a model with experts in every block: its
-fixtures take this module's `folder`.
-
-Measured, relative to the largest number of its kind: hidden states, logits, gradients of all weights, of the adapter
-    noise of 1e-7 on the weights        2.3e-6  3.0e-6  8.0e-6  1.5e-5
-    ours against transformers 5.23      1.6e-6  1.8e-6  5.9e-6  1.7e-5, logits decoded with caches 1.4e-6
-    ours against keras-hub 0.32         1.7e-6  1.7e-6  6.2e-6  1.1e-5
+test_gemma4.py compares a model in the shape of 26B-A4B with the readers.
 """
 
 from __future__ import annotations
@@ -25,34 +19,15 @@ from stages.core.finetune.flops import step_flops
 from stages.core.model import experts
 from stages.core.model.causal_lm import BUSIEST, make_model
 from stages.core.model.experts import Choice, Matrix, Router
-from tests.model.test_gemma4 import (  # noqa: F401 (fixtures and tests)
-    batch,
-    keras_hub_says,
-    models,
-    noise,
-    ours,
-    read,
-    test_an_adapter_has_the_gradients_that_follow_from_those_of_the_merged_weights,
-    test_decoding_with_a_cache_gives_the_logits_that_transformers_decodes_with_its_own,
-    test_packed_texts_longer_than_the_window_are_computed_as_each_alone_and_all_weights_have_its_gradients,
-    torch_model,
-    values_of,
-)
 from tests.support.passes import loss_and_gradients
-from tests.support.tiny_models import AUTO, load_tiny, sequences
+from tests.support.tiny_models import AUTO, load_tiny, sequences, values_of
 from tests.support.tiny_presets import EXPERTS, write_tiny_preset
 from tests.support.tiny_runs import sampled, settings, train
 
-SHAPE = {"num_layers": 6, "sliding_window_pattern": 6, "num_query_heads": 8, "num_key_value_heads": 4, **EXPERTS}
 EVERYWHERE = ("attention/.*", "ffw_.*")
 GATHERED = Layout(name="auto", rules=None, shard_over_batch="weights", max_replicated_fraction=1.0)
 CLOSE = 1e-5
 """Of a gradient's largest number: sums are divided over devices. Measured 2.5e-6."""
-
-
-@pytest.fixture(scope="module")
-def folder(devices, tmp_path_factory) -> Path:
-    return write_tiny_preset(tmp_path_factory.mktemp("experts"), "gemma4", **SHAPE)
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,24 @@
-"""Gemma 4's text model in the shape of the 31B, against transformers and keras-hub: what it computes, its gradients.
+"""Gemma 4's text models, against transformers and keras-hub: what they compute, and their gradients.
 
-Five of six blocks have windows, shorter than the packed texts are; the sixth has heads of another number and size, and
-values that are its keys. Softmaxes of attention whose scale is 1 are steep, so that the last bit of a weight shows in
-the result: the tolerance is what noise of 1e-7 on every weight changes, measured here on the same model and batch.
+Those of the 31B: blocks with windows, shorter than the packed texts are, and last one that has heads of another number
+and size, and values that are its keys. Those of 26B-A4B have experts in every block; of E2B and E4B see
+test_gemma4_edge.py. Softmaxes of attention whose scale is 1 are steep, so that the last bit of a weight shows in the
+result: the tolerance is what noise of 1e-7 on every weight changes, measured here on the same model and batch.
 
-Measured, relative to the largest number of its kind: hidden states, logits, gradients of all weights, of the adapter
-    noise of 1e-7 on the weights        2.0e-6  2.4e-6  7.0e-6  1.2e-5
-    ours against transformers 5.23      1.3e-6  1.6e-6  3.3e-6  5.7e-6, logits decoded with caches 1.3e-6
-    ours against keras-hub 0.32         1.1e-6  1.1e-6  2.9e-6  9.2e-6
+Measured, of 31B and 26B-A4B with six blocks, relative to the largest number of its kind: hidden states,
+logits, gradients of all weights, of the adapter
+    31B      noise of 1e-7 on the weights    2.0e-6  2.4e-6  7.0e-6  1.2e-5
+             ours against transformers 5.23  1.3e-6  1.6e-6  3.3e-6  5.7e-6, logits decoded with caches 1.3e-6
+             ours against keras-hub 0.32     1.1e-6  1.1e-6  2.9e-6  9.2e-6
+    26B-A4B  noise                           2.3e-6  3.0e-6  8.0e-6  1.5e-5
+             ours against transformers       1.6e-6  1.8e-6  5.9e-6  1.7e-5, logits decoded with caches 1.4e-6
+             ours against keras-hub          1.7e-6  1.7e-6  6.2e-6  1.1e-5
+    E2B      noise                           1.1e-5  1.6e-5  2.7e-4  3.2e-4
+             ours against transformers       2.6e-6  4.3e-6  7.1e-5  3.2e-5, logits decoded with caches 6.6e-6
+             ours against keras-hub          3.1e-6  4.6e-6  4.8e-5  6.9e-5
+    E4B      noise                           2.0e-6  3.3e-6  1.3e-5  1.5e-5
+             ours against transformers       1.2e-6  1.7e-6  1.5e-5  1.7e-5, logits decoded with caches 1.2e-6
+             ours against keras-hub          9.5e-7  1.7e-6  5.4e-6  9.3e-6
 The loss differs by its last bit.
 """
 
@@ -29,13 +40,13 @@ import pytest
 from stages.core.load.variants import LoadedModel
 from tests.support.hf_folder import config_of, tensors_of
 from tests.support.passes import decoding_of, forward_of, logits, step_of
-from tests.support.tiny_models import keras_inputs, load_tiny, sequences
-from tests.support.tiny_presets import write_tiny_preset
+from tests.support.tiny_models import keras_inputs, load_tiny, sequences, values_of
+from tests.support.tiny_presets import EDGE, EXPERTS, write_tiny_preset
 
-SHAPE = {"num_layers": 6, "sliding_window_pattern": 6, "num_query_heads": 8, "num_key_value_heads": 4}
+LARGE = {"num_layers": 3, "sliding_window_pattern": 3, "num_query_heads": 8, "num_key_value_heads": 4}
+SHAPES = {"31B": LARGE, "26B-A4B": {**LARGE, **EXPERTS}, **EDGE}
 LENGTH, WINDOW, READ_AT_ONCE = 48, 8, 13
 RANK, ALPHA = 2, 4.0
-EVERY = ("query", "key", "value", "attention_output", "ffw_gating", "ffw_gating_2", "ffw_linear")
 READERS = ("transformers", "keras-hub")
 NOISE, SEEDS, MARGIN = 1e-7, 3, 2.0
 """Of the weights' noise, how often it is drawn, and by what a difference may be above the largest that it made."""
@@ -73,15 +84,21 @@ def worst(found: dict[str, float]) -> dict[str, float]:
 # --- The model under test. ---
 
 
-@pytest.fixture(scope="module")
-def folder(devices, tmp_path_factory) -> Path:
-    return write_tiny_preset(tmp_path_factory.mktemp("dense"), "gemma4", **SHAPE)
+@pytest.fixture(scope="module", params=SHAPES)
+def shape(request) -> str:
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def models(folder) -> dict[str, LoadedModel]:
-    """Trained in full, and with an adapter on every projection."""
-    return {name: load_tiny(folder, (1, 1), rank=rank, targets=EVERY) for name, rank in (("full", 0), ("lora", RANK))}
+def folder(devices, tmp_path_factory, shape) -> Path:
+    return write_tiny_preset(tmp_path_factory.mktemp(shape), "gemma4", **SHAPES[shape])
+
+
+@pytest.fixture(scope="module")
+def models(folder, shape) -> dict[str, LoadedModel]:
+    """Trained in full, and with an adapter on every projection of the blocks."""
+    targets = ("attention/.*", "ffw_.*", *(("per_layer_.*",) if shape in EDGE else ()))
+    return {name: load_tiny(folder, (1, 1), rank=rank, targets=targets) for name, rank in (("full", 0), ("lora", RANK))}
 
 
 @pytest.fixture(scope="module")
@@ -90,10 +107,6 @@ def batch() -> Arrays:
     made = sequences(2, LENGTH)
     assert LENGTH // 2 == 3 * WINDOW
     return made
-
-
-def values_of(model: LoadedModel) -> Arrays:
-    return {variable.path: np.asarray(variable.value) for variable in model.backbone.weights}
 
 
 def merged(values: Arrays) -> Arrays:

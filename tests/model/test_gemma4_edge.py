@@ -1,16 +1,7 @@
-"""Gemma 4's text models in the shape of E2B and E4B: against transformers and keras-hub, and on meshes.
+"""Gemma 4's text models in the shape of E2B on meshes, decoded, and over int8 codes.
 
-The last blocks attend to keys and values of earlier ones, in E2B with wider feed-forward layers, and every block adds
-numbers of each token's own (embeddings for each layer). The comparisons with the readers are those of test_gemma4.py,
-whose fixtures take this module's `folder` and `models`.
-
-Measured, relative to the largest number of its kind: hidden states, logits, gradients of all weights, of the adapter
-    E2B  noise of 1e-7 on the weights   1.1e-5  1.6e-5  2.7e-4  3.2e-4
-         ours against transformers      2.6e-6  4.3e-6  7.1e-5  3.2e-5, logits decoded with caches 6.6e-6
-         ours against keras-hub         3.1e-6  4.6e-6  4.8e-5  6.9e-5
-    E4B  noise of 1e-7 on the weights   2.0e-6  3.3e-6  1.3e-5  1.5e-5
-         ours against transformers      1.2e-6  1.7e-6  1.5e-5  1.7e-5, logits decoded with caches 1.2e-6
-         ours against keras-hub         9.5e-7  1.7e-6  5.4e-6  9.3e-6
+The last blocks attend to keys and values of earlier ones, with wider feed-forward layers, and every block adds numbers
+of each token's own (embeddings for each layer). test_gemma4.py compares it, and E4B, with the readers.
 """
 
 from __future__ import annotations
@@ -20,48 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stages.core.load import variants
-from stages.core.load.variants import LoadedModel
 from stages.core.records.layout import LoraConfig
-from tests.model.test_gemma4 import (  # noqa: F401 (fixtures)
-    LENGTH,
-    RANK,
-    READ_AT_ONCE,
-    batch,
-    keras_hub_says,
-    noise,
-    ours,
-    read,
-    test_an_adapter_has_the_gradients_that_follow_from_those_of_the_merged_weights,
-    test_decoding_with_a_cache_gives_the_logits_that_transformers_decodes_with_its_own,
-    test_packed_texts_longer_than_the_window_are_computed_as_each_alone_and_all_weights_have_its_gradients,
-    torch_model,
-)
-from tests.model.test_int8 import Rounded, adapters_of
+from tests.support.codes import numbers_of
 from tests.support.passes import decoding_of, hidden_states, loss_and_gradients
-from tests.support.tiny_models import AUTO, describe, load_tiny, open_tiny, sequences
+from tests.support.tiny_models import AUTO, load_tiny, sequences
 from tests.support.tiny_presets import EDGE, write_tiny_preset
 from tests.support.tiny_runs import sampled
 
 EVERY = ("attention/.*", "ffw_.*", "per_layer_.*")
+LENGTH, READ_AT_ONCE, RANK = 48, 13, 2
 ALIKE = {"rtol": 1e-3, "atol": 1e-4}
 """Of gradients, relative to the largest of a weight."""
-
-
-@pytest.fixture(scope="module", params=EDGE)
-def size(request) -> str:
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def folder(devices, tmp_path_factory, size) -> Path:
-    return write_tiny_preset(tmp_path_factory.mktemp(size), "gemma4", **EDGE[size])
-
-
-@pytest.fixture(scope="module")
-def models(folder) -> dict[str, LoadedModel]:
-    """Trained in full, and with an adapter on every projection of the blocks."""
-    return {name: load_tiny(folder, (1, 1), rank=rank, targets=EVERY) for name, rank in (("full", 0), ("lora", RANK))}
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +57,7 @@ def test_decoded_token_by_token_hidden_states_are_those_of_the_whole_and_only_bl
     model, rows = load_tiny(small, shape), sequences(2, LENGTH)
     rows["segment_ids"] = np.ones_like(rows["segment_ids"])
     whole = hidden_states(model, rows)
-    read = decoding_of(model, np.zeros(2, np.int32), READ_AT_ONCE)  # noqa: F811
+    read = decoding_of(model, np.zeros(2, np.int32), READ_AT_ONCE)
     for place, (hidden, caches) in enumerate(read(rows["token_ids"]), READ_AT_ONCE):
         assert [cache[0].shape[2] for cache in caches] == [8, LENGTH]
         np.testing.assert_allclose(hidden, whole[:, place - 1], rtol=1e-4, atol=1e-4)
@@ -115,8 +75,6 @@ def test_over_codes_loss_and_gradients_are_those_of_the_numbers_that_the_codes_s
     kept = {each.weight.path for each in codes.placements if each.weight.dtype == "int8"}
     assert {"token_embedding/embeddings", "per_layer_token_embedding/embeddings"} < kept
     assert "decoder_block_3/per_layer_up_proj/kernel" in kept
-    preset, lora = open_tiny(small), LoraConfig(RANK, 2.0 * RANK, EVERY)
-    floats = variants.declare_model(describe(preset, (1, 1)), preset.architecture, lora)
-    variants.fill_model(floats, preset, adapters_of(codes), lambda files: Rounded(files, True))
+    floats = numbers_of(codes, small, LoraConfig(RANK, 2.0 * RANK, EVERY), table=True)
     rows = sequences(2, LENGTH)
     assert_alike(loss_and_gradients(codes, rows), loss_and_gradients(floats, rows))

@@ -10,40 +10,16 @@ import pytest
 
 from stages.core.finetune import trainer
 from stages.core.generate.sampling import Sampler, SamplerSettings
-from stages.core.load import variants
 from stages.core.model import lora
 from stages.core.model.causal_lm import make_model
 from stages.core.records.layout import LoraConfig
+from tests.support.codes import numbers_of
 from tests.support.repository import FAMILIES
-from tests.support.tiny_models import describe, load_tiny, open_tiny, sequences
+from tests.support.tiny_models import load_tiny, sequences
 from tests.support.tiny_runs import data, settings
 
 LAYERS = ("attention/.*", "ffw_.*")
 PROMPTS = [[2, 10, 11, 12], [2, 40], [2, *range(100, 113)]]
-
-
-class Rounded:
-    """Weights of a preset, each the nearest of the 255 steps of its channel (by plain NumPy)."""
-
-    def __init__(self, files, table: bool) -> None:
-        self._files, self._table = files, table
-
-    def shape(self, path):
-        return self._files.shape(path)
-
-    def read(self, path, index):
-        whole = self._files.read(path, tuple(slice(0, size) for size in self.shape(path))).astype("f4")
-        layer, name = path.split("/")[-2:]
-        if (name == "kernel" and layer != "per_layer_model_projection") or (name == "embeddings" and self._table):
-            axes = {"attention_output": (0, 1)}.get(layer, (0,) if whole.ndim == 2 and name == "kernel" else (1,))
-            step = np.abs(whole).max(axis=axes, keepdims=True) / np.float32(127)
-            whole = np.rint(whole / step) * step
-        return whole[index]
-
-
-def adapters_of(model) -> dict[str, np.ndarray]:
-    """The values of the model's adapters."""
-    return {each.path: np.asarray(each.value) for each in model.backbone.weights if "lora" in each.path}
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +30,7 @@ def pair(presets):
     def both(family: str, shape: tuple[int, int], table: bool):
         dtype = "int8_table_float32" if table else "int8_float32"
         ours = load_tiny(presets[family], shape, rank=3, targets=LAYERS, dtype=dtype)
-        preset = open_tiny(presets[family])
-        floats = variants.declare_model(describe(preset, (1, 1)), preset.architecture, LoraConfig(3, 6.0, LAYERS))
-        variants.fill_model(floats, preset, adapters_of(ours), lambda files: Rounded(files, table))
-        return ours, floats
+        return ours, numbers_of(ours, presets[family], LoraConfig(3, 6.0, LAYERS), table=table)
 
     return both
 

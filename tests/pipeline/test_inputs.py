@@ -98,9 +98,9 @@ def test_an_edit_of_the_users_own_files_reruns_prepare_and_no_older_text_comes_b
     assert texts(repository, "train") == reviews(16)
 
 
-def test_an_edit_of_a_preset_folder_or_of_a_dataset_is_seen(repository: Path, tmp_path: Path, presets: dict[str, Path]):
+def test_an_edit_of_a_preset_folder_or_of_a_dataset_is_seen(repository: Path, tmp_path: Path, one_block: Path):
     folder = tmp_path / "preset"
-    shutil.copytree(presets["gemma3"], folder)
+    shutil.copytree(one_block, folder)
     change(repository, "fetch", source="path", preset="tiny", path=str(folder))
     assert ran(dvc(repository, "repro", "fetch")) == {"fetch"}
     assert ran(dvc(repository, "repro", "fetch")) == set()

@@ -20,7 +20,7 @@ NOTEBOOK = ROOT / "docs/tutorial.ipynb"
 
 
 @pytest.fixture(scope="module")
-def executed(presets: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def executed(one_block: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What each cell showed, by the cell's id."""
     folder = copy_repository(tmp_path_factory.mktemp("repository"))
     (folder / "reviews.txt").write_text("\n".join(review.replace("\n", " ") for review in tiny_reviews(12)) + "\n")
@@ -33,7 +33,7 @@ def executed(presets: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     small = [
         "fetch.source=path",
-        f"fetch.path={presets['gemma3']}",
+        f"fetch.path={one_block}",
         "prepare.source=files",
         "prepare.train_file=reviews.txt",
         "prepare.validation=4",

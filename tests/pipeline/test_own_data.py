@@ -20,10 +20,10 @@ COMMANDS = re.findall(r"(?m)^    (dvc exp run .*prepare\.source=files.*)$", (ROO
 
 
 @pytest.fixture(scope="module")
-def repository(presets: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def repository(one_block: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the repository on a tiny preset, with a CSV of reviews and a JSONL of conversations."""
     folder = copy_repository(tmp_path_factory.mktemp("repository"))
-    change(folder, "fetch", source="path", preset="tiny", path=str(presets["gemma3"]))
+    change(folder, "fetch", source="path", preset="tiny", path=str(one_block))
     change(folder, "prepare", validation=4)
     change(folder, "tokenize", length=64)
     reviews = tiny_reviews(24)

@@ -62,3 +62,11 @@ def test_each_package_says_what_lives_in_it_and_what_it_may_import():
         lives, _, imports = (ast.get_docstring(ast.parse(file.read_text())) or "").partition("Imports ")
         assert lives.strip() and imports, file
         assert set(re.findall(r"`(\w+)`", imports)) == drawn()[file.parent.name], file
+
+
+def test_what_test_modules_share_is_no_test_module():
+    for file in (ROOT / "tests").rglob("test_*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("tests"):
+                names = {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+                assert not any(re.match(r"tests(\.\w+)*\.test_", name) for name in names), (file, names)

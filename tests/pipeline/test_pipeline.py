@@ -40,11 +40,11 @@ PLANNED = {"plan"}
 
 
 @pytest.fixture(scope="module")
-def repository(presets: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def repository(one_block: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A fresh copy of the repository on a tiny Gemma 3 and made-up reviews, run once."""
     folder = copy_repository(tmp_path_factory.mktemp("repository"))
     (folder / "reviews.txt").write_text("\n".join(review.replace("\n", " ") for review in tiny_reviews(24)) + "\n")
-    change(folder, "fetch", source="path", preset="tiny", path=str(presets["gemma3"]))
+    change(folder, "fetch", source="path", preset="tiny", path=str(one_block))
     change(folder, "prepare", source="files", train_file="reviews.txt", validation=4, min_characters=1)
     change(folder, "tokenize", length=32)
     change(folder, "finetune", batch_size=4, steps=3)
@@ -157,8 +157,8 @@ def test_prompts_are_tried_with_both_variants_and_nothing_is_written(repository:
     assert dvc(repository, "status").stdout == before
 
 
-def test_an_altered_preset_file_is_told_with_the_way_to_repair_it(repository: Path, presets: dict[str, Path]):
-    weights = presets["gemma3"] / "model.weights.h5"
+def test_an_altered_preset_file_is_told_with_the_way_to_repair_it(repository: Path, one_block: Path):
+    weights = one_block / "model.weights.h5"
     whole = weights.read_bytes()
     try:
         weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))

@@ -28,9 +28,9 @@ REPO = "google/gemma-tiny"
 
 
 @pytest.fixture
-def run(presets, tmp_path, monkeypatch):
+def run(one_block, tmp_path, monkeypatch):
     """A copy of the repository set to a tiny preset at Kaggle, with the tokens in its environment."""
-    preset = presets["gemma3"]
+    preset = one_block
     files = {path.relative_to(preset).as_posix(): path.read_bytes() for path in preset.rglob("*") if path.is_file()}
     (tmp_path / "repository").mkdir()
     repository = copy_repository(tmp_path / "repository")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,56 +14,40 @@ from stages.core.fetch.local import fetch_local
 from stages.core.presets.formats import format_of
 from stages.core.presets.hf_config import read_architecture
 from stages.core.presets.tokenizer import KERAS_VOCABULARY
-from stages.core.presets.weight_table import weight_table
 from tests.support.hf_folder import change_config, write_hugging_face
-from tests.support.tiny_presets import CONFIGS, EXPERTS, TURNS_OF_GEMMA4, tiny_backbone, tiny_proto, write_tiny_preset
+from tests.support.tiny_models import load_tiny, same_weights
+from tests.support.tiny_presets import (
+    CONFIGS,
+    EDGE,
+    EXPERTS,
+    TURNS_OF_GEMMA4,
+    tiny_backbone,
+    tiny_proto,
+    write_tiny_preset,
+)
 
 TOLD = "the preset has a vision tower, whose weights are not read: only its text model is used."
-HIDDEN = CONFIGS["gemma4"]["hidden_dim"]
 
 
-def same_weights(folder: Path, file_format: str, preset: Path) -> bool:
-    """Whether a folder has the weights of a text preset of keras-hub's."""
-    architecture = format_of("keras").read_architecture(preset)
-    with (
-        format_of(file_format).open_weights(folder, format_of(file_format).read_architecture(folder)) as found,
-        format_of("keras").open_weights(preset, architecture) as wanted,
-    ):
-        return all(
-            np.array_equal(found.read(path, index), wanted.read(path, index))
-            for path, each in weight_table(architecture).items()
-            for index in [tuple(slice(0, size) for size in each.shape)]
-        )
-
-
-def test_a_keras_preset_with_a_vision_tower_is_its_text_model(presets, tmp_path, logged):
+@pytest.mark.parametrize("kind", [{}, EDGE["E2B"]], ids=["31B", "E2B"])
+def test_a_keras_preset_with_a_vision_tower_is_its_text_model(devices, tmp_path, kind, logged):
     import keras_hub
 
-    tower = keras_hub.models.Gemma4VisionEncoder(
-        image_size=16,
-        patch_size=4,
-        pool_size=2,
-        num_layers=1,
-        num_heads=2,
-        head_dim=8,
-        num_key_value_heads=2,
-        hidden_dim=16,
-        intermediate_dim=16,
-        output_dim=HIDDEN,
-        position_embedding_size=16,
-    )
-    seeing = keras_hub.models.Gemma4Backbone(
-        **{**CONFIGS["gemma4"], "image_size": 16, "vision_encoder": tower, "dtype": "float32"}
-    )
-    values = {weight.path: weight for weight in tiny_backbone("gemma4").weights}
+    preset, hidden = write_tiny_preset(tmp_path / "text", "gemma4", **kind), CONFIGS["gemma4"]["hidden_dim"]
+    sizes = {"image_size": 16, "patch_size": 4, "pool_size": 2, "num_layers": 1, "num_heads": 2, "head_dim": 8}
+    sizes |= {"num_key_value_heads": 2, "hidden_dim": 16, "intermediate_dim": 16, "position_embedding_size": 16}
+    tower = keras_hub.models.Gemma4VisionEncoder(**sizes, output_dim=hidden)
+    config = {**CONFIGS["gemma4"], **kind, "image_size": 16, "vision_encoder": tower, "dtype": "float32"}
+    seeing = keras_hub.models.Gemma4Backbone(**config)
+    values = {weight.path: weight for weight in tiny_backbone("gemma4", **kind).weights}
     for weight in seeing.weights:
         if weight.path in values:
             weight.assign(values[weight.path])
-    shutil.copytree(presets["gemma4"], tmp_path / "seeing")
+    shutil.copytree(preset, tmp_path / "seeing")
     seeing.save_to_preset(str(tmp_path / "seeing"))
     fetch_local("tiny", "seeing", tmp_path)
     assert TOLD in logged()
-    assert same_weights(tmp_path / "seeing", "keras", presets["gemma4"])
+    assert same_weights(tmp_path / "seeing", "keras", preset)
 
 
 def test_a_hugging_face_checkpoint_with_a_vision_tower_is_its_text_model(presets, tmp_path, logged):
@@ -173,8 +156,6 @@ def test_what_transformers_5_writes_of_full_attention_says_the_same(presets, tmp
 
 def test_a_block_s_own_number_is_loaded(presets, tmp_path):
     """It is a single number, which NumPy's contiguous arrays would make a vector of."""
-    from tests.support.tiny_models import load_tiny
-
     model = load_tiny(write_tiny_preset(tmp_path / "other", "gemma4", seed=3), (1, 2))
     values = [float(layer.layer_scalar.value) for layer in model.backbone.transformer_layers]
     expected = [float(layer.layer_scalar.value) for layer in tiny_backbone("gemma4", seed=3).transformer_layers]

@@ -1,9 +1,8 @@
-"""Gemma 4's small sizes on disk: tensors that stand in files unread, towers beside the text model, configurations."""
+"""Gemma 4's small sizes on disk: tensors that stand in files unread, and configurations."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +14,9 @@ from stages.core.export.hugging_face_config import write_config
 from stages.core.fetch import catalog
 from stages.core.fetch.local import fetch_local
 from stages.core.presets.formats import format_of
-from tests.presets.test_gemma4 import HIDDEN, TOLD, same_weights
 from tests.support.hf_folder import write_hugging_face
-from tests.support.tiny_presets import CONFIGS, EDGE, tiny_backbone, write_tiny_preset
+from tests.support.tiny_models import same_weights
+from tests.support.tiny_presets import CONFIGS, EDGE, write_tiny_preset
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +37,10 @@ def folder(preset, tmp_path) -> Path:
 
 
 def add(folder: Path, *names: str) -> None:
-    tensors = {f"model.language_model.layers.{name}.weight": np.ones((16, HIDDEN), "f4") for name in names}
+    tensors = {
+        f"model.language_model.layers.{name}.weight": np.ones((16, CONFIGS["gemma4"]["hidden_dim"]), "f4")
+        for name in names
+    }
     save_file(load_file(folder / "model.safetensors") | tensors, folder / "model.safetensors")
 
 
@@ -49,25 +51,6 @@ def test_keys_of_blocks_that_share_others_may_stand_in_the_files_and_are_not_rea
     add(folder, "2.self_attn.k_bias")
     with pytest.raises(StageError, match="does not have"):
         fetch_local("tiny", "hf", tmp_path)
-
-
-def test_a_keras_preset_with_a_vision_tower_is_its_text_model(preset, tmp_path, logged):
-    import keras_hub
-
-    sizes = {"image_size": 16, "patch_size": 4, "pool_size": 2, "num_layers": 1, "num_heads": 2, "head_dim": 8}
-    sizes |= {"num_key_value_heads": 2, "hidden_dim": 16, "intermediate_dim": 16, "position_embedding_size": 16}
-    tower = keras_hub.models.Gemma4VisionEncoder(**sizes, output_dim=HIDDEN)
-    config = {**CONFIGS["gemma4"], **EDGE["E2B"], "image_size": 16, "vision_encoder": tower, "dtype": "float32"}
-    seeing = keras_hub.models.Gemma4Backbone(**config)
-    values = {weight.path: weight for weight in tiny_backbone("gemma4", **EDGE["E2B"]).weights}
-    for weight in seeing.weights:
-        if weight.path in values:
-            weight.assign(values[weight.path])
-    shutil.copytree(preset, tmp_path / "seeing")
-    seeing.save_to_preset(str(tmp_path / "seeing"))
-    fetch_local("tiny", "seeing", tmp_path)
-    assert TOLD in logged()
-    assert same_weights(tmp_path / "seeing", "keras", preset)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from typing import Any
 
 from click.testing import CliRunner
 
+from tests.support import warm
 from tests.support.copies import change
 from tests.support.repository import ROOT
 from tests.support.tiny_presets import tiny_reviews
@@ -64,7 +65,11 @@ class Job:
         module: str = "stages",
         **environment: str,
     ):
-        """Start them. `each`: environment or arguments (a list) of single ones, by their numbers."""
+        """Start them. `each`: environment or arguments (a list) of single ones, by their numbers.
+
+        Stages are forked (see tests/support/warm): what is stopped or killed as a process has another `module`.
+        """
+        python = warm.python() if module == "stages" else sys.executable
         self.logs = [folder / f"{stage}-{count}-{number}.log" for number in range(count)]
         self.processes: list[subprocess.Popen[bytes]] = []
         own = {name: value for name, value in os.environ.items() if not name.startswith(OF_A_LAUNCHER)}
@@ -75,7 +80,7 @@ class Job:
             path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
             variables = {**own, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **environment}
             variables |= (joining if count > 1 else {}) | given.get("environment", {})
-            command = [sys.executable, "-m", f"{module}.{stage}", *arguments, *given.get("arguments", [])]
+            command = [python, "-m", f"{module}.{stage}", *arguments, *given.get("arguments", [])]
             with log.open("wb") as output:
                 process = subprocess.Popen(
                     command,

@@ -16,6 +16,7 @@ from ruamel.yaml import YAML
 
 from stages.core.common.paths import SUMMARY
 from stages.core.records.summary import Summary
+from tests.support import warm
 from tests.support.repository import STAGES, of_variant, outputs
 
 # The figures that differ between runs of one model on one machine.
@@ -26,9 +27,8 @@ TUNED = {"perplexity", "loss", "accuracy", "step_s", "tokens_per_s", "peak_gib"}
 def install(repository: Path) -> None:
     """Put the stand-in in the place of each stage's command."""
     path = repository / "dvc.yaml"
-    path.write_text(
-        re.sub(r"python -m stages\.(\w+)(?: --variant)?", rf"{sys.executable} -m {__name__} \1", path.read_text())
-    )
+    command = rf"{warm.python('records')} -m {__name__} \1"
+    path.write_text(re.sub(r"python -m stages\.(\w+)(?: --variant)?", command, path.read_text()))
 
 
 def main(stage: str, variant: str = "") -> None:

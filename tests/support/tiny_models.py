@@ -14,6 +14,7 @@ from stages.core.fetch.local import fetch_local
 from stages.core.load import lora_kernels, variants, weight_loading
 from stages.core.load.variants import LoadedModel, Preset
 from stages.core.presets.formats import format_of
+from stages.core.presets.weight_table import weight_table
 from stages.core.records.layout import LoraConfig, MeshShape
 from stages.core.records.model_config import ModelConfig
 from stages.core.sharding.named_layouts import make_layout
@@ -58,6 +59,25 @@ def load_tiny(
                 )
     variants.fill_model(model, preset, adapters)
     return model
+
+
+def values_of(model: LoadedModel) -> dict[str, np.ndarray]:
+    """All weights of a model, by path."""
+    return {variable.path: np.asarray(variable.value) for variable in model.backbone.weights}
+
+
+def same_weights(folder: Path, file_format: str, preset: Path) -> bool:
+    """Whether a folder has the weights of a text preset of keras-hub's."""
+    architecture = format_of("keras").read_architecture(preset)
+    with (
+        format_of(file_format).open_weights(folder, format_of(file_format).read_architecture(folder)) as found,
+        format_of("keras").open_weights(preset, architecture) as wanted,
+    ):
+        return all(
+            np.array_equal(found.read(path, index), wanted.read(path, index))
+            for path, each in weight_table(architecture).items()
+            for index in [tuple(slice(0, size) for size in each.shape)]
+        )
 
 
 def sequences(count: int, length: int = 32, vocabulary: int = 512, seed: int = 0) -> dict[str, np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,15 @@ from tests.support.tiny_models import AUTO, load_tiny, sequences
 
 def settings(**changes: Any) -> Finetune:
     """Training settings on a tiny scale, at a constant rate, without samples and checkpoints, with some changed."""
-    default = read_params(ROOT / "params.yaml").finetune.model_dump()
     tiny = {"rank": 2, "targets": ["query", "value"], "batch_size": 2, "learning_rate": 0.01, "schedule": "constant"}
     without = {"warmup_steps": 0, "sample_every": None, "checkpoint_every": None}
     without |= {"validate_every": None, "validate_sequences": None}
-    return Finetune(**{**default, **tiny, **without, **changes})
+    return Finetune(**{**_default(), **tiny, **without, **changes})
+
+
+@functools.cache
+def _default() -> dict[str, Any]:
+    return read_params(ROOT / "params.yaml").finetune.model_dump()
 
 
 def data(train: int = 8, held_out: int = 4) -> dict[str, dict[str, np.ndarray]]:

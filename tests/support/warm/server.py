@@ -37,6 +37,7 @@ IMPORTED = {
         *("numpy", "pyarrow.parquet", "h5py", "safetensors.numpy", "sentencepiece", "gguf", "ml_dtypes"),
         *("jax", "jax.numpy", "jax.experimental.topologies", "jax._src.compilation_cache", "keras", "keras_hub"),
     ),
+    "records": ("pydantic", "ruamel.yaml"),
     "dvc": ("dvc.cli.parser", "dvc.repo", "dvc.repo.reproduce", "dvc.repo.experiments", "dvc_data.index", "pygit2"),
 }
 """By kind. None of them reads the environment that a test may change, or only what the client looks at."""
@@ -171,6 +172,9 @@ def become(parts: list[str], streams: list[int]) -> list[str]:
     os.environ.clear()
     os.environ.update(each.split("=", 1) for each in environment)
     time.tzset()
+    if os.environ.get("PYTHONUNBUFFERED"):
+        for each in (sys.stdout, sys.stderr):
+            each.reconfigure(write_through=True)  # type: ignore[union-attr]
     sys.dont_write_bytecode = bool(os.environ.get("PYTHONDONTWRITEBYTECODE"))
     path = [each for each in os.environ.get("PYTHONPATH", "").split(os.pathsep) if each]
     sys.path[:] = [cwd if arguments[0] == "-m" else "", *path, *SEARCHED]
