@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 import subprocess
@@ -189,6 +190,26 @@ def test_the_table_of_presets_takes_the_first_topology_that_holds_the_step(tmp_p
     # A model too large for every topology is said to be so.
     monkeypatch.setattr(presets_table, "argument_bytes", lambda request: 2**50)
     assert "| gemma3_270m | none of these |" in presets_table.table(params)
+
+
+def test_the_latest_presets_are_on_the_fewest_chips_of_each_kind_that_hold_them(devices, monkeypatch):
+    """An estimate that was extrapolated has a star."""
+
+    def estimate(request, *_):
+        chips, bits = math.prod(request.step.mesh.shape), {"bfloat16": 16, "int8": 8}[request.step.dtype]
+        time = {} if request.topology.startswith("h100") else {"estimated_step_seconds": 0.25}
+        found = {"fits": chips * 8 >= bits, "needed_bytes": 2**30 * bits // chips, "compiled": bits == 8, **time}
+        assert request.step.settings.rematerialize
+        return Estimate(mesh=list(request.step.mesh.shape), layout="auto", **found)
+
+    monkeypatch.setattr(presets_table, "describe", lambda name: SimpleNamespace(memory_bytes=None))
+    monkeypatch.setattr(presets_table, "argument_bytes", lambda request: 0)
+    monkeypatch.setattr(presets_table, "estimate_step", estimate)
+    lines = presets_table.table_of_chips(plan_settings(), ["gemma4_26b_a4b"]).splitlines()
+    assert lines[0] == "| preset | base | v5e | v6e | v5p | h100 |"
+    assert lines[2] == "| gemma4_26b_a4b | bfloat16 |" + " 4: 4.00 GiB, 250 ms* |" * 3 + " 2: 8.00 GiB* |"
+    assert lines[3] == "| gemma4_26b_a4b | int8 |" + " 1: 8.00 GiB, 250 ms |" * 3 + " 1: 8.00 GiB |"
+    assert set(presets_table.LATEST) <= set(catalog.GEMMAS)
 
 
 def test_the_table_of_presets_plans_runs_that_params_yaml_may_ask_for(devices, monkeypatch):

@@ -1,8 +1,8 @@
 """A block's experts: a router sends each token to a few of many feed-forward networks, and weighs what they return.
 
 Purpose: a token costs the products of the experts that it was sent to. The tokens are sorted by expert, and each
-product is one over ragged rows (`jax.lax.ragged_dot`: a kernel of its own on TPUs; on the CPU XLA computes it for every
-expert and masks). Source: transformers 5.23, `modeling_gemma4.py` (`Gemma4TextRouter`, `Gemma4TextExperts`):
+product is one over ragged rows (a kernel of its own on TPUs, tiles on GPUs; on the CPU XLA computes it for every expert
+and masks). Source: transformers 5.23, `modeling_gemma4.py` (`Gemma4TextRouter`, `Gemma4TextExperts`):
 
     r = x / rms(x) * per_dim_scale * D^-0.5,   p = softmax(r Wr) in float32
     weight_e = p_e / (sum of the largest p) * per_expert_scale_e          of the experts with the largest p

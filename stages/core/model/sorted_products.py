@@ -2,7 +2,8 @@
 
 Purpose: `jax.lax.ragged_dot` with gradients that a step can afford: that of a matrix is summed in the matrix' own
 dtype, no copy of the matrices in the compute dtype lives until the backward pass, and rows are gathered on the way back
-too, where JAX would derive a scatter.
+too, where JAX would derive a scatter. On TPUs it is a kernel, which takes int8 codes as they are; on GPUs, for which
+there is none, `tiled_products`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from stages.core.model import tiled_products
 from stages.core.model.products import varying_as
 
 _CONTRACTED = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
@@ -52,7 +54,7 @@ def ragged(
         (rows, outputs) in the compute dtype; not defined in rows of no expert.
     """
     with _counted(flops):
-        y = jax.lax.ragged_dot(x, w.astype(x.dtype), sizes, _precision(x))
+        y = jax.lax.platform_dependent(x, w, sizes, cpu=_masked, tpu=_by_kernel, default=_by_tiles)
     return y if scale is None else _scaled(y, scale, of_row)
 
 
@@ -74,14 +76,52 @@ def _ragged_backward(trained: bool, flops: int, kept: Any, gradient: jax.Array) 
     w, gradient = jax.lax.optimization_barrier((w, gradient))
     with _counted(flops):
         scaled = gradient if scale is None else _scaled(gradient, scale, of_row)
-        of_x = jax.lax.ragged_dot(scaled, jnp.swapaxes(w, 1, 2).astype(scaled.dtype), sizes, _precision(scaled))
+        of_x = jax.lax.platform_dependent(
+            scaled, w, sizes, cpu=_masked_back, tpu=_by_kernel_back, default=functools.partial(_by_tiles, back=True)
+        )
         of_w = None
         if trained:
-            of_w = jax.lax.ragged_dot_general(x, gradient, sizes, _CONTRACTED, _precision(x), w.dtype)
+            # XLA has no kernel for it on TPUs either.
+            masked, tiles = (functools.partial(each, w.dtype) for each in (_of_matrices, _of_matrices_by_tiles))
+            of_w = jax.lax.platform_dependent(x, gradient, sizes, cpu=masked, default=tiles)
     return of_x, of_w, None, None, None
 
 
 ragged.defvjp(_ragged_forward, _ragged_backward)
+
+
+def _masked(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
+    return jax.lax.ragged_dot(x, w.astype(x.dtype), sizes, _precision(x))
+
+
+def _masked_back(gradient: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
+    return jax.lax.ragged_dot(gradient, jnp.swapaxes(w, 1, 2).astype(gradient.dtype), sizes, _precision(gradient))
+
+
+def _by_kernel(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
+    """Return the product by the TPU's kernel.
+
+    It converts codes as it reads them: converted before, all experts' would be written in bfloat16, twice the memory.
+    """
+    w = w if w.dtype == jnp.int8 and x.dtype == jnp.bfloat16 else w.astype(x.dtype)
+    return jax.lax.ragged_dot(x, w, sizes, _precision(x), x.dtype)
+
+
+def _by_kernel_back(gradient: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
+    # Not contracted with the matrices as they are: XLA would drop the name that tells the flops.
+    return _by_kernel(gradient, jnp.swapaxes(w, 1, 2), sizes)
+
+
+def _by_tiles(x: jax.Array, w: jax.Array, sizes: jax.Array, *, back: bool = False) -> jax.Array:
+    return tiled_products.times(x, w, sizes, _precision(x), transposed=back)
+
+
+def _of_matrices(dtype: Any, x: jax.Array, gradient: jax.Array, sizes: jax.Array) -> jax.Array:
+    return jax.lax.ragged_dot_general(x, gradient, sizes, _CONTRACTED, _precision(x), dtype)
+
+
+def _of_matrices_by_tiles(dtype: Any, x: jax.Array, gradient: jax.Array, sizes: jax.Array) -> jax.Array:
+    return tiled_products.gradient_of_matrices(x, gradient, sizes, _precision(x), dtype)
 
 
 def _scaled(rows: jax.Array, scale: jax.Array, of_row: jax.Array) -> jax.Array:

@@ -30,7 +30,7 @@ from stages.core.plan.roofline import Bound, lower_bound
 from stages.core.plan.step_program import StepRequest, lower
 from stages.core.plan.step_time import step_time
 from stages.core.plan.topology import Topology, describe, program_cache_off
-from stages.core.presets.layer_kinds import of_blocks, of_both_parts
+from stages.core.presets.layer_kinds import of_blocks
 from stages.core.records.plan import Buffer, Collective, StepTime
 from stages.core.records.record import Record
 from stages.core.records.sharding import WeightRow
@@ -42,10 +42,6 @@ logger = logging.getLogger(__name__)
 PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12", "keras", "keras-hub")
 LARGEST = 5  # buffers listed per program
 UNITS = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "": 1}
-
-
-Blocks = int | tuple[int, int]
-"""How many of a model's first blocks, or how many with keys and values of their own, and how many that share these."""
 
 
 @dataclass(frozen=True)
@@ -60,15 +56,14 @@ class CompileRequest:
 
     step: StepRequest
     topology: str
-    blocks: Blocks | None = None
+    blocks: int | None = None
 
     def program(self) -> StepRequest:
         """Return the step with the number of blocks that is to be compiled."""
         if self.blocks is None:
             return self.step
-        architecture, blocks = self.step.architecture, self.blocks
-        config = of_both_parts(architecture, *blocks) if isinstance(blocks, tuple) else of_blocks(architecture, blocks)
-        fewer = dataclasses.replace(architecture, config=config)
+        architecture = self.step.architecture
+        fewer = dataclasses.replace(architecture, config=of_blocks(architecture, self.blocks))
         return dataclasses.replace(self.step, architecture=fewer)
 
     def with_batch(self, batch: int) -> CompileRequest:

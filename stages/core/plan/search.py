@@ -2,9 +2,9 @@
 
 A full compilation of a 7B takes a minute or two, and a search needs dozens. All blocks are alike (Gemma 3's repeat
 every six, their shapes do not differ), so memory, flops and bytes are a constant plus a slope per block: two small
-programs give both. Gemma 4's shapes repeat every six blocks, so its programs are of six and of twelve; those of its
-sizes in which blocks share keys and values have a second slope, and a third program. The arguments need no compiler at
-all. The best candidates are then compiled whole, and every figure says which of the two it is.
+programs give both. Gemma 4's shapes repeat every six blocks, so its programs are of six and of twelve; its
+sizes in which blocks share keys and values are compiled whole. The arguments need no compiler at all. The best
+candidates are then compiled whole, and every figure says which of the two it is.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from stages.core.common.errors import StageError
 from stages.core.config.plan import PlanScaling, PlanSearch
-from stages.core.plan.compilation import Blocks, CompileRequest, compile_step
+from stages.core.plan.compilation import CompileRequest, compile_step
 from stages.core.plan.roofline import Bound, lower_bound
 from stages.core.plan.shapes import resolve_shapes
 from stages.core.plan.targets import OVER_BATCH, Settings, architecture_of, step_of
@@ -194,24 +194,21 @@ def argument_bytes(request: CompileRequest) -> int:
     return sum(placement.bytes_per_device for placement in placements)
 
 
-def small_programs(architecture: Architecture) -> list[tuple[Blocks, float]]:
-    """Return the blocks of each small program, and how often its difference from the first is added to that."""
-    every, count, first = period(architecture), architecture.config["num_layers"], first_sharing(architecture)
-    if first == count:
-        few, more = (FEW, MORE) if every == 1 else (every, 2 * every)
-        return [(few, 0.0), (more, (count - few) / (more - few))]
-    sharing = count - first
-    one, other = (every, min(2 * every, first)), (min(every, sharing), min(2 * every, sharing))
-    programs: list[tuple[Blocks, float]] = [((one[0], other[0]), 0.0)]
-    if one[1] > one[0]:
-        programs.append(((one[1], other[0]), (first - one[0]) / (one[1] - one[0])))
-    if other[1] > other[0]:
-        programs.append(((one[0], other[1]), (sharing - other[0]) / (other[1] - other[0])))
-    return programs
+def small_programs(architecture: Architecture) -> list[tuple[int | None, float]]:
+    """Return the blocks of each small program, and how often its difference from the first is added to that.
+
+    None, the whole model, alone where blocks share keys and values: with these there are two slopes, and the three
+    small programs would have more blocks together than the model.
+    """
+    every, count = period(architecture), architecture.config["num_layers"]
+    if first_sharing(architecture) < count:
+        return [(None, 0.0)]
+    few, more = (FEW, MORE) if every == 1 else (every, 2 * every)
+    return [(few, 0.0), (more, (count - few) / (more - few))]
 
 
 def estimate_step(request: CompileRequest, topology: Topology, held: int) -> Estimate:
-    """Return what a step needs, extrapolated from small programs.
+    """Return what a step needs, extrapolated from small programs, or of the whole model where there are none.
 
     Args:
         request: the step and the topology's name.
@@ -227,6 +224,7 @@ def estimate_step(request: CompileRequest, topology: Topology, held: int) -> Est
         shard_over_batch=step.layout.shard_over_batch,
         batch_size=step.settings.batch_size,
         argument_bytes=held,
+        compiled=programs[0][0] is None,
         fits=False,
     )
     if not all(cost.fits for cost in costs):
