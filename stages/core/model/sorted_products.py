@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from stages.core.model.codes import values_of
 from stages.core.model.products import varying_as
 
 _CONTRACTED = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
@@ -34,6 +35,7 @@ def ragged(
     x: jax.Array,
     w: jax.Array,
     scale: jax.Array | None,
+    offset: jax.Array | None,
     of_row: jax.Array,
     sizes: jax.Array,
 ) -> jax.Array:
@@ -43,17 +45,19 @@ def ragged(
         trained: whether the matrices have a gradient, which is computed and summed in their dtype.
         flops: of the product, as far as its rows are of the experts here.
         x: (rows, inputs), sorted by expert, in the compute dtype.
-        w: (experts, inputs, outputs), floats or int8 codes.
-        scale: of codes, float32 (experts, 1, outputs).
+        w: (experts, inputs, outputs), floats or codes.
+        scale: of codes of 8 bits, float32 (experts, 1, outputs); of 4 bits (experts, groups, outputs).
+        offset: of codes of 4 bits, as their scale.
         of_row: int32 (rows,), the expert of each row; their number for a row of none of them, which comes last.
         sizes: int32 (experts,), rows of each.
 
     Returns:
         (rows, outputs) in the compute dtype; not defined in rows of no expert.
     """
+    matrices = _floats(w, scale, offset, x.dtype)
     with _counted(flops):
-        y = jax.lax.ragged_dot(x, w.astype(x.dtype), sizes, _precision(x))
-    return y if scale is None else _scaled(y, scale, of_row)
+        y = jax.lax.ragged_dot(x, matrices, sizes, _precision(x))
+    return _scaled(y, scale, offset, of_row)
 
 
 def _ragged_forward(
@@ -62,30 +66,40 @@ def _ragged_forward(
     x: jax.Array,
     w: jax.Array,
     scale: jax.Array | None,
+    offset: jax.Array | None,
     of_row: jax.Array,
     sizes: jax.Array,
 ) -> tuple[jax.Array, Any]:
-    return ragged(trained, flops, x, w, scale, of_row, sizes), (x if trained else None, w, scale, of_row, sizes)
+    kept = (x if trained else None, w, scale, offset, of_row, sizes)
+    return ragged(trained, flops, x, w, scale, offset, of_row, sizes), kept
 
 
 def _ragged_backward(trained: bool, flops: int, kept: Any, gradient: jax.Array) -> tuple[Any, ...]:
-    x, w, scale, of_row, sizes = kept
+    x, w, scale, offset, of_row, sizes = kept
     # Without the barrier XLA keeps what it converted in the forward pass: a copy of all experts in the compute dtype.
     w, gradient = jax.lax.optimization_barrier((w, gradient))
+    scaled = _scaled(gradient, scale, offset, of_row)
+    matrices = jnp.swapaxes(_floats(w, scale, offset, scaled.dtype), 1, 2)
     with _counted(flops):
-        scaled = gradient if scale is None else _scaled(gradient, scale, of_row)
-        of_x = jax.lax.ragged_dot(scaled, jnp.swapaxes(w, 1, 2).astype(scaled.dtype), sizes, _precision(scaled))
+        of_x = jax.lax.ragged_dot(scaled, matrices, sizes, _precision(scaled))
         of_w = None
         if trained:
             of_w = jax.lax.ragged_dot_general(x, gradient, sizes, _CONTRACTED, _precision(x), w.dtype)
-    return of_x, of_w, None, None, None
+    return of_x, of_w, None, None, None, None
 
 
 ragged.defvjp(_ragged_forward, _ragged_backward)
 
 
-def _scaled(rows: jax.Array, scale: jax.Array, of_row: jax.Array) -> jax.Array:
-    """Multiply each row with its expert's scales, in float32."""
+def _floats(w: jax.Array, scale: jax.Array | None, offset: jax.Array | None, dtype: Any) -> jax.Array:
+    """Return matrices as they are multiplied: of groups their values, else numbers or codes."""
+    return w.astype(dtype) if scale is None or offset is None else values_of(w, scale, offset, dtype)
+
+
+def _scaled(rows: jax.Array, scale: jax.Array | None, offset: jax.Array | None, of_row: jax.Array) -> jax.Array:
+    """Multiply each row with its expert's scales, in float32, if these are of channels."""
+    if scale is None or offset is not None:
+        return rows
     of_row = jnp.minimum(of_row, scale.shape[0] - 1)
     return (rows.astype(jnp.float32) * scale[:, 0][of_row]).astype(rows.dtype)
 
