@@ -37,9 +37,8 @@ from tests.model.test_gemma4 import (  # noqa: F401 (fixtures)
     test_packed_texts_longer_than_the_window_are_computed_as_each_alone_and_all_weights_have_its_gradients,
     torch_model,
 )
-from tests.model.test_int8 import Rounded, adapters_of
 from tests.support.passes import decoding_of, hidden_states, loss_and_gradients
-from tests.support.tiny_models import AUTO, describe, load_tiny, open_tiny, sequences
+from tests.support.tiny_models import AUTO, describe, float_values, load_tiny, open_tiny, sequences
 from tests.support.tiny_presets import EDGE, write_tiny_preset
 from tests.support.tiny_runs import sampled
 
@@ -110,13 +109,14 @@ def test_text_is_the_same_on_a_mesh(small):
     assert texts[0] == texts[1]
 
 
-def test_over_codes_loss_and_gradients_are_those_of_the_numbers_that_the_codes_stand_for(small):
-    codes = load_tiny(small, (1, 2), rank=RANK, targets=EVERY, dtype="int8_table_float32")
+@pytest.mark.parametrize("dtype", ["int8_table_float32", "int4_float32"])
+def test_over_codes_loss_and_gradients_are_those_of_the_numbers_that_the_codes_stand_for(small, dtype):
+    codes = load_tiny(small, (1, 2), rank=RANK, targets=EVERY, dtype=dtype)
     kept = {each.weight.path for each in codes.placements if each.weight.dtype == "int8"}
     assert {"token_embedding/embeddings", "per_layer_token_embedding/embeddings"} < kept
     assert "decoder_block_3/per_layer_up_proj/kernel" in kept
     preset, lora = open_tiny(small), LoraConfig(RANK, 2.0 * RANK, EVERY)
     floats = variants.declare_model(describe(preset, (1, 1)), preset.architecture, lora)
-    variants.fill_model(floats, preset, adapters_of(codes), lambda files: Rounded(files, True))
+    variants.fill_model(floats, preset, float_values(codes))
     rows = sequences(2, LENGTH)
     assert_alike(loss_and_gradients(codes, rows), loss_and_gradients(floats, rows))
