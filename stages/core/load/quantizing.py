@@ -36,8 +36,6 @@ from stages.core.sharding.keras_internals import (
 LARGEST = 127
 # Numbers that are divided and rounded at a time, so that beside a weight and its codes there is no third copy.
 PIECE = 1 << 22
-
-
 # Numbers of a channel with one scale and one offset, where codes have 4 bits.
 GROUP = 32
 # How often its scale and offset are fitted to its codes.
