@@ -90,7 +90,7 @@ class ExpertBanks:
         router = Router(*(each.value for each in _router(layer)))
         variables = [[getattr(bank, name + end, None) for end in ("", "_scale", "_offset")] for name in MATRICES]
         matrices = [Matrix(*(None if each is None else each.value for each in group)) for group in variables]
-        trained = tuple(values.trainable for values, *_ in variables)
+        trained = tuple(getattr(bank, name).trainable for name in MATRICES)
         if self._mesh is None:
             choice = route(_rows(x), router, kind.chosen)
             mixed = mix(_rows(y), choice, matrices, trained)
@@ -150,7 +150,7 @@ class _Held(NamedTuple):
             specs = [Matrix(*(each and P() for each in group)) for group in placements]
             return cls(WHOLE, specs, [None] * len(specs))
         specs = [Matrix(*(each and P(*each.spec) for each in group)) for group in placements]
-        return cls(split, specs, [values and values.over_batch for values, *_ in placements])
+        return cls(split, specs, [values.over_batch if values else None for values, *_ in placements])
 
     @property
     def over_batch(self) -> bool:
