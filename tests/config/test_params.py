@@ -118,8 +118,8 @@ def test_columns_of_pairs_go_with_files_and_are_two(overrides: tuple[str, ...], 
         read_params(DEFAULT, tuple(f"prepare.{override}" for override in overrides))
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "int8_table_float32"])
-def test_every_weight_in_bfloat16_or_int8_is_refused_with_the_dtype_that_learns(dtype: str):
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "int8_table_float32", "int4"])
+def test_every_weight_in_bfloat16_or_codes_is_refused_with_the_dtype_that_learns(dtype: str):
     with pytest.raises(ParamsError) as raised:
         read_params(DEFAULT, (f"load.dtype={dtype}", "finetune.rank=0"))
     assert str(raised.value).startswith("--set: load.dtype must be mixed_bfloat16 (float32 weights, ")
@@ -150,7 +150,8 @@ def test_what_int8_cannot_be_used_for_is_told(overrides: tuple[str, ...], hint: 
 
 
 def test_the_loss_before_quantizing_is_asked_for_where_the_base_is_quantized():
-    read_params(DEFAULT, ("evaluate.tasks=[float_base]", "load.dtype=int8_float32"))
+    for dtype in ("int8_float32", "int4"):
+        read_params(DEFAULT, ("evaluate.tasks=[float_base]", f"load.dtype={dtype}"))
 
 
 @pytest.mark.parametrize("option", ["alpha=8.0", "lora_dropout=0.1"])

@@ -20,7 +20,7 @@ from stages.core.model import experts
 from stages.core.model.causal_lm import BUSIEST, make_model
 from stages.core.model.experts import Choice, Matrix, Router
 from tests.support.passes import loss_and_gradients
-from tests.support.tiny_models import AUTO, load_tiny, sequences, values_of
+from tests.support.tiny_models import AUTO, float_values, load_tiny, sequences
 from tests.support.tiny_presets import EXPERTS, write_tiny_preset
 from tests.support.tiny_runs import sampled, settings, train
 
@@ -165,15 +165,18 @@ def test_a_router_chooses_and_weighs_in_float32():
 # --- What goes with it. ---
 
 
-def test_an_int8_base_with_experts_is_the_float_model_of_its_codes(small):
+@pytest.mark.parametrize("dtype", ["int8_float32", "int4_float32"])
+def test_a_base_of_codes_with_experts_is_the_float_model_of_its_codes(small, dtype):
     for shape in ((1, 1), (1, 4), (1, 8)):
-        codes = load_tiny(small, shape, rank=2, targets=EVERYWHERE, dtype="int8_float32")
+        codes = load_tiny(small, shape, rank=2, targets=EVERYWHERE, dtype=dtype)
         floats = load_tiny(small, (1, 1), rank=2, targets=EVERYWHERE)
-        held = values_of(codes)
+        values = float_values(codes)
         for variable in floats.backbone.weights:
-            scale = held.get(f"{variable.path}_scale")
-            variable.assign(held[variable.path] if scale is None else held[variable.path].astype("f4") * scale)
-        assert sum(path.endswith("_proj_scale") for path in held) == 3 * 2
+            variable.assign(values[variable.path])
+        kinds = {each.path.split("/")[-1]: str(each.dtype) for each in codes.backbone.weights if "_proj" in each.path}
+        of_pairs = dtype.partition("_")[0]
+        wanted = {"gate_proj": of_pairs, "up_proj": of_pairs, "down_proj": "int8"}
+        assert {name: kinds[name] for name in wanted} == wanted
         (one, found), (other, wanted) = (loss_and_gradients(each, sequences(2)) for each in (codes, floats))
         assert one == pytest.approx(other, rel=1e-5)
         assert_close(found, wanted, 1e-4)

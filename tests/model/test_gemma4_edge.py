@@ -70,11 +70,12 @@ def test_text_is_the_same_on_a_mesh(small):
     assert texts[0] == texts[1]
 
 
-def test_over_codes_loss_and_gradients_are_those_of_the_numbers_that_the_codes_stand_for(small):
-    codes = load_tiny(small, (1, 2), rank=RANK, targets=EVERY, dtype="int8_table_float32")
+@pytest.mark.parametrize("dtype", ["int8_table_float32", "int4_float32"])
+def test_over_codes_loss_and_gradients_are_those_of_the_numbers_that_the_codes_stand_for(small, dtype):
+    codes = load_tiny(small, (1, 2), rank=RANK, targets=EVERY, dtype=dtype)
     kept = {each.weight.path for each in codes.placements if each.weight.dtype == "int8"}
     assert {"token_embedding/embeddings", "per_layer_token_embedding/embeddings"} < kept
     assert "decoder_block_3/per_layer_up_proj/kernel" in kept
-    floats = numbers_of(codes, small, LoraConfig(RANK, 2.0 * RANK, EVERY), table=True)
+    floats = numbers_of(codes, small, LoraConfig(RANK, 2.0 * RANK, EVERY))
     rows = sequences(2, LENGTH)
     assert_alike(loss_and_gradients(codes, rows), loss_and_gradients(floats, rows))

@@ -1,4 +1,4 @@
-"""A model of int8 codes is the float model of the numbers that the codes stand for: losses, gradients, text."""
+"""A model of codes is the float model of the numbers that the codes stand for: losses, gradients, text."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from tests.support.tiny_models import load_tiny, sequences
 from tests.support.tiny_runs import data, settings
 
 LAYERS = ("attention/.*", "ffw_.*")
+FORMS = ("int8_table_float32", "int4_float32")
 PROMPTS = [[2, 10, 11, 12], [2, 40], [2, *range(100, 113)]]
 
 
@@ -27,10 +28,9 @@ def pair(presets):
     """A model of codes on a mesh, and the float model of the same numbers on one device, with the same adapter."""
 
     @functools.cache
-    def both(family: str, shape: tuple[int, int], table: bool):
-        dtype = "int8_table_float32" if table else "int8_float32"
+    def both(family: str, shape: tuple[int, int], dtype: str):
         ours = load_tiny(presets[family], shape, rank=3, targets=LAYERS, dtype=dtype)
-        return ours, numbers_of(ours, presets[family], LoraConfig(3, 6.0, LAYERS), table=table)
+        return ours, numbers_of(ours, presets[family], LoraConfig(3, 6.0, LAYERS))
 
     return both
 
@@ -49,10 +49,14 @@ def loss_and_gradients(model, batch, *, rematerialize=False):
     return float(value), {each.path: np.asarray(g) for each, g in zip(trained, gradients, strict=True)}
 
 
-@pytest.mark.parametrize(("shape", "table"), [((1, 1), False), ((2, 4), True)], ids=["one device", "mesh, int8 table"])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((1, 1), "int8_float32"), ((2, 4), "int8_table_float32"), ((1, 1), "int4_float32"), ((2, 4), "int4_float32")],
+    ids=str,
+)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_loss_and_gradients_are_those_of_the_numbers_that_the_codes_stand_for(pair, family, shape, table):
-    ours, floats = pair(family, shape, table)
+def test_loss_and_gradients_are_those_of_the_numbers_that_the_codes_stand_for(pair, family, shape, dtype):
+    ours, floats = pair(family, shape, dtype)
     batch = sequences(4)
     (one, found), (other, wanted) = loss_and_gradients(ours, batch), loss_and_gradients(floats, batch)
     assert one == pytest.approx(other, rel=1e-5)
@@ -64,8 +68,9 @@ def test_loss_and_gradients_are_those_of_the_numbers_that_the_codes_stand_for(pa
         np.testing.assert_allclose(found[path], gradient, atol=1e-4 * largest, rtol=1e-3, err_msg=path)
 
 
-def test_rematerialized_the_gradients_are_the_same(pair):
-    ours, _ = pair("gemma3", (2, 4), True)
+@pytest.mark.parametrize("dtype", FORMS)
+def test_rematerialized_the_gradients_are_the_same(pair, dtype):
+    ours, _ = pair("gemma3", (2, 4), dtype)
     batch = sequences(4)
     (one, found), (other, again) = (loss_and_gradients(ours, batch, rematerialize=each) for each in (False, True))
     assert one == pytest.approx(other, rel=1e-6)
@@ -73,9 +78,10 @@ def test_rematerialized_the_gradients_are_the_same(pair):
         np.testing.assert_allclose(again[path], gradient, atol=1e-5 * np.abs(gradient).max(), rtol=1e-4, err_msg=path)
 
 
+@pytest.mark.parametrize("dtype", FORMS)
 @pytest.mark.parametrize("shape", [(1, 1), (2, 4)], ids=str)
-def test_text_is_that_of_the_float_model_with_the_adapter_and_without(pair, shape):
-    ours, floats = pair("gemma3", shape, True)
+def test_text_is_that_of_the_float_model_with_the_adapter_and_without(pair, shape, dtype):
+    ours, floats = pair("gemma3", shape, dtype)
     wanted = SamplerSettings(10, (511,))
 
     def continued(model, values=None):
@@ -92,8 +98,9 @@ def test_text_is_that_of_the_float_model_with_the_adapter_and_without(pair, shap
     assert continued(ours, base) == continued(floats, plain) != continued(ours)
 
 
-def test_a_run_learns_and_changes_no_code(presets):
-    model = load_tiny(presets["gemma2"], (2, 4), rank=2, targets=LAYERS, dtype="int8_table", random_b=False)
+@pytest.mark.parametrize("dtype", ["int8_table", "int4"])
+def test_a_run_learns_and_changes_no_code(presets, dtype):
+    model = load_tiny(presets["gemma2"], (2, 4), rank=2, targets=LAYERS, dtype=dtype, random_b=False)
     before = {each.path: np.asarray(each.value) for each in model.backbone.weights}
     result = trainer.fit(model, data(), settings(epochs=3, targets=list(LAYERS), rematerialize=True))
     assert result.history.rows[-1].loss < result.history.rows[0].loss

@@ -127,4 +127,14 @@ def test_load_tells_the_bytes_before_and_after(folder, monkeypatch):
     assert done.exit_code == 0, done.output
     assert done.output.startswith("tiny, int8_table_float32\n")
     line = next(line for line in done.output.splitlines() if line.startswith("Weights in all: "))
-    assert "if all were float32. Int8 codes" in line and "norms in float32" in line
+    assert "if all were float32. Codes of 8 bits" in line and "norms in float32" in line
+
+
+def test_load_tells_codes_of_4_and_of_8_bits_apart(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    done = run("load", "--dry-run", "--set", "load.dtype=int4_float32")
+    assert done.exit_code == 0, done.output
+    line = next(line for line in done.output.splitlines() if line.startswith("Weights in all: "))
+    # Of two blocks queries, keys and the first two matrices of each feed-forward, and their scales and offsets.
+    numbers = 2 * (4 * 64 * 16 + 2 * 64 * 16 + 2 * 64 * 128)
+    assert f"codes of 4 bits {numbers // 2:,}, their scales" in line

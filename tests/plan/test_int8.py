@@ -47,6 +47,12 @@ def test_no_kernel_of_codes_is_held_in_the_compute_dtype(wide, rematerialize):
 
 
 @has_libtpu
+def test_of_codes_of_4_bits_only_what_turns_them_into_values_is_spread(wide):
+    found = in_16_bits_or_more(wide, "int4")
+    assert {each.partition(" ")[0] for each in found} <= {"broadcast", "bitcast", "reshape"}, found
+
+
+@has_libtpu
 def test_of_a_bfloat16_base_this_finds_the_kernels(wide):
     # Two blocks of seven.
     assert len([each for each in in_16_bits_or_more(wide, "bfloat16") if each.startswith("parameter")]) >= 14

@@ -80,6 +80,22 @@ def same_weights(folder: Path, file_format: str, preset: Path) -> bool:
         )
 
 
+def float_values(model: LoadedModel) -> dict[str, np.ndarray]:
+    """The numbers that a model's weights stand for: codes times their scales, plus their offsets, by plain NumPy."""
+    held = values_of(model)
+
+    def of(path: str) -> np.ndarray:
+        values, scale, offset = (held.get(f"{path}{end}") for end in ("", "_scale", "_offset"))
+        if scale is None:
+            return values
+        if offset is None:
+            return values.astype("f4") * scale
+        scale, offset = (np.repeat(each.astype("f4"), 32, axis=-2) for each in (scale, offset))
+        return values.astype("f4") * scale + offset
+
+    return {path: of(path) for path in held if path.rpartition("_")[0] not in held}
+
+
 def sequences(count: int, length: int = 32, vocabulary: int = 512, seed: int = 0) -> dict[str, np.ndarray]:
     """Random sequences with two packed segments each and some weights zero."""
     generator = np.random.default_rng(seed)

@@ -16,7 +16,6 @@ from stages.core.config.section import (
     IN_FLOATS,
     IN_FULL,
     IN_FULL_DTYPES,
-    QUANTIZED,
     RUN,
     BatchSize,
     Dtype,
@@ -27,6 +26,7 @@ from stages.core.config.section import (
     Seed,
 )
 from stages.core.config.variants import PIPELINES_OWN, Variants
+from stages.core.records.forms import FORMS
 from stages.core.records.layout import LoraConfig, MeshShape, OverBatch
 
 
@@ -291,9 +291,9 @@ class Params(Section):
     def _dtypes_fit_their_use(self) -> Params:
         if self.finetune.rank == 0 and self.load.dtype not in IN_FULL_DTYPES:
             raise ValueError(f"load.dtype {IN_FULL} (finetune.rank: 0)")
-        if "float_base" in (self.evaluate.tasks or ()) and not self.load.dtype.startswith(QUANTIZED):
-            raise ValueError("evaluate.tasks may name float_base only where load.dtype is one of int8")
-        if self.load.dtype.startswith(QUANTIZED) and self.layout.shard_over_batch == "weights":
+        if "float_base" in (self.evaluate.tasks or ()) and self.load.dtype not in FORMS:
+            raise ValueError("evaluate.tasks may name float_base only where load.dtype is one of int8 or int4")
+        if self.load.dtype in FORMS and self.layout.shard_over_batch == "weights":
             raise ValueError(f"layout.shard_over_batch: weights {IN_FLOATS}, not {self.load.dtype}")
         steps: dict[str, PlanTarget | PlanSearch | PlanScaling | None]
         steps = {f"targets.{i}": target for i, target in enumerate(self.plan.targets)}
@@ -306,8 +306,8 @@ class Params(Section):
             if rank == 0 and dtype not in IN_FULL_DTYPES:
                 raise ValueError(f"dtype in plan.{name} {IN_FULL} (rank: 0)")
             over_batch = step.shard_over_batch or self.layout.shard_over_batch
-            if dtype.startswith(QUANTIZED) and "weights" in over_batch:
+            if dtype in FORMS and "weights" in over_batch:
                 raise ValueError(f"shard_over_batch: weights in plan.{name} {IN_FLOATS}, not {dtype}")
-            if isinstance(step, PlanTarget) and step.step == "tutorial" and dtype.startswith(QUANTIZED):
+            if isinstance(step, PlanTarget) and step.step == "tutorial" and dtype in FORMS:
                 raise ValueError(f"dtype in plan.{name} must be one of Keras' own with step: tutorial, not {dtype}")
         return self

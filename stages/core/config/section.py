@@ -12,14 +12,22 @@ Positive = Annotated[int, Field(ge=1, le=10**9)]
 # In tokens. No Gemma was trained on longer sequences.
 Length = Annotated[int, Field(ge=8, le=131072)]
 BatchSize = Annotated[int, Field(ge=1, le=65536)]
-Dtype = Literal["float32", "bfloat16", "mixed_bfloat16", "int8", "int8_table", "int8_float32", "int8_table_float32"]
+Dtype = Literal[
+    "float32",
+    "bfloat16",
+    "mixed_bfloat16",
+    "int8",
+    "int8_table",
+    "int8_float32",
+    "int8_table_float32",
+    "int4",
+    "int4_float32",
+]
 # AdamW works in the dtype of what it trains. Bfloat16 has 8 bits: 0.999 is 1.0 there, so that every step is exactly 0.
-# Int8 codes have no gradient.
+# Codes have no gradient.
 IN_FULL_DTYPES = ("float32", "mixed_bfloat16")
 IN_FULL = "must be mixed_bfloat16 (float32 weights, bfloat16 arithmetic) or float32 where every weight is trained"
 IN_FLOATS = "needs a dtype of floats"
-# What the name of each dtype of a frozen, quantized base begins with.
-QUANTIZED = "int8"
 # What a setting has no influence on. DISPLAY: any result of the run (what is printed, how often a checkpoint is kept);
 # dvc.yaml does not list it. RUN: the compiled train step (how long the run is, the size of a step); `plan` does not
 # depend on it.

@@ -17,9 +17,9 @@ from stages.core.export.formats import Job
 from stages.core.export.names import public_name
 from stages.core.export.usage import LIBRARIES, usage
 from stages.core.files import write_text
-from stages.core.load.quantizing import FORMS
 from stages.core.presets.manifest import LICENSE
 from stages.core.records.evaluate import Difference, EvaluateMetrics
+from stages.core.records.forms import FORMS
 from stages.core.records.generate import Generation
 from stages.core.records.prepare import PrepareMetrics
 
@@ -119,7 +119,8 @@ def _base(job: Job) -> str:
     if job.tuned.config.dtype in FORMS:
         lines.insert(
             1,
-            "The adapter was trained, and the figures below were measured, on the base quantized to 8 bits "
+            "The adapter was trained, and the figures below were measured, on the base quantized to "
+            f"{FORMS[job.tuned.config.dtype].codes} "
             f"(`load.dtype: {job.tuned.config.dtype}`). Where it is merged here, it is merged into the base as it was "
             "before that.",
         )

@@ -10,6 +10,7 @@ import keras
 from stages.core.common.environment import hidden
 from stages.core.load import quantizing
 from stages.core.presets.architecture import Architecture
+from stages.core.records.forms import FORMS, policy_of
 from stages.core.sharding.keras_internals import declared_only
 
 OPTIONAL = ("tensorflow", "tensorflow_text", "kagglehub", "pandas")
@@ -22,13 +23,13 @@ def build_backbone(architecture: Architecture, dtype: str) -> keras.Model:
 
     Args:
         architecture: class and arguments.
-        dtype: a `load.dtype`: a Keras dtype policy, or one of `quantizing.FORMS`.
+        dtype: a `load.dtype`: a Keras dtype policy, or one of `records.forms`.
     """
     backbone_class = getattr(import_keras_hub().models, architecture.class_name)
     with declared_only():
-        backbone = backbone_class(**architecture.config, dtype=quantizing.policy_of(dtype), name="backbone")
-    if dtype in quantizing.FORMS:
-        quantizing.declare(backbone, quantizing.FORMS[dtype])
+        backbone = backbone_class(**architecture.config, dtype=policy_of(dtype), name="backbone")
+    if dtype in FORMS:
+        quantizing.declare(backbone, FORMS[dtype])
     return backbone
 
 

@@ -20,12 +20,13 @@ import keras
 from stages.core.common.errors import StageError
 from stages.core.common.paths import MANIFEST, Paths, variant_folder
 from stages.core.common.progress import bytes_bar
-from stages.core.load import adapter, lora_kernels, quantizing, weight_loading
+from stages.core.load import adapter, lora_kernels, weight_loading
 from stages.core.load.backbone import build_backbone
 from stages.core.presets.architecture import Architecture
 from stages.core.presets.formats import WeightSource, format_of
 from stages.core.presets.manifest import read_manifest, verified_folder
 from stages.core.processes.group import current
+from stages.core.records.forms import policy_of
 from stages.core.records.layout import LoraConfig, MeshShape, NamedLayout
 from stages.core.records.manifest import Manifest
 from stages.core.records.model_config import ModelConfig
@@ -130,7 +131,7 @@ def load_variant(
         variant: baseline or tuned.
         preset: from `open_preset`.
         trying: on one device where those of the mesh would be simulated, see `for_trying`.
-        quantized: False: the weights as they are before `load.dtype` makes int8 codes of them.
+        quantized: False: the weights as they are before `load.dtype` makes codes of them.
 
     Raises:
         StageError: the preset is another than the variant's, or a file of the variant is damaged.
@@ -142,7 +143,7 @@ def load_variant(
             f"Received: {preset.manifest.preset} ({preset.fingerprint[:12]}). Run `dvc repro`."
         )
     if not quantized:
-        config = config.model_copy(update={"dtype": quantizing.policy_of(config.dtype)})
+        config = config.model_copy(update={"dtype": policy_of(config.dtype)})
     tuned, trained = config.tuned, {}
     if tuned:
         trained = adapter.load(paths.read(f"{variant_folder(variant)}/{tuned.file}"), config.base)

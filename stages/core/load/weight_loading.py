@@ -24,6 +24,8 @@ from stages.core.sharding.layout import Placement, Weight
 from stages.core.sharding.mesh import jax_mesh
 
 Index = tuple[slice, ...]
+# A variable that gets its value, and how that is split.
+Filled = tuple[keras.Variable, NamedSharding]
 
 
 def weights_of(backbone: keras.Model) -> list[Weight]:
@@ -61,7 +63,10 @@ def fill(
     """
     done, devices = 0, jax_mesh(mesh)
     by_path = {placement.weight.path: placement for placement in placements}
-    scales = {of: each for each in backbone.weights if (of := by_path[each.path].weight.scale_of)}
+    beside: dict[str, list[keras.Variable]] = {}
+    for each in backbone.weights:
+        if of := by_path[each.path].weight.scale_of:
+            beside.setdefault(of, []).append(each)
     for variable in backbone.weights:
         placement = by_path[variable.path]
         if placement.weight.scale_of:
@@ -74,10 +79,11 @@ def fill(
                 f"{shape}. Received: shape={origin.shape(variable.path)} in the file."
             )
         sharding = NamedSharding(devices, PartitionSpec(*placement.spec))
-        if (scale := scales.get(variable.path)) is not None:
-            beside = NamedSharding(devices, PartitionSpec(*by_path[scale.path].spec))
-            _fill_codes(variable, sharding, scale, beside, origin)
-            done += by_path[scale.path].weight.bytes
+        if of_codes := beside.get(variable.path):
+            its = [(each, NamedSharding(devices, PartitionSpec(*by_path[each.path].spec))) for each in of_codes]
+            filled = _fill_channels if len(its) == 1 else _fill_groups
+            filled(origin, (variable, sharding), *its)
+            done += sum(by_path[each.path].weight.bytes for each in of_codes)
         else:
             read = functools.partial(_read, origin, variable.path, variable.dtype)
             parts = ((read(index), held_by) for index, held_by in _holders(sharding, shape))
@@ -87,17 +93,12 @@ def fill(
             progress(done)
 
 
-def _fill_codes(
-    codes: keras.Variable,
-    codes_sharding: NamedSharding,
-    scale: keras.Variable,
-    scale_sharding: NamedSharding,
-    origin: WeightSource,
-) -> None:
+def _fill_channels(origin: WeightSource, of_codes: Filled, of_scale: Filled) -> None:
     """Quantize a weight while it is read, and give codes and scales their values: the same on every mesh.
 
     Of a matrix whose channels are split over devices all slices are held on the host until its scales are known.
     """
+    (codes, codes_sharding), (scale, scale_sharding) = of_codes, of_scale
     shape, scale_shape = tuple(codes.shape), tuple(scale.shape)
     groups: dict[str, tuple[Index, list[tuple[Index, list[jax.Device]]]]] = {}
     for index, devices in _holders(codes_sharding, shape):
@@ -116,6 +117,18 @@ def _fill_codes(
     place(codes, _placed(parts(), shape, codes_sharding), codes_sharding)
     held = ((np.ascontiguousarray(scales[index]), devices) for index, devices in _holders(scale_sharding, scale_shape))
     place(scale, _placed(held, scale_shape, scale_sharding), scale_sharding)
+
+
+def _fill_groups(origin: WeightSource, *of_each: Filled) -> None:
+    """Do the same with codes, scales and offsets by groups. A device has whole ones: what others have is not needed."""
+    (codes, sharding), *_ = of_each
+    shards: list[list[jax.Array]] = [[] for _ in of_each]
+    for index, devices in _holders(sharding, tuple(codes.shape)):
+        made = quantizing.in_groups(_read(origin, codes.path, "float32", index))
+        for held, values in zip(shards, made, strict=True):
+            held += _on(devices, values)
+    for (variable, sharding), held in zip(of_each, shards, strict=True):
+        place(variable, jax.make_array_from_single_device_arrays(tuple(variable.shape), sharding, held), sharding)
 
 
 def _holders(sharding: NamedSharding, shape: tuple[int, ...]) -> list[tuple[Index, list[jax.Device]]]:
@@ -145,16 +158,21 @@ def _placed(
     shape: tuple[int, ...],
     sharding: NamedSharding,
 ) -> jax.Array:
-    """Return a weight of slices, each on its devices.
-
-    Each is waited for, so that the host holds one slice at a time. An array that shared the host's memory would be
-    copied by the first step that donates it, the whole model in one go: so it is copied now, slice by slice.
-    """
+    """Return a weight of slices, each on its devices."""
     shards: list[jax.Array] = []
     for values, devices in parts:
-        shards += jax.block_until_ready([jax.device_put(values, device, may_alias=False) for device in devices])
+        shards += _on(devices, values)
         del values
     return jax.make_array_from_single_device_arrays(shape, sharding, shards)
+
+
+def _on(devices: Sequence[jax.Device], values: np.ndarray) -> list[jax.Array]:
+    """Return a slice on each of some devices.
+
+    It is waited for, so that the host holds one slice at a time. An array that shared the host's memory would be
+    copied by the first step that donates it, the whole model in one go: so it is copied now, slice by slice.
+    """
+    return jax.block_until_ready([jax.device_put(values, device, may_alias=False) for device in devices])
 
 
 def _refuse_codes(values: np.ndarray, path: str) -> None:

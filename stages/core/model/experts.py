@@ -46,10 +46,11 @@ class Router(NamedTuple):
 
 
 class Matrix(NamedTuple):
-    """One of the matrices of all experts (experts, inputs, outputs); int8 codes have scales (experts, 1, outputs)."""
+    """One of the matrices of all experts (experts, inputs, outputs); codes have scales, and of 4 bits offsets."""
 
     values: jax.Array
     scale: jax.Array | None
+    offset: jax.Array | None
 
 
 class Choice(NamedTuple):
@@ -87,14 +88,14 @@ class ExpertBanks:
         """
         bank = layer.moe_expert_bank
         router = Router(*(each.value for each in _router(layer)))
-        variables = [(getattr(bank, name), getattr(bank, f"{name}_scale", None)) for name in MATRICES]
-        matrices = [Matrix(each.value, None if scale is None else scale.value) for each, scale in variables]
-        trained = tuple(each.trainable for each, _ in variables)
+        variables = [[getattr(bank, name + end, None) for end in ("", "_scale", "_offset")] for name in MATRICES]
+        matrices = [Matrix(*(None if each is None else each.value for each in group)) for group in variables]
+        trained = tuple(getattr(bank, name).trainable for name in MATRICES)
         if self._mesh is None:
             choice = route(_rows(x), router, kind.chosen)
             mixed = mix(_rows(y), choice, matrices, trained)
             return mixed.reshape(y.shape), _sent(choice, counted, kind.count)
-        held = _Held.of([[None if each is None else self._placed[each.path] for each in pair] for pair in variables])
+        held = _Held.of([[None if each is None else self._placed[each.path] for each in group] for group in variables])
         axis = self._mesh.shape["model"]
         time = "model" if axis > 1 and x.shape[1] % axis == 0 else None
 
@@ -131,49 +132,42 @@ class ExpertBanks:
         )(x, y, counted, router, matrices)
 
 
-def _over_batch(placement: Placement | None) -> int | None:
-    """Return the dimension that a matrix, or its scales, is split in over the batch axis too; None: in none."""
-    return placement.over_batch if placement else None
-
-
 class _Held(NamedTuple):
     """How a block's matrices are split where they are used, their specs where they are kept, and the dimension in which
     each of them (and its scale) is gathered over the batch axis."""
 
     split: tuple[Any, Any]
     specs: list[Matrix]
-    dimensions: list[tuple[int | None, int | None]]
+    dimensions: list[int | None]
 
     @classmethod
     def of(cls, placements: Sequence[Sequence[Placement | None]]) -> _Held:
-        """Return it of the matrices' placements and those of their scales."""
-        gate, up, down = (values.used for values, _ in placements if values is not None)
+        """Return it of the placements of what each matrix has."""
+        gate, up, down = (values.used for values, *_ in placements if values is not None)
         split = next((each for each in (BY_EXPERT, WITHIN, WHOLE) if each == (gate, down) and gate == up), None)
         if split is None:
             # Split in another way: XLA gathers them.
-            specs = [Matrix(P(), None if scale is None else P()) for _, scale in placements]
-            return cls(WHOLE, specs, [(None, None)] * len(specs))
-        specs = [Matrix(*(each and P(*each.spec) for each in pair)) for pair in placements]
-        return cls(split, specs, [(_over_batch(values), _over_batch(scale)) for values, scale in placements])
+            specs = [Matrix(*(each and P() for each in group)) for group in placements]
+            return cls(WHOLE, specs, [None] * len(specs))
+        specs = [Matrix(*(each and P(*each.spec) for each in group)) for group in placements]
+        return cls(split, specs, [values.over_batch if values else None for values, *_ in placements])
 
     @property
     def over_batch(self) -> bool:
         """Whether any is to be gathered."""
-        return any(each is not None for pair in self.dimensions for each in pair)
+        return any(each is not None for each in self.dimensions)
 
     def gathered(self, matrices: Sequence[Matrix], dtype: Any, trained: Sequence[bool]) -> list[Matrix]:
         """Return a device's parts of the matrices, whole over the batch axis.
 
-        A frozen one of floats is sent in a dtype; the gradient of another is summed in its own.
+        A frozen one is sent in a dtype; the gradient of another is summed in its own. Codes are not split so.
         """
-
-        def whole(array: jax.Array | None, dimension: int | None, sent: Any) -> jax.Array | None:
-            return array if array is None or dimension is None else gathered(array, dimension, sent)
-
         found = []
-        for (values, scale), (of_values, of_scale), trains in zip(matrices, self.dimensions, trained, strict=True):
-            sent = values.dtype if trains or scale is not None else dtype
-            found.append(Matrix(whole(values, of_values, sent), whole(scale, of_scale, jnp.float32)))
+        for matrix, dimension, trains in zip(matrices, self.dimensions, trained, strict=True):
+            if dimension is not None:
+                sent = matrix.values.dtype if trains else dtype
+                matrix = matrix._replace(values=gathered(matrix.values, dimension, sent))
+            found.append(matrix)
         return found
 
 

@@ -16,9 +16,12 @@ import jax
 import jax.numpy as jnp
 import keras
 
+from stages.core.model.codes import values_of
 from stages.core.model.products import few_rows, gathered, gathered_product, product
 from stages.core.sharding.keras_internals import equation_of, kernel_of, layers_within, set_value
 
+# A layer's variables with which the codes of its kernel become values.
+BESIDE_CODES = ("kernel_scale", "kernel_offset")
 # Drops out part of what goes into the adapter of the layer with a path.
 Dropout = Callable[["jax.Array", str], "jax.Array"]
 
@@ -39,18 +42,19 @@ def project(layer: Any, x: jax.Array, dropout: Dropout | None = None, *, divided
 
 
 def arrays_of(layer: Any) -> dict[str, jax.Array]:
-    """Return the layer's kernel, and scales and LoRA kernels if it has them, each in the dtype it is kept in."""
+    """Return the layer's kernel, and what goes with codes and LoRA kernels if it has them, each in the dtype it is
+    kept in.
+    """
     arrays = {"kernel": kernel_of(layer)}
-    if in_codes(layer):
-        arrays["kernel_scale"] = layer.kernel_scale
+    arrays |= {name: each for name in BESIDE_CODES if (each := getattr(layer, name, None)) is not None}
     if layer.lora_enabled:
         arrays |= {"lora_kernel_a": layer.lora_kernel_a, "lora_kernel_b": layer.lora_kernel_b}
     return {name: variable.value for name, variable in arrays.items()}
 
 
 def in_codes(layer: Any) -> bool:
-    """Return whether the layer's kernel is of int8 codes, with scales beside it."""
-    return kernel_of(layer).dtype == "int8"
+    """Return whether the layer's kernel is of codes, with scales beside it."""
+    return getattr(layer, BESIDE_CODES[0], None) is not None
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,8 @@ def base(
     kernel = arrays["kernel"]
     if "kernel_scale" in arrays:
         # The backward pass converts the codes anew: it would keep all of them in the compute dtype, the whole model.
-        return jax.checkpoint(functools.partial(_base_of_codes, layer, divided))(x, kernel, arrays["kernel_scale"])
+        codes = {name: arrays[name] for name in ("kernel", *BESIDE_CODES) if name in arrays}
+        return jax.checkpoint(functools.partial(_base_of_codes, layer, divided))(x, codes)
     if gathering and x.shape[1] > 1:
         return gathered_product(equation_of(layer), x, kernel, gathering.dimension, again=gathering.again)
     if gathering:
@@ -101,10 +106,18 @@ def base(
     return product(equation_of(layer), x, kernel if kernel_of(layer).trainable else kernel.astype(x.dtype))
 
 
-def _base_of_codes(layer: Any, divided: bool, x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
-    """Return x W of a frozen kernel of codes: (x codes) scale, in the compute dtype, scaled in float32."""
-    kernel, one_token = codes.astype(x.dtype), x.shape[1] == 1 and not divided
+def _base_of_codes(layer: Any, divided: bool, x: jax.Array, arrays: dict[str, jax.Array]) -> jax.Array:
+    """Return x W of a frozen kernel of codes, in the compute dtype.
+
+    With a scale for each channel that is (x codes) scale, scaled in float32; of groups the values are made first.
+    """
+    codes, scale = arrays["kernel"], arrays["kernel_scale"]
+    grouped = "kernel_offset" in arrays
+    kernel = values_of(codes, scale, arrays["kernel_offset"], x.dtype) if grouped else codes.astype(x.dtype)
+    one_token = x.shape[1] == 1 and not divided
     y = _of_one_token(layer, x, kernel) if one_token else jnp.einsum(equation_of(layer), x, kernel)
+    if grouped:
+        return y
     # A scale for each output, which are the kernel's dimensions that are not summed over, in their order.
     _, axes, _ = _equation(layer)
     result = equation_of(layer).split("->")[1]

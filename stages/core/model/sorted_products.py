@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from stages.core.model import tiled_products
+from stages.core.model.codes import values_of
 from stages.core.model.products import varying_as
 
 _CONTRACTED = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
@@ -36,6 +37,7 @@ def ragged(
     x: jax.Array,
     w: jax.Array,
     scale: jax.Array | None,
+    offset: jax.Array | None,
     of_row: jax.Array,
     sizes: jax.Array,
 ) -> jax.Array:
@@ -45,17 +47,19 @@ def ragged(
         trained: whether the matrices have a gradient, which is computed and summed in their dtype.
         flops: of the product, as far as its rows are of the experts here.
         x: (rows, inputs), sorted by expert, in the compute dtype.
-        w: (experts, inputs, outputs), floats or int8 codes.
-        scale: of codes, float32 (experts, 1, outputs).
+        w: (experts, inputs, outputs), floats or codes.
+        scale: of codes of 8 bits, float32 (experts, 1, outputs); of 4 bits (experts, groups, outputs).
+        offset: of codes of 4 bits, as their scale.
         of_row: int32 (rows,), the expert of each row; their number for a row of none of them, which comes last.
         sizes: int32 (experts,), rows of each.
 
     Returns:
         (rows, outputs) in the compute dtype; not defined in rows of no expert.
     """
+    matrices = _taken(w, scale, offset, x.dtype)
     with _counted(flops):
-        y = jax.lax.platform_dependent(x, w, sizes, cpu=_masked, tpu=_by_kernel, default=_by_tiles)
-    return y if scale is None else _scaled(y, scale, of_row)
+        y = jax.lax.platform_dependent(x, matrices, sizes, cpu=_masked, tpu=_by_kernel, default=_by_tiles)
+    return _scaled(y, scale, offset, of_row)
 
 
 def _ragged_forward(
@@ -64,27 +68,35 @@ def _ragged_forward(
     x: jax.Array,
     w: jax.Array,
     scale: jax.Array | None,
+    offset: jax.Array | None,
     of_row: jax.Array,
     sizes: jax.Array,
 ) -> tuple[jax.Array, Any]:
-    return ragged(trained, flops, x, w, scale, of_row, sizes), (x if trained else None, w, scale, of_row, sizes)
+    kept = (x if trained else None, w, scale, offset, of_row, sizes)
+    return ragged(trained, flops, x, w, scale, offset, of_row, sizes), kept
 
 
 def _ragged_backward(trained: bool, flops: int, kept: Any, gradient: jax.Array) -> tuple[Any, ...]:
-    x, w, scale, of_row, sizes = kept
+    x, w, scale, offset, of_row, sizes = kept
     # Without the barrier XLA keeps what it converted in the forward pass: a copy of all experts in the compute dtype.
     w, gradient = jax.lax.optimization_barrier((w, gradient))
+    scaled = _scaled(gradient, scale, offset, of_row)
+    matrices = _taken(w, scale, offset, scaled.dtype)
     with _counted(flops):
-        scaled = gradient if scale is None else _scaled(gradient, scale, of_row)
         of_x = jax.lax.platform_dependent(
-            scaled, w, sizes, cpu=_masked_back, tpu=_by_kernel_back, default=functools.partial(_by_tiles, back=True)
+            scaled,
+            matrices,
+            sizes,
+            cpu=_masked_back,
+            tpu=_by_kernel_back,
+            default=functools.partial(_by_tiles, back=True),
         )
         of_w = None
         if trained:
             # XLA has no kernel for it on TPUs either.
             masked, tiles = (functools.partial(each, w.dtype) for each in (_of_matrices, _of_matrices_by_tiles))
             of_w = jax.lax.platform_dependent(x, gradient, sizes, cpu=masked, default=tiles)
-    return of_x, of_w, None, None, None
+    return of_x, of_w, None, None, None, None
 
 
 ragged.defvjp(_ragged_forward, _ragged_backward)
@@ -124,8 +136,15 @@ def _of_matrices_by_tiles(dtype: Any, x: jax.Array, gradient: jax.Array, sizes: 
     return tiled_products.gradient_of_matrices(x, gradient, sizes, _precision(x), dtype)
 
 
-def _scaled(rows: jax.Array, scale: jax.Array, of_row: jax.Array) -> jax.Array:
-    """Multiply each row with its expert's scales, in float32."""
+def _taken(w: jax.Array, scale: jax.Array | None, offset: jax.Array | None, dtype: Any) -> jax.Array:
+    """Return matrices as the products take them: numbers, or codes of channels, whose scales leave the product."""
+    return w if scale is None or offset is None else values_of(w, scale, offset, dtype)
+
+
+def _scaled(rows: jax.Array, scale: jax.Array | None, offset: jax.Array | None, of_row: jax.Array) -> jax.Array:
+    """Multiply each row with its expert's scales, in float32, if these are of channels."""
+    if scale is None or offset is not None:
+        return rows
     of_row = jnp.minimum(of_row, scale.shape[0] - 1)
     return (rows.astype(jnp.float32) * scale[:, 0][of_row]).astype(rows.dtype)
 

@@ -24,12 +24,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from stages.core.model.experts import ExpertBanks
-from stages.core.model.lora import Dropout, Gathering, apply, arrays_of, base, narrowed, widen
+from stages.core.model.lora import BESIDE_CODES, Dropout, Gathering, apply, arrays_of, base, narrowed, widen
 from stages.core.model.products import gathered
 from stages.core.sharding.keras_internals import kernel_of
 from stages.core.sharding.layout import Placement, axes_of
 
-KERNELS = ("kernel", "kernel_scale", "lora_kernel_a", "lora_kernel_b")
+KERNELS = ("kernel", *BESIDE_CODES, "lora_kernel_a", "lora_kernel_b")
 
 
 class Projections:

@@ -25,6 +25,7 @@ from stages.core.files import read_json, write_json
 from stages.core.presets.architecture import Architecture
 from stages.core.preview.dry_run import fetched
 from stages.core.processes import asked
+from stages.core.records.forms import policy_of
 from stages.core.rehearse.shrinking import tiny
 
 LENGTH = 64
@@ -90,7 +91,7 @@ def rehearse(run: Run, processes: int, devices: int, steps: int) -> Rehearsal:
         for i, (a, b) in enumerate(zip(alone, several, strict=True), 1)
     ]
     found = Rehearsal(alone, several, weights, lines)
-    limit = TOLERANCE[run.params.load.dtype]
+    limit = TOLERANCE[policy_of(run.params.load.dtype)]
     told = f"largest relative difference of a loss {found.losses:.1e}, of a trained weight {weights:.1e} (absolute)"
     if not found.losses <= limit:
         raise StageError(f"{processes} processes must give the losses of one. Received: {told}, more than {limit:.0e}.")

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import keras
-from keras.src.backend.common import global_state
+from keras.src.backend.common import dtypes, global_state
 
 
 @contextlib.contextmanager
@@ -88,20 +88,27 @@ def equation_of(layer: Any) -> str:
     return getattr(layer, "equation", "btd,df->btf")
 
 
-def declare_codes(layer: Any, variable: keras.Variable, scale_shape: tuple[int, ...]) -> None:
-    """Make a declared weight one of int8 codes, and declare float32 scales beside it, by Keras' own names for them.
+def declare_codes(
+    layer: Any, variable: keras.Variable, dtype: str, scale_shape: tuple[int, ...], beside: Mapping[str, str]
+) -> None:
+    """Make a declared weight one of codes, and declare beside it what turns codes into values.
 
     To be called within `declared_only`.
 
     Args:
         layer: that the weight belongs to.
         variable: its kernel or table of embeddings.
-        scale_shape: of the scales.
+        dtype: of the codes. Keras has no type of 4 bits; JAX has, and holds two numbers in a byte.
+        scale_shape: of what is beside it.
+        beside: its dtypes, by what follows the weight's name: `scale`, which is Keras' own name.
     """
-    variable._dtype, variable.trainable = "int8", False
-    name = f"{variable.name}_scale"
+    if dtype not in dtypes.ALLOWED_DTYPES:
+        dtypes.ALLOWED_DTYPES = (*dtypes.ALLOWED_DTYPES, dtype)
+    variable._dtype, variable.trainable = dtype, False
     layer._tracker.unlock()
-    setattr(layer, name, layer.add_weight(name=name, shape=scale_shape, dtype="float32", trainable=False))
+    for name, kind in beside.items():
+        name = f"{variable.name}_{name}"
+        setattr(layer, name, layer.add_weight(name=name, shape=scale_shape, dtype=kind, trainable=False))
     layer._tracker.lock()
 
 

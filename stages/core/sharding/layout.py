@@ -18,9 +18,9 @@ from stages.core.records.layout import AXES, Axis, MeshShape, NamedLayout, Rule,
 
 logger = logging.getLogger(__name__)
 
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4, "int8": 1}
-# The scales of int8 codes: see load/quantizing.py.
-SCALE = re.compile(r"(.*/(?:kernel|embeddings|gate_proj|up_proj|down_proj))_scale")
+ITEM_BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "int32": 32, "int8": 8, "int4": 4}
+# What turns codes into values: see load/quantizing.py.
+SCALE = re.compile(r"(.*/(?:kernel|embeddings|gate_proj|up_proj|down_proj))_(?:scale|offset)")
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class Weight:
     @property
     def bytes(self) -> int:
         """Bytes of one whole copy."""
-        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+        return math.prod(self.shape) * ITEM_BITS[self.dtype] // 8
 
     @property
     def scale_of(self) -> str | None:
-        """The path of the codes whose scales these are, None of any other weight."""
+        """The path of the codes whose scales (or offsets) these are, None of any other weight."""
         found = SCALE.fullmatch(self.path)
         return found[1] if found else None
 
@@ -66,7 +66,7 @@ class Placement:
     @property
     def bytes_per_device(self) -> int:
         """Bytes that each device holds."""
-        return math.prod(self.shard_shape) * ITEM_BYTES[self.weight.dtype]
+        return math.prod(self.shard_shape) * ITEM_BITS[self.weight.dtype] // 8
 
     @property
     def used(self) -> Spec:
@@ -94,8 +94,8 @@ def resolve(rules: Sequence[Rule], weights: Iterable[Weight], mesh: MeshShape) -
     """Place every weight, or stop with one message that names path, shape, rule and mesh.
 
     Args:
-        rules: each weight may match at most one; a weight that matches none is replicated. Scales of int8 codes follow
-            their codes.
+        rules: each weight may match at most one; a weight that matches none is replicated. Scales of codes follow
+            them.
         weights: the model's weights with LoRA and optimizer slots, codes before their scales.
         mesh: axis names and sizes.
 
@@ -149,7 +149,10 @@ def resolve(rules: Sequence[Rule], weights: Iterable[Weight], mesh: MeshShape) -
 
 
 def _beside_codes(scale: Weight, codes: Placement, mesh: MeshShape) -> Placement:
-    """Place scales: split as their codes are, but not along a dimension of which all have one scale."""
+    """Place scales: split as their codes are, but not along a dimension of which all have one scale.
+
+    So a device has the scales of all groups that it has codes of; a dimension that would part a group is refused.
+    """
     if codes.rule is None:
         return place(scale, None, mesh)
     spec = tuple(None if size == 1 else axis for size, axis in zip(scale.shape, codes.rule.spec, strict=True))

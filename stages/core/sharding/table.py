@@ -9,9 +9,10 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from stages.core.records.forms import CODES
 from stages.core.records.layout import MeshShape, NamedLayout
 from stages.core.records.sharding import Sharding, WeightRow
-from stages.core.sharding.layout import ITEM_BYTES, Placement, format_spec, replicated_fraction
+from stages.core.sharding.layout import ITEM_BITS, Placement, format_spec, replicated_fraction
 
 
 def report(
@@ -84,18 +85,19 @@ def rows(placements: Sequence[Placement], mesh: MeshShape) -> list[WeightRow]:
 
 
 def quantized_sizes(placements: Sequence[Placement]) -> str | None:
-    """Return what int8 codes save, and what else there is, in a sentence; None where there are no codes."""
+    """Return what codes save, and what else there is, in a sentence; None where there are no codes."""
     weights = [each.weight for each in placements if each.weight.kind == "weight"]
-    codes = [each for each in weights if each.dtype == "int8"]
-    if not codes:
+    codes = {kind: [each for each in weights if each.dtype == kind] for kind in CODES}
+    if not any(codes.values()):
         return None
-    rest = [each for each in weights if each.dtype != "int8" and not each.scale_of]
+    rest = [each for each in weights if each.dtype not in CODES and not each.scale_of]
     dtype = rest[0].dtype
-    whole = sum(each.parameters for each in weights) * ITEM_BYTES[dtype]
+    whole = sum(each.parameters for each in weights) * ITEM_BITS[dtype] // 8
     kept = " and the token table" if any(each.path.endswith("/embeddings") for each in rest) else ""
+    told = [f"codes of {CODES[kind]} {sum(each.bytes for each in held):,}" for kind, held in codes.items() if held]
     return (
         f"Weights in all: {sum(each.bytes for each in weights):,} bytes, {whole:,} if all were {dtype}. "
-        f"Int8 codes {sum(each.bytes for each in codes):,}, their scales "
+        f"{', '.join(told).capitalize()}, their scales "
         f"{sum(each.bytes for each in weights if each.scale_of):,}, norms{kept} in {dtype} "
         f"{sum(each.bytes for each in rest):,}."
     )
