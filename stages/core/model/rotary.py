@@ -57,7 +57,7 @@ def _angles(kind: LayerKind, positions: jax.Array) -> Angles:
 
 @jax.custom_vjp
 def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    if x.dtype != jnp.bfloat16:
+    if x.dtype != jnp.bfloat16 or x.shape[1] == 1:
         return _by_halves(x, cos, sin)
     return jax.lax.platform_dependent(x, cos, sin, tpu=_by_product, default=_by_halves)
 
