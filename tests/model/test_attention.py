@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -11,11 +10,14 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from stages.core.model import attention, attention_blocks, attention_splash, decoder
 from stages.core.model.attention_blocks import Scope
 from stages.core.model.causal_lm import make_model
+from stages.core.plan import topology
+from tests.support.plans import has_libtpu
 from tests.support.repository import FAMILIES
 from tests.support.tiny_models import load_tiny, sequences
 
@@ -123,16 +125,30 @@ def test_no_array_is_of_length_times_length():
     assert max(sizes) == length * 2 * 16
 
 
-@pytest.mark.parametrize(("window", "soft_cap", "parts"), [(None, 2.0, 2), (200, None, 1)])
-def test_the_tpus_kernel_gives_the_plain_values_and_gradients(window, soft_cap, parts):
-    """In JAX's interpreter of kernels; four heads that share two groups, and queries of two devices."""
-    length, scope = 512, Scope(window, soft_cap, 128, parts)
+# As many groups of keys as heads (Gemma 7B), some (Gemma 2, 3 and 4) and one (Gemma 2B); of one block of keys all
+# gradients are one kernel's.
+@pytest.mark.parametrize(
+    ("window", "soft_cap", "parts", "groups", "length", "size"),
+    [
+        (None, 2.0, 2, 2, 512, 128),
+        (200, None, 1, 2, 512, 128),
+        (None, None, 1, 4, 512, 512),
+        (100, 2.0, 1, 1, 256, 256),
+        (60, None, 1, 2, 128, 128),
+        (200, None, 2, 1, 512, 256),
+    ],
+)
+def test_the_tpus_kernel_gives_the_plain_values_and_gradients(window, soft_cap, parts, groups, length, size):
+    """In JAX's interpreter of kernels; four heads, packed sequences that end in padding, queries of some devices."""
+    scope = Scope(window, soft_cap, size, parts)
     generator = np.random.default_rng(0)
     query, key, value, weights = (
-        jnp.asarray(generator.normal(0, 1, (1, length, heads, 128)), jnp.float32) for heads in (4, 2, 2, 4)
+        jnp.asarray(generator.normal(0, 1, (2, length, heads, 128)), jnp.float32) for heads in (4, groups, groups, 4)
     )
     query = query / 8
-    ids = jnp.asarray([[1] * 300 + [2] * 150 + [0] * 62], jnp.int32)
+    ends = (length // 2 + 44, length * 7 // 8)
+    first = [1] * ends[0] + [2] * (ends[1] - ends[0]) + [0] * (length - ends[1])
+    ids = jnp.asarray([first, [1] * length], jnp.int32)
     kernel = attention_splash.kernel(scope, length, 4, interpret=True)
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:parts]), ("model",))
     split = P(None, "model")
@@ -146,12 +162,40 @@ def test_the_tpus_kernel_gives_the_plain_values_and_gradients(window, soft_cap, 
             check_vma=False,
         )(kernel, query, key, value, ids, ids)
 
-    def as_blocks(*arrays):
-        return attention_blocks.attend(*arrays, ids, ids, jnp.int32(0), dataclasses.replace(scope, parts=1))
+    mask, places = attention.causal_mask(ids), np.arange(length)
+    if window is not None:
+        mask = mask & (places[:, None] - places < window)
 
-    expected = value_and_gradients(as_blocks, query, key, value, weights)
+    expected = value_and_gradients(lambda *arrays: attention._mix(*arrays, mask, soft_cap), query, key, value, weights)
     for one, other in zip(value_and_gradients(by_kernel, query, key, value, weights), expected, strict=True):
-        np.testing.assert_allclose(one, other, **TOLERANCE)
+        np.testing.assert_allclose(one, other, rtol=2e-5, atol=1e-4)
+
+
+@has_libtpu
+@pytest.mark.parametrize(
+    ("length", "dtype", "heads", "kernels"),
+    [
+        (128, "bfloat16", 4, True),
+        (512, "bfloat16", 4, True),
+        # Heads that do not divide: each device has a quarter of the queries.
+        (640, "bfloat16", 3, False),
+        (1024, "bfloat16", 3, True),
+        (200, "bfloat16", 4, False),
+        (512, "float32", 4, False),
+    ],
+)
+def test_a_tpu_takes_its_kernel_for_short_sequences_too(length, dtype, heads, kernels):
+    mesh = jax.sharding.Mesh(np.array(topology.describe("v5e:2x2").devices).reshape(1, 4), ("batch", "model"))
+    laid = Laid(mesh, HEADS if heads == 4 else TIME, HEADS if heads == 4 else WHOLE)
+    kind = SimpleNamespace(window=None, keys_of=None)
+
+    def attend(ids, *arrays):
+        return attention.SelfAttention(ids, laid).of_block(0, kind, None)(*arrays)
+
+    spread = NamedSharding(mesh, P())
+    arrays = [jax.ShapeDtypeStruct((1, length, heads, 128), dtype, sharding=spread)] * 3
+    program = jax.jit(attend).lower(jax.ShapeDtypeStruct((1, length), "int32", sharding=spread), *arrays).as_text()
+    assert ("tpu_custom_call" in program) == kernels
 
 
 def test_a_kernel_is_asked_only_for_what_it_can_do():

@@ -1,13 +1,14 @@
-"""Attention of a sequence's tokens to each other: plain, or by blocks where the sequence is long.
+"""Attention of a sequence's tokens to each other: plain, or by blocks where the sequence is long or a TPU's kernel can.
 
 Purpose: the one place that decides how. Plain, the logits (batch, heads, length, length) are stored, which is fastest
-for short sequences; by blocks (`attention_blocks`) no array grows with the square of the length, a mask neither.
+for short sequences but on a TPU, whose kernel (`attention_splash`) keeps them in the chip; by blocks
+(`attention_blocks`) no array grows with the square of the length, a mask neither.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,19 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 # Tokens from which a sequence is walked in blocks, and tokens of a block.
 LONG = 4096
 BLOCK = 512
+# Those of shorter sequences, which only a kernel walks in blocks: the largest that divides a device's tokens.
+SHORT_BLOCKS = (512, 256, 128)
+AXIS = "model"
+
+
+class _Way(NamedTuple):
+    """How the devices of a mesh attend: what they have a part of each, the blocks, and a TPU's kernel if it can."""
+
+    time: bool
+    heads: bool
+    keys: bool
+    scope: Scope
+    kernel: Any
 
 
 class SelfAttention:
@@ -41,6 +55,7 @@ class SelfAttention:
         """
         length = segment_ids.shape[1]
         self._segment_ids, self._activations = segment_ids, activations
+        # Of short sequences, unless a kernel attends in every block; a mask that is not used is not in the program.
         self._mask = causal_mask(segment_ids) if length < LONG else None
         # A constant with one row for the whole batch: the compiler folds the sliding windows once.
         self._positions = np.arange(length, dtype=np.int32)[None, :]
@@ -55,10 +70,15 @@ class SelfAttention:
         """
 
         def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-            if self._mask is None:
-                keys_of = number if kind.keys_of is None else kind.keys_of
-                return self._by_blocks(query, key, value, (number, keys_of), kind.window, soft_cap)
+            keys_of = number if kind.keys_of is None else kind.keys_of
+            way = self._way(query, key, (number, keys_of), kind.window, soft_cap)
             mask = self._mask
+            if way is not None and (mask is None or way.kernel is not None):
+                return self._by_devices(way, query, key, value)
+            if mask is None:
+                key, value = key.astype(jnp.float32), value.astype(jnp.float32)
+                ids, scope = self._segment_ids, Scope(kind.window, soft_cap, BLOCK)
+                return attention_blocks.attend(query, key, value, ids, ids, jnp.int32(0), scope)
             if kind.window is not None:
                 mask = mask & (self._positions[:, :, None] - self._positions[:, None, :] < kind.window)
             # Logits and their softmax grow with the square of the length, and are soon computed again: they are not
@@ -67,51 +87,48 @@ class SelfAttention:
 
         return attend
 
-    def _by_blocks(
-        self,
-        query: jax.Array,
-        key: jax.Array,
-        value: jax.Array,
-        numbers: tuple[int, int],
-        window: int | None,
-        soft_cap: float | None,
-    ) -> jax.Array:
-        """Return what each query attends to; each device computes it for the queries and heads that it has.
-
-        The numbers are those of the blocks that the queries and the keys are of.
-        """
+    def _way(
+        self, query: jax.Array, key: jax.Array, numbers: tuple[int, int], window: int | None, soft_cap: float | None
+    ) -> _Way | None:
+        """Return how devices attend, None without a mesh; the blocks' numbers are those of queries and of keys."""
         mesh = self._activations.mesh
-        # The gradients of keys and values are sums over queries, which devices may have a part of each.
-        key, value = key.astype(jnp.float32), value.astype(jnp.float32)
-        segments = self._segment_ids
         if mesh is None:
-            scope = Scope(window, soft_cap, BLOCK)
-            return attention_blocks.attend(query, key, value, segments, segments, jnp.int32(0), scope)
+            return None
         own = self._activations.spec(query, "query", numbers[0])
         keys = self._activations.spec(key, "key", numbers[1])
-        axis = "model"
-        devices = mesh.shape[axis]
-        time, heads, keys_too = (axis in axes_of(each) for each in (own[1], own[2], keys[2]))
+        time, heads, keys_too = (AXIS in axes_of(each) for each in (own[1], own[2], keys[2]))
+        _, length, count, head = query.shape
+        devices = mesh.shape[AXIS]
+        queries = length // devices if time else length
+        size = BLOCK if length >= LONG else next((each for each in SHORT_BLOCKS if queries % each == 0), BLOCK)
+        scope = Scope(window, soft_cap, size, devices if time else 1)
+        kernel = None
+        if mesh.devices.flat[0].platform == "tpu" and attention_splash.expresses(scope, queries, head, query.dtype):
+            kernel = attention_splash.kernel(scope, length, count // devices if heads else count)
         # Keys that are split where queries are not are gathered.
-        keys_too = keys_too and heads
+        return _Way(time, heads, keys_too and heads, scope, kernel)
+
+    def _by_devices(self, way: _Way, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        """Return what each query attends to, block by block: each device for the queries and heads that it has."""
+        mesh, segments, kernel = self._activations.mesh, self._segment_ids, way.kernel
+        # The gradients of keys and values are sums over queries, which devices may have a part of each.
+        key, value = key.astype(jnp.float32), value.astype(jnp.float32)
         ratio = query.shape[2] // key.shape[2]
-        scope = Scope(window, soft_cap, BLOCK, devices if time else 1)
-        kernel = self._kernel(query, scope, devices if heads else 1)
-        split = axis if time else None
+        split = AXIS if way.time else None
 
         def local(
             kernel: Any, query: jax.Array, key: jax.Array, value: jax.Array, own: jax.Array, others: jax.Array
         ) -> jax.Array:
-            device = jax.lax.axis_index(axis)
-            if heads and not keys_too:
+            device = jax.lax.axis_index(AXIS)
+            if way.heads and not way.keys:
                 key, value = (groups_of(each, device, query.shape[2], ratio) for each in (key, value))
             if kernel is not None:
-                return attention_splash.attend(kernel, query, key, value, own, others, scope)
-            part = device if time else jnp.int32(0)
-            return attention_blocks.attend(query, key, value, own, others, part, scope)
+                return attention_splash.attend(kernel, query, key, value, own, others, way.scope)
+            part = device if way.time else jnp.int32(0)
+            return attention_blocks.attend(query, key, value, own, others, part, way.scope)
 
-        of_query = P("batch", split, axis if heads else None, None)
-        of_key = P("batch", None, axis if keys_too else None, None)
+        of_query = P("batch", split, AXIS if way.heads else None, None)
+        of_key = P("batch", None, AXIS if way.keys else None, None)
         of_kernel = P() if kernel is None else attention_splash.kernel_spec(kernel, mesh, split)
         return jax.shard_map(
             local,
@@ -121,16 +138,6 @@ class SelfAttention:
             # Its gradient is written by hand, and JAX sums what all devices have of the keys'.
             check_vma=False,
         )(kernel, query, key, value, segments, segments)
-
-    def _kernel(self, query: jax.Array, scope: Scope, head_parts: int) -> Any:
-        """Return the TPU's kernel of a pass, or None where there is no TPU or the kernel cannot express it."""
-        mesh = self._activations.mesh
-        _, length, heads, head = query.shape
-        if mesh is None or mesh.devices.flat[0].platform != "tpu":
-            return None
-        if not attention_splash.expresses(scope, length // scope.parts, head, query.dtype):
-            return None
-        return attention_splash.kernel(scope, length, heads // head_parts)
 
 
 def groups_of(key: jax.Array, device: jax.Array, heads: int, ratio: int) -> jax.Array:

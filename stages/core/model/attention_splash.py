@@ -77,7 +77,9 @@ def kernel(scope: Scope, length: int, heads: int, interpret: bool = False) -> An
         interpret: run it without a TPU, for tests.
     """
     size = scope.size
-    sizes = splash_attention.BlockSizes(size, size, size, size, size, size, size, size)
+    # Of one block of keys the gradients of queries need no sum, and come from the kernel that has those of the keys.
+    of_queries = () if one_block(scope, length) else (size, size)
+    sizes = splash_attention.BlockSizes(*(size,) * 6, *of_queries, use_fused_bwd_kernel=not of_queries)
     mask = splash_attention.MultiHeadMask([_Band(length, scope.window)] * heads)
     # Kept for the next block of the model, so no part of the program that is being traced.
     with jax.ensure_compile_time_eval():
@@ -89,6 +91,11 @@ def kernel(scope: Scope, length: int, heads: int, interpret: bool = False) -> An
             q_seq_shards=scope.parts,
             interpret=interpret,
         )
+
+
+def one_block(scope: Scope, length: int) -> bool:
+    """Return whether all keys of a sequence are one block, so that one kernel has all gradients."""
+    return scope.size == length
 
 
 def kernel_spec(kernel: Any, mesh: Mesh, axis: str | None) -> Any:
@@ -103,6 +110,8 @@ def attend(
     heads_first = (each.swapaxes(1, 2) for each in (query, key.astype(query.dtype), value.astype(query.dtype)))
     pairs = max(len(list_pairs(query.shape[1], part, scope)) for part in range(scope.parts))
     flops = 2 * pairs * scope.size**2 * query.shape[0] * query.shape[2] * query.shape[3]
+    # Then five products, which the plan takes for the four of the keys' gradients.
+    together = one_block(scope, key.shape[1])
     # Its tree cannot be hashed, as that of an argument would be.
     blocks, tree = jax.tree.flatten(kernel)
 
@@ -120,7 +129,7 @@ def attend(
             return jax.vjp(every, *arrays)
 
     def backward(pull_back: Any, gradient: jax.Array) -> tuple[Any, ...]:
-        with _precision(query.dtype), _counted(flops):
+        with _precision(query.dtype), _counted(flops * 5 // 4 if together else flops):
             return (None, None, None, *pull_back(gradient))
 
     # The kernel has a gradient of its own, which JAX would trace later, where the two are not set.

@@ -243,7 +243,7 @@ def _begin(
     others = frozenset(kind.keys_of for kind in architecture.kinds if kind.keys_of is not None)
     pairs = zip(backbone.transformer_layers, architecture.kinds, strict=True)
     blocks = [_Block(number, *pair) for number, pair in enumerate(pairs)]
-    rotary = Rotary(architecture.kinds, positions, interleaved=architecture.family.interleaved)
+    rotary = Rotary(architecture.kinds, positions)
     return _Pass(blocks, x, parts, others, constrain, projections, rotary, dropout, counted)
 
 

@@ -54,6 +54,8 @@ class Projections:
         self._divides = mesh is not None and mesh.shape["model"] > 1
         self._placed = {placement.weight.path: placement for placement in placements}
         self._again = not keep_gathered
+        # A TPU's compiler would write heads in another order before it takes all dimensions but the last for one.
+        self._by_dimensions = mesh is not None and mesh.devices.flat[0].platform == "tpu"
         self.experts = ExpertBanks(mesh, placements, keep_gathered=keep_gathered)
 
     def columns(self, layers: Sequence[Any], x: jax.Array, dropout: Dropout | None = None) -> list[jax.Array]:
@@ -86,7 +88,7 @@ class Projections:
             x = jax.lax.all_gather(x, "model", axis=1, tiled=True)
             return [
                 base(layer, x, arrays, gathering=gathering)
-                + (widen(layer, narrow[layer.path], arrays) if layer.path in narrow else 0)
+                + (widen(layer, narrow[layer.path], arrays, divided=self._by_dimensions) if layer.path in narrow else 0)
                 for layer, arrays, gathering in each
             ]
 

@@ -102,7 +102,6 @@ class Family:
         arguments: what the backbone takes.
         gates: how many of a block's two gate matrices `intermediate_dim` counts together.
         query_key_norm: whether queries and keys are normalised where no argument says otherwise.
-        interleaved: whether rotary embeddings alternate between the halves of a head, as in the original checkpoints.
         block: the name of a block in Keras' weight files.
         full_every: the last of each group of this many blocks has no sliding window.
         scale_from_one: whether norms multiply by one more than the scale that is stored, but in GGUF files.
@@ -112,7 +111,6 @@ class Family:
     arguments: type[_Common]
     gates: int
     query_key_norm: bool
-    interleaved: bool
     block: str
     full_every: int
     scale_from_one: bool = True
@@ -130,9 +128,9 @@ class Family:
 
 
 FAMILIES = {
-    "GemmaBackbone": Family(_Gemma, 2, False, True, "gemma_decoder_block", 2),
-    "Gemma3Backbone": Family(_Gemma3, 1, True, False, "gemma3_decoder_block", 6),
-    "Gemma4Backbone": Family(_Gemma4, 1, True, False, "gemma4_text_decoder_block", 6, False, True),
+    "GemmaBackbone": Family(_Gemma, 2, False, "gemma_decoder_block", 2),
+    "Gemma3Backbone": Family(_Gemma3, 1, True, "gemma3_decoder_block", 6),
+    "Gemma4Backbone": Family(_Gemma4, 1, True, "gemma4_text_decoder_block", 6, False, True),
 }
 """By the name of the backbone's class."""
 
