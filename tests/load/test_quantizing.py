@@ -161,6 +161,13 @@ def test_groups_of_equal_numbers_and_of_two_far_apart_stay_what_they_are():
     np.testing.assert_allclose(found[:, 2], values[:, 2], rtol=0.05)
 
 
+def test_a_group_whose_range_is_not_finite_is_refused():
+    values = np.full((32, 1), 3e38, "f4")
+    values[::2] *= -1
+    with pytest.raises(StageError, match=r"finite range in each group\. Received: numbers up to 3e\+38"):
+        quantizing.in_groups(values)
+
+
 def test_pieces_of_a_weight_in_groups_are_coded_as_the_whole(monkeypatch):
     values = np.random.default_rng(0).normal(size=(3, 96, 5)).astype("f4")
     whole = quantizing.in_groups(values)

@@ -20,6 +20,7 @@ import keras
 import ml_dtypes
 import numpy as np
 
+from stages.core.common.errors import StageError
 from stages.core.load.lora_kernels import PROJECTIONS
 from stages.core.records.forms import Form
 from stages.core.sharding.keras_internals import (
@@ -126,6 +127,9 @@ def in_groups(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
     Returns:
         int4 of the same shape; bfloat16 (..., inputs / 32, outputs), twice.
+
+    Raises:
+        StageError: numbers are so large that the span of a group is not finite.
     """
     groups = values.reshape(-1, GROUP, values.shape[-1])
     codes = np.empty(groups.shape, ml_dtypes.int4)
@@ -134,10 +138,16 @@ def in_groups(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
     def piece(start: int) -> None:
         part = slice(start, start + step)
-        codes[part], scale[part], offset[part] = _fitted(groups[part])
+        with np.errstate(over="ignore", invalid="ignore"):
+            codes[part], scale[part], offset[part] = _fitted(groups[part])
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
         list(threads.map(piece, range(0, len(groups), step)))
+    if not (np.isfinite(scale.astype(np.float32)).all() and np.isfinite(offset.astype(np.float32)).all()):
+        raise StageError(
+            "The numbers of a weight that is held in 4 bits must have a finite range in each group. Received: "
+            f"numbers up to {np.abs(values).max():.2g}. Set load.dtype: int8, or float32."
+        )
     beside = (*values.shape[:-2], values.shape[-2] // GROUP, values.shape[-1])
     return codes.reshape(values.shape), scale.reshape(beside), offset.reshape(beside)
 
