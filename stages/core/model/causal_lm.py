@@ -24,16 +24,8 @@ from stages.core.model.activations import UNCONSTRAINED, Activations
 from stages.core.model.experts import busiest_share
 from stages.core.model.lora import Dropout
 from stages.core.model.tensor_parallel import Projections
-from stages.core.sharding.compiler_options import options_for
 from stages.core.sharding.hosts import on_every_process, put
-from stages.core.sharding.keras_internals import (
-    compiled_with,
-    embedding_table,
-    layer_table,
-    set_value,
-    table_within,
-    update_metrics,
-)
+from stages.core.sharding.keras_internals import embedding_table, layer_table, set_value, table_within, update_metrics
 from stages.core.sharding.layout import Placement
 
 BUSIEST = "busiest_expert"
@@ -224,11 +216,9 @@ class CausalModel(keras.Model):
         self._place_metrics()
 
     def make_train_function(self, force: bool = False) -> None:
-        """Compile for metrics that lie on the mesh, with the options for its chips."""
+        """Compile for metrics that lie on the mesh."""
         self._place_metrics()
-        mesh = self.head_plan.mesh
-        with compiled_with(None if mesh is None else options_for(mesh.devices.flat[0])):
-            super().make_train_function(force)
+        super().make_train_function(force)
 
     def make_test_function(self, force: bool = False) -> None:
         """Compile for metrics that lie on the mesh."""

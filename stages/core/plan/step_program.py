@@ -24,7 +24,6 @@ from stages.core.load.backbone import build_backbone
 from stages.core.model.causal_lm import make_model
 from stages.core.presets.architecture import Architecture
 from stages.core.records.layout import MeshShape, NamedLayout
-from stages.core.sharding.compiler_options import options_for
 from stages.core.sharding.keras_internals import declared_only, make_metrics
 from stages.core.sharding.layout import Placement, lay_out
 from stages.core.sharding.mesh import arranged
@@ -91,9 +90,8 @@ def lower(request: StepRequest, devices: Sequence[Any]) -> StepProgram:
         [described(each) for each in model.metrics_variables],
     )
     shardings = jax.tree.map(lambda each: each.sharding, state)
-    # As Keras' own make_train_function does with a distribution set, and `CausalModel`'s with the chips' options.
-    options = options_for(devices[0]) if request.path == "ours" else None
-    step = jax.jit(model.train_step, donate_argnums=0, out_shardings=(None, shardings), compiler_options=options)
+    # As Keras' own make_train_function does with a distribution set.
+    step = jax.jit(model.train_step, donate_argnums=0, out_shardings=(None, shardings))
     # The tutorial leaves the precision of float32 products to JAX: on a TPU one bfloat16 pass.
     precise = contextlib.nullcontext() if request.path == "ours" else jax.default_matmul_precision("default")
     with precise:

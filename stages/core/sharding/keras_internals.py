@@ -7,14 +7,12 @@ holds all other modules to public names. (JAX's private names are in program_cac
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import keras
 from keras.src.backend.common import dtypes, global_state
-from keras.src.backend.jax import trainer
 
 
 @contextlib.contextmanager
@@ -127,20 +125,6 @@ def make_metrics(model: keras.Model, data: Any) -> None:
         data: a batch, as arrays or their shapes and dtypes.
     """
     model._symbolic_build(data_batch=jax.tree.map(lambda each: keras.KerasTensor(each.shape, str(each.dtype)), data))
-
-
-@contextlib.contextmanager
-def compiled_with(options: Mapping[str, str] | None) -> Iterator[None]:
-    """Within this block a model makes functions that are compiled with these options of XLA's, None: none.
-
-    Keras passes nothing on to `jax.jit`.
-    """
-    own = trainer.jit
-    trainer.jit = functools.partial(own, compiler_options=dict(options)) if options else own
-    try:
-        yield
-    finally:
-        trainer.jit = own
 
 
 def update_metrics(
