@@ -59,15 +59,15 @@ def resumed(one_block, monkeypatch, folder, **options):
     return result, weights
 
 
-def test_a_full_state_goes_on_to_the_same_bytes(interrupted, presets, monkeypatch):
+def test_a_full_state_goes_on_to_the_same_bytes(interrupted, one_block, monkeypatch):
     folder, _, whole = interrupted
-    _, weights = resumed(presets, monkeypatch, folder, shape=(2, 4), layout=OVER_BATCH)
+    _, weights = resumed(one_block, monkeypatch, folder, shape=(2, 4), layout=OVER_BATCH)
     assert distance(weights, whole) == 0.0
 
 
-def test_it_goes_on_on_another_mesh_to_float32_rounding(interrupted, presets, monkeypatch):
+def test_it_goes_on_on_another_mesh_to_float32_rounding(interrupted, one_block, monkeypatch):
     folder, result, whole = interrupted
-    found, weights = resumed(presets, monkeypatch, folder, shape=(1, 8))
+    found, weights = resumed(one_block, monkeypatch, folder, shape=(1, 8))
     assert found.history.rows[-1].loss == pytest.approx(result.history.rows[-1].loss, rel=1e-5)
     assert distance(weights, whole) < 1e-5
 

@@ -104,8 +104,8 @@ def test_samples_are_taken_on_the_way_and_change_nothing(one_block, plain):
     assert all(len(tokenizer.encode(sample.text)) <= 5 for sample in result.history.samples)
 
 
-def test_sampling_again_compiles_nothing_and_sees_the_new_weights(one_block):
-    model = load_tiny(one_block, (1, 2), rank=2)
+def test_sampling_again_compiles_nothing_and_sees_the_new_weights(presets):
+    model = load_tiny(presets["gemma3"], (1, 2), rank=2)
     causal = make_model(model.backbone, model.jax_mesh, model.placements)
     sampler, settings = Sampler(causal), SamplerSettings(8, stop_ids=(1,))
     first = sampler([[2, 100, 101]], settings)
