@@ -112,7 +112,7 @@ def bank() -> tuple[jax.Array, Choice, list[jax.Array]]:
 
 
 def ragged(y, choice, *matrices, **part):
-    return experts.mix(y, choice, [Matrix(each, None) for each in matrices], (True,) * 3, **part)
+    return experts.mix(y, choice, [Matrix(each, None, None) for each in matrices], (True,) * 3, **part)
 
 
 def test_ragged_products_are_those_of_the_dense_form_in_value_and_gradient(bank):

@@ -28,7 +28,7 @@ def compiled(name: str, dtype, trained: bool = False):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
 
     def both(x, w, scale, of_row, sizes, gradient):
-        y, back = jax.vjp(lambda x, w: ragged(trained, USEFUL, x, w, scale, of_row, sizes), x, w)
+        y, back = jax.vjp(lambda x, w: ragged(trained, USEFUL, x, w, scale, None, of_row, sizes), x, w)
         return y, back(gradient)[: 2 if trained else 1]
 
     scale = of(EXPERTS, 1, OUTPUTS, dtype=jnp.float32) if dtype == jnp.int8 else None
