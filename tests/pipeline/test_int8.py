@@ -136,5 +136,5 @@ def test_load_tells_codes_of_4_and_of_8_bits_apart(folder, monkeypatch):
     assert done.exit_code == 0, done.output
     line = next(line for line in done.output.splitlines() if line.startswith("Weights in all: "))
     # Of two blocks queries, keys and the first two matrices of each feed-forward, and their scales and offsets.
-    numbers = 2 * (4 * 64 * 16 + 2 * 64 * 16 + 2 * 64 * 128)
+    numbers = 2 * (4 * 64 * 16 + 2 * 64 * 16 + 2 * 64 * 64)
     assert f"codes of 4 bits {numbers // 2:,}, their scales" in line
