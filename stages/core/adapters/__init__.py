@@ -1,3 +1,3 @@
-"""Adapters that come back: in PEFT's form or this project's, put on the base to measure, or to go on training.
+"""Adapters that come back: in PEFT's form or this project's, put on the base to measure, or to continue training.
 Imports `load`, `presets`, `records`, `common` and `files`.
 """

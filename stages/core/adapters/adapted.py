@@ -28,7 +28,7 @@ def open_variant(
     """Put a variant on the devices.
 
     Args:
-        paths: where things lie.
+        paths: of inputs and outputs.
         name: baseline, tuned, or a key of `adapters`.
         adapters: folders by name, as the setting `variants` has them.
         preset: from `open_preset`.
@@ -67,7 +67,7 @@ def load_adapted(paths: Paths, folder: Path, preset: Preset, *, trying: bool = F
     they are what is quantized.
 
     Args:
-        paths: where things lie.
+        paths: of inputs and outputs.
         folder: from `adapter_folder`.
         preset: from `open_preset`.
         trying: as for `load_variant`.

@@ -1,7 +1,7 @@
 """Whether an adapter in PEFT's form names the base that it is put on.
 
-Purpose: a base and its instruct version have the same shapes, so that only the name tells an adapter of the one from
-one of the other; and on the wrong one it still writes text.
+Purpose: a base and its instruct version have the same shapes, so that only the name distinguishes an adapter of
+the one from one of the other; and on the wrong one it still writes text.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ GEMMA = re.compile(
 
 
 def check_base(named: str | None, manifest: Manifest, folder: Path) -> None:
-    """Refuse an adapter that was made for another Gemma; a base that has no such name cannot be told apart.
+    """Refuse an adapter that was made for another Gemma; a base without such a name cannot be distinguished.
 
     Args:
         named: what the adapter calls its base, None where it does not.

@@ -77,7 +77,7 @@ def keras_kernels(adapter: PeftAdapter, rank: int, scale: float) -> dict[str, np
 
 
 def _one_block(lora: Lora, heads: int, rank: int) -> np.ndarray:
-    """Return the block (outputs / heads, rank) that stands once a head on the diagonal of B.
+    """Return the block (outputs / heads, rank) that is repeated for each head on the diagonal of B.
 
     Raises:
         StageError: B is not of this form.

@@ -1,4 +1,4 @@
-"""The adapter that a training run goes on from (`finetune.start_from`): one of this project's, or one in PEFT's form.
+"""The adapter that a training run continues (`finetune.start_from`): one of this project's, or one in PEFT's form.
 
 Reads: the user's folder, with `adapter.safetensors` (as in `models/tuned`) or PEFT's two files.
 """

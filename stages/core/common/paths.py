@@ -102,7 +102,7 @@ def inputs_of(
     The baseline's `model.json` is not among them: the first process shares it with the others.
 
     Args:
-        paths: where things lie.
+        paths: of inputs and outputs.
         stage: load, finetune, generate or evaluate.
         variant: of generate and evaluate; None: tuned.
         adapters: the setting `variants`.

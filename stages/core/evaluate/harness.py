@@ -55,7 +55,7 @@ def load_tasks(names: Sequence[str | dict[str, Any]]) -> Callable[..., dict[str,
         )
     try:
         loaded = manager.load(list(names))
-    # Whatever a task's own code and the libraries raise that bring its data.
+    # Whatever a task's own code and the libraries that download its data raise.
     except Exception as error:
         raise StageError(
             f"The tasks' data must be at hand, or to be had from their hub. Received: {type(error).__name__}: "

@@ -33,7 +33,7 @@ def open_harness(tasks: Sequence[str]) -> Harness | None:
             f"For tasks of the lm-evaluation-harness the package {PACKAGE} must be installed. Received: evaluate.tasks="
             f"{shown_list(tasks)}\nRun `pip install -r requirements-tasks.txt`, or take these out of evaluate.tasks."
         )
-    # It reads the environment when it is imported, as the libraries do that it stands on.
+    # It reads the environment when it is imported, as the libraries that it uses do.
     from stages.core.evaluate.harness import load_tasks
 
     return load_tasks(names)

@@ -50,7 +50,7 @@ def read_facts(paths: Paths, finetune: Finetune, source: str) -> Facts:
     """Read what the stages before have measured.
 
     Args:
-        paths: where the files lie.
+        paths: of inputs and outputs.
         finetune: the settings of the training.
         source: `prepare.source`.
 

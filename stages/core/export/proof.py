@@ -73,7 +73,7 @@ def text_ids(tokenizer: Tokenizer, architecture: Architecture, text: str = TEXT)
 
 
 def again(ids: list[int], length: int) -> list[int]:
-    """Return so many ids: BOS, which is the first one, then the others over and over."""
+    """Return this number of ids: BOS, which is the first one, then the others over and over."""
     return [ids[0], *(ids[1:] * (length // (len(ids) - 1) + 1))[: length - 1]]
 
 

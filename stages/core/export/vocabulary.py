@@ -58,7 +58,7 @@ def sentencepiece_model(preset: Preset) -> Any:
 
 @functools.lru_cache(maxsize=1)
 def _own_model(folder: Path, form: str, names: frozenset[str], fingerprint: str) -> bytes:
-    """Return the SentencePiece model of a preset's files, whose content the fingerprint stands for: read once."""
+    """Return the SentencePiece model of a preset's files, identified by the fingerprint: read once."""
     if form == "gguf":
         return gguf_tokenizer.tokenizer_proto(gguf_file.only_file(folder))
     if form == "keras":

@@ -26,7 +26,7 @@ HEALTH = License(
     "Health AI Developer Foundations Terms of Use",
     "https://developers.google.com/health-ai-developer-foundations/terms",
 )
-# What is known where the terms could not be read: where they stand.
+# What is known where the terms could not be read: where they are published.
 CELL2SENTENCE = License("terms on the model's page", "https://www.kaggle.com/models/keras/cell2sentence")
 
 

@@ -84,7 +84,7 @@ def check_room(folder: Path, needed: int, purpose: str, remedy: str = MAKE_ROOM)
     """Stop before a download that would fill the disk.
 
     Args:
-        folder: where the files will lie; it may not exist yet.
+        folder: where the files will be; it may not exist yet.
         needed: bytes that will be written.
         purpose: what for, to follow "for".
         remedy: what to do, one line.

@@ -220,7 +220,7 @@ def differs(folder: Path, file: RepoSibling) -> str | None:
     if not path.is_file():
         return "expected a file. Received: no such file"
     content = path.read_bytes()
-    # Small files lie in git itself, which names a file by the SHA-1 of a header and its bytes.
+    # Small files are in git itself, which names a file by the SHA-1 of a header and its bytes.
     digest = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
     return None if digest == file.blob_id else f"expected git object {file.blob_id}. Received: {digest}"
 

@@ -71,7 +71,7 @@ class FitSetup:
 class TrainingCallback(keras.callbacks.Callback):
     """After each step: record, check, validate, sample, save a checkpoint, stop, in this order.
 
-    It may be told of a step's end when later ones have begun (`late_logs.LateLogs`), unless something `is_due`.
+    It may be called for a step's end when later steps have begun (`late_logs.LateLogs`), unless something `is_due`.
     """
 
     def __init__(self, setup: FitSetup, history: History, interruption: Interruption, state: RunState) -> None:
@@ -90,7 +90,7 @@ class TrainingCallback(keras.callbacks.Callback):
         self._setup = setup
         self._interruption = interruption
         self._first_step: int | None = None
-        # When each step in flight began, and when the last one's end was told.
+        # When each step in flight began, and when it was last called for an end.
         self._began: deque[float] = deque()
         self._told = 0.0
         self._profile = StepProfile(setup.profile)
@@ -193,7 +193,7 @@ class TrainingCallback(keras.callbacks.Callback):
         if setup.sample and setup.settings.sample_every and step % setup.settings.sample_every == 0:
             self._sample(setup.sample, step)
         if setup.show_curve and time.monotonic() - self._curve_shown >= CURVE_SECONDS:
-            # It is written at the end too, which tells of an error.
+            # It is written at the end too, where an error is reported.
             with contextlib.suppress(OSError):
                 setup.show_curve(history.rows)
             self._curve_shown = time.monotonic()
@@ -281,7 +281,7 @@ class TrainingCallback(keras.callbacks.Callback):
         return saved
 
     def _check_saved(self) -> None:
-        """Stop if NaN or Inf was found in what was to be saved, which is looked at while steps go on."""
+        """Stop if NaN or Inf was found in what was to be saved, which is checked during the next steps."""
         store = self._setup.store
         if store is not None and store.not_finite is not None:
             step, name = store.not_finite

@@ -1,7 +1,7 @@
 """The fingerprint that identifies a training run, and what changed since a run that cannot be resumed.
 
 Purpose: a run may resume only from a checkpoint of the very same run: same settings, data, base, code and packages.
-Mesh, layout and the number of processes are no part of it: on others a run goes on the same to float32 rounding.
+Mesh, layout and the number of processes are no part of it: on others a run resumes equal to float32 rounding.
 Writes: `<cache folder>/checkpoints/<fingerprint>/run.json`, which holds the parts.
 """
 

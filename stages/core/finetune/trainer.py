@@ -111,7 +111,7 @@ def checkpoints(
         config: the baseline's `model.json`.
         platform: of the devices: cpu, tpu or gpu.
         settings: the training settings.
-        start_from: the folder of the adapter that the run goes on from.
+        start_from: the folder of the adapter that the run continues.
     """
     if settings.checkpoint_every is None:
         return None

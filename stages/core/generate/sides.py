@@ -63,7 +63,7 @@ def open_sides(
     """Load variants and make them ready.
 
     Args:
-        paths: where things lie.
+        paths: of inputs and outputs.
         preset: from `open_preset`.
         tokenizer: of the preset.
         names: of the variants.

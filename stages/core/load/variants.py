@@ -127,7 +127,7 @@ def load_variant(
     """Put a variant's weights on the devices, straight from the files into their shards.
 
     Args:
-        paths: where things lie.
+        paths: of inputs and outputs.
         variant: baseline or tuned.
         preset: from `open_preset`.
         trying: on one device where those of the mesh would be simulated, see `for_trying`.

@@ -1,4 +1,4 @@
-"""Where activations lie on the mesh, by their role."""
+"""How activations are sharded over the mesh, by their role."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Activations:
     """
 
     def __init__(self, mesh: Mesh | None = None, placements: Sequence[Placement] = ()) -> None:
-        """Take the mesh and where the weights lie."""
+        """Take the mesh and the placements of the weights."""
         self.mesh = mesh
         specs = {placement.weight.path: placement.used for placement in placements}
 
@@ -54,7 +54,7 @@ class Activations:
         self._roles = roles
 
     def __call__(self, array: jax.Array, role: str, block: int = 0) -> jax.Array:
-        """Return the activation of a role, and of its block if it has one, where it is to lie."""
+        """Return the activation of a role, and of its block if it has one, with its sharding."""
         if self.mesh is None:
             return array
         return jax.lax.with_sharding_constraint(array, NamedSharding(self.mesh, self.spec(array, role, block)))

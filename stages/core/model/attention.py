@@ -1,8 +1,8 @@
 """Attention of a sequence's tokens to each other: plain, or by blocks where the sequence is long or a TPU's kernel can.
 
 Purpose: the one place that decides how. Plain, the logits (batch, heads, length, length) are stored, which is fastest
-for short sequences but on a TPU, whose kernel (`attention_splash`) keeps them in the chip; by blocks
-(`attention_blocks`) no array grows with the square of the length, a mask neither.
+for short sequences, except on a TPU, whose kernel (`attention_splash`) keeps them on the chip. By blocks
+(`attention_blocks`), no array grows with the square of the length, not even a mask.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class SelfAttention:
 
         Args:
             segment_ids: int32 (batch, length), not negative; padding has a number of its own (0).
-            activations: where queries and keys lie.
+            activations: how queries and keys are sharded.
         """
         length = segment_ids.shape[1]
         self._segment_ids, self._activations = segment_ids, activations
@@ -150,7 +150,7 @@ def groups_of(key: jax.Array, device: jax.Array, heads: int, ratio: int) -> jax.
         ratio: heads of queries that share a group.
 
     Returns:
-        (batch, keys, n, head); where the heads do not make whole groups or lie in one, one for each head.
+        (batch, keys, n, head); where the heads do not make whole groups or are within one, one for each head.
     """
     if heads % ratio and ratio % heads:
         return jnp.take(key, (device * heads + jnp.arange(heads)) // ratio, axis=2)

@@ -146,6 +146,6 @@ def _precision(dtype: Any) -> contextlib.AbstractContextManager[Any]:
 def _counted(flops: int) -> contextlib.AbstractContextManager[Any]:
     """Write the flops of one product of queries and keys into the program, where the plan reads them.
 
-    A kernel is opaque to XLA, and JAX's own tells no costs (`stages.core.plan.program_costs`).
+    A kernel is opaque to XLA, and JAX's own states no costs (`stages.core.plan.program_costs`).
     """
     return jax.named_scope(f"kernel_product_flops_{flops}")

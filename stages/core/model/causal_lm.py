@@ -216,12 +216,12 @@ class CausalModel(keras.Model):
         self._place_metrics()
 
     def make_train_function(self, force: bool = False) -> None:
-        """Compile for metrics that lie on the mesh."""
+        """Compile for metrics that are on the mesh."""
         self._place_metrics()
         super().make_train_function(force)
 
     def make_test_function(self, force: bool = False) -> None:
-        """Compile for metrics that lie on the mesh."""
+        """Compile for metrics that are on the mesh."""
         self._place_metrics()
         super().make_test_function(force)
 
@@ -261,7 +261,7 @@ def make_model(
     Args:
         backbone: with its adapter if it has one; loaded, or declared only if nothing but its shapes is wanted.
         mesh: the JAX mesh, of real, simulated or described devices.
-        placements: where its weights lie.
+        placements: of its weights.
         rematerialize: in training keep only each block's input and compute the block again in the backward pass.
         dropout: share of what goes into an adapter that is dropped in training (0.0 to below 1.0).
         seed: of the dropout.

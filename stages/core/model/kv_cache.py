@@ -1,8 +1,9 @@
 """The keys and values that one block keeps of a row's tokens, and attention of one new token to them.
 
 Purpose: a token costs what reading the cache costs. The layout, heads before tokens, is the one in which both products
-take keys and values as they lie; a cache with a sliding window has no place for what no later token can attend to. A
-new token is not in the cache yet while it attends: what is written first and read then, XLA on the CPU makes twice.
+take keys and values in their own order; a cache with a sliding window has no place for what no later token can attend
+to. A new token is not in the cache yet while it attends: what is written first and read then, XLA on the CPU makes
+twice.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ def look_up(backbone: keras.Model, token_ids: jax.Array, plan: tied_table.HeadPl
     Args:
         backbone: a Gemma's, with its weights.
         token_ids: int32 (batch, length).
-        plan: the head's; its `of_blocks` says where the table lies.
+        plan: the head's; its `of_blocks` has the table's sharding.
 
     Returns:
         (batch, length, blocks x P) in the compute dtype, split over time where hidden states are.

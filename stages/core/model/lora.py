@@ -126,9 +126,9 @@ def _base_of_codes(layer: Any, divided: bool, x: jax.Array, arrays: dict[str, ja
 
 
 def _of_one_token(layer: Any, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Return x W for one token a row, without a gradient of W, as products that take W as it lies.
+    """Return x W for one token a row, without a gradient of W, as products that take W in its own order.
 
-    From the equation as it stands XLA on the CPU copies W with its dimensions in another order, for every token.
+    From the equation itself, XLA on the CPU copies W with its dimensions in another order, for every token.
     """
     rows = x.reshape(x.shape[0], -1)
     if kernel.ndim == 2 or x.ndim == 4:

@@ -120,7 +120,7 @@ def _by_kernel(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
 
 
 def _by_kernel_back(gradient: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
-    # Not contracted with the matrices as they are: XLA would drop the name that tells the flops.
+    # Not contracted with the matrices as they are: XLA would drop the name that contains the flops.
     return _by_kernel(gradient, jnp.swapaxes(w, 1, 2), sizes)
 
 
@@ -155,7 +155,7 @@ def _precision(x: jax.Array) -> jax.lax.Precision | None:
 
 
 def _counted(flops: int) -> Any:
-    """Name a product by its flops, which are all that a compiled program tells of the kernel; `plan` reads them."""
+    """Name a product by its flops, the only cost of the kernel that a compiled program contains; `plan` reads them."""
     return jax.named_scope(f"ragged_product_flops_{flops}")
 
 

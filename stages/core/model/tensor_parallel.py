@@ -46,7 +46,7 @@ class Projections:
 
         Args:
             mesh: of the devices.
-            placements: where the weights lie.
+            placements: of the weights.
             keep_gathered: keep a kernel that was gathered over the batch axis for the backward pass, where the whole
                 block is computed again just before.
         """
@@ -145,7 +145,7 @@ class Projections:
         return apply(layer, x, arrays, dropout, divided=self._divides)
 
     def _placements_of(self, layer: Any) -> dict[str, Placement]:
-        """Return where a layer's arrays lie, by their names."""
+        """Return the specs of a layer's arrays, by their names."""
         paths = {name: f"{layer.path}/{name}" for name in KERNELS}
         return {name: self._placed[path] for name, path in paths.items() if path in self._placed}
 

@@ -15,7 +15,7 @@ class Chip:
     Attributes:
         flops: bfloat16 matrix operations per second. On a TPU a product of float32 numbers runs through the same units
             six times (`program_costs.ProgramCosts.pass_flops`).
-        memory_bytes: of its main memory; for a GPU what CUDA tells a program, which is less than the name says.
+        memory_bytes: of its main memory; for a GPU what CUDA reports to a program, which is less than the name says.
         memory_rate: bytes per second from and to it.
         link_rate: bytes per second that the chip can send over all its links together, one way.
         source: of these figures.

@@ -86,7 +86,7 @@ class StepCost(Record):
         pass_flops, float32_flops, hbm_traffic_bytes, interconnect_bytes: see `program_costs.ProgramCosts`.
         largest: where it does not fit and the compiler lists no buffers, those of two blocks.
         bound: lower bound of the step time; None for CPU devices.
-        step_time: estimate of it, by what it is spent on; None where the compiler tells none.
+        step_time: estimate of it, by what it is spent on; None where the compiler has none.
     """
 
     devices: int

@@ -2,7 +2,7 @@
 and the latest, LoRA alone, on the fewest chips of each kind, in bfloat16 and in int8.
 
 Purpose: `python -m stages.plan --presets docs/planning.md` rewrites them between two marks. Like the search it uses
-small programs, so each preset takes minutes, not an hour. Results are cached, so that a run that was stopped goes on.
+small programs, so each preset takes minutes, not an hour. Results are cached, so that a stopped run resumes.
 """
 
 from __future__ import annotations

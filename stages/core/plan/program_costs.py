@@ -41,7 +41,7 @@ FREE = frozenset(
 _LIBRARY = re.compile(r'custom_call_target="__cublas.*?"lhs_contracting_dimensions":\[([^\]]*)\]')
 # A kernel of model/attention_splash.py: the flops of one product of its queries and keys, and which kernel it is.
 _KERNEL = re.compile(r"kernel_product_flops_(\d+).*splash_\w*?_(fwd|dq|dkv)_")
-# A TPU's kernel for a product of model/experts.py, which tells its flops.
+# A TPU's kernel for a product of model/experts.py, whose name contains its flops.
 _RAGGED = re.compile(r'custom_call_target="tpu_custom_call".*ragged_product_flops_(\d+)')
 # Products of that size in each: of queries and keys, of weights and values; and with the gradient, of each of the four.
 KERNEL_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}

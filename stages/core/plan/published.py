@@ -69,7 +69,7 @@ ON_V3: dict[str, Any] = {
 ON_V3 |= {"preset": "gemma_7b_en", "batch_size": 2, "lora_targets": ["query", "value"], "rematerialize": False}
 COOKBOOK = "https://github.com/google-gemini/gemma-cookbook/blob/main"
 PUBLISHED = (
-    # 358 s for 2,000 steps, "163ms/step". Its printed shardings tell the layout that ran; its code has another.
+    # 358 s for 2,000 steps, "163ms/step". Its printed shardings show the layout that ran; its code has another.
     Published(
         "Gemma 7B, LoRA 4, 2 x 128, float32, the tutorial's step, the layout that its output shows",
         "https://ai.google.dev/gemma/docs/core/distributed_tuning",

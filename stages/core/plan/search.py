@@ -2,9 +2,9 @@
 
 A full compilation of a 7B takes a minute or two, and a search needs dozens. All blocks are alike (Gemma 3's repeat
 every six, their shapes do not differ), so memory, flops and bytes are a constant plus a slope per block: two small
-programs give both. Gemma 4's shapes repeat every six blocks, so its programs are of six and of twelve; its
-sizes in which blocks share keys and values are compiled whole. The arguments need no compiler at all. The best
-candidates are then compiled whole, and every figure says which of the two it is.
+programs give both. Gemma 4's shapes repeat every six blocks, so its programs are of six and of twelve; its sizes in
+which blocks share keys and values are compiled whole. The arguments need no compiler at all. The best candidates are
+then compiled whole, and every figure says which of the two it is.
 """
 
 from __future__ import annotations

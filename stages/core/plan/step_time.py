@@ -13,7 +13,7 @@ scheduled, so its instructions run in their order:
     products at the peak
 
 Not in it: the host's part of a step, congestion between collectives, clocks below the nominal one. How far off that is,
-docs/planning.md tells beside published measurements.
+docs/planning.md compares with published measurements.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ GLOBAL_ROPE_WAVELENGTH = 1.0e6
 
 TABLE = "token_embd.weight"
 BLOCKS_OF_27B = {"gemma2": 46, "gemma3": 62}
-"""By its number of blocks llama.cpp tells the 27B of a family, which scales queries by hidden size / heads; no key of
-the file says so. All others scale them by the size of a head."""
+"""By its number of blocks llama.cpp recognizes the 27B of a family, which scales queries by hidden size / heads; no key
+of the file says so. All others scale them by the size of a head."""
 
 
 def read_architecture(folder: Path) -> Architecture:

@@ -172,7 +172,7 @@ class KerasWeights:
 
 
 def _own(file: Any, name: str) -> Any:
-    """Return a dataset of a file, whose bytes lie in that very file: HDF5 could have them read from any other.
+    """Return a dataset of a file, whose bytes are in that very file: HDF5 could have them read from any other.
 
     Raises:
         StageError: it is a link or a view of another file.

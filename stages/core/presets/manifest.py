@@ -1,4 +1,4 @@
-"""The preset manifest: which files a preset consists of, where they lie, and the check that they are unaltered.
+"""The preset manifest: which files a preset consists of, where they are, and the check that they are unaltered.
 
 Purpose: the weights stay outside DVC, in the cache folder or the user's own; the manifest pins them by size and
 SHA-256, so every stage can verify the files that it reads.

@@ -29,7 +29,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BYTES_AN_OPENING = 1 << 26
 LARGEST_HEADER = 25_000_000
 """Bytes; the format allows 100 MB, and those of the largest Gemma have about 100,000."""
-# Where the text tower's tensors lie, by what their names begin with; transformers has changed this over the years.
+# Where the text tower's tensors are, by what their names begin with; transformers has changed this over the years.
 PREFIXES = ("model.", "", "model.language_model.", "language_model.model.")
 
 
@@ -298,7 +298,7 @@ class SafetensorsWeights:
         if kind.startswith("experts"):
             before = shape[2] if kind == "experts_up" else 0
             return stored[cuts[0], before + cuts[2].start : before + cuts[2].stop, cuts[1]].transpose(0, 2, 1)
-        # A head's rows (or columns) lie together in a matrix of PyTorch's order, outputs x inputs.
+        # A head's rows (or columns) are together in a matrix of PyTorch's order, outputs x inputs.
         heads = range(cuts[0].start, cuts[0].stop)
         if kind == "heads_out":
             size, within, hidden = shape[2], cuts[2], cuts[1]

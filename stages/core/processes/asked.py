@@ -75,7 +75,7 @@ def asked(environment: Mapping[str, str], tpu_workers: Callable[[], int] = lambd
 
 
 def must_be_joined(environment: Mapping[str, str]) -> None:
-    """Refuse a process that `mesh.launcher` started and that nothing tells of the others: each would run alone.
+    """Refuse a process that `mesh.launcher` started and that does not find the others: each would run alone.
 
     Raises:
         StageError: it is such a process, and no launcher says that it is the only one.

@@ -1,6 +1,6 @@
 """The processes of this run as the rest of the code sees them: one alone, unless some have joined.
 
-Purpose: what asks "is this the first process?" or tells how far it is needs neither JAX nor a network.
+Purpose: what asks "is this the first process?" or reports how far it is needs neither JAX nor a network.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Group:
 
         Args:
             topic: what it is about: each process reports once on it.
-            content: what is told.
+            content: of the report.
         """
         self.inbox.put(self.index, topic, content)
 

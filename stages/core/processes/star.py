@@ -60,7 +60,7 @@ class Star(Group, abc.ABC):
         self._begun, self._what, self._since, self._limit = self._begun + 1, what, time.monotonic(), limit
 
     def state(self) -> dict[str, Any]:
-        """Return how far this process is, as its beats tell."""
+        """Return how far this process is, as its beats report."""
         return {
             "begun": self._begun,
             "what": self._what,
@@ -273,7 +273,7 @@ class Member(Star):
         self._wire, self._first = wire, first
 
     def start(self) -> None:
-        """Begin to listen and to tell."""
+        """Begin to listen and to report."""
         _thread(self._listen)
         _thread(self._beat)
 

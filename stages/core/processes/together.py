@@ -97,7 +97,7 @@ def joined(timeout: float, facts: Callable[[], Mapping[str, str]]) -> Iterator[N
 
 @contextlib.contextmanager
 def _told(star: Star) -> Iterator[None]:
-    """Within the block an exception is told to all, which then end."""
+    """Within the block an exception is reported to all processes, which then end."""
     try:
         yield
     except StageError as error:

@@ -93,7 +93,7 @@ def write_curve(path: Path, steps: Iterable[Step]) -> None:
 
 
 def live_curve(path: Path) -> Callable[[list[Step]], None] | None:
-    """Return what writes the steps while a run goes on; None where a file is already.
+    """Return what writes the steps during a run; None where a file is already.
 
     A run that fails leaves what an earlier one wrote; DVC takes that away before it begins.
     """

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# The types of codes, and how a person is told of each.
+# The types of codes, and what messages call each.
 CODES = {"int8": "8 bits", "int4": "4 bits"}
 
 

@@ -42,7 +42,7 @@ class RunKey(Record):
 
 
 def rules_of(layout: NamedLayout) -> list[tuple[str, list[Any]]] | None:
-    """Return the rules of a layout that its name does not tell, as `RunKey` has them; None for a named one."""
+    """Return the rules of a layout that its name does not imply, as `RunKey` has them; None for a named one."""
     if layout.name != "rules":
         return None
     return [

@@ -1,4 +1,4 @@
-"""A run beside its plan: the figures that both tell, for the messages of `finetune` and for the report."""
+"""A run compared with its plan: the figures that both have, for the messages of `finetune` and for the report."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stages.core.records.plan import PlanFile, RunKey, Target
 class Beside:
     """One figure planned and measured, in bytes or seconds.
 
-    `at_least`: the plan tells no more than that it takes at least that.
+    `at_least`: the plan has only a lower bound.
     """
 
     what: str

@@ -29,7 +29,7 @@ from stages.core.report.text import NONE, quantity, signed
 PARAMS = "params.yaml"
 FILES = (PARAMS, SUMMARY, metrics("compare"), CURVE, generated("tuned"))
 WORKSPACE = "workspace"
-# How each figure of data/run.json is called, and the key that tells its unit.
+# How each figure of data/run.json is called, and the key that has its unit.
 FIGURES = {
     "perplexity": ("Perplexity", "perplexity"),
     "loss": ("Loss, nats per token", "loss"),

@@ -63,7 +63,7 @@ def read_inputs(paths: Paths, others: Iterable[str] = ()) -> Inputs:
     """Read every output of the pipeline.
 
     Args:
-        paths: where they lie.
+        paths: of inputs and outputs.
         others: variants beyond the pipeline's own.
 
     Raises:

@@ -107,7 +107,7 @@ def _bar(sizes: Mapping[str, int | None], needed: int | None, memory: int) -> li
 
 
 def _beside(plan: PlanFile, run: RunKey, platform: str, measured: FinetuneMetrics | None) -> list[Beside]:
-    """Return the figures of this run that its plan tells too."""
+    """Return the figures of this run that its plan has too."""
     if measured is None:
         return []
     return [each for target in targets_of(plan, run, platform, measured) for each in beside(target, measured)]

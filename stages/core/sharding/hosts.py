@@ -40,7 +40,7 @@ def check_split(mesh: MeshShape, count: int) -> int:
 
 
 def held_rows(rows: int, mesh: MeshShape) -> slice:
-    """Return which rows of a batch lie on this process's devices; all of them where it is alone.
+    """Return which rows of a batch are on this process's devices; all of them where it is alone.
 
     Args:
         rows: of the whole batch, a multiple of the mesh's batch axis.
@@ -88,7 +88,7 @@ def from_first(value: np.ndarray | None, shape: tuple[int, ...], dtype: Any) -> 
     own = np.zeros(shape, dtype) if value is None else np.asarray(value, dtype)
     if own.shape != tuple(shape):
         raise ValueError(f"the value must have the shape {shape}, not {own.shape}")
-    # As whole numbers, whose sum with zeros is the number itself, whatever it stands for.
+    # As whole numbers, whose sum with zeros is the number itself, whatever it represents.
     bits = own.reshape(-1).view(f"uint{8 * own.dtype.itemsize}")
     found = np.asarray(multihost_utils.broadcast_one_to_all(bits, is_source=current().first))
     return found.astype(bits.dtype, copy=False).view(own.dtype).reshape(shape)

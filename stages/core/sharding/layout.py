@@ -183,7 +183,7 @@ def lay_out_slot(layout: NamedLayout, slot: Weight, owner: Placement, mesh: Mesh
 def split_over_batch(placement: Placement, mesh: MeshShape) -> Placement:
     """Return a placement that is split over the batch axis too, in the dimension in which that is cheapest to gather.
 
-    Not the last dimension if another divides: its numbers lie in rows of 128 on a TPU, which gathering would cut. A
+    Not the last dimension if another divides: its numbers are in rows of 128 on a TPU, which gathering would cut. A
     dimension that no axis splits comes before one that the model axis splits, and a longer one before a shorter.
     Weights of one dimension (norm scales, of a few kilobytes) and those that nothing divides stay as they are, as does
     what a rule of the user splits over the batch axis already.

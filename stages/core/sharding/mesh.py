@@ -54,7 +54,7 @@ def group_of(device: Any) -> int:
     """Return the number of the fast network that a device is on.
 
     JAX calls it a slice: of TPUs one that is wired together, of GPUs a host. Simulated devices have none: there a
-    process stands for a host.
+    process represents a host.
     """
     return int(device.process_index if device.platform == "cpu" else getattr(device, "slice_index", None) or 0)
 

@@ -167,7 +167,7 @@ class ChatTemplate:
         return [[*ids, self.end] for ids in self._encode([text.strip() for text in texts])]
 
     def answered(self, prompt: Sequence[int], answer: Sequence[int]) -> list[int]:
-        """Return a prompt with the answer that the model gave it, to go on from; thoughts are left out, as in Gemma's.
+        """Return a prompt with the answer that the model gave it, to continue; thoughts are left out, as in Gemma's.
 
         Args:
             prompt: as of `prompts`, or with earlier turns before it.
