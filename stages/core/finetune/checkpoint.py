@@ -10,7 +10,8 @@ and next to these folders run.json (see `fingerprint`).
 
 At a step's boundary a process copies the parts that it writes to the host, and a thread writes them during the next
 steps, into a folder with a name that is not looked for. Each reports its digest to the first process, which adds the
-rest and renames the folder. Where the processes share no folder, the first gathers all at the boundary and writes alone.
+rest and renames the folder. Where the processes share no folder, the first gathers all at the boundary and writes
+alone.
 
 Why not Orbax: it keeps no digest, so a damaged checkpoint is found when it is half restored, if ever; it goes over to
 another folder by barriers of JAX's own, in which processes would wait for one whose disk is full; and it adds a dozen
