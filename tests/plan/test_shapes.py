@@ -54,16 +54,14 @@ def test_the_parameter_count_of_every_preset_is_the_registrys(devices, preset):
 
 
 @pytest.mark.parametrize("preset", GEMMAS)
-def test_small_programs_add_up_to_the_blocks_of_the_model(preset):
+def test_small_programs_have_blocks_of_all_shapes(preset):
     whole = architecture(preset)
-    programs, count = small_programs(whole), whole.config["num_layers"]
-    if preset in ("gemma4_2b", "gemma4_4b"):
-        assert programs == [(None, 0.0)], "blocks that share keys and values"
+    programs = small_programs(whole)
+    assert (programs is None) == (preset in ("gemma4_2b", "gemma4_4b")), "blocks that share keys and values"
+    if programs is None:
         return
-    least = programs[0][0]
-    assert least + sum(often * (blocks - least) for blocks, often in programs) == pytest.approx(count)
-    assert sum(blocks for blocks, _ in programs) < count, "less to compile than the model"
-    for blocks, _ in programs:
+    assert sum(programs) < whole.config["num_layers"], "less to compile than the model"
+    for blocks in programs:
         kinds = Architecture(whole.class_name, of_blocks(whole, blocks)).kinds
         assert {each.shapes for each in kinds} == {each.shapes for each in whole.kinds}
 

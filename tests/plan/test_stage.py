@@ -144,6 +144,23 @@ def test_the_best_candidate_is_the_fastest_and_of_equals_the_one_that_sends_leas
     assert [each.name for each in sorted(estimated, key=_worth, reverse=True)] == ["slow", "quiet", "talks"]
 
 
+@pytest.mark.parametrize(
+    ("peaks", "wanted"), [({2: 3, 4: 4}, 16), ({2: 5, 4: 3, 8: 4}, 9), ({2: 5, 4: 4, 8: 3, 16: 2, 28: 1}, 1)]
+)
+def test_memory_is_extrapolated_from_where_more_blocks_need_more(presets, monkeypatch, peaks, wanted):
+    def compile_step(request):
+        none = dict.fromkeys(search.EXTRAPOLATED, 0)
+        known = {"devices": 8, "device_kind": "", "chips": 8, "parameters": 0, "trainable_parameters": 0}
+        known |= {"memory_bytes": None, "by_kind": {"batch": 0}, "weights": [], "fits": True, "compile_seconds": 0.0}
+        return compilation.StepCost(**known, **none | {"temporary_bytes": peaks[request.blocks] * 2**30})
+
+    monkeypatch.setattr(search, "compile_step", compile_step)
+    step = request(presets["gemma"], "cpu:8", shape=(1, 8)).step
+    whole = dataclasses.replace(step, architecture=catalog.architecture("gemma_7b_en"))
+    found = search.estimate_step(compilation.CompileRequest(whole, "cpu:8"), topology.describe("cpu:8"), 0)
+    assert found.temporary_bytes == wanted * 2**30
+
+
 @pytest.mark.parametrize("per_sequence", [0.01, 0.3, 0.9, 1.0, 3.0, 13.0, 20.0])
 def test_the_largest_batch_is_found_and_what_surely_does_not_fit_is_not_compiled(presets, monkeypatch, per_sequence):
     asked = []

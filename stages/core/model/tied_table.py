@@ -136,13 +136,19 @@ def logits(hidden: jax.Array, table: Table, vocabulary: int, plan: HeadPlan) -> 
     Returns:
         float32 (tokens, vocabulary).
     """
-    if isinstance(table, Codes):
-        z = few_rows_transposed(hidden, table.codes) * table.scale[:, 0]
-    else:
-        z = few_rows_transposed(hidden, table)
+
+    def local(hidden: jax.Array, table: Table) -> jax.Array:
+        if isinstance(table, Codes):
+            return few_rows_transposed(hidden, table.codes) * table.scale[:, 0]
+        return few_rows_transposed(hidden, table)
+
     if plan.mesh is not None:
-        split = NamedSharding(plan.mesh, P(plan.batch_axis, plan.vocabulary_axis))
-        z = jax.lax.with_sharding_constraint(z, split)[:, :vocabulary]
+        # Written out for each device, so that the product's form suits the rows that a device has.
+        rows, words = P(plan.batch_axis, None), P(plan.vocabulary_axis, None)
+        local = jax.shard_map(
+            local, mesh=plan.mesh, in_specs=(rows, words), out_specs=P(plan.batch_axis, plan.vocabulary_axis)
+        )
+    z = local(hidden, table)[:, :vocabulary]
     return cap(z, plan.soft_cap)
 
 

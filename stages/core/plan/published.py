@@ -36,7 +36,7 @@ class Published:
         source: where the measurement is.
         target: the step as an entry of `plan.targets`.
         seconds: a step took.
-        whole: compiled whole; else extrapolated from programs of two and four blocks.
+        whole: compiled whole; else extrapolated from programs of a few blocks.
     """
 
     what: str

@@ -1,10 +1,10 @@
-"""Search for the best mesh and layout and the largest batch, mostly over programs of two and four blocks.
+"""Search for the best mesh and layout and the largest batch, mostly over programs of a few blocks.
 
 A full compilation of a 7B takes a minute or two, and a search needs dozens. All blocks are alike (Gemma 3's repeat
 every six, their shapes do not differ), so memory, flops and bytes are a constant plus a slope per block: two small
-programs give both. Gemma 4's shapes repeat every six blocks, so its programs are of six and of twelve; its sizes in
-which blocks share keys and values are compiled whole. The arguments need no compiler at all. The best candidates are
-then compiled whole, and every figure says which of the two it is.
+programs, mostly of two and of four blocks, give both. Gemma 4's shapes repeat every six blocks, so its programs are of
+six and of twelve; its sizes in which blocks share keys and values are compiled whole. The arguments need no compiler at
+all. The best candidates are then compiled whole, and every figure says which of the two it is.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from stages.core.common.errors import StageError
 from stages.core.config.plan import PlanScaling, PlanSearch
-from stages.core.plan.compilation import CompileRequest, compile_step
+from stages.core.plan.compilation import CompileRequest, StepCost, compile_step
 from stages.core.plan.roofline import Bound, lower_bound
 from stages.core.plan.shapes import resolve_shapes
 from stages.core.plan.targets import OVER_BATCH, Settings, architecture_of, step_of
@@ -194,17 +194,36 @@ def argument_bytes(request: CompileRequest) -> int:
     return sum(placement.bytes_per_device for placement in placements)
 
 
-def small_programs(architecture: Architecture) -> list[tuple[int | None, float]]:
-    """Return the blocks of each small program, and how often its difference from the first is added to that.
+def small_programs(architecture: Architecture) -> tuple[int, int] | None:
+    """Return the blocks of the two small programs.
 
-    None, the whole model, alone where blocks share keys and values: with these there are two slopes, and the three
+    None, for the whole model alone, where blocks share keys and values: with these there are two slopes, and the three
     small programs would have more blocks together than the model.
     """
-    every, count = period(architecture), architecture.config["num_layers"]
-    if first_sharing(architecture) < count:
-        return [(None, 0.0)]
-    few, more = (FEW, MORE) if every == 1 else (every, 2 * every)
-    return [(few, 0.0), (more, (count - few) / (more - few))]
+    every = period(architecture)
+    if first_sharing(architecture) < architecture.config["num_layers"]:
+        return None
+    return (FEW, MORE) if every == 1 else (every, 2 * every)
+
+
+def _compiled(request: CompileRequest) -> tuple[list[StepCost], float]:
+    """Return the costs of two small programs, or of the whole model, and how often their difference is added to the
+    first.
+
+    What a step needs at its peak is a slope and a constant only where blocks are what it needs most for. Of few blocks
+    it may be the head or the update, at another point with each number: then more blocks need less, and twice as many
+    are compiled.
+    """
+    step = request.step
+    count, blocks = step.architecture.config["num_layers"], small_programs(step.architecture)
+    if blocks is None:
+        return [compile_step(request)], 0.0
+    few, more = blocks
+    one, other = (compile_step(dataclasses.replace(request, blocks=number)) for number in blocks)
+    while one.fits and other.fits and (other.temporary_bytes or 0) < (one.temporary_bytes or 0) and more < count:
+        few, more, one = more, min(2 * more, count), other
+        other = compile_step(dataclasses.replace(request, blocks=more))
+    return [one, other], (count - few) / (more - few)
 
 
 def estimate_step(request: CompileRequest, topology: Topology, held: int) -> Estimate:
@@ -216,22 +235,21 @@ def estimate_step(request: CompileRequest, topology: Topology, held: int) -> Est
         held: bytes of state per device, from `argument_bytes`.
     """
     step = request.step
-    programs = small_programs(step.architecture)
-    costs = [compile_step(dataclasses.replace(request, blocks=blocks)) for blocks, _ in programs]
+    costs, often = _compiled(request)
     estimate = Estimate(
         mesh=list(step.mesh.shape),
         layout=step.layout.name,
         shard_over_batch=step.layout.shard_over_batch,
         batch_size=step.settings.batch_size,
         argument_bytes=held,
-        compiled=programs[0][0] is None,
+        compiled=len(costs) == 1,
         fits=False,
     )
     if not all(cost.fits for cost in costs):
         return estimate
 
     def at_full_depth(values: Sequence[float]) -> float:
-        return values[0] + sum(often * (each - values[0]) for each, (_, often) in zip(values, programs, strict=True))
+        return values[0] + often * (values[-1] - values[0])
 
     whole = {key: round(at_full_depth([getattr(cost, key) for cost in costs])) for key in EXTRAPOLATED}
     times, time = [cost.step_time for cost in costs], None

@@ -5,7 +5,8 @@ libtpu writes into the optimized program how many cycles of the core it expects 
 scheduled, so its instructions run in their order:
 
     core: the cycles of each instruction / the core's clock; a loop's body as often as it runs
-    links: one collective after the other, each (bytes that a device sends / its links' rate) + hops x latency
+    links: one collective after the other, each (bytes that a device sends / its links' rate) + hops x latency; but a
+    permutation of a ring has one link, and the other way round is free for another
     a collective that is started and awaited later holds the core up only for what is left of it then
     (Thakur et al., 2005, https://doi.org/10.1177/1094342005051521: a ring's time by latency and rate)
 
@@ -19,7 +20,7 @@ docs/planning.md compares with published measurements.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from stages.core.plan.hlo import Computation, Instruction, Program, trip_count
@@ -86,7 +87,8 @@ class _Run:
     """Where a computation is: when core and links are free, in seconds from its begin, and what it was spent on."""
 
     core: float = 0.0
-    links: float = 0.0
+    # One way round a ring and the other.
+    links: list[float] = field(default_factory=lambda: [0.0, 0.0])
     # When what was started is there, by the name of its start or its chain.
     ready: dict[str, float] = field(default_factory=dict)
     parts: dict[str, float] = field(default_factory=dict)
@@ -96,10 +98,12 @@ class _Run:
         self.core += seconds
         self.parts[part] = self.parts.get(part, 0.0) + seconds
 
-    def send(self, seconds: float) -> float:
-        """Let the links work as soon as they are free, and return when they are done."""
-        self.links = max(self.core, self.links) + seconds
-        return self.links
+    def send(self, seconds: float, ways: Sequence[int] = (0, 1)) -> float:
+        """Let the links of some ways work as soon as they are free, and return when they are done."""
+        done = max(self.core, *(self.links[way] for way in ways)) + seconds
+        for way in ways:
+            self.links[way] = done
+        return done
 
     def wait(self, until: float) -> None:
         """Let the core wait for the links."""
@@ -170,7 +174,7 @@ class _Timer:
                 if each.opcode in COLLECTIVES
             ]
         for each, where in found:
-            done = run.send(self._transfer(each, where))
+            done = run.send(*self._transfer(each, where))
             if instruction.opcode.endswith("-start"):
                 run.ready[instruction.name] = done
             else:
@@ -182,7 +186,7 @@ class _Timer:
         for each, where in self._inside(instruction):
             if each.opcode.removesuffix("-start") in COLLECTIVES and (chain := _chain(each)):
                 if chain not in run.ready:
-                    run.ready[chain] = run.send(self._transfer(each, where))
+                    run.ready[chain] = run.send(*self._transfer(each, where))
                 ends += [chain] if last.get(chain) == instruction.name else []
         if found := re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes):
             run.spend(self._part(instruction), int(found[1]) / self._clock)
@@ -207,16 +211,16 @@ class _Timer:
                     found[chain] = instruction.name
         return found
 
-    def _transfer(self, instruction: Instruction, computation: Computation) -> float:
-        """Return the seconds that the links need for a collective."""
+    def _transfer(self, instruction: Instruction, computation: Computation) -> tuple[float, Sequence[int]]:
+        """Return the seconds that the links need for a collective, and which ways it uses."""
         kind = instruction.opcode.removesuffix("-start")
         _, wire = collective_bytes(instruction, computation, kind)
-        if not wire:
-            return 0.0
-        members = 2 if kind == "collective-permute" else group_size(instruction)
+        if kind == "collective-permute":
+            return wire / self._topology.link_rate + HOP_SECONDS if wire else 0.0, (_way(instruction),)
+        members = group_size(instruction)
         # A ring that sends both ways is half as long.
         hops = members // 2 * (2 if kind == "all-reduce" else 1)
-        return wire / self._topology.ring_rate(members) + hops * HOP_SECONDS
+        return wire / self._topology.ring_rate(members) + hops * HOP_SECONDS if wire else 0.0, (0, 1)
 
     def _part(self, instruction: Instruction) -> str:
         """Return what an instruction of the core belongs to, a field of `StepTime`."""
@@ -248,6 +252,15 @@ def _within(name: str, program: Program) -> Iterator[tuple[Instruction, Computat
         if instruction.opcode == "fusion":
             for inner in instruction.called("calls"):
                 yield from _within(inner, program)
+
+
+def _way(instruction: Instruction) -> int:
+    """Return 0 or 1: which of the two ways round a permutation goes."""
+    found = re.search(r"source_target_pairs=\{([\d{},]*)\}", instruction.attributes)
+    to = {int(source): int(target) for source, target in re.findall(r"(\d+),(\d+)", found[1] if found else "")}
+    back = {target: source for source, target in to.items()}
+    first = min(to, default=0)
+    return int(to.get(first, 0) > back.get(first, 0))
 
 
 def _chain(instruction: Instruction) -> str | None:

@@ -105,7 +105,7 @@ def _scaling(scaling: Scaling) -> Table:
         )
         for row in scaling.rows
     ]
-    return _table(f"Scaling: {scaling.preset} (extrapolated from two and four blocks)", columns, rows)
+    return _table(f"Scaling: {scaling.preset} (extrapolated from programs of a few blocks)", columns, rows)
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

@@ -73,6 +73,13 @@ class Topology:
         """What JAX calls a device of this kind, there and where it is real."""
         return str(self.devices[0].device_kind)
 
+    @property
+    def link_rate(self) -> float:
+        """The bytes per second that a device can send over one link, one way; a GPU sends through all its links."""
+        if self.chip is None:
+            raise ValueError("CPU devices have no links.")
+        return self.chip.link_rate / (self.chip.links * self.devices_per_chip if self.chip.ring else 1)
+
     def ring_rate(self, members: int) -> float:
         """Return the bytes per second that a device can send to its neighbours in a group, one way.
 
@@ -86,7 +93,7 @@ class Topology:
         if self.chip is None:
             raise ValueError("CPU devices have no links.")
         if not self.chip.ring:
-            return self.chip.link_rate
+            return self.link_rate
         sizes = [int(size) for size in self.name.partition(":")[2].split("x")]
         closed = all(size >= self.chip.ring for size in sizes) if len(sizes) == 3 else None
         links = 0
@@ -94,7 +101,7 @@ class Topology:
             links += 0 if size == 1 else 2 if size >= self.chip.ring and closed is not False else 1
         if members < len(self.devices):
             links = min(links, 2)
-        return self.chip.link_rate / self.chip.links * max(links, 1) / self.devices_per_chip
+        return self.link_rate * max(links, 1)
 
 
 def cpu_devices(name: str) -> int | None:

@@ -1,7 +1,7 @@
 """The report's section on the plan: rows with units and charts of targets, search and scaling.
 
 A time is called a lower bound or an estimate; every figure of the search says whether it was compiled whole or
-extrapolated from programs of two and four blocks.
+extrapolated from programs of a few blocks.
 """
 
 from __future__ import annotations
