@@ -56,7 +56,7 @@ def test_the_parameter_count_of_every_preset_is_the_registrys(devices, preset):
 @pytest.mark.parametrize("preset", GEMMAS)
 def test_small_programs_have_blocks_of_all_shapes(preset):
     whole = architecture(preset)
-    programs = small_programs(whole)
+    programs = small_programs(whole, 512)
     assert (programs is None) == (preset in ("gemma4_2b", "gemma4_4b")), "blocks that share keys and values"
     if programs is None:
         return

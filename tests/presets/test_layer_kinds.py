@@ -89,10 +89,15 @@ def test_the_table_of_weights_has_their_paths_shapes_and_order(name):
 
 
 def test_shapes_repeat_every_six_blocks_of_gemma_4_and_in_every_block_of_the_others():
-    assert {name: period(catalog.architecture(name)) for name in catalog.GEMMAS} == {
+    assert {name: period(catalog.architecture(name), 512) for name in catalog.GEMMAS} == {
         **dict.fromkeys(catalog.GEMMAS, 1),
         **{"gemma4_2b": 5, "gemma4_4b": 6, "gemma4_26b_a4b": 6, "gemma4_31b": 6},
     }
+
+
+def test_windows_repeat_where_sequences_are_longer():
+    repeats = {"gemma_7b_en": 1, "gemma2_9b_en": 2, "gemma3_27b_text": 6}
+    assert {name: period(catalog.architecture(name), 8192) for name in repeats} == repeats
 
 
 @pytest.mark.parametrize(

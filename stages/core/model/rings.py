@@ -11,6 +11,7 @@ Everything here is called inside `shard_map`. The products are of frozen weights
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,10 @@ from stages.core.model.products import varying_as
 AXIS = "model"
 # Larger axes are gathered by XLA: each part is a product, and small ones do not keep a TPU's units busy.
 MOST_DEVICES = 16
+# How many numbers a device multiplies each number with that is sent. With fewer, products hide little of the way, and
+# sums, which a ring adds part by part outside of the products, cost more than they save. Measured by the TPU compiler's
+# estimates, docs/training.md.
+LEAST_GATHERED, LEAST_SUMMED = 1024, 2048
 # A linear function of activations (batch, length, ...), given the weights: of one to several, of several to one.
 OfOne = Callable[[jax.Array, Any], list[jax.Array]]
 OfSeveral = Callable[[list[jax.Array], Any], jax.Array]
@@ -93,20 +98,21 @@ def gathered_products(
         Each (batch, length, ...).
     """
     function = then or (lambda *results: list(results))
+    width = sum(math.prod(each.shape[2:]) for each in jax.eval_shape(products, x, weights))
 
     def results_of(part: jax.Array, weights: Any) -> list[jax.Array]:
         return function(*products(part, weights))
 
     @jax.custom_vjp
     def run(x: jax.Array, weights: Any) -> list[jax.Array]:
-        return _gathered(ring, results_of, x, weights)
+        return _gathered(ring, results_of, x, weights, width)
 
     def forward(x: jax.Array, weights: Any) -> tuple[list[jax.Array], Any]:
         def with_products(part: jax.Array, weights: Any) -> list[jax.Array]:
             found = products(part, weights)
             return [*function(*found), *found]
 
-        found = _gathered(ring, with_products, x, weights)
+        found = _gathered(ring, with_products, x, weights, width)
         count = len(jax.eval_shape(results_of, x, weights))
         return found[:count], (found[count:], weights)
 
@@ -118,7 +124,7 @@ def gathered_products(
             _, way_back = jax.vjp(function, *parts[len(gradients) :])
             return transposed(list(way_back(parts[: len(gradients)])), weights)
 
-        return _scattered(ring, gradient_of, [*gradients, *inputs], weights), None
+        return _scattered(ring, gradient_of, [*gradients, *inputs], weights, width), None
 
     run.defvjp(forward, back)
     return run(x, weights)
@@ -136,20 +142,24 @@ def scattered_sum(ring: Ring, product: OfOne, x: jax.Array, weights: Any) -> jax
     Returns:
         (batch, length / devices, ...).
     """
+    width = math.prod(x.shape[2:])
 
     @jax.custom_vjp
     def run(x: jax.Array, weights: Any) -> jax.Array:
-        return _scattered(ring, lambda parts, weights: product(parts[0], weights)[0], [x], weights)
+        return _scattered(ring, lambda parts, weights: product(parts[0], weights)[0], [x], weights, width)
 
     def back(weights: Any, gradient: jax.Array) -> tuple[jax.Array, None]:
         transposed = _transposed(product, x)
-        return _gathered(ring, lambda part, weights: [transposed([part], weights)], gradient, weights)[0], None
+        (found,) = _gathered(ring, lambda part, weights: [transposed([part], weights)], gradient, weights, width)
+        return found, None
 
     run.defvjp(lambda x, weights: (run(x, weights), weights), back)
     return run(x, weights)
 
 
-def _gathered(ring: Ring, products: OfOne, x: jax.Array, weights: Any) -> list[jax.Array]:
+def _gathered(ring: Ring, products: OfOne, x: jax.Array, weights: Any, width: int) -> list[jax.Array]:
+    if width < LEAST_GATHERED:
+        return products(jax.lax.all_gather(x, AXIS, axis=1, tiled=True), weights)
     size, length = len(ring.order), x.shape[1]
     results: list[jax.Array] = []
 
@@ -172,7 +182,9 @@ def _gathered(ring: Ring, products: OfOne, x: jax.Array, weights: Any) -> list[j
     return results
 
 
-def _scattered(ring: Ring, product: OfSeveral, parts: list[jax.Array], weights: Any) -> jax.Array:
+def _scattered(ring: Ring, product: OfSeveral, parts: list[jax.Array], weights: Any, width: int) -> jax.Array:
+    if width < LEAST_SUMMED:
+        return jax.lax.psum_scatter(product(parts, weights), AXIS, scatter_dimension=1, tiled=True)
     size, length = len(ring.order), parts[0].shape[1] // len(ring.order)
 
     def own(steps: int) -> jax.Array:

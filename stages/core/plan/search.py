@@ -1,10 +1,10 @@
 """Search for the best mesh and layout and the largest batch, mostly over programs of a few blocks.
 
-A full compilation of a 7B takes a minute or two, and a search needs dozens. All blocks are alike (Gemma 3's repeat
-every six, their shapes do not differ), so memory, flops and bytes are a constant plus a slope per block: two small
-programs, mostly of two and of four blocks, give both. Gemma 4's shapes repeat every six blocks, so its programs are of
-six and of twelve; its sizes in which blocks share keys and values are compiled whole. The arguments need no compiler at
-all. The best candidates are then compiled whole, and every figure says which of the two it is.
+A full compilation of a 7B takes a minute or two, and a search needs dozens. Mostly all blocks are alike, so memory,
+flops and bytes are a constant plus a slope per block: two small programs, of two and of four blocks, give both. Gemma
+4's shapes repeat every six blocks, and so do Gemma 3's windows where sequences are longer, so these programs are of six
+and of twelve. Sizes of Gemma 4 in which blocks share keys and values are compiled whole. The arguments need no compiler
+at all. The best candidates are then compiled whole, and every figure says which of the two it is.
 """
 
 from __future__ import annotations
@@ -194,13 +194,13 @@ def argument_bytes(request: CompileRequest) -> int:
     return sum(placement.bytes_per_device for placement in placements)
 
 
-def small_programs(architecture: Architecture) -> tuple[int, int] | None:
-    """Return the blocks of the two small programs.
+def small_programs(architecture: Architecture, length: int) -> tuple[int, int] | None:
+    """Return the blocks of the two small programs for sequences of some length.
 
     None, for the whole model alone, where blocks share keys and values: with these there are two slopes, and the three
     small programs would have more blocks together than the model.
     """
-    every = period(architecture)
+    every = period(architecture, length)
     if first_sharing(architecture) < architecture.config["num_layers"]:
         return None
     return (FEW, MORE) if every == 1 else (every, 2 * every)
@@ -215,7 +215,7 @@ def _compiled(request: CompileRequest) -> tuple[list[StepCost], float]:
     are compiled.
     """
     step = request.step
-    count, blocks = step.architecture.config["num_layers"], small_programs(step.architecture)
+    count, blocks = step.architecture.config["num_layers"], small_programs(step.architecture, step.length)
     if blocks is None:
         return [compile_step(request)], 0.0
     few, more = blocks

@@ -121,16 +121,23 @@ def first_sharing(architecture: _Architecture) -> int:
     return architecture.config["num_layers"] - architecture.config.get("num_kv_shared_layers", 0)
 
 
-def period(architecture: _Architecture) -> int:
-    """Return after how many blocks the shapes of the weights repeat: 1 where all blocks have the same.
+def period(architecture: _Architecture, length: int) -> int:
+    """Return after how many blocks what a block computes repeats: 1 where all blocks are alike.
+
+    Blocks are alike if their weights have the same shapes and they see as much of sequences of `length` tokens.
 
     Example:
-        >>> period(catalog.architecture("gemma4_31b"))
-        6
+        >>> gemma = catalog.architecture("gemma3_4b_text")     # each sixth block sees more than 1,024 tokens
+        >>> period(gemma, 512), period(gemma, 8192)
+        (1, 6)
     """
+
+    def seen(kind: LayerKind) -> int:
+        return length if kind.window is None else min(kind.window, length)
+
     # Of the blocks with keys of their own: those that share them repeat with the same period.
-    shapes = [kind.shapes for kind in layer_kinds(architecture)[: first_sharing(architecture)]]
-    return next(size for size in range(1, len(shapes) + 1) if shapes[size:] == shapes[:-size])
+    found = [(kind.shapes, seen(kind)) for kind in layer_kinds(architecture)[: first_sharing(architecture)]]
+    return next(size for size in range(1, len(found) + 1) if found[size:] == found[:-size])
 
 
 def of_blocks(architecture: _Architecture, blocks: int) -> dict[str, Any]:
