@@ -50,7 +50,7 @@ def test_what_is_no_ring_is_left_to_xla(devices):
 
 
 @pytest.mark.parametrize(("shape", "gated"), [((1, 8), True), ((2, 4), False), ((2, 3), True)], ids=str)
-def test_products_round_a_ring_are_those_of_the_whole(shape, gated):
+def test_products_round_a_ring_are_those_of_the_whole(monkeypatch, shape, gated):
     random = np.random.default_rng(0)
     size = shape[1]
     ring = rings.Ring(ORDERS[size])
@@ -76,6 +76,8 @@ def test_products_round_a_ring_are_those_of_the_whole(shape, gated):
     def at_once(x, wide, up, down):
         (mixed,) = gate(*spread(jax.lax.all_gather(x, "model", axis=1, tiled=True), [wide, up]))
         return jax.lax.psum_scatter(narrow(mixed, [down])[0], "model", scatter_dimension=1, tiled=True)
+
+    monkeypatch.setattr(rings, "LEAST_WEIGHTS", 0)
 
     def on_mesh(local):
         columns, rows = P(None, None, "model"), P(None, "model", None)
@@ -106,7 +108,7 @@ def test_a_step_round_rings_has_the_same_gradients(presets, monkeypatch, family,
     model = load_tiny(presets[family], shape, rank=2, targets=targets)
     wanted, wanted_gradients = loss_and_gradients(model, batch)
     sent = []
-    monkeypatch.setattr(rings, "LEAST_GATHERED", 0)
+    monkeypatch.setattr(rings, "LEAST_WEIGHTS", 0)
     monkeypatch.setattr(tensor_parallel, "ring_of", lambda devices: rings.Ring(ORDERS[shape[1]]))
     monkeypatch.setattr(rings.Ring, "send", lambda *asked, send=rings.Ring.send: sent.append(1) or send(*asked))
     loss, gradients = loss_and_gradients(model, batch)
@@ -118,6 +120,7 @@ def test_a_step_round_rings_has_the_same_gradients(presets, monkeypatch, family,
 
 
 def test_trained_weights_do_not_go_round(presets, monkeypatch):
+    monkeypatch.setattr(rings, "LEAST_WEIGHTS", 0)
     monkeypatch.setattr(tensor_parallel, "ring_of", lambda devices: rings.Ring(ORDERS[8]))
     monkeypatch.setattr(rings.Ring, "send", lambda *_: pytest.fail("a trained weight's product went round"))
     loss_and_gradients(load_tiny(presets["gemma"], (1, 8), rank=0), sequences(4))

@@ -130,6 +130,29 @@ def test_two_collectives_take_turns_on_the_links():
     assert time.network == pytest.approx(2 * GATHER)
 
 
+ROUND = [(0, 1), (1, 3), (3, 5), (5, 7), (7, 6), (6, 4), (4, 2), (2, 0)]
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_a_permutation_has_one_link_and_the_other_way_round_is_free(back):
+    def permute(name: str, pairs: list[tuple[int, int]]) -> str:
+        written = ",".join(f"{{{source},{target}}}" for source, target in pairs)
+        return (
+            f"  %{name} = (bf16[4000000]{{0}}, bf16[4000000]{{0}}) collective-permute-start(%w), "
+            f"source_target_pairs={{{written}}}\n"
+        )
+
+    other = [(target, source) for source, target in ROUND] if back else ROUND
+    time = found(
+        permute("one", ROUND)
+        + permute("other", other)
+        + "  %a = bf16[4000000]{0} collective-permute-done(%one)\n"
+        + "  ROOT %b = bf16[4000000]{0} collective-permute-done(%other)"
+    )
+    one = 8_000_000 / 50e9 + HOP_SECONDS
+    assert time.network == pytest.approx(one if back else 2 * one)
+
+
 def test_a_collective_inside_of_fusions_is_hidden_by_them_as_far_as_they_last():
     piece = (
         "%piece.NUMBER (x: bf16[4000000]) -> bf16[32000000] {\n  %x = bf16[4000000]{0} parameter(0)\n"

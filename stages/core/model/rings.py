@@ -11,7 +11,6 @@ Everything here is called inside `shard_map`. The products are of frozen weights
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,10 +24,10 @@ from stages.core.model.products import varying_as
 AXIS = "model"
 # Larger axes are gathered by XLA: each part is a product, and small ones do not keep a TPU's units busy.
 MOST_DEVICES = 16
-# How many numbers a device multiplies each number with that is sent. With fewer, products hide little of the way, and
-# sums, which a ring adds part by part outside of the products, cost more than they save. Measured by the TPU compiler's
-# estimates, docs/training.md.
-LEAST_GATHERED, LEAST_SUMMED = 1024, 2048
+# Numbers in a device's weights. With fewer, products hide little of the way, and what a ring adds to them (sums that
+# are no part of the products, writing each part where it belongs) costs more than it saves, by the TPU compiler's
+# estimates: docs/training.md.
+LEAST_WEIGHTS = 1_500_000
 # A linear function of activations (batch, length, ...), given the weights: of one to several, of several to one.
 OfOne = Callable[[jax.Array, Any], list[jax.Array]]
 OfSeveral = Callable[[list[jax.Array], Any], jax.Array]
@@ -61,9 +60,9 @@ def ring_of(devices: Sequence[Any]) -> Ring | None:
     Args:
         devices: JAX devices of an axis, real or described.
     """
-    places = [getattr(device, "coords", None) for device in devices]
     if devices[0].platform != "tpu" or not 2 < len(devices) <= MOST_DEVICES:
         return None
+    places = [device.coords for device in devices]
 
     def near(one: int, other: int) -> bool:
         # Two devices of one chip are at one place.
@@ -98,21 +97,20 @@ def gathered_products(
         Each (batch, length, ...).
     """
     function = then or (lambda *results: list(results))
-    width = sum(math.prod(each.shape[2:]) for each in jax.eval_shape(products, x, weights))
 
     def results_of(part: jax.Array, weights: Any) -> list[jax.Array]:
         return function(*products(part, weights))
 
     @jax.custom_vjp
     def run(x: jax.Array, weights: Any) -> list[jax.Array]:
-        return _gathered(ring, results_of, x, weights, width)
+        return _gathered(ring, results_of, x, weights)
 
     def forward(x: jax.Array, weights: Any) -> tuple[list[jax.Array], Any]:
         def with_products(part: jax.Array, weights: Any) -> list[jax.Array]:
             found = products(part, weights)
             return [*function(*found), *found]
 
-        found = _gathered(ring, with_products, x, weights, width)
+        found = _gathered(ring, with_products, x, weights)
         count = len(jax.eval_shape(results_of, x, weights))
         return found[:count], (found[count:], weights)
 
@@ -124,7 +122,7 @@ def gathered_products(
             _, way_back = jax.vjp(function, *parts[len(gradients) :])
             return transposed(list(way_back(parts[: len(gradients)])), weights)
 
-        return _scattered(ring, gradient_of, [*gradients, *inputs], weights, width), None
+        return _scattered(ring, gradient_of, [*gradients, *inputs], weights), None
 
     run.defvjp(forward, back)
     return run(x, weights)
@@ -142,33 +140,32 @@ def scattered_sum(ring: Ring, product: OfOne, x: jax.Array, weights: Any) -> jax
     Returns:
         (batch, length / devices, ...).
     """
-    width = math.prod(x.shape[2:])
 
     @jax.custom_vjp
     def run(x: jax.Array, weights: Any) -> jax.Array:
-        return _scattered(ring, lambda parts, weights: product(parts[0], weights)[0], [x], weights, width)
+        return _scattered(ring, lambda parts, weights: product(parts[0], weights)[0], [x], weights)
 
     def back(weights: Any, gradient: jax.Array) -> tuple[jax.Array, None]:
         transposed = _transposed(product, x)
-        (found,) = _gathered(ring, lambda part, weights: [transposed([part], weights)], gradient, weights, width)
+        (found,) = _gathered(ring, lambda part, weights: [transposed([part], weights)], gradient, weights)
         return found, None
 
     run.defvjp(lambda x, weights: (run(x, weights), weights), back)
     return run(x, weights)
 
 
-def _gathered(ring: Ring, products: OfOne, x: jax.Array, weights: Any, width: int) -> list[jax.Array]:
-    if width < LEAST_GATHERED:
+def _gathered(ring: Ring, products: OfOne, x: jax.Array, weights: Any) -> list[jax.Array]:
+    if _small(weights):
         return products(jax.lax.all_gather(x, AXIS, axis=1, tiled=True), weights)
     size, length = len(ring.order), x.shape[1]
-    results: list[jax.Array] = []
+    shapes = jax.eval_shape(products, x, weights)
+    empty = [jax.lax.empty((each.shape[0], size * length, *each.shape[2:]), each.dtype) for each in shapes]
+    # Not before the activation is there, or memory for all blocks would be taken at once.
+    results, x = jax.lax.optimization_barrier(([_varying(each, x, weights) for each in empty], x))
 
     def add(part: jax.Array, steps: int) -> None:
         begin = ring.device(steps) * length
         for number, each in enumerate(products(part, weights)):
-            if steps == 0:
-                whole = jax.lax.empty((each.shape[0], size * length, *each.shape[2:]), each.dtype)
-                results.append(varying_as(whole, each))
             results[number] = jax.lax.dynamic_update_slice(results[number], each, (0, begin, *(0,) * (each.ndim - 2)))
 
     before = after = x
@@ -182,8 +179,8 @@ def _gathered(ring: Ring, products: OfOne, x: jax.Array, weights: Any, width: in
     return results
 
 
-def _scattered(ring: Ring, product: OfSeveral, parts: list[jax.Array], weights: Any, width: int) -> jax.Array:
-    if width < LEAST_SUMMED:
+def _scattered(ring: Ring, product: OfSeveral, parts: list[jax.Array], weights: Any) -> jax.Array:
+    if _small(weights):
         return jax.lax.psum_scatter(product(parts, weights), AXIS, scatter_dimension=1, tiled=True)
     size, length = len(ring.order), parts[0].shape[1] // len(ring.order)
 
@@ -212,6 +209,10 @@ def _transposed(products: OfOne, x: jax.Array) -> OfSeveral:
         return back(gradients)[0]
 
     return transposed
+
+
+def _small(weights: Any) -> bool:
+    return sum(each.size for each in jax.tree.leaves(weights)) < LEAST_WEIGHTS
 
 
 def _varying(array: jax.Array, *others: Any) -> jax.Array:

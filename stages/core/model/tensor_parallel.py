@@ -6,6 +6,8 @@ Purpose: a block's projections come in pairs, the first split over its output (c
 projections of the same input, and a row-split product's partial sums are added and split over time in one operation.
 Left to itself XLA sums the gradient of each projection's input on its own, and sums whole activations on every device.
 
+Where a TPU's chips form a ring, products of frozen kernels run while what they gather or sum travels (`rings.py`).
+
 An adapter's A is applied before the gathering, by each device to its own positions, and what comes out (rank numbers a
 head instead of the hidden size) is handed on: so the gathered hidden states, which a frozen kernel's gradients do not
 need, are not kept for the backward pass, where they would be most of a block's activations outside its feed-forward.
