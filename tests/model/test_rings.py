@@ -20,6 +20,13 @@ from tests.support.tiny_models import load_tiny, sequences
 ORDERS = {3: (0, 1, 2), 4: (0, 1, 3, 2), 8: (0, 1, 3, 5, 7, 6, 4, 2)}
 
 
+@pytest.fixture
+def any_size(monkeypatch):
+    """Tiny products go round too."""
+    monkeypatch.setattr(rings, "LEAST_TOKENS", 0)
+    monkeypatch.setattr(rings, "LEAST_WEIGHTS", 0)
+
+
 def chips(*places: tuple[int, ...]) -> list[SimpleNamespace]:
     return [SimpleNamespace(platform="tpu", coords=place) for place in places]
 
@@ -50,7 +57,7 @@ def test_what_is_no_ring_is_left_to_xla(devices):
 
 
 @pytest.mark.parametrize(("shape", "gated"), [((1, 8), True), ((2, 4), False), ((2, 3), True)], ids=str)
-def test_products_round_a_ring_are_those_of_the_whole(monkeypatch, shape, gated):
+def test_products_round_a_ring_are_those_of_the_whole(any_size, shape, gated):
     random = np.random.default_rng(0)
     size = shape[1]
     ring = rings.Ring(ORDERS[size])
@@ -77,8 +84,6 @@ def test_products_round_a_ring_are_those_of_the_whole(monkeypatch, shape, gated)
         (mixed,) = gate(*spread(jax.lax.all_gather(x, "model", axis=1, tiled=True), [wide, up]))
         return jax.lax.psum_scatter(narrow(mixed, [down])[0], "model", scatter_dimension=1, tiled=True)
 
-    monkeypatch.setattr(rings, "LEAST_WEIGHTS", 0)
-
     def on_mesh(local):
         columns, rows = P(None, None, "model"), P(None, "model", None)
         run = jax.shard_map(
@@ -103,12 +108,11 @@ ADAPTED = ("query", "value"), ("query", "value", "ffw_gating", "attention_output
     [(family, ((1, 8), (2, 4))[place // 2], ADAPTED[place % 2]) for place, family in enumerate(FAMILIES)],
     ids=str,
 )
-def test_a_step_round_rings_has_the_same_gradients(presets, monkeypatch, family, shape, targets):
+def test_a_step_round_rings_has_the_same_gradients(presets, any_size, monkeypatch, family, shape, targets):
     batch = sequences(4)
     model = load_tiny(presets[family], shape, rank=2, targets=targets)
     wanted, wanted_gradients = loss_and_gradients(model, batch)
     sent = []
-    monkeypatch.setattr(rings, "LEAST_WEIGHTS", 0)
     monkeypatch.setattr(tensor_parallel, "ring_of", lambda devices: rings.Ring(ORDERS[shape[1]]))
     monkeypatch.setattr(rings.Ring, "send", lambda *asked, send=rings.Ring.send: sent.append(1) or send(*asked))
     loss, gradients = loss_and_gradients(model, batch)
@@ -119,8 +123,13 @@ def test_a_step_round_rings_has_the_same_gradients(presets, monkeypatch, family,
         np.testing.assert_allclose(gradient, wanted_gradients[path], rtol=1e-3, atol=3e-5 * scale, err_msg=path)
 
 
-def test_trained_weights_do_not_go_round(presets, monkeypatch):
-    monkeypatch.setattr(rings, "LEAST_WEIGHTS", 0)
+def test_what_is_too_small_is_gathered_at_once(presets, monkeypatch):
+    monkeypatch.setattr(tensor_parallel, "ring_of", lambda devices: rings.Ring(ORDERS[8]))
+    monkeypatch.setattr(rings.Ring, "send", lambda *_: pytest.fail("a small product went round"))
+    loss_and_gradients(load_tiny(presets["gemma"], (1, 8), rank=2), sequences(4))
+
+
+def test_trained_weights_do_not_go_round(presets, any_size, monkeypatch):
     monkeypatch.setattr(tensor_parallel, "ring_of", lambda devices: rings.Ring(ORDERS[8]))
     monkeypatch.setattr(rings.Ring, "send", lambda *_: pytest.fail("a trained weight's product went round"))
     loss_and_gradients(load_tiny(presets["gemma"], (1, 8), rank=0), sequences(4))

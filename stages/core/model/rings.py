@@ -24,6 +24,8 @@ from stages.core.model.products import varying_as
 AXIS = "model"
 # Larger axes are gathered by XLA: each part is a product, and small ones do not keep a TPU's units busy.
 MOST_DEVICES = 16
+# Tokens in a part, which reads the weights anew: a v5e can multiply each number that it reads 240 times meanwhile.
+LEAST_TOKENS = 256
 # Numbers in a device's weights. With fewer, products hide little of the way, and what a ring adds to them (sums that
 # are no part of the products, writing each part where it belongs) costs more than it saves, by the TPU compiler's
 # estimates: docs/training.md.
@@ -155,7 +157,7 @@ def scattered_sum(ring: Ring, product: OfOne, x: jax.Array, weights: Any) -> jax
 
 
 def _gathered(ring: Ring, products: OfOne, x: jax.Array, weights: Any) -> list[jax.Array]:
-    if _small(weights):
+    if _small(x.shape[0] * x.shape[1], weights):
         return products(jax.lax.all_gather(x, AXIS, axis=1, tiled=True), weights)
     size, length = len(ring.order), x.shape[1]
     shapes = jax.eval_shape(products, x, weights)
@@ -180,9 +182,9 @@ def _gathered(ring: Ring, products: OfOne, x: jax.Array, weights: Any) -> list[j
 
 
 def _scattered(ring: Ring, product: OfSeveral, parts: list[jax.Array], weights: Any) -> jax.Array:
-    if _small(weights):
-        return jax.lax.psum_scatter(product(parts, weights), AXIS, scatter_dimension=1, tiled=True)
     size, length = len(ring.order), parts[0].shape[1] // len(ring.order)
+    if _small(parts[0].shape[0] * length, weights):
+        return jax.lax.psum_scatter(product(parts, weights), AXIS, scatter_dimension=1, tiled=True)
 
     def own(steps: int) -> jax.Array:
         """Return this device's part of the sum for the device that many places after it."""
@@ -211,8 +213,9 @@ def _transposed(products: OfOne, x: jax.Array) -> OfSeveral:
     return transposed
 
 
-def _small(weights: Any) -> bool:
-    return sum(each.size for each in jax.tree.leaves(weights)) < LEAST_WEIGHTS
+def _small(tokens: int, weights: Any) -> bool:
+    """Whether parts of so many tokens are too small for products of these weights."""
+    return tokens < LEAST_TOKENS or sum(each.size for each in jax.tree.leaves(weights)) < LEAST_WEIGHTS
 
 
 def _varying(array: jax.Array, *others: Any) -> jax.Array:
