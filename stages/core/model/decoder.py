@@ -287,8 +287,10 @@ def _block(run: _Pass, block: _Block, x: jax.Array, attend: Attend, taken: Keys 
         h = _norm(layer.post_attention_norm, h)
     x = x + h
     h = _norm(layer.pre_ffw_norm, x)
-    (h,) = run.projections.columns([layer.gating_ffw, layer.gating_ffw_2], h, run.dropout, _gated)
-    h = run.constrain(run.projections.rows(layer.ffw_linear, h, run.dropout), "hidden")
+    gate, up = run.projections.columns([layer.gating_ffw, layer.gating_ffw_2], h, run.dropout)
+    h = run.constrain(
+        run.projections.rows(layer.ffw_linear, jax.nn.gelu(gate, approximate=True) * up, run.dropout), "hidden"
+    )
     if kind.experts:
         mixed, sent = run.projections.experts(layer, kind.experts, x, _norm(layer.pre_ffw_norm_moe, x), run.counted)
         h = _norm(layer.post_ffw_norm_dense, h) + _norm(layer.post_ffw_norm_moe_path, run.constrain(mixed, "hidden"))
@@ -300,11 +302,6 @@ def _block(run: _Pass, block: _Block, x: jax.Array, attend: Attend, taken: Keys 
         part = run.parts[block.number]
         x = layer_embeddings.add(layer, x, part, run.constrain, run.projections, run.dropout)
     return (x * layer.layer_scalar.value.astype(x.dtype) if kind.scaled else x), keys
-
-
-def _gated(gate: jax.Array, up: jax.Array) -> list[jax.Array]:
-    """The feed-forward's activation."""
-    return [jax.nn.gelu(gate, approximate=True) * up]
 
 
 def _attention(run: _Pass, block: _Block, x: jax.Array, attend: Attend, taken: Keys | None) -> tuple[jax.Array, Keys]:

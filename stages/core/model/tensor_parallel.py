@@ -6,8 +6,6 @@ Purpose: a block's projections come in pairs, the first split over its output (c
 projections of the same input, and a row-split product's partial sums are added and split over time in one operation.
 Left to itself XLA sums the gradient of each projection's input on its own, and sums whole activations on every device.
 
-Where a TPU's chips form a ring, products of frozen kernels run while what they gather or sum travels (`rings.py`).
-
 An adapter's A is applied before the gathering, by each device to its own positions, and what comes out (rank numbers a
 head instead of the hidden size) is handed on: so the gathered hidden states, which a frozen kernel's gradients do not
 need, are not kept for the backward pass, where they would be most of a block's activations outside its feed-forward.
@@ -15,10 +13,9 @@ need, are not kept for the backward pass, where they would be most of a block's 
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -29,12 +26,9 @@ from jax.sharding import PartitionSpec as P
 from stages.core.model.experts import ExpertBanks
 from stages.core.model.lora import BESIDE_CODES, Dropout, Gathering, apply, arrays_of, base, narrowed, widen
 from stages.core.model.products import gathered
-from stages.core.model.rings import gathered_products, ring_of, scattered_sum
 from stages.core.sharding.keras_internals import kernel_of
 from stages.core.sharding.layout import Placement, axes_of
 
-# A function, element by element, of what several layers return.
-Then = Callable[..., list[jax.Array]]
 KERNELS = ("kernel", *BESIDE_CODES, "lora_kernel_a", "lora_kernel_b")
 
 
@@ -62,34 +56,27 @@ class Projections:
         self._again = not keep_gathered
         # A TPU's compiler would write heads in another order before it takes all dimensions but the last for one.
         self._by_dimensions = mesh is not None and mesh.devices.flat[0].platform == "tpu"
-        self._ring = None if mesh is None else ring_of(mesh.devices[0])
         self.experts = ExpertBanks(mesh, placements, keep_gathered=keep_gathered)
 
-    def columns(
-        self, layers: Sequence[Any], x: jax.Array, dropout: Dropout | None = None, then: Then | None = None
-    ) -> list[jax.Array]:
+    def columns(self, layers: Sequence[Any], x: jax.Array, dropout: Dropout | None = None) -> list[jax.Array]:
         """Apply several layers to the same hidden states (batch, length, hidden), split over time or whole.
 
         The outputs are whole over time and split as the kernels' output dimensions are; but of whole hidden states
-        (a sampler's tokens), heads that are split inside come whole. `then` is a function of them, element by element,
-        whose results are returned instead.
+        (a sampler's tokens), heads that are split inside come whole.
         """
         found = [self._layer_specs(layer) for layer in layers]
         specs = [each for each in found if each is not None and not self._splits_input(each)]
         if dropout is not None or len(specs) < len(layers):
             x = self._hold(x, "batch", None, None)
-            results = [
+            return [
                 self._hold(self._project(layer, x, dropout), "batch", None, *self._output(layer)) for layer in layers
             ]
-            return then(*results) if then else results
         split_time = self.splits_time(x)
 
         # Attention needs whole heads, which are exchanged over time where that can be split.
         gather = not split_time and all(len(each["kernel"]) == 3 and each["kernel"][-1] == "model" for each in specs)
 
         gatherings = [self._gathering(layer) for layer in layers]
-        ring = self._ring if split_time and self._goes_round(layers) else None
-        inside = None if ring is None or any("lora_kernel_a" in arrays_of(layer) for layer in layers) else then
 
         def local(x: jax.Array, groups: list[dict[str, jax.Array]]) -> list[jax.Array]:
             groups = [self._whole_adapter(layer, arrays) for layer, arrays in zip(layers, groups, strict=True)]
@@ -98,28 +85,20 @@ class Projections:
                 parts = [apply(layer, x, arrays, gathering=gathering) for layer, arrays, gathering in each]
                 return _whole_heads(parts) if gather else parts
             narrow = _narrow_everywhere(layers, x, groups, specs)
-            if ring is not None:
-                bases = gathered_products(ring, functools.partial(_bases, layers), x, groups, inside)
-                if inside:
-                    return bases
-            else:
-                x = jax.lax.all_gather(x, "model", axis=1, tiled=True)
-                bases = [base(layer, x, arrays, gathering=gathering) for layer, arrays, gathering in each]
+            x = jax.lax.all_gather(x, "model", axis=1, tiled=True)
             return [
-                y if part is None else y + widen(layer, part, arrays, divided=self._by_dimensions)
-                for y, layer, arrays, part in zip(
-                    bases, layers, groups, [narrow.get(layer.path) for layer in layers], strict=True
-                )
+                base(layer, x, arrays, gathering=gathering)
+                + (widen(layer, narrow[layer.path], arrays, divided=self._by_dimensions) if layer.path in narrow else 0)
+                for layer, arrays, gathering in each
             ]
 
         outputs = [P("batch", None, *(() if gather else self._output(layer))) for layer in layers]
-        results = jax.shard_map(
+        return jax.shard_map(
             local,
             mesh=self._mesh,
             in_specs=(P("batch", "model" if split_time else None, None), self._array_specs(layers)),
-            out_specs=outputs[0] if inside else outputs,
+            out_specs=outputs,
         )(x, [arrays_of(layer) for layer in layers])
-        return then(*results) if then and not inside else results
 
     def rows(self, layer: Any, x: jax.Array, dropout: Dropout | None = None) -> jax.Array:
         """Apply a layer whose kernel is split over its input, to an activation split likewise.
@@ -131,16 +110,8 @@ class Projections:
             x = self._hold(x, "batch", None, *self._kernel(layer)[:-1])
             return self._hold(self._project(layer, x, dropout), "batch", None, None)
         split_time = self.splits_time(x)
-        ring = self._ring if split_time and self._goes_round([layer]) else None
 
         def local(x: jax.Array, arrays: dict[str, jax.Array]) -> jax.Array:
-            if ring is not None:
-                y = scattered_sum(ring, functools.partial(_bases, [layer]), x, [arrays])
-                if "lora_kernel_a" not in arrays:
-                    return y
-                narrow = narrowed(layer, x, arrays["lora_kernel_a"])
-                narrow = jax.lax.psum_scatter(narrow, "model", scatter_dimension=1, tiled=True)
-                return y + widen(layer, narrow, arrays)
             partial = apply(layer, x, self._whole_adapter(layer, arrays), gathering=self._gathering(layer))
             if split_time:
                 return jax.lax.psum_scatter(partial, "model", scatter_dimension=1, tiled=True)
@@ -241,23 +212,8 @@ class Projections:
         """Return whether hidden states (batch, length, hidden) between blocks are split over time."""
         return self._mesh is not None and self._divides and x.shape[1] % self._mesh.shape["model"] == 0
 
-    def _goes_round(self, layers: Sequence[Any]) -> bool:
-        """Return whether products of layers overlap with what they gather or sum.
-
-        Of trained weights they would add up a gradient part by part, and of codes convert all of them for each part.
-        """
-        return all(
-            not kernel_of(layer).trainable and "kernel_scale" not in arrays_of(layer) and self._gathering(layer) is None
-            for layer in layers
-        )
-
     def _array_specs(self, layers: Sequence[Any]) -> list[dict[str, P]]:
         return [{name: P(*self._placed[f"{layer.path}/{name}"].spec) for name in arrays_of(layer)} for layer in layers]
-
-
-def _bases(layers: Sequence[Any], x: jax.Array, groups: Sequence[dict[str, jax.Array]]) -> list[jax.Array]:
-    """Apply each layer's frozen kernel to the same positions."""
-    return [base(layer, x, {"kernel": arrays["kernel"]}) for layer, arrays in zip(layers, groups, strict=True)]
 
 
 def _whole_heads(parts: Sequence[jax.Array]) -> list[jax.Array]:
