@@ -176,3 +176,22 @@ def test_a_token_that_occurs_1025_times_gets_the_sum_of_its_1025_gradients(case,
     np.testing.assert_array_equal(gradient[9], np.full(HIDDEN, 1023, "f4"))
     frozen = dataclasses.replace(plan, table_is_trained=False)
     np.testing.assert_array_equal(embed(table, frozen), table.astype(jnp.bfloat16)[ids])
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (1, 3)], ids=str)
+@pytest.mark.parametrize("coded", [False, True], ids=["floats", "codes"])
+def test_a_few_tokens_logits_are_plain_and_the_product_is_of_a_devices_own_rows(monkeypatch, case, shape, coded):
+    table, hidden = case[1], case[0][: shape[0], 0]
+    held = table
+    if coded:
+        scale = np.abs(table).max(1, keepdims=True) / 127
+        held = tied_table.Codes(np.round(table / scale).astype("i1"), scale)
+        table = held.codes * scale
+    rows, product = [], tied_table.few_rows_transposed
+    monkeypatch.setattr(tied_table, "few_rows_transposed", lambda x, w: rows.append(len(x)) or product(x, w))
+    plan = plan_for(shape, 3.0, False, 13)
+    found = jax.jit(lambda hidden, held: tied_table.logits(hidden, tied_table.padded(held, plan), VOCABULARY, plan))(
+        hidden, held
+    )
+    np.testing.assert_allclose(found, 3.0 * np.tanh(hidden @ table.T / 3.0), rtol=1e-5, atol=1e-5)
+    assert rows == [1]
