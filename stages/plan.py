@@ -48,6 +48,7 @@ def main(run: Run, presets: Path | None, published: Path | None) -> None:
     if presets or published:
         return
     inputs.declare(run.paths, "plan", "config.json", targets.own_config(settings.fetch, run.paths.root))
+    targets.check(settings)
     planned, prices = {}, targets.prices(settings.plan)
     for wanted in settings.plan.targets:
         name, request = targets.compile_request_of(settings, wanted)

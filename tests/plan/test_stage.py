@@ -12,9 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from stages.core.common.errors import ParamsError
+from stages.core.common.errors import ParamsError, StageError
 from stages.core.common.paths import PLAN
-from stages.core.config.plan import PlanTarget
+from stages.core.config.plan import PlanScaling, PlanSearch, PlanTarget
 from stages.core.config.reader import read_params
 from stages.core.fetch import catalog
 from stages.core.files import write_json
@@ -36,6 +36,25 @@ def test_an_unknown_preset_is_told_with_the_nearest(devices):
     with pytest.raises(ParamsError, match="gemma_7b_en"):
         targets.compile_request_of(params, PlanTarget(topology="cpu:8", preset="gemma_7b"))
     assert catalog.architecture("gemma_7b_en").class_name == "GemmaBackbone"
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"targets": [PlanTarget(topology="cpu:8", preset="gemma_7b")]}, "gemma_7b_en"),
+        ({"search": PlanSearch(topology="cpu:8", preset="gemma_7b")}, "gemma_7b_en"),
+        ({"search": PlanSearch(topology="v9:2x2")}, "topology=v9:2x2"),
+        ({"scaling": PlanScaling(topologies=["cpu:8"], preset="gemma_7b")}, "gemma_7b_en"),
+        ({"scaling": PlanScaling(topologies=["cpu:8", "v9:2x2"])}, "topology=v9:2x2"),
+    ],
+)
+def test_a_wrong_name_is_told_before_anything_is_compiled(devices, asked, said):
+    params = read_params(ROOT / "params.yaml")
+    right = {"targets": [PlanTarget(topology="cpu:8")]}
+    plan = params.plan.model_copy(update={"search": None, "scaling": None, **right, **asked})
+    with pytest.raises((ParamsError, StageError), match=said):
+        targets.check(params.model_copy(update={"plan": plan}))
+    targets.check(params.model_copy(update={"plan": params.plan.model_copy(update=right)}))
 
 
 def test_a_target_may_name_layers_of_its_own_for_the_adapter(devices):

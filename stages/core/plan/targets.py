@@ -22,7 +22,7 @@ from stages.core.fetch.local import folder_format
 from stages.core.plan.chips import CHIPS
 from stages.core.plan.compilation import CompileRequest, StepCost
 from stages.core.plan.step_program import StepRequest
-from stages.core.plan.topology import cpu_devices
+from stages.core.plan.topology import cpu_devices, describe
 from stages.core.presets.architecture import Architecture
 from stages.core.presets.formats import format_of
 from stages.core.records.layout import OverBatch
@@ -61,6 +61,24 @@ def architecture_of(params: Settings, step: PlanStep) -> tuple[str, Architecture
     if name.startswith("hf://") and name_of(name) not in REGISTRY:
         return name, huggingface.architecture(name, cache_folder())
     return name, catalog.architecture(name, "plan.preset")
+
+
+def check(params: Settings) -> None:
+    """Raise what a name would raise that is first used when others have been compiled for minutes.
+
+    Raises:
+        ParamsError: no public Gemma of the name of a preset.
+        StageError: no such topology, or no compiler for it.
+    """
+    plan = params.plan
+    others = [each for each in (plan.search, plan.scaling) if each]
+    for step in [*plan.targets, *others]:
+        architecture_of(params, step)
+    names = [each.topology for each in plan.targets]
+    names += [plan.search.topology] if plan.search else []
+    names += plan.scaling.topologies if plan.scaling else []
+    for name in names:
+        describe(name)
 
 
 def own_config(fetch: Fetch, root: Path) -> Path | None:
