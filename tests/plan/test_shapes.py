@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import keras
 import pytest
@@ -16,6 +17,8 @@ import pytest
 from stages.core.common.errors import ParamsError, StageError
 from stages.core.fetch.catalog import GEMMAS, architecture
 from stages.core.fetch.local import fetch_local
+from stages.core.plan import search
+from stages.core.plan.compilation import CompileRequest
 from stages.core.plan.search import small_programs
 from stages.core.plan.shapes import count_parameters, count_trainable, resolve_shapes
 from stages.core.presets.architecture import Architecture
@@ -64,6 +67,18 @@ def test_small_programs_have_blocks_of_all_shapes(preset):
     for blocks in programs:
         kinds = Architecture(whole.class_name, of_blocks(whole, blocks)).kinds
         assert {each.shapes for each in kinds} == {each.shapes for each in whole.kinds}
+
+
+@pytest.mark.parametrize("preset", GEMMAS)
+def test_small_programs_add_up_to_the_blocks_of_the_model(monkeypatch, preset):
+    def compile_step(asked):
+        return SimpleNamespace(fits=True, blocks=asked.blocks or count, temporary_bytes=asked.blocks)
+
+    whole = architecture(preset)
+    count = whole.config["num_layers"]
+    monkeypatch.setattr(search, "compile_step", compile_step)
+    costs, often = search._compiled(CompileRequest(SimpleNamespace(architecture=whole, length=512), "cpu:8"))
+    assert costs[0].blocks + often * (costs[-1].blocks - costs[0].blocks) == pytest.approx(count)
 
 
 def test_gemma_7b_at_rank_4_has_the_tutorials_counts(devices):

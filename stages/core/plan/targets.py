@@ -64,7 +64,7 @@ def architecture_of(params: Settings, step: PlanStep) -> tuple[str, Architecture
 
 
 def check(params: Settings) -> None:
-    """Raise what a name would raise that is first used when others have been compiled for minutes.
+    """Check the names of all entries before the first of their programs is compiled, which takes minutes.
 
     Raises:
         ParamsError: no public Gemma of the name of a preset.
