@@ -20,6 +20,7 @@ import numpy as np
 from stages.core.model import kv_cache, layer_embeddings
 from stages.core.model.activations import UNCONSTRAINED, Activations
 from stages.core.model.attention import Attend, SelfAttention
+from stages.core.model.gated import gated
 from stages.core.model.kv_cache import Cache
 from stages.core.model.lora import Dropout
 from stages.core.model.rotary import Rotary
@@ -288,9 +289,7 @@ def _block(run: _Pass, block: _Block, x: jax.Array, attend: Attend, taken: Keys 
     x = x + h
     h = _norm(layer.pre_ffw_norm, x)
     gate, up = run.projections.columns([layer.gating_ffw, layer.gating_ffw_2], h, run.dropout)
-    h = run.constrain(
-        run.projections.rows(layer.ffw_linear, jax.nn.gelu(gate, approximate=True) * up, run.dropout), "hidden"
-    )
+    h = run.constrain(run.projections.rows(layer.ffw_linear, gated(gate, up), run.dropout), "hidden")
     if kind.experts:
         mixed, sent = run.projections.experts(layer, kind.experts, x, _norm(layer.pre_ffw_norm_moe, x), run.counted)
         h = _norm(layer.post_ffw_norm_dense, h) + _norm(layer.post_ffw_norm_moe_path, run.constrain(mixed, "hidden"))

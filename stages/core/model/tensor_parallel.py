@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 
 from stages.core.model.experts import ExpertBanks
 from stages.core.model.lora import BESIDE_CODES, Dropout, Gathering, apply, arrays_of, base, narrowed, widen
-from stages.core.model.products import gathered
+from stages.core.model.products import MOST_JOINED, gathered, joined_products
 from stages.core.sharding.keras_internals import kernel_of
 from stages.core.sharding.layout import Placement, axes_of
 
@@ -54,8 +54,7 @@ class Projections:
         self._divides = mesh is not None and mesh.shape["model"] > 1
         self._placed = {placement.weight.path: placement for placement in placements}
         self._again = not keep_gathered
-        # A TPU's compiler would write heads in another order before it takes all dimensions but the last for one.
-        self._by_dimensions = mesh is not None and mesh.devices.flat[0].platform == "tpu"
+        self._on_tpu = mesh is not None and mesh.devices.flat[0].platform == "tpu"
         self.experts = ExpertBanks(mesh, placements, keep_gathered=keep_gathered)
 
     def columns(self, layers: Sequence[Any], x: jax.Array, dropout: Dropout | None = None) -> list[jax.Array]:
@@ -86,10 +85,14 @@ class Projections:
                 return _whole_heads(parts) if gather else parts
             narrow = _narrow_everywhere(layers, x, groups, specs)
             x = jax.lax.all_gather(x, "model", axis=1, tiled=True)
+            if self._on_tpu and _joins(layers, groups, gatherings):
+                found = joined_products(x, [arrays["kernel"].astype(x.dtype) for arrays in groups])
+            else:
+                found = [base(layer, x, arrays, gathering=gathering) for layer, arrays, gathering in each]
+            # A TPU's compiler would write heads in another order before it takes all dimensions but the last for one.
             return [
-                base(layer, x, arrays, gathering=gathering)
-                + (widen(layer, narrow[layer.path], arrays, divided=self._by_dimensions) if layer.path in narrow else 0)
-                for layer, arrays, gathering in each
+                y + (widen(layer, narrow[layer.path], arrays, divided=self._on_tpu) if layer.path in narrow else 0)
+                for y, layer, arrays in zip(found, layers, groups, strict=True)
             ]
 
         outputs = [P("batch", None, *(() if gather else self._output(layer))) for layer in layers]
@@ -214,6 +217,20 @@ class Projections:
 
     def _array_specs(self, layers: Sequence[Any]) -> list[dict[str, P]]:
         return [{name: P(*self._placed[f"{layer.path}/{name}"].spec) for name in arrays_of(layer)} for layer in layers]
+
+
+def _joins(
+    layers: Sequence[Any], groups: Sequence[dict[str, jax.Array]], gatherings: Sequence[Gathering | None]
+) -> bool:
+    """Return whether the products of one input are worth a common way back: frozen ones with few heads per device."""
+    kernels = [arrays["kernel"] for arrays in groups]
+    return (
+        all(kernel.ndim == 3 and jnp.issubdtype(kernel.dtype, jnp.floating) for kernel in kernels)
+        and len({kernel.shape[-1] for kernel in kernels}) == 1
+        and not any(kernel_of(layer).trainable for layer in layers)
+        and not any(gatherings)
+        and sum(kernel.shape[0] * kernel.shape[-1] for kernel in kernels) <= MOST_JOINED
+    )
 
 
 def _whole_heads(parts: Sequence[jax.Array]) -> list[jax.Array]:
