@@ -164,9 +164,9 @@ def test_the_best_candidate_is_the_fastest_and_of_equals_the_one_that_sends_leas
 
 
 @pytest.mark.parametrize(
-    ("peaks", "wanted"), [({2: 3, 4: 4}, 16), ({2: 5, 4: 3, 8: 4}, 9), ({2: 5, 4: 4, 8: 3, 16: 2, 28: 1}, 1)]
+    ("peaks", "wanted"), [({2: 3, 4: 4}, 16), ({2: 5, 4: 3, 8: 8}, 18), ({2: 5, 4: 4, 8: 3, 16: 2, 28: 1}, 1)]
 )
-def test_memory_is_extrapolated_from_where_more_blocks_need_more(presets, monkeypatch, peaks, wanted):
+def test_memory_is_extrapolated_from_the_fewest_blocks_and_as_many_as_need_more(presets, monkeypatch, peaks, wanted):
     def compile_step(request):
         none = dict.fromkeys(search.EXTRAPOLATED, 0)
         known = {"devices": 8, "device_kind": "", "chips": 8, "parameters": 0, "trainable_parameters": 0}

@@ -210,9 +210,9 @@ def _compiled(request: CompileRequest) -> tuple[list[StepCost], float]:
     """Return the costs of two small programs, or of the whole model, and how often their difference is added to the
     first.
 
-    What a step needs at its peak is a slope and a constant only where blocks are what it needs most for. Of few blocks
-    it may be the head or the update, at another point with each number: then more blocks need less, and twice as many
-    are compiled.
+    What a step needs at its peak is a slope and a constant, give or take how the compiler schedules each program: full
+    training of Gemma 3 27B on a v5e:8x8 took 4.1, 3.0, 4.3 and 3.2 GiB of temporaries with 2, 4, 8 and 16 blocks. So
+    twice as many are compiled until they need as much as the fewest, and the slope is taken over all that lies between.
     """
     step = request.step
     count, blocks = step.architecture.config["num_layers"], small_programs(step.architecture, step.length)
@@ -221,7 +221,7 @@ def _compiled(request: CompileRequest) -> tuple[list[StepCost], float]:
     few, more = blocks
     one, other = (compile_step(dataclasses.replace(request, blocks=number)) for number in blocks)
     while one.fits and other.fits and (other.temporary_bytes or 0) < (one.temporary_bytes or 0) and more < count:
-        few, more, one = more, min(2 * more, count), other
+        more = min(2 * more, count)
         other = compile_step(dataclasses.replace(request, blocks=more))
     return [one, other], (count - few) / (more - few)
 
