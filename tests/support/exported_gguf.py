@@ -20,6 +20,7 @@ TEXTS = [
     "\N{CJK UNIFIED IDEOGRAPH-6620}\N{CYRILLIC CAPITAL LETTER EF} 3.14159 <br /> <table>",
 ]
 SPELLED = "<bos>a<start_of_turn>user\nHi<end_of_turn>\n<eos><pad><unk>"
+SPELLED_OF_GEMMA4 = "<bos>a<|turn>user\nHi<turn|>\n<|channel>thought\n<channel|><eos><pad><unk>"
 
 
 def written(model: Tuned, folder: Path, kind: str = "F32", **changes: str) -> Path:

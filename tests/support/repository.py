@@ -44,8 +44,6 @@ def outputs(stage: str, *, kept: bool = False, variants: Sequence[str] | None = 
 
 
 FAMILIES = ("gemma", "gemma2", "gemma3", "gemma4")
-GGUF_FAMILIES = FAMILIES[:3]
-"""Those that are written as GGUF."""
 
 # The real weights may be there already; tests on tiny models must not write beside them. Workers of pytest-xdist
 # inherit the environment of the process that starts them, the session's own cache included.

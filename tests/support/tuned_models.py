@@ -17,6 +17,7 @@ from stages.core.model.causal_lm import make_model
 from stages.core.records.layout import LoraConfig
 from stages.core.records.model_config import TunedWeights
 from tests.support.tiny_models import describe, load_tiny, open_tiny
+from tests.support.tiny_presets import EDGE, EXPERTS
 
 ALL_LAYERS = ("attention/.*", "ffw_.*")
 EVERY_KIND: dict[str, dict] = {
@@ -26,6 +27,12 @@ EVERY_KIND: dict[str, dict] = {
     "gemma4": {"num_layers": 4},
 }
 """Backbone arguments of each family with all kinds of blocks: of six of Gemma 3's one is global."""
+MODELS: dict[str, tuple[str, dict]] = {
+    **{family: (family, arguments) for family, arguments in EVERY_KIND.items()},
+    "experts": ("gemma4", EXPERTS),
+    **{size: ("gemma4", arguments) for size, arguments in EDGE.items()},
+}
+"""Family and backbone arguments of a model of every family, and of the sizes of Gemma 4 that differ in kind."""
 
 
 def tuned(preset_folder: Path, folder: Path, targets: tuple[str, ...] = ALL_LAYERS) -> tuple[LoadedModel, Tuned]:

@@ -6,7 +6,7 @@ import functools
 import logging
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from stages.core.export import card, proof
 from stages.core.export.formats import FORMATS, Job, left_out
 from stages.core.export.tuned import RoundedWeights, SeparateWeights
 from stages.core.presets.formats import format_of
+from stages.core.presets.weight_table import StoredWeight
 from stages.core.records.export import FormatMetrics
 
 logger = logging.getLogger(__name__)
@@ -41,15 +42,15 @@ class Reference:
     reading: proof.Reading
 
     @functools.cache  # noqa: B019 (as many as there are types, and the process ends with it)
-    def _rounded(self, dtype: np.dtype, vectors: bool) -> proof.Reading:
-        weights = RoundedWeights(self.weights.merged(), dtype, vectors=vectors)
+    def _rounded(self, dtype: np.dtype, whole: Callable[[StoredWeight], bool]) -> proof.Reading:
+        weights = RoundedWeights(self.weights.merged(), dtype, whole)
         return proof.read(self.job.architecture, weights, self.ids)
 
     def of(self, name: str) -> proof.Reading:
         """Return what a format is compared with: the tuned model, or the tuned model rounded as the format rounds."""
         form = FORMATS[name]
         dtype = form.rounds(self.job)
-        return self.reading if dtype is None else self._rounded(dtype, form.rounds_vectors)
+        return self.reading if dtype is None else self._rounded(dtype, form.whole)
 
 
 @contextmanager

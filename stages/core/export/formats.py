@@ -14,11 +14,13 @@ import numpy as np
 from stages.core.common.errors import ParamsError
 from stages.core.config.schema import Export
 from stages.core.export import gguf_folder, huggingface, keras_preset, peft
+from stages.core.export.gguf import in_float32
 from stages.core.export.names import is_instruct, public_name
 from stages.core.export.tuned import SeparateWeights, Tuned
 from stages.core.presets.architecture import Architecture
 from stages.core.presets.formats import WeightSource, format_of
 from stages.core.presets.tokenizer import Tokenizer
+from stages.core.presets.weight_table import StoredWeight
 from stages.core.tokenize.chat import stops_of
 
 TOLERANCE = 1e-3
@@ -74,14 +76,14 @@ class Format:
         write: writes a folder, of the weights as they were trained.
         read: opens what was written: the architecture and the merged weights. An adapter needs the base's weights.
         numbers: returns the type of the weights by the settings.
-        rounds_vectors: whether the scales of norms are of that type too, or stay float32.
+        whole: which weights stay float32 where the others are of a type that rounds them.
         preset: the format of presets whose tokenizer the folder has, None if it has none.
     """
 
     write: Callable[[Path, Job, SeparateWeights], None]
     read: Callable[[Path, Job, SeparateWeights], Opened]
     numbers: Callable[[Export], str]
-    rounds_vectors: bool
+    whole: Callable[[StoredWeight], bool]
     preset: str | None
 
     def tolerance(self, job: Job, logit_range: float) -> float:
@@ -94,6 +96,11 @@ class Format:
         return ROUNDS.get(self.numbers(job.settings))
 
 
+def no_weight(weight: StoredWeight) -> bool:
+    """Return False: every weight is of the format's type."""
+    return False
+
+
 FORMATS = {
     "peft": Format(
         lambda folder, job, weights: peft.write_adapter(
@@ -101,7 +108,7 @@ FORMATS = {
         ),
         lambda folder, job, weights: peft.read_adapter(folder, job.architecture, weights),
         numbers=lambda settings: "float32",
-        rounds_vectors=False,
+        whole=no_weight,
         preset=None,
     ),
     "huggingface": Format(
@@ -110,7 +117,7 @@ FORMATS = {
         ),
         lambda folder, job, weights: huggingface.read_folder(folder),
         numbers=lambda settings: settings.dtype,
-        rounds_vectors=True,
+        whole=no_weight,
         preset="safetensors",
     ),
     "keras": Format(
@@ -119,7 +126,7 @@ FORMATS = {
         ),
         lambda folder, job, weights: keras_preset.read_preset(folder),
         numbers=lambda settings: settings.dtype,
-        rounds_vectors=True,
+        whole=no_weight,
         preset="keras",
     ),
     "gguf": Format(
@@ -128,7 +135,7 @@ FORMATS = {
         ),
         lambda folder, job, weights: gguf_folder.read_folder(folder),
         numbers=lambda settings: settings.gguf_type,
-        rounds_vectors=False,
+        whole=in_float32,
         preset="gguf",
     ),
 }

@@ -11,7 +11,8 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from stages.core.export.gguf import architecture_name, quiet_writer
+from stages.core.export.gguf import quiet_writer
+from stages.core.export.gguf_metadata import architecture_name
 from stages.core.export.tensors import PREFIX
 from stages.core.files import atomic_path
 from stages.core.presets.architecture import Architecture

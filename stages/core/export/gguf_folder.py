@@ -9,7 +9,7 @@ from pathlib import Path
 from stages.core.export.adapter import common_rank, lora_modules, peft_tensors
 from stages.core.export.gguf import write_gguf
 from stages.core.export.gguf_adapter import write_gguf_adapter
-from stages.core.export.hugging_face_tokenizer import CHAT_TEMPLATE
+from stages.core.export.hugging_face_tokenizer import chat_template
 from stages.core.export.modelfile import modelfile
 from stages.core.export.tensors import hugging_face_tensors
 from stages.core.export.tuned import MergedWeights, Tuned
@@ -47,9 +47,9 @@ def write_folder(folder: Path, tuned: Tuned, weights: MergedWeights, kind: str, 
         kind,
         name=name,
         terms=manifest.license,
-        chat_template=CHAT_TEMPLATE if chat else None,
+        chat_template=chat_template(architecture) if chat else None,
     )
-    write_text(folder / "Modelfile", modelfile(MODEL, manifest.license, turns=chat))
+    write_text(folder / "Modelfile", modelfile(MODEL, manifest.license, architecture if chat else None))
     if modules := lora_modules(tuned):
         tensors = peft_tensors(tuned, modules)
         write_gguf_adapter(folder / ADAPTER, architecture, tensors, common_rank(modules), name=name)

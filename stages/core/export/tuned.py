@@ -187,9 +187,9 @@ class MergedWeights:
 class RoundedWeights:
     """The tuned model's merged weights after rounding to a dtype, as float32."""
 
-    def __init__(self, weights: MergedWeights, dtype: np.dtype, *, vectors: bool) -> None:
-        """Take the source, and whether the scales of norms are rounded too; nothing is read yet."""
-        self._weights, self._dtype, self._vectors = weights, dtype, vectors
+    def __init__(self, weights: MergedWeights, dtype: np.dtype, whole: Callable[[StoredWeight], bool]) -> None:
+        """Take the source, and which weights are not rounded; nothing is read yet."""
+        self._weights, self._dtype, self._whole = weights, dtype, whole
 
     def shape(self, path: str) -> tuple[int, ...]:
         """Return the shape of the whole weight."""
@@ -198,8 +198,8 @@ class RoundedWeights:
     def read(self, path: str, index: tuple[slice, ...]) -> np.ndarray:
         """Return a slice of a weight in float32."""
         values = self._weights.read(path, index)
-        rounds = self._vectors or len(index) > 1
-        return values.astype(self._dtype).astype(np.float32) if rounds else values
+        whole = self._whole(self._weights.table[path])
+        return values if whole else values.astype(self._dtype).astype(np.float32)
 
 
 def parts(shape: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:

@@ -22,6 +22,7 @@ from stages.core.common.errors import StageError, shown
 from stages.core.presets.architecture import Architecture
 from stages.core.presets.gguf_architecture import TABLE, architecture_of
 from stages.core.presets.gguf_file import only_file, open_file
+from stages.core.presets.gguf_gemma4 import FACTORS
 from stages.core.presets.weight_table import weight_table
 
 CHUNK_ELEMENTS = 1 << 19
@@ -69,11 +70,11 @@ class GgufWeights:
         reader = open_file(path)
         tensors = {tensor.name: tensor for tensor in reader.tensors}
         self._weights: dict[str, _Weight] = {}
-        for weight_path, stored in weight_table(architecture_of(reader, path)).items():
+        architecture = architecture_of(reader, path)
+        for weight_path, stored in weight_table(architecture).items():
             name, shape, kind = stored.gguf, stored.shape, stored.kind
-            if name not in tensors:
+            if (tensor := tensors.get(name)) is None:
                 raise StageError(f"The GGUF file must hold {name} (for {weight_path}). Received: path={path}")
-            tensor = tensors.pop(name)
             # GGUF states the axis first that runs fastest.
             if tensor.shape.tolist() != list(stored.matrix_shape[::-1]):
                 raise StageError(
@@ -85,16 +86,19 @@ class GgufWeights:
                     f"The GGUF tensor {name} must be of floats. Received: {tensor.tensor_type.name} in {path}"
                 )
             self._weights[weight_path] = _Weight(tensor, shape, kind)
-        table, head = self._weights["token_embedding/embeddings"].tensor, tensors.pop(HEAD, None)
+        table, head = self._weights["token_embedding/embeddings"].tensor, tensors.get(HEAD)
         if head is not None and (head.tensor_type != table.tensor_type or not np.array_equal(head.data, table.data)):
             raise StageError(
                 f"The language head must be the embedding table, as in every Gemma. Received: {HEAD} in {path}, which "
                 f"differs from {TABLE}"
             )
-        if tensors:
+        known = {HEAD, *(weight.tensor.name for weight in self._weights.values())}
+        if architecture.class_name == "Gemma4Backbone":
+            known.add(FACTORS)
+        if unknown := tensors.keys() - known:
             raise StageError(
                 "The GGUF file holds a tensor that a text Gemma does not have. "
-                f"Received: {shown(min(tensors))} in {path}"
+                f"Received: {shown(min(unknown))} in {path}"
             )
 
     def paths(self) -> list[str]:
@@ -114,12 +118,16 @@ class GgufWeights:
                 runs along a GGUF row, the rest of the quantization blocks at its ends).
         """
         tensor, shape, kind = self._weights[path]
+        if kind == "scalar":
+            return _dequantize(np.asarray(tensor.data).view(np.uint8)[None], tensor.tensor_type).reshape(())
         start, stop, step = (rows or slice(None)).indices(shape[0])
         if step != 1:
             raise ValueError(f"rows must be a slice with step 1. Received: rows={rows}")
         stop = max(start, stop)
         # (GGUF rows, bytes per row), whatever the type; a vector has one value per row.
         data = np.asarray(tensor.data).view(np.uint8)
+        if kind.startswith("experts"):
+            return np.ascontiguousarray(_of_experts(data[start:stop], tensor.tensor_type, kind, shape))
         data = data.reshape(shape[0], -1) if data.ndim == 1 else data
         along_rows, values_per_step = _LEADING_AXIS[kind](shape)
         first, last = start * values_per_step, stop * values_per_step
@@ -142,8 +150,10 @@ class GgufSource:
         self._whole: tuple[str, np.ndarray] | None = None
 
     def read(self, path: str, index: tuple[slice, ...]) -> np.ndarray:
-        """Return a slice of a weight as float32."""
+        """Return a slice of a weight as float32; of a single number it is ()."""
         shape = self.shape(path)
+        if not shape:
+            return self._weights.read(path)
         if all(cut.indices(size) == (0, size, 1) for cut, size in zip(index[1:], shape[1:], strict=True)):
             return self._weights.read(path, index[0])
         # A weight split over another axis is cut several times in a row: dequantize it once.
@@ -158,6 +168,7 @@ class GgufSource:
 
 _LEADING_AXIS: dict[str, Callable[[tuple[int, ...]], tuple[bool, int]]] = {
     "scale": lambda shape: (True, 1),
+    "vector": lambda shape: (True, 1),
     "rows": lambda shape: (True, 1),
     "heads_out": lambda shape: (True, shape[2]),
     "heads_in": lambda shape: (False, shape[1]),
@@ -178,6 +189,8 @@ def _to_keras(values: np.ndarray, kind: str, shape: tuple[int, ...]) -> np.ndarr
     if kind == "scale":
         # llama.cpp multiplies by the stored scale, Keras by one plus the scale.
         return values[:, 0] - np.float32(1)
+    if kind == "vector":
+        return values[:, 0]
     if kind == "heads_out":
         _, hidden, head_dim = shape
         return values.reshape(-1, head_dim, hidden).transpose(0, 2, 1)
@@ -185,6 +198,24 @@ def _to_keras(values: np.ndarray, kind: str, shape: tuple[int, ...]) -> np.ndarr
         _, head_dim, hidden = shape
         return values.reshape(hidden, -1, head_dim).transpose(1, 2, 0)
     return values.T if kind == "transposed" else values
+
+
+def _of_experts(
+    data: np.ndarray, quantization: gguf.GGMLQuantizationType, kind: str, shape: tuple[int, ...]
+) -> np.ndarray:
+    """Return the values of some experts as a Keras weight (experts, inputs, outputs).
+
+    Args:
+        data: (experts, outputs, bytes) uint8; gates and the other matrices that take hidden states are the first and
+            second half of the outputs of one tensor.
+        quantization: the tensor's type.
+        kind: which of them, as in `weight_table`.
+        shape: of the whole Keras weight.
+    """
+    _, inputs, outputs = shape
+    start = outputs if kind == "experts_up" else 0
+    rows = data[:, start : start + outputs].reshape(-1, data.shape[-1])
+    return _dequantize(rows, quantization).reshape(-1, outputs, inputs).transpose(0, 2, 1)
 
 
 def _dequantize(data: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:

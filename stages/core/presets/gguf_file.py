@@ -1,7 +1,7 @@
 """A GGUF file opened with care: its header and metadata, of which the package that reads them believes everything.
 
-Reads: one .gguf file (`general.architecture` gemma, gemma2 or gemma3). The format: the GGUF specification of the ggml
-project.
+Reads: one .gguf file (`general.architecture` gemma, gemma2, gemma3 or gemma4). The format: the GGUF specification of
+the ggml project.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from stages.core.common.errors import StageError, shown
 from stages.core.presets.untrusted import brief, refuse_pointer
 
 LARGEST_COUNT = 1 << 16
-"""Tensors, or metadata values, of a file: the largest Gemma 3 has some 800."""
+"""Tensors, or metadata values, of a file: the largest Gemma 3 has some 800, of Gemma 4 the 31B."""
 
 # Further keys that a file may have, and the only values under which keras-hub computes the same.
 FIXED: dict[str, tuple[Any, ...]] = {
@@ -38,6 +38,12 @@ PLAIN_ROPE: dict[str, tuple[Any, ...]] = {
     "rope.scaling.factor": (1.0,),
 }
 WINDOWED = {"attention.sliding_window", "attn_logit_softcapping", "final_logit_softcapping"}
+OF_GEMMA4 = {
+    *("attention.key_length_swa", "attention.value_length_swa", "attention.sliding_window", "final_logit_softcapping"),
+    *("attention.sliding_window_pattern", "attention.shared_kv_layers", "embedding_length_per_layer_input"),
+    *("rope.freq_base", "rope.freq_base_swa"),
+    *("expert_count", "expert_used_count", "expert_feed_forward_length"),
+}
 # By `general.architecture`: what its files may state besides, and what is read of it.
 ARCHITECTURES: dict[str, tuple[dict[str, tuple[Any, ...]], set[str]]] = {
     "gemma": (FIXED | PLAIN_ROPE, READ),
@@ -50,6 +56,10 @@ ARCHITECTURES: dict[str, tuple[dict[str, tuple[Any, ...]], set[str]]] = {
             "attention.sliding_window_pattern": (6,),
         },
         READ | WINDOWED | {"rope.freq_base", "rope.scaling.factor"},
+    ),
+    "gemma4": (
+        {"attention.causal": (True,), "rope.scaling.type": ("none",), "rope.scaling.factor": (1.0,)},
+        READ | OF_GEMMA4,
     ),
 }
 
@@ -171,8 +181,10 @@ def _opened(path: Path, _version: tuple[int, ...]) -> gguf.GGUFReader:
     prefix = f"{architecture}."
     for key in (key.removeprefix(prefix) for key in reader.fields if key.startswith(prefix)):
         value = field_of(reader, f"{prefix}{key}")
-        if key == "rope.dimension_count":
-            allowed: tuple[Any, ...] = (field_of(reader, f"{prefix}attention.key_length"),)
+        if key.startswith("rope.dimension_count"):
+            # Of windowed blocks too, where they have heads of their own.
+            length = key.replace("rope.dimension_count", "attention.key_length")
+            allowed: tuple[Any, ...] = (field_of(reader, f"{prefix}{length}"),)
         else:
             allowed = fixed.get(key, (value,) if key in read | HARMLESS else ())
         if value not in allowed:
@@ -196,3 +208,15 @@ def field_of(reader: gguf.GGUFReader, key: str, default: Any = None) -> Any:
         raise StageError(
             f"The GGUF file must state {key} readably ({shown(error)}). Delete it and fetch it anew."
         ) from error
+
+
+def need(reader: gguf.GGUFReader, key: str, path: Path) -> Any:
+    """Return a metadata value that the file must have.
+
+    Raises:
+        StageError: it does not.
+    """
+    value = field_of(reader, key)
+    if value is None:
+        raise StageError(f"The GGUF file must state {key}, and does not. Received: path={path}")
+    return value

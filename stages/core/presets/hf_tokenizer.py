@@ -9,14 +9,11 @@ from typing import Any
 from tokenizers import Tokenizer as Library
 
 from stages.core.common.errors import StageError, shown
-from stages.core.presets.tokenizer import ADDED_TOKENS, HUGGING_FACE_VOCABULARY, JSON_VOCABULARY, Tokenizer
+from stages.core.presets.tokenizer import ADDED_TOKENS, HUGGING_FACE_VOCABULARY, IMAGE, JSON_VOCABULARY, Tokenizer
 from stages.core.presets.untrusted import read_object
 
 CONTROL = ("<pad>", "<eos>", "<bos>", "<unk>")
 """Pieces that no text spells: SentencePiece finds them in none, so neither does the other library."""
-
-IMAGE = "<image_soft_token>"
-"""Stands for a part of an image in every Gemma 3, beyond the rows of a text model's table: no text spells it."""
 
 
 def vocabulary_files(folder: Path) -> list[str]:

@@ -26,6 +26,8 @@ JSON_VOCABULARY = "tokenizer.json"
 ADDED_TOKENS = "added_tokens.json"
 """Tokens that a `tokenizer.model` lacks, by their ids."""
 
+IMAGE = "<image_soft_token>"
+"""Stands for a part of an image in every Gemma 3, beyond the rows of a text model's table: no text spells it."""
 
 TURNS, TURNS_OF_GEMMA4 = "<start_of_turn>", "<|turn>"
 """What begins a turn; both vocabularies have 262,144 pieces, and these at one place."""
