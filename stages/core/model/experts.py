@@ -222,19 +222,18 @@ def mix(
     back, of_row = jnp.argsort(order), of_row[order]
     sizes = jnp.sum(of_row[:, None] == jnp.arange(count), axis=0, dtype=jnp.int32)
 
-    def own(rows: jax.Array) -> jax.Array:
-        # What a product has in rows of no group is not defined, nor is their gradient.
-        return rows if first is None else jnp.where((of_row < count)[:, None], rows, jnp.zeros((), rows.dtype))
-
     def times(rows: jax.Array, matrix: Matrix, trains: bool) -> jax.Array:
         flops = 2 * rows.shape[0] * matrix.values.shape[1] * matrix.values.shape[2] // parts
-        return own(ragged(trains, flops, *alike(rows, *matrix, of_row, sizes)))
+        return ragged(trains, flops, *alike(rows, *matrix, of_row, sizes))
 
-    rows = own(spread(chosen, *alike(y, order, back)))
+    # What a product has in the rows of experts elsewhere is not defined, nor is their gradient: neither is summed.
+    here = None if first is None else (back < jnp.sum(sizes)).reshape(-1, chosen)
+    rows = spread(chosen, *alike(y, order, back, here))
     wide = jax.nn.gelu(times(rows, gate, trained[0]), approximate=True) * times(rows, up, trained[1])
     # Weighed here and not after the product: what is kept for the gradient of a weight is as wide as an expert.
-    wide = (wide.astype(jnp.float32) * choice.weights.reshape(-1)[order][:, None]).astype(y.dtype)
-    return collect(chosen, *alike(times(wide, down, trained[2]), order, back))
+    weights = choice.weights if here is None else jnp.where(here, choice.weights, 0.0)
+    wide = (wide.astype(jnp.float32) * weights.reshape(-1)[order][:, None]).astype(y.dtype)
+    return collect(chosen, *alike(times(wide, down, trained[2]), order, back, here))
 
 
 def busiest_share(sent: Sequence[jax.Array], counted: jax.Array) -> jax.Array:

@@ -160,7 +160,7 @@ def _counted(flops: int) -> Any:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def spread(chosen: int, y: jax.Array, order: jax.Array, back: jax.Array) -> jax.Array:
+def spread(chosen: int, y: jax.Array, order: jax.Array, back: jax.Array, here: jax.Array | None) -> jax.Array:
     """Return the row of its token for each of the sorted places.
 
     Args:
@@ -168,6 +168,7 @@ def spread(chosen: int, y: jax.Array, order: jax.Array, back: jax.Array) -> jax.
         y: (tokens, n).
         order: int32 (places,), the place that is sorted to each.
         back: int32 (places,), where each place is sorted to.
+        here: bool (tokens, chosen), the places whose gradients are summed; None: all.
 
     Returns:
         (places, n).
@@ -176,18 +177,23 @@ def spread(chosen: int, y: jax.Array, order: jax.Array, back: jax.Array) -> jax.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def collect(chosen: int, rows: jax.Array, order: jax.Array, back: jax.Array) -> jax.Array:
-    """Return the sum of the sorted rows of each token, summed in float32: `spread` transposed."""
-    apart = rows[back].reshape(-1, chosen, rows.shape[-1])
-    return jnp.sum(apart.astype(jnp.float32), axis=1).astype(rows.dtype)
+def collect(chosen: int, rows: jax.Array, order: jax.Array, back: jax.Array, here: jax.Array | None) -> jax.Array:
+    """Return the sum of the sorted rows of each token, those of `here`, in float32: `spread` transposed.
+
+    The gradient of the other rows is not zero: nothing may be made of it.
+    """
+    apart = rows[back].reshape(-1, chosen, rows.shape[-1]).astype(jnp.float32)
+    # Not multiplied: a row that is not defined need not be finite.
+    summed = apart if here is None else jnp.where(here[..., None], apart, 0.0)
+    return jnp.sum(summed, axis=1).astype(rows.dtype)
 
 
 # XLA would derive a scatter for each, which adds rows one after the other, rounded to the rows' dtype.
 spread.defvjp(
-    lambda chosen, y, order, back: (spread(chosen, y, order, back), (order, back)),
-    lambda chosen, places, gradient: (collect(chosen, gradient, *places), None, None),
+    lambda chosen, y, *places: (spread(chosen, y, *places), places),
+    lambda chosen, places, gradient: (collect(chosen, gradient, *places), None, None, None),
 )
 collect.defvjp(
-    lambda chosen, rows, order, back: (collect(chosen, rows, order, back), (order, back)),
-    lambda chosen, places, gradient: (spread(chosen, gradient, *places), None, None),
+    lambda chosen, rows, *places: (collect(chosen, rows, *places), places),
+    lambda chosen, places, gradient: (spread(chosen, gradient, *places), None, None, None),
 )
