@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from stages.core.model.sorted_products import ragged
-from stages.core.model.tiled_products import TILE
+from stages.core.model.tiled_products import TILE, times
 from stages.core.plan import hlo, program_costs, topology
 from tests.support.plans import has_gpu_compiler, has_libtpu
 
@@ -68,3 +68,23 @@ def test_no_row_is_multiplied_with_the_experts_it_was_not_sent_to(name):
     found = program_costs.costs(hlo.parse(compiled(name, jnp.float32, trained=True).as_text())).matrix_flops
     most = 1 + EXPERTS * TILE / ROWS
     assert 3 * USEFUL <= found <= 3 * most * USEFUL
+
+
+@has_gpu_compiler
+def test_products_of_later_blocks_hold_no_memory_before_they_are_computed():
+    """XLA would make the zeros that each product begins with all at once, at the beginning of the step."""
+    whole = jax.sharding.SingleDeviceSharding(topology.describe("h100:1").devices[0])
+    matrices = jax.ShapeDtypeStruct((EXPERTS, INPUTS, INPUTS), jnp.bfloat16, sharding=whole)
+
+    def temporaries(blocks: int) -> int:
+        def chain(x, matrices):
+            for w in matrices:
+                # As a router decides: how many rows each expert has follows from what the block before returns.
+                sizes = jnp.where(x[:EXPERTS, 0] > 0, 2, 1) * (ROWS // EXPERTS // 2)
+                x = times(x, w, sizes, None)
+            return x
+
+        x = jax.ShapeDtypeStruct((ROWS, INPUTS), jnp.bfloat16, sharding=whole)
+        return jax.jit(chain).lower(x, [matrices] * blocks).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(6) - temporaries(2) < 2 * ROWS * INPUTS, "bytes of one block's rows"
