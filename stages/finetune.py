@@ -42,7 +42,7 @@ def main(run: Run, profile: Path | None) -> None:
     tokenizer = format_of(preset.manifest.format).load_tokenizer(preset.folder)
     config = variants.read_config(run.paths, "baseline")
     start_from = start.start_folder(run.paths, settings.start_from)
-    model = trainer.load_trainable(preset, config, settings, start_from)
+    model = trainer.load_trainable(preset, config, settings, start_from, variants.codes_of(run.paths, config))
     if run.first:
         inputs.declare(run.paths, "finetune", "start_from", start_from)
     sequences = {split: read_sequences(run.paths, split) for split in ("train", "validation")}

@@ -1,9 +1,9 @@
 """Shard and load: load the model directly into its shards on the device mesh, and report every weight's sharding.
 
-Reads: `models/preset/manifest.json` and the preset's files; params `mesh`, `layout`, `load`.
+Reads: `models/preset/manifest.json` and the preset's files, `models/quantized`; params `mesh`, `layout`, `load`.
 Writes: `models/baseline/model.json`, `data/sharding/base.json`, `data/metrics/load.json`; prints the tutorial's table.
-Command: `python -m stages.load`. With `--dry-run` it reads no weights, takes no devices and writes nothing: it prints
-the sharding of every weight, LoRA kernel and optimizer slot, of the fetched preset or of any public Gemma (`--preset`).
+Command: `python -m stages.load`. With `--dry-run` it takes no devices and writes nothing: it prints the sharding of all
+weights, LoRA kernels and optimizer slots, of the fetched preset or of any public Gemma (`--preset`).
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ def main(run: Run, dry_run: bool, public: str | None) -> None:
 
     began = time.perf_counter()
     params = run.params
-    preset = variants.open_preset(run.paths)
-    mesh = params.mesh.as_shape()
+    preset, mesh = variants.open_preset(run.paths), params.mesh.as_shape()
     layout = make_layout(params.layout, preset.architecture, mesh)
-    config = variants.model_config(preset, params.load.dtype, mesh, layout)
+    chosen = variants.chosen_codes(run.paths, preset.fingerprint, params.load.dtype)
+    config = variants.model_config(preset, params.load.dtype, mesh, layout, chosen)
     model = variants.declare_model(config, preset.architecture, None)
     check_adapters(layout.rules, [placement.weight for placement in model.placements], mesh)
     warn_before_running(run.paths.root, run_of(config))
     warn_of_slow_network(model.jax_mesh, model.model_axis_bytes)
     advice = replication_advice(params.layout, preset.architecture, model.placements, mesh)
     fraction = check_replication(model.placements, mesh, params.layout.max_replicated_fraction, advice)
-    variants.fill_model(model, preset, {})
+    variants.fill_model(model, preset, {}, chosen=chosen)
     variants.check_placed(model)
     report = table.report(
         model.placements,

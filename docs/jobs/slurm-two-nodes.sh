@@ -14,7 +14,7 @@ export GEMMA_TUNING_CACHE=$PWD/.gemma-tuning
 export COORDINATOR_ADDRESS=$SLURMD_NODENAME:8476
 # Settings, preset and data once, on the first node.
 python -m stages.profile gpus-8 --set 'mesh.shape=[2, 8]'
-for stage in fetch prepare tokenize; do
+for stage in fetch prepare tokenize quantize; do
   env -u COORDINATOR_ADDRESS python -m stages.$stage
 done
 for stage in load finetune "evaluate --variant baseline" "evaluate --variant tuned"; do

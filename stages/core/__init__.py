@@ -6,8 +6,9 @@ Each line needs only lines below it, so there are no cycles.
     rehearse  -> preview finetune load cli sharding processes presets config records common files
     preview   -> plan sharding fetch presets config cli records common
     plan      -> finetune load model tokenize sharding fetch presets config records common files
-    export    -> evaluate fetch load model tokenize sharding presets config records common files
+    export    -> quantize evaluate fetch load tokenize presets config records common files
     cache     -> finetune
+    quantize  -> load model sharding presets records common
     finetune  -> adapters generate load model tokenize sharding processes presets config records common files
     evaluate  -> generate model tokenize sharding presets records common files
     generate  -> adapters load model tokenize sharding presets config records common

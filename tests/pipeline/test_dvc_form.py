@@ -42,7 +42,7 @@ def test_an_experiment_changes_the_line_of_its_setting_and_freezing_a_stage_noth
 
     pipeline = (repository / "dvc.yaml").read_text()
     # DVC freezes no stage of a matrix.
-    stages = ["fetch", "prepare", "tokenize", "load", "finetune", "compare", "export", "plan", "report"]
+    stages = ["fetch", "prepare", "tokenize", "quantize", "load", "finetune", "compare", "export", "plan", "report"]
     dvc(repository, "freeze", *stages)
     assert (repository / "dvc.yaml").read_text().count("frozen: true") == len(stages)
     dvc(repository, "unfreeze", *stages)

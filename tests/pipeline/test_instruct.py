@@ -43,7 +43,7 @@ SETTINGS = [
     "generate.chat_template=true",
     "generate.max_tokens=24",
 ]
-STAGES = ("fetch", "prepare", "tokenize", "load", "finetune", "generate", "evaluate")
+STAGES = ("fetch", "prepare", "tokenize", "quantize", "load", "finetune", "generate", "evaluate")
 
 
 def settings_on(root: Path) -> list[str]:

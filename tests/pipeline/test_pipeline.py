@@ -23,6 +23,7 @@ ALL = {
     "fetch",
     "prepare",
     "tokenize",
+    "quantize",
     "load",
     "finetune",
     "generate@baseline",
@@ -116,7 +117,7 @@ def test_the_same_settings_give_the_same_bytes(repository: Path):
         "data/sharding/base.json",
     ]
     first = {name: (repository / name).read_bytes() for name in names}
-    makers = ["prepare", "tokenize", "load", "finetune", "generate@tuned", "evaluate@tuned"]
+    makers = ["prepare", "tokenize", "quantize", "load", "finetune", "generate@tuned", "evaluate@tuned"]
     # By new interpreters, whose hashes have other seeds.
     assert ran(dvc(repository, "repro", "--force", "--single-item", *makers, forked=False)) == set(makers)
     assert {name: (repository / name).read_bytes() for name in names} == first

@@ -37,10 +37,10 @@ CHANGES = {
         {"max_length": 24},
         {"evaluate@baseline", "evaluate@tuned", "compare", "export", "report"},
     ),
-    "the validation size": ("prepare", {"validation": 5}, ALL - {"fetch", "load", "generate@baseline", "plan"}),
-    "the end of a review": ("tokenize", {"eos": "never"}, ALL - {"fetch", "prepare", "load", "generate@baseline"}),
-    "the mesh": ("mesh", {"shape": [1, 8]}, ALL - {"fetch", "prepare", "tokenize"}),
-    "the layout": ("layout", {"max_replicated_fraction": 0.5}, ALL - {"fetch", "prepare", "tokenize"}),
+    "the validation size": ("prepare", {"validation": 5}, ALL - {"fetch", "plan"}),
+    "the end of a review": ("tokenize", {"eos": "never"}, ALL - {"fetch", "prepare"}),
+    "the mesh": ("mesh", {"shape": [1, 8]}, ALL - {"fetch", "prepare", "tokenize", "quantize"}),
+    "the layout": ("layout", {"max_replicated_fraction": 0.5}, ALL - {"fetch", "prepare", "tokenize", "quantize"}),
     "what is planned": ("plan", {"targets": []}, {"plan", "report"}),
 }
 

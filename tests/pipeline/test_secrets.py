@@ -67,7 +67,7 @@ def test_no_token_of_a_run_is_written_down_or_passed_on_and_only_fetch_uses_the_
         assert f"Bearer {KAGGLE_TOKEN}" in kaggle.authorizations, "the token was really used"
         kaggle.requests.clear()
         others = dvc(repository, "repro", "-v", "tokenize", "load")
-    assert ran(others) == {"prepare", "tokenize", "load"}
+    assert ran(others) == {"prepare", "tokenize", "quantize", "load"}
     assert kaggle.requests == [], "all that honours a proxy asks this server"
     assert any(b"stages.fetch" in each for each in watcher.seen)
     assert watcher.found == set()

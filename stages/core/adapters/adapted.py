@@ -95,7 +95,9 @@ def load_adapted(paths: Paths, folder: Path, preset: Preset, *, trying: bool = F
         return model
     lora = own_lora(folder, preset)
     model = variants.declare_model(config, preset.architecture, lora)
-    variants.fill_model(model, preset, adapter.load(folder / OWN, preset.fingerprint))
+    variants.fill_model(
+        model, preset, adapter.load(folder / OWN, preset.fingerprint), chosen=variants.codes_of(paths, config)
+    )
     return model
 
 

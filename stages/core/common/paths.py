@@ -20,6 +20,9 @@ REVIEWS = {"train": "data/imdb/train.parquet", "validation": "data/imdb/validati
 TOKENS = {"train": "data/tokens/train.npz", "validation": "data/tokens/validation.npz"}
 # The held-out reviews whole, for `evaluate`; the sequences of `validation` are for measuring while training.
 HELD_OUT = "data/tokens/held_out.npz"
+# Codes that `quantize` chose.
+QUANTIZED = "models/quantized"
+QUANTIZED_INDEX = f"{QUANTIZED}/index.json"
 SHARDING = {"baseline": "data/sharding/base.json", "tuned": "data/sharding/tuned.json"}
 PLAN = "data/sharding/plan.json"
 CURVE = "data/plots/finetune.csv"
@@ -158,6 +161,8 @@ MAKERS = {
     "data/metrics/prepare": "prepare",
     "data/tokens": "tokenize",
     "data/metrics/tokenize": "tokenize",
+    "models/quantized": "quantize",
+    "data/metrics/quantize": "quantize",
     "models/baseline": "load",
     "data/sharding/base": "load",
     "data/metrics/load": "load",

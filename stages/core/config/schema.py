@@ -138,6 +138,12 @@ class Load(Section):
     dtype: Dtype
 
 
+class Quantize(Section):
+    """How the codes of a base of 4 bits are chosen."""
+
+    windows: Annotated[int, Field(ge=1, le=4096)] | None
+
+
 class Finetune(Section):
     """The training run.
 
@@ -274,6 +280,7 @@ class Params(Section):
     tokenize: Tokenize
     mesh: Mesh
     layout: Layout
+    quantize: Quantize
     load: Load
     finetune: Finetune
     variants: Variants

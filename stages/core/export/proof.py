@@ -10,26 +10,18 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from stages.core.export.tuned import pieces
-from stages.core.load import lora_kernels
-from stages.core.load.backbone import build_backbone
-from stages.core.model import decoder
 from stages.core.presets.architecture import Architecture
 from stages.core.presets.formats import WeightSource
 from stages.core.presets.tokenizer import Tokenizer
-from stages.core.presets.weight_table import LAYER_TABLE
+from stages.core.quantize import by_blocks
 from stages.core.records.layout import LoraConfig
-from stages.core.sharding import devices
-from stages.core.sharding.keras_internals import set_value
 from stages.core.tokenize.control_tokens import NAMES
 
-TABLE = "token_embedding/embeddings"
 BEYOND = 64
 """Tokens of the text beyond a sliding window."""
 COMPARED = 128
@@ -113,45 +105,13 @@ def read(architecture: Architecture, weights: WeightSource, ids: list[int], lora
         ids: of the text.
         lora: of an adapter whose kernels are among the weights; None for none.
     """
-    devices.configure("simulated", 1)
-    backbone = build_backbone(architecture, "float32")
-    if lora:
-        lora_kernels.declare(backbone, lora)
     hidden_size = architecture.config["hidden_dim"]
 
     def table(rows: slice) -> np.ndarray:
-        return weights.read(TABLE, (rows, slice(0, hidden_size))).astype(np.float32, copy=False)
+        return weights.read(by_blocks.TABLE, (rows, slice(0, hidden_size))).astype(np.float32, copy=False)
 
-    held: list[Any] = []
-
-    def give(variable: Any) -> None:
-        values = weights.read(variable.path, tuple(slice(0, size) for size in variable.shape))
-        set_value(variable, jnp.asarray(values.astype(np.float32, copy=False)))
-
-    def give_block(layer: Any) -> None:
-        # A placeholder takes the place of what the block before has been given.
-        for variable in held:
-            set_value(variable, jnp.zeros(()))
-        held[:] = layer.weights
-        for variable in held:
-            give(variable)
-
-    for variable in backbone.weights:
-        if not variable.path.startswith("decoder_block_") and not variable.path.endswith("/embeddings"):
-            give(variable)
-
-    def embedded(path: str) -> jax.Array:
-        columns = slice(0, weights.shape(path)[1])
-        found = {number: weights.read(path, (slice(number, number + 1), columns))[0] for number in set(ids)}
-        return jnp.asarray(np.stack([found[number] for number in ids])[None].astype(np.float32, copy=False))
-
-    hidden = decoder.hidden_states(
-        backbone,
-        embedded(TABLE),
-        jnp.ones((1, len(ids)), jnp.int32),
-        layer_rows=embedded(LAYER_TABLE) if architecture.kinds[0].layer_input else None,
-        before_block=give_block,
-    )
+    one = np.array([ids], np.int32)
+    hidden = by_blocks.hidden_states(architecture, weights, one, np.ones_like(one), lora=lora)
     return Reading(np.asarray(hidden[0, -COMPARED:]), table, architecture.config.get("final_logit_soft_cap"))
 
 

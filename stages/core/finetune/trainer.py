@@ -31,6 +31,7 @@ from stages.core.finetune.signals import Interruption
 from stages.core.generate import prompting
 from stages.core.generate.sampling import Sampler, SamplerSettings
 from stages.core.load import adapter, lora_kernels, weight_loading
+from stages.core.load.chosen_codes import ChosenCodes
 from stages.core.load.variants import LoadedModel, Preset, declare_model, fill_model
 from stages.core.model.causal_lm import CausalModel, make_model, pin_to_mesh
 from stages.core.presets.architecture import of_backbone
@@ -48,7 +49,11 @@ logger = logging.getLogger(__name__)
 
 
 def load_trainable(
-    preset: Preset, config: ModelConfig, settings: Finetune, start_from: Path | None = None
+    preset: Preset,
+    config: ModelConfig,
+    settings: Finetune,
+    start_from: Path | None = None,
+    chosen: ChosenCodes | None = None,
 ) -> LoadedModel:
     """Load the baseline with LoRA kernels at their initial values, or with every weight trainable for rank 0.
 
@@ -57,6 +62,7 @@ def load_trainable(
         config: the baseline's `model.json`.
         settings: the training settings.
         start_from: the folder of an adapter whose values are the initial ones; None for new ones.
+        chosen: from `variants.codes_of`.
 
     Raises:
         StageError: the baseline was made from another preset, or in a dtype too coarse for full fine-tuning, or the
@@ -72,7 +78,7 @@ def load_trainable(
         first = {path: lora_kernels.first_value(path, shape, settings.seed) for path, shape in shapes.items()}
     else:
         first = start.starting_kernels(start_from, preset, settings.lora, shapes)
-    fill_model(model, preset, first)
+    fill_model(model, preset, first, chosen=chosen)
     return model
 
 
@@ -119,7 +125,7 @@ def checkpoints(
         {
             "settings": without(settings, "display"),
             "tokens": {split: sha256(paths.read(file)) for split, file in TOKENS.items()},
-            **{key: config.content()[key] for key in ("base", "dtype")},
+            **{key: found for key in ("base", "dtype", "codes") if (found := config.content().get(key)) is not None},
             "platform": platform,
             "start": None if start_from is None else start.digest(start_from),
         }

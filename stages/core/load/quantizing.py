@@ -164,18 +164,24 @@ def _fitted(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     offset = low / 2 + high / 2 + scale / 2
     mean = values.mean(axis=1, keepdims=True)
     for _ in range(FITS):
-        codes = _nearest(values, scale, offset)
+        codes = nearest(values, scale, offset)
         middle = codes.mean(axis=1, keepdims=True)
         apart = np.square(codes).mean(axis=1, keepdims=True) - np.square(middle)
         together = (codes * values).mean(axis=1, keepdims=True) - middle * mean
         scale = np.divide(together, apart, out=scale, where=apart > 0)
         offset = mean - scale * middle
     scale, offset = scale.astype(ml_dtypes.bfloat16), offset.astype(ml_dtypes.bfloat16)
-    codes = _nearest(values, scale.astype(np.float32), offset.astype(np.float32))
+    codes = nearest(values, scale.astype(np.float32), offset.astype(np.float32))
     return codes.astype(ml_dtypes.int4), scale, offset
 
 
-def _nearest(values: np.ndarray, scale: np.ndarray, offset: np.ndarray) -> np.ndarray:
-    """Return the codes nearest to values, float32 from -8 to 7."""
+def values_of_groups(codes: np.ndarray, scale: np.ndarray, offset: np.ndarray) -> np.ndarray:
+    """Return the numbers that codes of 4 bits stand for, float32 (..., inputs, outputs), see `in_groups`."""
+    by, plus = (np.repeat(each.astype(np.float32), GROUP, axis=-2) for each in (scale, offset))
+    return codes.astype(np.float32) * by + plus
+
+
+def nearest(values: np.ndarray, scale: np.ndarray, offset: np.ndarray) -> np.ndarray:
+    """Return the codes nearest to values by scales and offsets of their shape, float32 from -8 to 7."""
     codes = (values - offset) / np.where(scale > 0, scale, np.float32(1))
     return np.clip(np.rint(codes, out=codes), -8, 7, out=codes)

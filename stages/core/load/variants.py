@@ -22,11 +22,12 @@ from stages.core.common.paths import MANIFEST, Paths, variant_folder
 from stages.core.common.progress import bytes_bar
 from stages.core.load import adapter, lora_kernels, weight_loading
 from stages.core.load.backbone import build_backbone
+from stages.core.load.chosen_codes import ChosenCodes
 from stages.core.presets.architecture import Architecture
 from stages.core.presets.formats import WeightSource, format_of
 from stages.core.presets.manifest import read_manifest, verified_folder
 from stages.core.processes.group import current
-from stages.core.records.forms import policy_of
+from stages.core.records.forms import four_bits_of, policy_of
 from stages.core.records.layout import LoraConfig, MeshShape, NamedLayout
 from stages.core.records.manifest import Manifest
 from stages.core.records.model_config import ModelConfig
@@ -98,7 +99,18 @@ def open_preset(paths: Paths) -> Preset:
     return Preset(manifest, folder, format_of(manifest.format).read_architecture(folder))
 
 
-def model_config(preset: Preset, dtype: str, mesh: MeshShape, layout: NamedLayout) -> ModelConfig:
+def chosen_codes(paths: Paths, base: str, dtype: str) -> ChosenCodes | None:
+    """Return the codes that `quantize` chose; None where a `load.dtype` has none of 4 bits.
+
+    Raises:
+        StageError: `quantize` has not run, or for another base or dtype.
+    """
+    return ChosenCodes(paths, base, dtype) if four_bits_of(dtype) else None
+
+
+def model_config(
+    preset: Preset, dtype: str, mesh: MeshShape, layout: NamedLayout, chosen: ChosenCodes | None = None
+) -> ModelConfig:
     """Return the baseline's `model.json`."""
     return ModelConfig(
         variant="baseline",
@@ -107,6 +119,7 @@ def model_config(preset: Preset, dtype: str, mesh: MeshShape, layout: NamedLayou
         dtype=dtype,
         mesh=mesh,
         layout=layout,
+        codes=chosen.fingerprint if chosen else None,
     )
 
 
@@ -148,8 +161,23 @@ def load_variant(
     if tuned:
         trained = adapter.load(paths.read(f"{variant_folder(variant)}/{tuned.file}"), config.base)
     model = declare_model(config, preset.architecture, tuned.lora if tuned else None)
-    fill_model(model, preset, trained)
+    fill_model(model, preset, trained, chosen=codes_of(paths, config))
     return model
+
+
+def codes_of(paths: Paths, config: ModelConfig) -> ChosenCodes | None:
+    """Return the chosen codes that a variant was made with.
+
+    Raises:
+        StageError: those in `models/quantized` are others.
+    """
+    chosen = chosen_codes(paths, config.base, config.dtype)
+    if chosen and chosen.fingerprint != config.codes:
+        raise StageError(
+            f"models/{config.variant} must be of the codes in models/quantized. Received: a variant of others. Run "
+            "`dvc repro`."
+        )
+    return chosen
 
 
 def for_trying(config: ModelConfig) -> ModelConfig:
@@ -190,6 +218,7 @@ def fill_model(
     preset: Preset,
     trained: dict[str, Any],
     adapted: Callable[[WeightSource], WeightSource] = lambda files: files,
+    chosen: ChosenCodes | None = None,
 ) -> None:
     """Give every declared weight its value: from `trained` where it is there, else from the preset's files.
 
@@ -198,6 +227,7 @@ def fill_model(
         preset: from `open_preset`.
         trained: arrays by path.
         adapted: returns what the files' weights are read through, such as an adapter that is added to them.
+        chosen: from `chosen_codes`.
     """
     memory = weight_loading.ArraySource(trained)
     total = sum(placement.weight.bytes for placement in model.placements)
@@ -207,7 +237,12 @@ def fill_model(
     ):
         source = adapted(files)
         weight_loading.fill(
-            model.backbone, model.placements, model.mesh, lambda path: memory if path in trained else source, show
+            model.backbone,
+            model.placements,
+            model.mesh,
+            lambda path: memory if path in trained else source,
+            show,
+            chosen,
         )
 
 

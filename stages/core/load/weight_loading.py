@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from stages.core.common.errors import StageError
 from stages.core.load import quantizing
+from stages.core.load.chosen_codes import ChosenCodes, Codes
 from stages.core.presets.formats import WeightSource
 from stages.core.sharding.keras_internals import place
 from stages.core.sharding.layout import Placement, Weight
@@ -47,6 +48,7 @@ def fill(
     mesh: keras.distribution.DeviceMesh,
     source: Callable[[str], WeightSource],
     progress: Callable[[int], None] | None = None,
+    chosen: ChosenCodes | None = None,
 ) -> None:
     """Give every declared weight its value, split over the mesh as placed.
 
@@ -56,6 +58,7 @@ def fill(
         mesh: the Keras device mesh.
         source: returns the source that holds a weight path.
         progress: called with the bytes in place so far, after each weight.
+        chosen: codes of 4 bits that were chosen; of all other weights the nearest are made.
 
     Raises:
         StageError: a weight in the file has another shape than the architecture says, is not of floats, or holds a
@@ -81,8 +84,12 @@ def fill(
         sharding = NamedSharding(devices, PartitionSpec(*placement.spec))
         if of_codes := beside.get(variable.path):
             its = [(each, NamedSharding(devices, PartitionSpec(*by_path[each.path].spec))) for each in of_codes]
-            filled = _fill_channels if len(its) == 1 else _fill_groups
-            filled(origin, (variable, sharding), *its)
+            if len(its) == 1:
+                _fill_channels(origin, (variable, sharding), *its)
+            elif chosen and variable.path in chosen:
+                _fill_groups(functools.partial(chosen.read, variable.path), (variable, sharding), *its)
+            else:
+                _fill_groups(functools.partial(_nearest, origin, variable.path), (variable, sharding), *its)
             done += sum(by_path[each.path].weight.bytes for each in of_codes)
         else:
             read = functools.partial(_read, origin, variable.path, variable.dtype)
@@ -119,13 +126,17 @@ def _fill_channels(origin: WeightSource, of_codes: Filled, of_scale: Filled) -> 
     place(scale, _placed(held, scale_shape, scale_sharding), scale_sharding)
 
 
-def _fill_groups(origin: WeightSource, *of_each: Filled) -> None:
+def _nearest(origin: WeightSource, path: str, index: Index) -> Codes:
+    """Return the nearest codes of a slice of a weight, by groups."""
+    return Codes(*quantizing.in_groups(_read(origin, path, "float32", index)))
+
+
+def _fill_groups(read: Callable[[Index], Codes], *of_each: Filled) -> None:
     """Do the same with codes, scales and offsets by groups. A device has whole ones: what others have is not needed."""
     (codes, sharding), *_ = of_each
     shards: list[list[jax.Array]] = [[] for _ in of_each]
     for index, devices in _holders(sharding, tuple(codes.shape)):
-        made = quantizing.in_groups(_read(origin, codes.path, "float32", index))
-        for held, values in zip(shards, made, strict=True):
+        for held, values in zip(shards, read(index), strict=True):
             held += _on(devices, values)
     for (variable, sharding), held in zip(of_each, shards, strict=True):
         place(variable, jax.make_array_from_single_device_arrays(tuple(variable.shape), sharding, held), sharding)

@@ -45,6 +45,11 @@ FORMS = {
 """By `load.dtype`; any other is a Keras dtype policy, without codes."""
 
 
+def four_bits_of(dtype: str) -> tuple[str, ...]:
+    """Return the names of the layers, or of an expert's matrices, that a `load.dtype` holds in 4 bits."""
+    return FORMS[dtype].four_bits if dtype in FORMS else ()
+
+
 def policy_of(dtype: str) -> str:
     """Return the Keras dtype policy of a `load.dtype`: of all that does not become codes."""
     return FORMS[dtype].policy if dtype in FORMS else dtype

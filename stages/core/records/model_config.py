@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from stages.core.common.paths import MANIFEST
 from stages.core.records.layout import LoraConfig, MeshShape, NamedLayout
-from stages.core.records.record import FileRecord, Record
+from stages.core.records.record import FileRecord, OrAbsent, Record
 
 
 class TunedWeights(Record):
@@ -32,6 +32,7 @@ class ModelConfig(FileRecord):
         dtype: `load.dtype`.
         mesh: with the kind of devices as the settings have it.
         layout: the rules that every weight is placed by.
+        codes: fingerprint of the codes that were chosen for it (`quantize`); absent: none were.
         tuned: None for the baseline.
     """
 
@@ -42,4 +43,5 @@ class ModelConfig(FileRecord):
     dtype: str
     mesh: MeshShape
     layout: NamedLayout
+    codes: OrAbsent[str] = None
     tuned: TunedWeights | None = None
