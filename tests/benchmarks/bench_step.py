@@ -26,7 +26,7 @@ STEPS_A_TURN = 2
 # Model flops of a token: 2 for each weight a product touches, forward, and 2 more for the gradient in its input (the
 # weights are frozen); 100,270,080 weights in the blocks' kernels and 262,144 x 640 in the head. Attention is left out.
 FLOPS_A_TOKEN = 4 * (100_270_080 + 262_144 * 640)
-SIDES = ("ours (1, 1)", "ours (1, 8)", "ours (1, 1) int8", "keras fit", "peft", "matrix product")
+SIDES = ("ours (1, 1)", "ours (1, 8)", "ours (1, 1) int8", "ours (1, 1) int4", "keras fit", "peft", "matrix product")
 
 
 def peak_bytes() -> int:
@@ -207,6 +207,7 @@ def serve(side: str, batch: int) -> None:
         "ours (1, 1)": lambda: our_side((1, 1), batch),
         "ours (1, 8)": lambda: our_side((1, 8), batch),
         "ours (1, 1) int8": lambda: our_side((1, 1), batch, "int8_float32"),
+        "ours (1, 1) int4": lambda: our_side((1, 1), batch, "int4_float32"),
         "keras fit": lambda: keras_side(batch),
         "peft": lambda: peft_side(batch),
         "matrix product": product_side,
