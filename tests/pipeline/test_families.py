@@ -7,17 +7,16 @@ import math
 import os
 import shutil
 import subprocess
-from importlib import import_module
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
 from tests.support import warm
 from tests.support.copies import change
 from tests.support.hf_folder import write_hugging_face
 from tests.support.repository import FAMILIES, ROOT
 from tests.support.servers import hub_server
+from tests.support.small_project import succeed
 from tests.support.tiny_presets import EDGE, tiny_reviews, write_tiny_preset
 
 REPO = "somebody/tiny"
@@ -60,12 +59,6 @@ FORMS = {
 """The form in which a family goes through every stage; its single keras-hub file is loaded and measured beside it."""
 
 
-def run(stage: str, *arguments: str) -> None:
-    """Run a stage in this process, which has JAX and Keras already."""
-    done = CliRunner().invoke(import_module(f"stages.{stage}").main, arguments)
-    assert done.exit_code == 0, (stage, done.output, done.exception)
-
-
 def measured(folder: Path, name: str) -> dict:
     return json.loads((folder / "data" / "metrics" / f"{name}.json").read_text())
 
@@ -95,9 +88,9 @@ def test_a_family_goes_through_every_stage_in_each_form(family, presets, tmp_pat
         # The client reads its environment once, when it is imported.
         subprocess.run([warm.python(), "-m", "stages.fetch"], env=environment, check=True, capture_output=True)
     shutil.rmtree(folder)
-    run("prepare")
+    succeed("prepare")
     for stage in STAGES:
-        run(*stage)
+        succeed(*stage)
     baseline, tuned = measured(tmp_path, "evaluate/baseline"), measured(tmp_path, "evaluate/tuned")
     assert math.isfinite(tuned["loss"])
     assert tuned["loss"] < baseline["loss"]
@@ -110,7 +103,7 @@ def test_a_family_goes_through_every_stage_in_each_form(family, presets, tmp_pat
 
     # The same weights in one file give the same model.
     change(tmp_path, "fetch", source="path", preset="tiny", path=str(preset))
-    run("fetch")
-    run("load")
-    run("evaluate", "--variant", "baseline")
+    succeed("fetch")
+    succeed("load")
+    succeed("evaluate", "--variant", "baseline")
     assert measured(tmp_path, "evaluate/baseline") == baseline

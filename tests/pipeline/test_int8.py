@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import shutil
-from importlib import import_module
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
 from stages.core.common.paths import Paths
 from stages.core.export.tuned import open_tuned
 from tests.support.copies import change
-from tests.support.repository import ROOT
-from tests.support.tiny_presets import tiny_reviews
+from tests.support.small_project import run, succeed, write_project
 
 NO_TASK = ("--set", "evaluate.tasks=null")
 STAGES = [
@@ -33,11 +29,6 @@ STAGES = [
 ]
 
 
-def run(stage: str, *arguments: str):
-    """Run a stage in this process, which has JAX and Keras already."""
-    return CliRunner().invoke(import_module(f"stages.{stage}").main, arguments)
-
-
 @pytest.fixture(scope="module")
 def folder(presets, tmp_path_factory):
     """A run over an int8 base, its token table included, with the loss before quantizing asked for."""
@@ -45,22 +36,13 @@ def folder(presets, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("GEMMA_TUNING_CACHE", str(folder / "cache"))
-        shutil.copy(ROOT / "params.yaml", folder)
-        (folder / "reviews.txt").write_text("\n".join(each.replace("\n", " ") for each in tiny_reviews(12)) + "\n")
-        change(folder, "fetch", source="path", preset="tiny", path=str(presets["gemma2"]))
-        change(folder, "prepare", source="files", train_file="reviews.txt", validation=4, min_characters=1)
-        change(folder, "tokenize", length=32)
-        change(folder, "mesh", shape=[1, 2])
-        change(folder, "layout", max_replicated_fraction=1.0)
-        change(folder, "load", dtype="int8_table_float32")
-        change(folder, "finetune", batch_size=2, steps=3, learning_rate=0.01, schedule="constant", warmup_steps=0)
+        write_project(folder, presets["gemma2"], "int8_table_float32")
         change(folder, "finetune", sample_every=2, sample_tokens=3, checkpoint_every=2)
         change(folder, "generate", max_tokens=3, prompts=["This movie was"])
         change(folder, "evaluate", tasks=["float_base"])
         change(folder, "export", formats=["peft", "huggingface"])
         for stage in STAGES:
-            done = run(*stage)
-            assert done.exit_code == 0, (stage, done.output, done.exception)
+            succeed(*stage)
         yield folder
 
 

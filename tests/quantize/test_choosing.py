@@ -1,4 +1,4 @@
-"""Codes chosen on training windows: in every family, read back slice by slice, the same on every mesh."""
+"""Codes chosen on training sequences: in every family, read back slice by slice, the same on every mesh."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ MODELS = {**{name: (name, each) for name, each in EVERY_KIND.items()}, "E2B": ("
 
 
 @pytest.fixture(scope="module")
-def windows() -> dict[str, np.ndarray]:
-    """Eight windows of 32 tokens, the last of which is padding in its second half."""
+def few() -> dict[str, np.ndarray]:
+    """Eight sequences of 32 tokens, the last of which is padding in its second half."""
     found = sequences(8)
     segments = np.ones_like(found["token_ids"])
     segments[-1, 16:] = 0
     return {"token_ids": found["token_ids"], "segment_ids": segments}
 
 
-def chosen_of(preset, windows, root: Path):
+def chosen_of(preset, given, root: Path):
     folder = root / "models/quantized"
     folder.mkdir(parents=True)
-    index, errors = choose(preset, DTYPE, windows, folder)
+    index, errors = choose(preset, DTYPE, given, folder)
     index.write(folder / "index.json")
     return ChosenCodes(Paths(root, root), preset.fingerprint, DTYPE), errors
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_outputs_are_nearer_than_with_the_nearest_codes_in_every_family(name, windows, devices, tmp_path):
+def test_outputs_are_nearer_than_with_the_nearest_codes_in_every_family(name, few, devices, tmp_path):
     family, arguments = MODELS[name]
     preset = open_tiny(write_tiny_preset(tmp_path / "preset", family, **arguments))
-    chosen, errors = chosen_of(preset, windows, tmp_path)
+    chosen, errors = chosen_of(preset, few, tmp_path)
     shared = sum(kind.keys_of is not None for kind in preset.architecture.kinds)
     assert len(errors) == 4 * preset.architecture.config["num_layers"] - shared
     assert all(path in chosen for path in errors)
@@ -54,9 +54,9 @@ def test_outputs_are_nearer_than_with_the_nearest_codes_in_every_family(name, wi
     assert chosen_error < 0.8 * nearest_error
 
 
-def test_a_base_has_the_same_chosen_codes_on_every_mesh(windows, devices, tmp_path):
+def test_a_base_has_the_same_chosen_codes_on_every_mesh(few, devices, tmp_path):
     preset = open_tiny(write_tiny_preset(tmp_path / "preset", "gemma2"))
-    chosen, errors = chosen_of(preset, windows, tmp_path)
+    chosen, errors = chosen_of(preset, few, tmp_path)
     values = []
     for shape in ((1, 1), (2, 4)):
         model = variants.declare_model(describe(preset, shape, dtype=DTYPE), preset.architecture, None)
@@ -71,17 +71,17 @@ def test_a_base_has_the_same_chosen_codes_on_every_mesh(windows, devices, tmp_pa
             np.testing.assert_array_equal(values[0][f"{path}{end}"], written)
 
 
-def test_padding_and_other_windows_after_it_choose_nothing(windows, devices, tmp_path):
+def test_padding_chooses_nothing(few, devices, tmp_path):
     preset = open_tiny(write_tiny_preset(tmp_path / "preset", "gemma3"))
-    filled = {**windows, "token_ids": windows["token_ids"].copy()}
+    filled = {**few, "token_ids": few["token_ids"].copy()}
     filled["token_ids"][-1, 16:] = 7
-    one, other = (chosen_of(preset, each, tmp_path / name)[0] for name, each in (("a", windows), ("b", filled)))
+    one, other = (chosen_of(preset, each, tmp_path / name)[0] for name, each in (("a", few), ("b", filled)))
     assert one.fingerprint == other.fingerprint is not None
 
 
-def test_experts_are_rounded_to_the_nearest_and_dense_layers_chosen(windows, devices, tmp_path):
+def test_experts_are_rounded_to_the_nearest_and_dense_layers_chosen(few, devices, tmp_path):
     preset = open_tiny(write_tiny_preset(tmp_path / "preset", "gemma4", **EXPERTS))
-    chosen, errors = chosen_of(preset, windows, tmp_path)
+    chosen, errors = chosen_of(preset, few, tmp_path)
     assert "decoder_block_0/ffw_gating/kernel" in errors
     assert not any("moe" in path for path in errors)
     assert "decoder_block_0/moe_expert_bank/gate_proj" not in chosen
@@ -90,14 +90,14 @@ def test_experts_are_rounded_to_the_nearest_and_dense_layers_chosen(windows, dev
     variants.fill_model(model, preset, {}, chosen=chosen)
 
 
-def test_a_damaged_model_is_told_and_not_rounded(windows, devices, tmp_path):
+def test_a_damaged_model_is_told_and_not_rounded(few, devices, tmp_path):
     preset = open_tiny(write_tiny_preset(tmp_path / "preset", "gemma"))
     with h5py.File(tmp_path / "preset/model.weights.h5", "r+") as file:
         file["layers/gemma_decoder_block/pre_attention_norm/vars/0"][0] = np.nan
     with pytest.raises(
-        StageError, match=r"Activations must be finite .* Received: others in decoder_block_0\nThe check"
+        StageError, match=r"Activations must be finite .* Received: a NaN or an infinity in decoder_block_0\nThe check"
     ):
-        choose(preset, DTYPE, windows, tmp_path)
+        choose(preset, DTYPE, few, tmp_path)
 
 
 def test_any_slice_of_a_file_is_that_of_the_whole(tmp_path):
@@ -127,15 +127,15 @@ def test_any_slice_of_a_file_is_that_of_the_whole(tmp_path):
         write_block(tmp_path / "odd.safetensors", {"a": Codes(*(each[..., :3] for each in codes))})
 
 
-def test_codes_of_another_base_or_a_lost_file_are_refused(windows, devices, tmp_path):
+def test_codes_of_another_base_or_a_lost_file_are_refused(few, devices, tmp_path):
     preset = open_tiny(write_tiny_preset(tmp_path / "preset", "gemma"))
-    chosen, errors = chosen_of(preset, windows, tmp_path)
+    chosen, errors = chosen_of(preset, few, tmp_path)
     with pytest.raises(
-        StageError, match=r"must be of the base that is loaded, other in int4. Received: .* Run `dvc repro"
+        StageError, match=r"must have been made from this base, other in int4. Received: .* Run `dvc repro"
     ):
         ChosenCodes(Paths(tmp_path, tmp_path), "other", "int4")
     config = describe(preset, (1, 1), dtype=DTYPE)
-    with pytest.raises(StageError, match="a variant of others"):
+    with pytest.raises(StageError, match="Received: other codes"):
         variants.codes_of(Paths(tmp_path, tmp_path), config)
     same = config.model_copy(update={"codes": chosen.fingerprint})
     assert variants.codes_of(Paths(tmp_path, tmp_path), same).fingerprint == chosen.fingerprint

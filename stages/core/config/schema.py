@@ -139,9 +139,9 @@ class Load(Section):
 
 
 class Quantize(Section):
-    """How the codes of a base of 4 bits are chosen."""
+    """How the codes of an int4 base are chosen."""
 
-    windows: Annotated[int, Field(ge=1, le=4096)] | None
+    sequences: Annotated[int, Field(ge=1, le=4096)] | None
 
 
 class Finetune(Section):

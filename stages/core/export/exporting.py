@@ -42,15 +42,15 @@ class Reference:
     reading: proof.Reading
 
     @functools.cache  # noqa: B019 (as many as there are types, and the process ends with it)
-    def _rounded(self, dtype: np.dtype, whole: Callable[[StoredWeight], bool]) -> proof.Reading:
-        weights = RoundedWeights(self.weights.merged(), dtype, whole)
+    def _rounded(self, dtype: np.dtype, in_float32: Callable[[StoredWeight], bool]) -> proof.Reading:
+        weights = RoundedWeights(self.weights.merged(), dtype, in_float32)
         return proof.read(self.job.architecture, weights, self.ids)
 
     def of(self, name: str) -> proof.Reading:
         """Return what a format is compared with: the tuned model, or the tuned model rounded as the format rounds."""
         form = FORMATS[name]
         dtype = form.rounds(self.job)
-        return self.reading if dtype is None else self._rounded(dtype, form.whole)
+        return self.reading if dtype is None else self._rounded(dtype, form.in_float32)
 
 
 @contextmanager

@@ -76,14 +76,14 @@ class Format:
         write: writes a folder, of the weights as they were trained.
         read: opens what was written: the architecture and the merged weights. An adapter needs the base's weights.
         numbers: returns the type of the weights by the settings.
-        whole: which weights stay float32 where the others are of a type that rounds them.
+        in_float32: returns whether a weight stays in float32 where the format rounds the others.
         preset: the format of presets whose tokenizer the folder has, None if it has none.
     """
 
     write: Callable[[Path, Job, SeparateWeights], None]
     read: Callable[[Path, Job, SeparateWeights], Opened]
     numbers: Callable[[Export], str]
-    whole: Callable[[StoredWeight], bool]
+    in_float32: Callable[[StoredWeight], bool]
     preset: str | None
 
     def tolerance(self, job: Job, logit_range: float) -> float:
@@ -108,7 +108,7 @@ FORMATS = {
         ),
         lambda folder, job, weights: peft.read_adapter(folder, job.architecture, weights),
         numbers=lambda settings: "float32",
-        whole=no_weight,
+        in_float32=no_weight,
         preset=None,
     ),
     "huggingface": Format(
@@ -117,7 +117,7 @@ FORMATS = {
         ),
         lambda folder, job, weights: huggingface.read_folder(folder),
         numbers=lambda settings: settings.dtype,
-        whole=no_weight,
+        in_float32=no_weight,
         preset="safetensors",
     ),
     "keras": Format(
@@ -126,7 +126,7 @@ FORMATS = {
         ),
         lambda folder, job, weights: keras_preset.read_preset(folder),
         numbers=lambda settings: settings.dtype,
-        whole=no_weight,
+        in_float32=no_weight,
         preset="keras",
     ),
     "gguf": Format(
@@ -135,7 +135,7 @@ FORMATS = {
         ),
         lambda folder, job, weights: gguf_folder.read_folder(folder),
         numbers=lambda settings: settings.gguf_type,
-        whole=in_float32,
+        in_float32=in_float32,
         preset="gguf",
     ),
 }

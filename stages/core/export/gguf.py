@@ -42,7 +42,7 @@ CHUNK_ELEMENTS = 1 << 19
 THREADS = 4
 
 ROUTER = "ffn_gate_inp.weight"
-"""Of experts: what it multiplies by decides which are chosen, so it stays float32, as llama.cpp's converter has it."""
+"""Stays in float32, as in llama.cpp's converter: its rounding could change which experts a token is sent to."""
 
 
 def in_float32(weight: StoredWeight) -> bool:
@@ -80,7 +80,7 @@ def write_gguf(
         ValueError: a tensor is missing, or comes out of order or in another shape.
     """
     family = architecture_name(architecture)
-    # Of a block's experts two weights are one tensor.
+    # Two weights of a block's experts share a tensor.
     table = list({weight.gguf: weight for weight in weight_table(architecture).values()}.values())
     full = [each for each in architecture.kinds if each.window is None] if family == "gemma4" else []
     with atomic_path(target) as temporary:

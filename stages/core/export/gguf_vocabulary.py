@@ -17,7 +17,7 @@ from stages.core.tokenize.chat import CHANNEL, CHANNEL_END, GEMMA, GEMMA4, TOOL_
 from stages.core.tokenize.control_tokens import NAMES
 
 UNUSED_SCORE = -10000.0
-"""Of a row of the table without a piece, as llama.cpp's converter gives it."""
+"""The score of a table row without a piece, as in llama.cpp's converter."""
 
 SHOWN = {
     *(CHANNEL, CHANNEL_END, TOOL_RESPONSE, "<tool_response|>", "<|tool_call>", "<tool_call|>"),

@@ -187,9 +187,9 @@ class MergedWeights:
 class RoundedWeights:
     """The tuned model's merged weights after rounding to a dtype, as float32."""
 
-    def __init__(self, weights: MergedWeights, dtype: np.dtype, whole: Callable[[StoredWeight], bool]) -> None:
-        """Take the source, and which weights are not rounded; nothing is read yet."""
-        self._weights, self._dtype, self._whole = weights, dtype, whole
+    def __init__(self, weights: MergedWeights, dtype: np.dtype, in_float32: Callable[[StoredWeight], bool]) -> None:
+        """Take the source, and what returns whether a weight is not rounded; nothing is read yet."""
+        self._weights, self._dtype, self._in_float32 = weights, dtype, in_float32
 
     def shape(self, path: str) -> tuple[int, ...]:
         """Return the shape of the whole weight."""
@@ -198,8 +198,8 @@ class RoundedWeights:
     def read(self, path: str, index: tuple[slice, ...]) -> np.ndarray:
         """Return a slice of a weight in float32."""
         values = self._weights.read(path, index)
-        whole = self._whole(self._weights.table[path])
-        return values if whole else values.astype(self._dtype).astype(np.float32)
+        stays = self._in_float32(self._weights.table[path])
+        return values if stays else values.astype(self._dtype).astype(np.float32)
 
 
 def parts(shape: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:

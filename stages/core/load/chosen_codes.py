@@ -1,7 +1,7 @@
-"""The codes of 4 bits that `quantize` chose, read while the base is loaded, a device's slice at a time.
+"""The 4-bit codes that `quantize` chose: written block by block, and read in slices while the base is loaded.
 
-Writes and reads: `models/quantized/`: index.json, and a safetensors file for each block. There two codes share a byte,
-which of two neighbours in the last dimension has the first in its lower half; scales and offsets are bfloat16's bits.
+Writes and reads: `models/quantized/`: index.json and one safetensors file per block. Two neighbours in the last
+dimension share a byte, the first in its lower half; scales and offsets are stored as the bits of bfloat16 numbers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from stages.core.records.quantize import QuantizedBase
 
 
 class Codes(NamedTuple):
-    """Of a kernel, or a slice of one: int4 codes, and bfloat16 scales and offsets of groups of inputs."""
+    """A kernel, or a slice of one: int4 codes, and bfloat16 scales and offsets per group of inputs."""
 
     codes: np.ndarray
     scale: np.ndarray
@@ -50,10 +50,10 @@ def write_block(path: Path, kernels: dict[str, Codes]) -> str:
 
 
 class ChosenCodes:
-    """The codes of a base, by the paths of its kernels.
+    """The chosen codes of a base, by kernel path.
 
     Attributes:
-        fingerprint: of all of them; None: none were chosen, and each weight is rounded to the nearest code.
+        fingerprint: of all files; None if no codes were chosen: each weight is rounded to the nearest code.
     """
 
     def __init__(self, paths: Paths, base: str, dtype: str) -> None:
@@ -70,7 +70,7 @@ class ChosenCodes:
         index = QuantizedBase.read(paths, QUANTIZED_INDEX)
         if index.files and (index.base, index.dtype) != (base, dtype):
             raise StageError(
-                f"{QUANTIZED}/ must be of the base that is loaded, {base[:12]} in {dtype}. Received: "
+                f"{QUANTIZED}/ must have been made from this base, {base[:12]} in {dtype}. Received: "
                 f"{str(index.base)[:12]} in {index.dtype}. Run `dvc repro quantize`."
             )
         self._folder, self._kernels = paths.read(QUANTIZED_INDEX).parent, frozenset(index.kernels)

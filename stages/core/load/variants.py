@@ -100,7 +100,7 @@ def open_preset(paths: Paths) -> Preset:
 
 
 def chosen_codes(paths: Paths, base: str, dtype: str) -> ChosenCodes | None:
-    """Return the codes that `quantize` chose; None where a `load.dtype` has none of 4 bits.
+    """Return the codes that `quantize` chose; None for a `load.dtype` without 4-bit codes.
 
     Raises:
         StageError: `quantize` has not run, or for another base or dtype.
@@ -166,16 +166,16 @@ def load_variant(
 
 
 def codes_of(paths: Paths, config: ModelConfig) -> ChosenCodes | None:
-    """Return the chosen codes that a variant was made with.
+    """Return the chosen codes that a variant was made with; None for a `load.dtype` without 4-bit codes.
 
     Raises:
-        StageError: those in `models/quantized` are others.
+        StageError: `models/quantized` holds other codes.
     """
     chosen = chosen_codes(paths, config.base, config.dtype)
     if chosen and chosen.fingerprint != config.codes:
         raise StageError(
-            f"models/{config.variant} must be of the codes in models/quantized. Received: a variant of others. Run "
-            "`dvc repro`."
+            f"models/{config.variant} must have been made with the codes in models/quantized. Received: other codes. "
+            "Run `dvc repro`."
         )
     return chosen
 

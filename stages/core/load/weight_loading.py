@@ -58,7 +58,7 @@ def fill(
         mesh: the Keras device mesh.
         source: returns the source that holds a weight path.
         progress: called with the bytes in place so far, after each weight.
-        chosen: codes of 4 bits that were chosen; of all other weights the nearest are made.
+        chosen: the codes that `quantize` chose; other 4-bit weights get the nearest codes.
 
     Raises:
         StageError: a weight in the file has another shape than the architecture says, is not of floats, or holds a

@@ -226,7 +226,7 @@ def mix(
         flops = 2 * rows.shape[0] * matrix.values.shape[1] * matrix.values.shape[2] // parts
         return ragged(trains, flops, *alike(rows, *matrix, of_row, sizes))
 
-    # What a product has in the rows of experts elsewhere is not defined, nor is their gradient: neither is summed.
+    # A product leaves the rows of experts on other devices undefined, and so are their gradients: both are masked out.
     here = None if first is None else (back < jnp.sum(sizes)).reshape(-1, chosen)
     rows = spread(chosen, *alike(y, order, back, here))
     wide = jax.nn.gelu(times(rows, gate, trained[0]), approximate=True) * times(rows, up, trained[1])

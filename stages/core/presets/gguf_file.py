@@ -182,7 +182,7 @@ def _opened(path: Path, _version: tuple[int, ...]) -> gguf.GGUFReader:
     for key in (key.removeprefix(prefix) for key in reader.fields if key.startswith(prefix)):
         value = field_of(reader, f"{prefix}{key}")
         if key.startswith("rope.dimension_count"):
-            # Of windowed blocks too, where they have heads of their own.
+            # Windowed blocks can have another head size.
             length = key.replace("rope.dimension_count", "attention.key_length")
             allowed: tuple[Any, ...] = (field_of(reader, f"{prefix}{length}"),)
         else:

@@ -1,4 +1,4 @@
-"""A Gemma 4's part of a GGUF file's metadata: two kinds of blocks, shared keys and values, experts.
+"""The metadata that a GGUF file of a Gemma 4 has: two kinds of blocks, shared keys and values, experts.
 
 Source of the keys and of what a missing one means: llama.cpp's `conversion/gemma.py`, and `gemma4.cpp` in its
 `src/models`.
@@ -19,7 +19,7 @@ from stages.core.presets.layer_kinds import LayerKind, first_sharing
 from stages.core.presets.untrusted import brief
 
 FACTORS = "rope_freqs.weight"
-"""Of full attention: what the angle of each pair of a head is divided by."""
+"""Divides the rotary angle of each pair of a head, in blocks with full attention."""
 
 UNTURNED = 1e30
 """The factor of a pair that is not turned."""

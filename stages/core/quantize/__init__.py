@@ -1,3 +1,3 @@
-"""The codes of a base of 4 bits, chosen by what its layers are given, and a model run a block's weights at a time.
+"""Chooses the codes of an int4 base by its layers' inputs, and runs a model with one block in memory at a time.
 Imports `load`, `model`, `sharding`, `presets`, `records` and `common`.
 """

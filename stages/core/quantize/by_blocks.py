@@ -1,6 +1,6 @@
-"""A model run with a block's weights at a time in memory, whatever its size, in float32 on one device.
+"""Runs a model of any size in float32 on one device, with the weights of one block in memory at a time.
 
-Purpose: the proof of an export, and the choice of codes, need a pass over some text and not the model on a mesh.
+Purpose: the proof of an export and the choice of codes need one pass over some text, not the model on a mesh.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def hidden_states(
         segment_ids: int32 (batch, length), as `decoder.hidden_states` takes them.
         lora: of an adapter whose kernels are among the weights; None for none.
         projections: applies the linear layers.
-        after_block: called with each block's layer when it has run, and still has its weights.
+        after_block: called with each block's layer after it has run, while it still has its weights.
 
     Returns:
         float32 (batch, length, hidden).

@@ -1,7 +1,7 @@
-"""The codes of a base's matrices of 4 bits, chosen block by block on training windows.
+"""Chooses the codes of the matrices that an int4 base holds in 4 bits, block by block, on training sequences.
 
-Reads: the preset's weights and the training windows. A block's layers of 4 bits get inputs of two kinds, the hidden
-states before attention and before the feed-forward layers; of each its second moment decides the codes.
+Reads: the preset's weights and the sequences. The 4-bit layers of a block have two inputs: the hidden states before
+attention, and those before the feed-forward layers. The second moment of each decides the codes.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from stages.core.sharding.keras_internals import kernel_of
 
 @dataclass(frozen=True)
 class Errors:
-    """Squared error of a layer's outputs as a part of their squares: rounded to nearest, and as chosen."""
+    """Squared errors of a layer's outputs as a fraction of their squares, with nearest and with chosen codes."""
 
     nearest: float
     chosen: float
 
 
 class _Watched(Projections):
-    """Applies layers, and keeps the second moment of what those of 4 bits are given."""
+    """Applies layers, and keeps the second moments of the inputs of 4-bit layers."""
 
     def __init__(self, names: tuple[str, ...], counted: np.ndarray) -> None:
-        """Take the names of the layers, and bool (batch, length), the tokens that count."""
+        """Take the names of the 4-bit layers, and which tokens are no padding, bool (batch, length)."""
         super().__init__()
         self._names, self._counted = names, counted[..., None]
         self.found: list[tuple[list[Any], np.ndarray]] = []
@@ -54,14 +54,14 @@ class _Watched(Projections):
 
 
 def choose(
-    preset: Preset, dtype: str, windows: Mapping[str, np.ndarray], folder: Path
+    preset: Preset, dtype: str, sequences: Mapping[str, np.ndarray], folder: Path
 ) -> tuple[QuantizedBase, dict[str, Errors]]:
     """Choose the codes of all blocks and write them, a file for each block.
 
     Args:
         preset: from `open_preset`.
         dtype: a `load.dtype` with layers of 4 bits.
-        windows: `token_ids` and `segment_ids`, int32 (windows, length); a segment of 0 is padding.
+        sequences: `token_ids` and `segment_ids`, int32 (sequences, length); a segment of 0 is padding.
         folder: for the files.
 
     Returns:
@@ -71,7 +71,7 @@ def choose(
         StageError: activations are not finite, or the numbers of a weight have no finite range.
         OSError: the disk is full, or a file cannot be written.
     """
-    watched = _Watched(four_bits_of(dtype), windows["segment_ids"] > 0)
+    watched = _Watched(four_bits_of(dtype), sequences["segment_ids"] > 0)
     errors: dict[str, Errors] = {}
     files: dict[str, str] = {}
     blocks = preset.architecture.config["num_layers"]
@@ -82,7 +82,7 @@ def choose(
         for layers, moment in watched.found:
             if not np.isfinite(moment).all():
                 raise StageError(
-                    f"Activations must be finite for codes to be chosen. Received: others in {block.name}\n"
+                    f"Activations must be finite to choose codes. Received: a NaN or an infinity in {block.name}\n"
                     "The checkpoint is damaged, or its training diverged: take another one."
                 )
             upper = gptq.factor(moment)
@@ -103,8 +103,8 @@ def choose(
         by_blocks.hidden_states(
             preset.architecture,
             weights,
-            windows["token_ids"],
-            windows["segment_ids"],
+            sequences["token_ids"],
+            sequences["segment_ids"],
             projections=watched,
             after_block=after_block,
         )

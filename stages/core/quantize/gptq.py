@@ -1,8 +1,8 @@
-"""Codes of 4 bits that make up for each other's rounding errors, by what a layer is given.
+"""Rounds a matrix to 4-bit codes so that rounding errors cancel in the layer's outputs (GPTQ).
 
-Purpose: rounded each to the nearest, a matrix' codes ignore that some inputs are large and many alike. Here a number is
-rounded, and what that changes in the layer's output is taken back, as far as it can be, by the numbers of the channel
-that are not rounded yet. Source: https://arxiv.org/abs/2210.17323, algorithm 1.
+Purpose: rounding each weight to the nearest code ignores that some inputs are large and many are correlated. Here the
+weights of a channel are rounded one after the other, and those not yet rounded are adjusted to cancel the change of the
+output as far as possible. Source: https://arxiv.org/abs/2210.17323, algorithm 1.
 
     H = X^T X over the inputs X (tokens, inputs),   U upper triangular with U^T U = (H + damping)^-1
     for each input i, in order:  e_i = (w_i - rounded w_i) / U_ii,   w_j <- w_j - U_ij e_i  for all j > i
@@ -16,7 +16,7 @@ import numpy as np
 from stages.core.load.quantizing import GROUP, in_groups, nearest
 
 DAMPING = 0.01
-"""Added to the diagonal of H, as a part of its mean: it is then well conditioned, as the source has it."""
+"""Added to the diagonal of H, as a fraction of its mean, so that H can be inverted; the source uses the same."""
 
 
 def factor(moment: np.ndarray) -> np.ndarray:
@@ -30,7 +30,7 @@ def factor(moment: np.ndarray) -> np.ndarray:
 def rounded(values: np.ndarray, upper: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return codes of 4 bits, and the scale and offset of each group, as `quantizing.in_groups` does.
 
-    Scale and offset of a group are fitted to its numbers as they are when their turn comes.
+    A group's scale and offset are fitted to its weights after the adjustments for the groups before it.
 
     Args:
         values: float32 (inputs, outputs).
@@ -57,11 +57,11 @@ def rounded(values: np.ndarray, upper: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def output_error(values: np.ndarray, rounded_values: np.ndarray, moment: np.ndarray) -> float:
-    """Return the squared error of a layer's outputs as a part of the outputs' own squares, over the inputs of H.
+    """Return the squared error of a layer's outputs as a fraction of the outputs' squares, over the inputs of H.
 
     Args:
         values: float32 (inputs, outputs).
-        rounded_values: what the codes stand for.
+        rounded_values: those of the codes.
         moment: H.
     """
 

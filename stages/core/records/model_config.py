@@ -32,7 +32,7 @@ class ModelConfig(FileRecord):
         dtype: `load.dtype`.
         mesh: with the kind of devices as the settings have it.
         layout: the rules that every weight is placed by.
-        codes: fingerprint of the codes that were chosen for it (`quantize`); absent: none were.
+        codes: fingerprint of the codes that `quantize` chose for it; absent if it chose none.
         tuned: None for the baseline.
     """
 

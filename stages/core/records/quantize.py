@@ -11,7 +11,7 @@ class QuantizedBase(FileRecord):
     Attributes:
         base: fingerprint of the preset.
         dtype: `load.dtype`.
-        files: SHA-256 of each file next to this one, by its name; none where no codes are chosen on training windows.
+        files: SHA-256 of each file next to this one, by its name; none if no codes were chosen.
         kernels: paths of the kernels whose codes are in them.
     """
 
@@ -22,12 +22,15 @@ class QuantizedBase(FileRecord):
 
 
 class QuantizeMetrics(FileRecord):
-    """Choosing the codes of 4 bits; the errors are the squared errors of the matrices' outputs on the training windows,
-    as a fraction of the outputs' squares, averaged over the matrices: with codes rounded to nearest, and as chosen.
+    """Choosing the 4-bit codes.
+
+    `sequences` and `tokens` are of the training data that was used. The errors are those of the matrices' outputs on
+    it: squared errors as a fraction of the squared outputs, averaged over the matrices, with the nearest codes and with
+    the chosen ones.
     """
 
     seconds: float
-    windows: int = 0
+    sequences: int = 0
     tokens: int = 0
     matrices: int = 0
     output_error_nearest_fraction: OrAbsent[float] = None
